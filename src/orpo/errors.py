@@ -1,0 +1,24 @@
+"""Errors a user can fix; the command line prints one as a single line and exits with status 2.
+
+Any other exception is a bug in this package and keeps its traceback.
+"""
+
+
+class OrpoError(Exception):
+    """Base class. The message says what is wrong, where, and what to do about it."""
+
+
+class ConfigError(OrpoError, ValueError):
+    """A recipe or an override has a setting we do not know, or a value that cannot be used."""
+
+
+class DataError(OrpoError, ValueError):
+    """A preference row is malformed, or a data set cannot be trained on."""
+
+
+class ModelError(OrpoError, ValueError):
+    """A model or a tokenizer cannot be trained as asked."""
+
+
+class RunError(OrpoError, RuntimeError):
+    """A run cannot go on: a non-finite loss, a damaged checkpoint, a full disk."""
