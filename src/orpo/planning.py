@@ -1,0 +1,123 @@
+"""Which pairs make up each optimizer step, and how a step's pairs are spread over ranks and rows.
+
+A step is a fixed number of pairs; a row is a number of tokens. The plan is computed alike on every rank from the
+lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the ranks by
+cost and filled into rows under a token budget, the same number of rows on every rank. Since the loss is divided by
+the counts of the whole step, nothing here can change the gradient.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+ATTENTION_COST = 1 / 4096
+"""Cost of attending to one token more, relative to the cost of the token itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One row: the data-set indices of its pairs. An `empty` row is computed by a rank that has no pairs left."""
+
+    pairs: tuple[int, ...]
+    empty: bool = False
+
+
+StepPlan = tuple[tuple[RowPlan, ...], ...]
+"""The rows of one optimizer step, by rank; every rank has the same number."""
+
+
+def plan_epoch(
+    num_pairs: int, pairs_per_step: int, *, seed: int, epoch: int, shuffle: bool = True, drop_last: bool = False
+) -> list[np.ndarray]:
+    """Cut one epoch into optimizer steps.
+
+    Returns:
+        For each step, the data-set indices of its pairs, `pairs_per_step` of them; the last step may have fewer
+        unless `drop_last`. A function of the arguments alone.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_pairs) if shuffle else np.arange(num_pairs)
+    steps = [order[start : start + pairs_per_step] for start in range(0, num_pairs, pairs_per_step)]
+    if drop_last and steps and len(steps[-1]) < pairs_per_step:
+        steps.pop()
+    return steps
+
+
+def pair_tokens(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
+    """Tokens each pair takes in a row, from its (prompt, chosen, rejected) lengths. Shape [n, 3] -> [n]."""
+    shared = lengths.sum(1)
+    return shared if layout == "shared" else shared + lengths[:, 0] * (lengths[:, 2] > 0)
+
+
+def pair_cost(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
+    """Relative cost of each pair: its tokens, and the tokens these attend to. Shape [n, 3] -> [n]."""
+    prompt, chosen, rejected = lengths.T.astype(float)
+    attended = (prompt + chosen) ** 2 / 2 + rejected * (prompt + rejected / 2)
+    return pair_tokens(lengths, layout) + ATTENTION_COST * attended
+
+
+def plan_step(
+    indices: Sequence[int] | np.ndarray,
+    lengths: np.ndarray,
+    *,
+    num_ranks: int,
+    tokens_per_row: int,
+    layout: str = "shared",
+) -> StepPlan:
+    """Spread the pairs of one step over ranks and rows.
+
+    Args:
+        indices: Data-set indices of the step's pairs, at least one.
+        lengths: (prompt, chosen, rejected) tokens of every pair of the data set, shape [n, 3].
+        num_ranks: Processes that share the step.
+        tokens_per_row: Most tokens in a row; a pair longer than that has a row to itself.
+        layout: The layout of the rows, which decides how many tokens a pair takes.
+    """
+    indices = np.asarray(indices)
+    tokens = dict(zip(indices.tolist(), pair_tokens(lengths[indices], layout).tolist(), strict=True))
+    cost = dict(zip(indices.tolist(), pair_cost(lengths[indices], layout).tolist(), strict=True))
+    by_cost = sorted(cost, key=lambda i: (-cost[i], i))
+    ranks = [
+        _fill_rows(share, tokens, tokens_per_row) for share in _balance(by_cost, cost, num_ranks)
+    ]
+    num_rows = max(map(len, ranks))
+    spare = min(tokens, key=lambda i: (tokens[i], i))
+    return tuple(tuple(_to_rows(rows, num_rows, tokens, spare)) for rows in ranks)
+
+
+def _balance(by_cost: list[int], cost: dict[int, float], num_shares: int) -> list[list[int]]:
+    """Deal pairs, costliest first, each to the share that has the least so far."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [(0.0, share) for share in range(num_shares)]
+    for pair in by_cost:
+        load, share = heapq.heappop(loads)
+        shares[share].append(pair)
+        heapq.heappush(loads, (load + cost[pair], share))
+    return shares
+
+
+def _fill_rows(pairs: list[int], tokens: dict[int, int], tokens_per_row: int) -> list[list[int]]:
+    """First fit, longest first."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for pair in sorted(pairs, key=lambda i: (-tokens[i], i)):
+        row = next((row for row, free in enumerate(room) if free >= tokens[pair]), None)
+        if row is None:
+            rows.append([])
+            room.append(tokens_per_row)
+            row = len(rows) - 1
+        rows[row].append(pair)
+        room[row] -= tokens[pair]
+    return rows
+
+
+def _to_rows(rows: list[list[int]], num_rows: int, tokens: dict[int, int], spare: int) -> list[RowPlan]:
+    """Bring a rank to `num_rows` rows: split its fullest ones, then add empty ones."""
+    rows = [list(row) for row in rows]
+    while len(rows) < num_rows and any(len(row) > 1 for row in rows):
+        fullest = max((row for row in rows if len(row) > 1), key=lambda row: sum(tokens[i] for i in row))
+        rows.append(fullest[1::2])
+        fullest[1::2] = []
+    empty = [RowPlan((spare,), empty=True)] * (num_rows - len(rows))
+    return [RowPlan(tuple(sorted(row))) for row in rows] + empty
