@@ -1,8 +1,8 @@
 """The settings of a run, defined once and light to import (no torch, no transformers).
 
 `OrpoSettings` holds what this package adds to `transformers.TrainingArguments`; `orpo.trainer.ORPOConfig`
-inherits from both, so a recipe and a Python script set the same flat keys. `Objective` is the resolved choice of
-what is minimised.
+inherits from both, so a recipe and a Python script set the same flat keys. `Objective` is the resolved choice
+of what is minimised. Reading a recipe: `orpo.recipe`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Objective:
     """What is minimised: `nll_weight * NLL + beta * L_OR` (design of the objective: docs/objective.md).
 
     Attributes:
-        beta: Weight of the odds-ratio term; the paper's lambda. At least 0; 0 is plain supervised fine-tuning.
+        beta: Weight of the odds-ratio term; the paper's lambda, at least 0; 0 is supervised fine-tuning.
         nll_weight: Weight of the NLL term, at least 0; 0 trains on the odds ratio alone.
         odds_scale: Factor on the log odds ratio inside the sigmoid; 1 in the paper.
         nll_on: Tokens in the NLL: `full` prompt and chosen answer, `response` the last answer alone,
@@ -229,7 +229,7 @@ def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
     preset = PRESETS[settings.objective]
     explicit = {key: value for key in _OBJECTIVE_KEYS if (value := getattr(settings, key)) is not None}
     notices = [
-        f"{key}: {value} is used instead of {getattr(preset, key)}, the value in objective: {settings.objective}"
+        f"{key}: {value} beats {getattr(preset, key)}, the value in objective: {settings.objective}"
         for key, value in explicit.items()
         if settings.objective != "orpo" and value != getattr(preset, key)
     ]

@@ -1,0 +1,156 @@
+"""Names in TRL, transformers and alignment-handbook recipes that are not, or no longer, settings here.
+
+Each is understood, in one printed line: renamed, translated, or without effect and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "hub_model_revision": "hub_revision",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "dataset_streaming": "streaming",
+    "max_seq_length": "max_length",
+    "alpha": "beta",
+    "lambda": "beta",
+    "lambda_orpo": "beta",
+    "lambda_or": "beta",
+    "orpo_alpha": "beta",
+    "pref_beta": "beta",
+    "rl_beta": "beta",
+    "model_name": "model_name_or_path",
+    "lr": "learning_rate",
+}
+
+_LENGTHS = "a prompt that does not fit loses its oldest turns, a response is never cut"
+_POSITIONS = "the tokens that are scored are listed, nothing is masked by an id"
+_PACKED = "rows are packed without padding, pairs of any length together"
+_GONE = "transformers 5 has no such setting"
+
+NO_EFFECT = {
+    "max_prompt_length": _LENGTHS,
+    "max_target_length": _LENGTHS,
+    "truncation_mode": _LENGTHS,
+    "truncation_side": _LENGTHS,
+    "padding_value": _POSITIONS,
+    "label_pad_token_id": _POSITIONS,
+    "padding_free": _PACKED,
+    "packing": _PACKED,
+    "group_by_length": _PACKED,
+    "length_column_name": _PACKED,
+    "train_sampling_strategy": _PACKED,
+    "remove_unused_columns": "columns that are not needed are never read",
+    "label_names": "the loss is computed inside the model's call, from no label column",
+    "average_tokens_across_devices": "the loss is always divided by the counts of the whole step",
+    "precompute_ref_log_probs": "ORPO has no reference model",
+    "logging_dir": "TensorBoard writes under output_dir/runs; the variable TENSORBOARD_LOGGING_DIR moves it",
+    "overwrite_output_dir": "a run is resumed where it stopped; name another output_dir for a fresh one",
+    "save_safetensors": "weights are always saved as safetensors",
+    "include_tokens_per_second": "tokens_per_second is always logged",
+    "include_inputs_for_metrics": "compute_metrics receives per-pair log-probs",
+    "lora_task_type": "the model is always a causal language model",
+    "auto_insert_empty_system_msg": "the chat template decides",
+    "ignore_bias_buffers": "it was a workaround for an old PyTorch",
+    "push_to_hub_organization": "write it into hub_model_id: organisation/name",
+    "text_column": "there is no continued pretraining here",
+    **dict.fromkeys(
+        ["fp16_backend", "fp16_opt_level", "half_precision_backend", "jit_mode_eval", "mp_parameters"], _GONE
+    ),
+    **dict.fromkeys(
+        ["past_index", "ray_scope", "torchdynamo", "tpu_metrics_debug", "tpu_num_cores", "use_ipex"], _GONE
+    ),
+    **dict.fromkeys(
+        ["use_legacy_prediction_loop", "use_mps_device", "dispatch_batches", "split_batches"], _GONE
+    ),
+}
+
+
+def current_entries(key: str, value: Any) -> tuple[dict[str, Any], str]:
+    """Today's keys and values for a key as written, and what to tell the user about it.
+
+    Returns:
+        The entries to set, none where the key has no effect, and the rest of a printed line, empty where
+        there is nothing to say.
+
+    Raises:
+        ValueError: The key asks for what cannot be done; the message names it.
+    """
+    if key in _TRANSLATED:
+        return _TRANSLATED[key](value)
+    if key in RENAMED:
+        return {RENAMED[key]: value}, f"now called {RENAMED[key]}"
+    if key in NO_EFFECT:
+        return {}, f"no effect: {NO_EFFECT[key]}"
+    return {key: value}, ""
+
+
+def _truth(value: Any) -> bool:
+    return str(value).lower() in ("true", "1", "yes", "on")
+
+
+def _dataset_mixer(value: Any) -> tuple[dict[str, Any], str]:
+    if isinstance(value, dict) and len(value) == 1:
+        [(name, weight)] = value.items()
+        if weight == 1:
+            return {"dataset_name": str(name)}, f"now called dataset_name: {name}"
+    return {"dataset_name": value}, "now called dataset_name"
+
+
+def _dataset_splits(value: Any) -> tuple[dict[str, Any], str]:
+    names = [str(name) for name in (value if isinstance(value, list) else [value])]
+    entries: dict[str, Any] = {}
+    for name in names:
+        entries.setdefault("dataset_test_split" if "test" in name else "dataset_train_split", name)
+    if len(entries) < len(names):
+        raise ValueError(
+            f"dataset_splits: {', '.join(names)}: one split to train on and one to test on; "
+            "list further data under dataset_name and eval_dataset_name"
+        )
+    return entries, "now written " + ", ".join(f"{name}: {split}" for name, split in entries.items())
+
+
+def _dataset_configs(value: Any) -> tuple[dict[str, Any], str]:
+    names = value if isinstance(value, list) else [value]
+    if len(set(names)) != 1:
+        raise ValueError("dataset_configs: one configuration for all data sets; use dataset_config")
+    return {"dataset_config": names[0]}, "now called dataset_config"
+
+
+def _flash_attention(value: Any) -> tuple[dict[str, Any], str]:
+    if _truth(value):
+        return {
+            "attn_implementation": "flash_attention_2"
+        }, "now written attn_implementation: flash_attention_2"
+    return {}, "no effect: attn_implementation is unset anyway"
+
+
+def _adafactor(value: Any) -> tuple[dict[str, Any], str]:
+    return ({"optim": "adafactor"} if _truth(value) else {}), "now written optim: adafactor"
+
+
+def _encoder_decoder(value: Any) -> tuple[dict[str, Any], str]:
+    if value is not None and _truth(value):
+        raise ValueError(
+            "is_encoder_decoder: encoder-decoder models cannot be trained here; use a causal model"
+        )
+    return {}, "no effect: every model is a causal language model"
+
+
+_TRANSLATED: dict[str, Callable[[Any], tuple[dict[str, Any], str]]] = {
+    "dataset_mixer": _dataset_mixer,
+    "dataset_splits": _dataset_splits,
+    "dataset_configs": _dataset_configs,
+    "use_flash_attention_2": _flash_attention,
+    "adafactor": _adafactor,
+    "is_encoder_decoder": _encoder_decoder,
+}
