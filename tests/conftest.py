@@ -1,0 +1,11 @@
+"""One thread, no logs, and hypothesis without a database or a clock: the same run every time."""
+
+import hypothesis
+import torch
+import transformers
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
