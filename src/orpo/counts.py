@@ -1,0 +1,119 @@
+"""What became of the rows: how many were kept, changed or dropped, by reason.
+
+Nothing in the data path is dropped, cut or defaulted without a line here. One `RowCounts` travels from reading to
+tokenizing, so that its total is the number of rows the user gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orpo.errors import DataError
+
+
+@dataclass
+class RowCounts:
+    """Counts by reason; the reasons are sentences fit for printing.
+
+    Attributes:
+        total: Rows read, malformed ones included, plus the extra pairs that several-answer rows expand to.
+        skipped: Malformed rows left out under `on_bad_row: skip`.
+        dropped: Well-formed rows that cannot train.
+        changed: Rows that train, though not as written (oldest turns dropped, system text folded, ...).
+        examples: Where the first row of each reason came from.
+    """
+
+    total: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that do not train, skipped malformed ones included."""
+        return sum(self.skipped.values()) + sum(self.dropped.values())
+
+    @property
+    def kept(self) -> int:
+        """Rows that train."""
+        return self.total - self.num_dropped
+
+    def skip(self, reason: str, source: str) -> None:
+        """Count a malformed row."""
+        self._add(self.skipped, reason, source)
+
+    def drop(self, reason: str, source: str) -> None:
+        """Count a row that cannot train."""
+        self._add(self.dropped, reason, source)
+
+    def change(self, reason: str, source: str) -> None:
+        """Count a row that trains in a changed form."""
+        self._add(self.changed, reason, source)
+
+    def _add(self, table: dict[str, int], reason: str, source: str) -> None:
+        table[reason] = table.get(reason, 0) + 1
+        self.examples.setdefault(reason, source)
+
+    def add(self, other: RowCounts) -> None:
+        """Take over the counts of `other`, which looked at further rows."""
+        self.total += other.total
+        self.add_reasons(other)
+
+    def add_reasons(self, other: RowCounts) -> None:
+        """Take over the reasons of `other`, which looked at rows counted here already."""
+        for mine, theirs in (
+            (self.skipped, other.skipped),
+            (self.dropped, other.dropped),
+            (self.changed, other.changed),
+        ):
+            for reason, count in theirs.items():
+                mine[reason] = mine.get(reason, 0) + count
+        for reason, source in other.examples.items():
+            self.examples.setdefault(reason, source)
+
+    def lines(self) -> list[str]:
+        """The table, one printable line per reason, the most frequent first."""
+        lines = [f"{self.kept} of {self.total} rows train"]
+        for verb, table in (("skipped", self.skipped), ("dropped", self.dropped), ("changed", self.changed)):
+            for reason, count in sorted(table.items(), key=lambda item: -item[1]):
+                lines.append(f"{verb} {count}: {reason} (first: {self.examples[reason]})")
+        return lines
+
+    def check(self, max_dropped: float) -> None:
+        """Stop where too much of the data would silently not train.
+
+        Args:
+            max_dropped: Largest share of dropped and skipped rows, in [0, 1].
+
+        Raises:
+            DataError: No row is left, or the share is exceeded.
+        """
+        reasons = "; ".join(self.lines()[1:]) or "the data set is empty"
+        if self.kept <= 0:
+            raise DataError(f"no row can train: {reasons}")
+        share = self.num_dropped / self.total
+        if share > max_dropped:
+            raise DataError(
+                f"{share:.0%} of the rows do not train (limit {max_dropped:.0%}): {reasons}; "
+                f"mend the data or raise max_dropped"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For data_report.json and the cache."""
+        return {
+            "total": self.total,
+            "kept": self.kept,
+            "skipped": self.skipped,
+            "dropped": self.dropped,
+            "changed": self.changed,
+            "examples": self.examples,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RowCounts:
+        """Inverse of `to_dict`."""
+        tables = {name: dict(data[name]) for name in ("skipped", "dropped", "changed", "examples")}
+        return cls(total=data["total"], **tables)

@@ -1,0 +1,233 @@
+"""Raw rows from wherever they lie: local files, the hub, objects in memory.
+
+Every row comes with its origin (`pairs.jsonl:118`), so that whatever is wrong with it later can be said with file
+and line. Local files are read with the standard library and pyarrow; `datasets` is imported for hub names only.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from orpo.errors import DataError
+
+Row = dict[str, Any]
+
+
+class RawRow(NamedTuple):
+    """A row before its format is known."""
+
+    data: Row | DataError
+    """The columns; or, for a row that cannot even be parsed, what is wrong with it."""
+    source: str
+
+
+def read_rows(data: object, *, split: str = "train", config: str | None = None) -> Iterator[RawRow]:
+    """Yield the rows of a file, a folder of files, a hub name or an object, in order.
+
+    Args:
+        data: Local path, hub name, `Dataset`, `IterableDataset`, `DatasetDict` or an iterable of mappings.
+        split: Split of a hub data set or `DatasetDict`.
+        config: Configuration of a hub data set.
+
+    Raises:
+        DataError: Nothing of that name can be read.
+    """
+    if isinstance(data, str | Path):
+        path = Path(data).expanduser()
+        if path.exists():
+            yield from _local_rows(path, split)
+        elif _reader(path) is not None:
+            raise DataError(f"{data}: no such file; give an existing path or a hub name")
+        else:
+            yield from _object_rows(_load_hub(str(data), config, split), str(data))
+        return
+    if isinstance(data, Mapping):  # a DatasetDict
+        if split not in data:
+            raise DataError(f"the data set has no split {split!r}; it has {', '.join(map(str, data))}")
+        data = data[split]
+    if not isinstance(data, Iterable):
+        raise DataError(f"cannot read rows from {type(data).__name__}; give a path, a hub name or a data set")
+    yield from _object_rows(data, "row")
+
+
+def _object_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
+    for number, row in enumerate(rows):
+        yield _as_row(row, f"{name}:{number}")
+
+
+def _as_row(row: object, source: str) -> RawRow:
+    if isinstance(row, Mapping):
+        return RawRow(dict(row), source)
+    return RawRow(DataError(f"is a {type(row).__name__}, not an object with columns"), source)
+
+
+def _load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
+    import datasets
+
+    try:
+        loaded: Iterable[Any] = datasets.load_dataset(name, config, split=split)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{name}: neither a local file nor a hub data set that can be loaded ({reason}); "
+            "check the name, dataset_config and the split"
+        ) from error
+    return loaded
+
+
+def _local_rows(path: Path, split: str) -> Iterator[RawRow]:
+    if not path.is_dir():
+        read = _reader(path)
+        if read is None:
+            raise DataError(f"{path}: unknown file type; use one of {', '.join(_READERS)} (.gz as well)")
+        yield from read(path)
+        return
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        import datasets
+
+        yield from read_rows(datasets.load_from_disk(str(path)), split=split)
+        return
+    files = [file for file in sorted(path.iterdir()) if _reader(file) is not None]
+    chosen = [file for file in files if split in file.name] or files
+    if not chosen:
+        raise DataError(f"{path}: the folder holds no data file; expected one of {', '.join(_READERS)}")
+    for file in chosen:
+        yield from _local_rows(file, split)
+
+
+def _open(path: Path) -> IO[str]:
+    # Bytes that are not UTF-8 become U+FFFD: the row then reads oddly, but its neighbours survive.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+    return path.open(encoding="utf-8-sig", errors="replace", newline="")
+
+
+def _read_jsonl(path: Path) -> Iterator[RawRow]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse_json(line, f"{path.name}:{number}")
+
+
+def _parse_json(text: str, source: str) -> RawRow:
+    try:
+        return _as_row(json.loads(text), source)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return RawRow(DataError(f"is not JSON ({error})"), source)
+
+
+def _read_json(path: Path) -> Iterator[RawRow]:
+    """A JSON array of objects (or an object that holds one), each row with the line it begins on."""
+    with _open(path) as file:
+        text = file.read()
+    start = len(text) - len(text.lstrip())
+    if not text.startswith("[", start):
+        try:
+            loaded = json.loads(text)
+        except json.JSONDecodeError:
+            yield from _read_jsonl(path)
+            return
+        tables = [value for value in loaded.values() if isinstance(value, list)] if isinstance(loaded, dict) else []
+        if len(tables) != 1:
+            raise DataError(f"{path.name}:1: expected a JSON array of rows; wrap the rows in [ ] or write jsonl")
+        yield from _object_rows(tables[0], path.name)
+        return
+    yield from _read_array(text, start + 1, path.name)
+
+
+def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        if position >= len(text):
+            raise DataError(f"{name}:{line}: the JSON array does not end; is the file cut off?")
+        if text[position] == "]":
+            return
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            # Where a broken row of an array ends is unknown, so the rest cannot be read: no skipping here.
+            raise DataError(f"{name}:{error.lineno}: is not JSON ({error.msg}); mend the file") from error
+        yield _as_row(row, f"{name}:{line}")
+
+
+def _read_csv(path: Path) -> Iterator[RawRow]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with _open(path) as file:
+        reader = csv.DictReader(file)
+        while True:
+            line = reader.line_num + 1 if reader.line_num else 2
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield RawRow(DataError(f"is not CSV ({error})"), f"{path.name}:{line}")
+                continue
+            row.pop(None, None)  # type: ignore[call-overload]
+            yield RawRow({key: _cell(value) for key, value in row.items()}, f"{path.name}:{line}")
+
+
+def _cell(value: str | None) -> object:
+    """A CSV cell; a list or an object of messages is written as JSON in one."""
+    if value is not None and value.lstrip().startswith(("[{", '["', '{"')):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _read_parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        yield from _read_batches(file.iter_batches(batch_size=1024), path.name)
+
+
+def _read_arrow(path: Path) -> Iterator[RawRow]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            table = pa.ipc.open_file(source)
+            batches = (table.get_batch(number) for number in range(table.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            batches = iter(pa.ipc.open_stream(source))
+        yield from _read_batches(batches, path.name)
+
+
+def _read_batches(batches: Iterable[Any], name: str) -> Iterator[RawRow]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield RawRow(row, f"{name}:{number}")
+            number += 1
+
+
+_READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[RawRow]] | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+        return _READERS.get(suffixes[-1]) if suffixes and suffixes[-1] not in (".parquet", ".arrow") else None
+    return _READERS.get(suffixes[-1]) if suffixes else None
