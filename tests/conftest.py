@@ -7,5 +7,7 @@ import transformers
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile(
+    "repeatable", max_examples=50, derandomize=True, database=None, deadline=None
+)
 hypothesis.settings.load_profile("repeatable")

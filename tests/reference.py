@@ -82,7 +82,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def worst_gradient_error(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     """Largest relative error of any parameter's gradient.
 
-    A gradient that is mathematically zero (a bias of keys) is measured against a hundredth of the largest one.
+    One that is mathematically zero (of a bias of keys) is measured against a hundredth of the largest one.
     """
     assert ours.keys() == reference.keys()
     floor = 1e-2 * max(gradient.norm().item() for gradient in reference.values())

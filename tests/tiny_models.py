@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, whose weights are large enough for attention and biases to matter."""
+"""Tiny random models of many architectures, with weights large enough for attention and biases to matter."""
 
 import torch
 import transformers
@@ -87,7 +87,7 @@ def token_ids(length: int, seed: int = 0) -> list[int]:
 
 
 def mixed_pairs() -> list[TokenizedPair]:
-    """Pairs of unlike lengths: one token everywhere, longer than the window, no rejected side, turns of their own."""
+    """Unlike lengths: one token, longer than the window, no rejected side, turns of their own."""
     return [
         TokenizedPair(token_ids(7, 1), token_ids(5, 2), token_ids(3, 3), assistant_spans=((0, 2), (4, 6))),
         TokenizedPair(token_ids(1, 4), token_ids(1, 5), token_ids(9, 6)),
