@@ -1,0 +1,169 @@
+"""Every pair once, B pairs a step, the same number of rows on every rank, within the budget, balanced."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import mixed_pairs
+
+from orpo.config import Objective
+from orpo.packing import pack
+from orpo.planning import pair_cost, pair_tokens, plan_epoch, plan_step
+
+LAYOUTS = ["shared", "packed"]
+
+
+@st.composite
+def steps(draw):
+    """Lengths of a data set, the pairs of one step, and a way to spread them."""
+    triple = st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(0, 60))
+    lengths = np.array(draw(st.lists(triple, min_size=1, max_size=40)))
+    indices = draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, unique=True))
+    return {
+        "indices": np.array(indices),
+        "lengths": lengths,
+        "num_ranks": draw(st.integers(1, 6)),
+        "tokens_per_row": draw(st.integers(2, 400)),
+        "layout": draw(st.sampled_from(LAYOUTS)),
+    }
+
+
+def spread(step):
+    return plan_step(
+        step["indices"],
+        step["lengths"],
+        num_ranks=step["num_ranks"],
+        tokens_per_row=step["tokens_per_row"],
+        layout=step["layout"],
+    )
+
+
+def rank_loads(step, plan):
+    cost = pair_cost(step["lengths"], step["layout"])
+    return [sum(cost[i] for row in rank if not row.empty for i in row.pairs) for rank in plan]
+
+
+@given(steps())
+def test_every_pair_of_a_step_is_in_exactly_one_row(step):
+    planned = [i for rank in spread(step) for row in rank if not row.empty for i in row.pairs]
+    assert sorted(planned) == sorted(step["indices"])
+
+
+@given(steps())
+def test_every_rank_runs_the_same_number_of_rows(step):
+    plan = spread(step)
+    assert len(plan) == step["num_ranks"]
+    assert len({len(rank) for rank in plan}) == 1
+    assert len(plan[0]) >= 1
+
+
+@given(steps())
+def test_a_row_keeps_to_its_budget_unless_it_is_one_overlong_pair(step):
+    tokens = pair_tokens(step["lengths"], step["layout"])
+    for row in (row for rank in spread(step) for row in rank):
+        assert len(row.pairs) == 1 or sum(tokens[i] for i in row.pairs) <= step["tokens_per_row"]
+
+
+@given(steps())
+def test_no_rank_is_without_a_pair_while_another_has_two(step):
+    per_rank = [sum(len(row.pairs) for row in rank if not row.empty) for rank in spread(step)]
+    assert min(per_rank) >= 1 or max(per_rank) <= 1
+
+
+@given(steps())
+def test_an_empty_row_stands_only_where_no_row_can_be_split(step):
+    for rank in spread(step):
+        if any(row.empty for row in rank):
+            assert all(len(row.pairs) == 1 for row in rank)
+
+
+@given(steps())
+def test_an_empty_row_costs_as_little_as_the_shortest_pair_of_the_step(step):
+    tokens = pair_tokens(step["lengths"], step["layout"])
+    shortest = min(tokens[step["indices"]])
+    for row in (row for rank in spread(step) for row in rank if row.empty):
+        assert [tokens[i] for i in row.pairs] == [shortest]
+        assert row.pairs[0] in step["indices"]
+
+
+@given(steps())
+def test_ranks_differ_by_at_most_the_costliest_pair(step):
+    loads = rank_loads(step, spread(step))
+    assert max(loads) - min(loads) <= max(pair_cost(step["lengths"], step["layout"])[step["indices"]]) + 1e-9
+
+
+@given(steps())
+def test_no_two_rows_of_one_rank_alone_would_fit_into_one(step):
+    tokens = pair_tokens(step["lengths"], step["layout"])
+    (rank,) = spread({**step, "num_ranks": 1})
+    filled = sorted(sum(tokens[i] for i in row.pairs) for row in rank)
+    assert len(filled) == 1 or filled[0] + filled[1] > step["tokens_per_row"]
+
+
+@given(steps(), st.randoms(use_true_random=False))
+def test_a_plan_depends_on_the_pairs_and_not_on_their_order(step, random):
+    shuffled = step["indices"].tolist()
+    random.shuffle(shuffled)
+    assert spread(step) == spread(step) == spread({**step, "indices": shuffled})
+
+
+def test_real_lengths_are_balanced_within_two_percent():
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal((4.8, 5.5, 5.5), 0.6, (512, 3)).astype(int) + 1
+    for start in range(0, 512, 64):
+        step = {
+            "indices": np.arange(start, start + 64),
+            "lengths": lengths,
+            "num_ranks": 4,
+            "tokens_per_row": 8192,
+            "layout": "shared",
+        }
+        loads = rank_loads(step, spread(step))
+        assert max(loads) <= 1.02 * np.mean(loads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_planned_tokens_are_the_tokens_of_the_packed_row(layout):
+    pairs = mixed_pairs()
+    lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
+    planned = [pack([pair], Objective(), layout=layout).num_tokens for pair in pairs]
+    assert pair_tokens(lengths, layout).tolist() == planned
+
+
+def test_cost_counts_the_tokens_attended_to():
+    short, long = np.array([[10, 10, 10]]), np.array([[1000, 1000, 1000]])
+    assert pair_cost(long)[0] > 100 * pair_cost(short)[0]
+    # Queries of prompt and chosen see half of 200 tokens; those of rejected the prompt and half of themselves.
+    seen = 200 * 100 + 50 * (120 + 25)
+    assert pair_cost(np.array([[120, 80, 50]]))[0] == pytest.approx(250 + seen / 4096)
+
+
+def test_a_prompt_is_paid_twice_where_it_is_not_shared_and_once_without_a_rejected_side():
+    lengths = np.array([[100, 10, 5], [100, 10, 0]])
+    assert pair_tokens(lengths, "shared").tolist() == [115, 110]
+    assert pair_tokens(lengths, "packed").tolist() == [215, 110]
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.booleans())
+def test_an_epoch_has_every_pair_exactly_once(num_pairs, pairs_per_step, epoch, shuffle):
+    epoch_steps = plan_epoch(num_pairs, pairs_per_step, seed=3, epoch=epoch, shuffle=shuffle)
+    assert sorted(np.concatenate(epoch_steps).tolist()) == list(range(num_pairs))
+
+
+@given(st.integers(0, 60), st.integers(1, 20), st.booleans())
+def test_a_step_has_the_pairs_asked_for_and_only_the_last_may_have_fewer(num_pairs, size, drop_last):
+    sizes = [len(step) for step in plan_epoch(num_pairs, size, seed=3, epoch=0, drop_last=drop_last)]
+    full, rest = divmod(num_pairs, size)
+    assert sizes == [size] * full + [rest] * (rest > 0 and not drop_last)
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return np.concatenate(plan_epoch(50, 8, seed=seed, epoch=epoch)).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_without_shuffling_pairs_keep_their_order():
+    assert np.concatenate(plan_epoch(10, 4, seed=0, epoch=1, shuffle=False)).tolist() == list(range(10))
