@@ -151,7 +151,7 @@ def test_an_epoch_has_every_pair_exactly_once(num_pairs, pairs_per_step, epoch, 
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.booleans())
-def test_a_step_has_the_pairs_asked_for_and_only_the_last_may_have_fewer(num_pairs, size, drop_last):
+def test_a_step_has_the_pairs_asked_for_unless_it_is_the_last(num_pairs, size, drop_last):
     sizes = [len(step) for step in plan_epoch(num_pairs, size, seed=3, epoch=0, drop_last=drop_last)]
     full, rest = divmod(num_pairs, size)
     assert sizes == [size] * full + [rest] * (rest > 0 and not drop_last)
