@@ -92,6 +92,12 @@ class OrpoSettings:
     lora_target_modules: list[str] | str | None = field(
         default="all-linear", metadata={"help": "Module names that get an adapter."}
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights outside of linear layers that get one, as in experts stored as one tensor."
+        },
+    )
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full beside the adapter."}
     )

@@ -47,14 +47,17 @@ class Head:
         bias_V: Its bias, or None.
         scale: Factor on the logits.
         softcap: Bound of the logits, or None.
-        chunk_tokens: Most scored tokens whose logits are alive at once; at least 1.
+        chunk_tokens: Scored tokens whose logits are made together; at least 1. On a CPU, few enough for its caches.
+        max_chunk_tokens: Most of them, for the sake of a pair longer than `chunk_tokens`; a pair longer than this
+            takes two sweeps. At least `chunk_tokens`.
     """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    chunk_tokens: int = 1024
+    chunk_tokens: int = 256
+    max_chunk_tokens: int = 1024
 
 
 class PairSums(NamedTuple):
@@ -179,16 +182,18 @@ class _FusedLoss(torch.autograd.Function):
         sweep = _Sweep(hidden_ND, head, batch)
         grads = _Gradients.for_inputs(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad)
         for group in whole_pairs(batch, head.chunk_tokens):
-            pieces = list(_pieces(group, head.chunk_tokens))
-            logits = [sweep.forward(piece) for piece in pieces[:1]]
-            for piece in pieces[1:]:  # a pair longer than a chunk: its logits are made again below
-                logits.clear()
-                sweep.forward(piece)
+            pieces = list(_pieces(group, head.max_chunk_tokens))
+            chunk = None
+            for piece in pieces:
+                chunk = None  # before the next is made
+                chunk = sweep.forward(piece)
             slope_T = _loss_slopes(sweep.logprob_T, batch, objective, denominators, group)
             for piece in pieces:
-                chunk = logits.pop() if logits else sweep.forward(piece)
-                sweep.backward(piece, chunk, slope_T[piece.start - group.start : piece.stop - group.start], grads)
-                del chunk
+                if len(pieces) > 1:  # a pair longer than a chunk: its logits are made again
+                    chunk = None
+                    chunk = sweep.forward(piece)
+                at = slice(piece.start - group.start, piece.stop - group.start)
+                sweep.backward(piece, chunk, slope_T[at], grads)
         ctx.grads = grads
         ctx.mark_non_differentiable(sweep.logprob_T)
         return _loss(sweep.logprob_T, batch, objective, denominators), sweep.logprob_T
@@ -260,34 +265,38 @@ class _Sweep:
         self.batch = batch
         self.logprob_T = torch.empty(len(batch.target_T), dtype=self.precise, device=hidden_ND.device)
 
-    def forward(self, at: slice) -> Tensor:
-        """Fill in the log-probabilities of the scored tokens `at`; return their logits [T, V]."""
+    def forward(self, at: slice) -> "_Chunk":
+        """Fill in the log-probabilities of the scored tokens `at`; return their softmax."""
         with torch.autocast(self.hidden_ND.device.type, enabled=False):
             logits_TV = (self.hidden_ND[self.batch.source_T[at]] @ self.weight_VD.T).to(self.precise)
         if self.bias_V is not None:
             logits_TV += self.bias_V
         if self.head.scale != 1:
             logits_TV *= self.head.scale
-        if self.head.softcap is not None:
-            logits_TV.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
-        target_T1 = self.batch.target_T[at, None]
-        self.logprob_T[at] = (logits_TV.gather(1, target_T1) - logits_TV.logsumexp(1, keepdim=True))[:, 0]
-        return logits_TV
-
-    def backward(self, at: slice, logits_TV: Tensor, slope_T: Tensor, grads: _Gradients) -> None:
-        """Add the gradients that the scored tokens `at` cause; `logits_TV` is overwritten."""
-        source_T, target_T = self.batch.source_T[at], self.batch.target_T[at]
-        slope_T1 = (slope_T * self.head.scale)[:, None]
         damping_TV = None
         if self.head.softcap is not None:
-            damping_TV = 1 - (logits_TV / self.head.softcap).square()
+            logits_TV.div_(self.head.softcap).tanh_()
+            damping_TV = 1 - logits_TV.square()
+            logits_TV.mul_(self.head.softcap)
+        target_T1 = self.batch.target_T[at, None]
+        logit_T1 = logits_TV.gather(1, target_T1)
+        top_T1 = logits_TV.amax(1, keepdim=True)
+        prob_TV = torch.softmax(logits_TV, 1, out=logits_TV)
+        # log p = logit - log sum exp, and the sum shows in the largest probability: cheaper than another sweep.
+        self.logprob_T[at] = (logit_T1 - top_T1 + prob_TV.amax(1, keepdim=True).log_())[:, 0]
+        return _Chunk(prob_TV, damping_TV)
+
+    def backward(self, at: slice, chunk: "_Chunk", slope_T: Tensor, grads: _Gradients) -> None:
+        """Add the gradients that the scored tokens `at` cause; `chunk` is used up."""
+        source_T, target_T = self.batch.source_T[at], self.batch.target_T[at]
+        slope_T1 = (slope_T * self.head.scale)[:, None]
         # d logp / d logits = onehot - p; the sign and the slope go onto the smaller matrices below.
-        grad_TV = torch.softmax(logits_TV, 1, out=logits_TV)
+        grad_TV = chunk.prob_TV
         grad_TV[torch.arange(len(target_T), device=target_T.device), target_T] -= 1
-        if damping_TV is not None:
-            grad_TV *= damping_TV
+        if chunk.damping_TV is not None:
+            grad_TV *= chunk.damping_TV
         if grads.bias_V is not None:
-            grads.bias_V.addmv_(grad_TV.T, slope_T1[:, 0], alpha=-1)
+            grads.bias_V.addmv_(grad_TV.T, slope_T1[:, 0].to(grads.bias_V.dtype), alpha=-1)
         grad_TV = grad_TV.to(self.dtype)
         with torch.autocast(self.hidden_ND.device.type, enabled=False):
             if grads.hidden_ND is not None:
@@ -299,3 +308,10 @@ class _Sweep:
                     grads.weight_VD.addmm_(grad_TV.T, hidden_TD)
                 else:
                     grads.weight_VD += grad_TV.T @ hidden_TD
+
+
+class _Chunk(NamedTuple):
+    """Softmax of a chunk's logits, and the slope of its soft-cap where there is one. Both [T, V]."""
+
+    prob_TV: Tensor
+    damping_TV: Tensor | None

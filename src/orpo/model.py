@@ -32,6 +32,10 @@ ATTENTION = "orpo_segments"
 """Name under which our attention is registered with transformers."""
 
 
+CPU_CHUNK_TOKENS = 256
+"""Scored tokens per chunk on a CPU: measured fastest from V = 32,000 up, where more fall out of the caches."""
+
+
 @dataclass
 class ORPOOutput(ModelOutput):
     """What a scored row returns; a ModelOutput, so that FSDP and DDP find the tensors in it.
@@ -66,7 +70,7 @@ def prepare_model(
     objective: Objective,
     *,
     layout: LayoutName | None = None,
-    logits_memory_mib: int = 128,
+    logits_memory_mib: int = 256,
     probe: bool = True,
 ) -> Preparation:
     """Make `model(batch=..., denominators=...)` score packed rows, in place.
@@ -198,9 +202,10 @@ class _Scorer:
         config = self.model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        most = max(1, self.chunk_bytes // (4 * weight.shape[0]))
         return Head(
             weight, bias, scale, getattr(config, "final_logit_softcapping", None),
-            chunk_tokens=max(1, self.chunk_bytes // (4 * weight.shape[0])),
+            chunk_tokens=min(CPU_CHUNK_TOKENS, most) if weight.device.type == "cpu" else most, max_chunk_tokens=most,
         )  # fmt: skip
 
     def _check_attention(self, segments: Segments) -> None:
