@@ -1,0 +1,686 @@
+"""`ORPOTrainer`: transformers.Trainer, taught what an ORPO step is.
+
+A loader item is a whole optimizer step (steps.py): `training_step` runs its rows one after the other and lets ranks
+exchange gradients in the last one. What the Trainer calls gradient accumulation therefore stays 1, and its step
+counts, schedules and epochs are those of optimizer steps. Everything else that is overridden is to measure over
+examples, to keep a run resumable, and to stop before a loss that is not a number moves a weight.
+"""
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
+
+from orpo.arguments import ORPOConfig
+from orpo.checkpoints import (
+    StopSignal,
+    checkpoint_problem,
+    last_checkpoint,
+    read_state,
+    remove_unfinished,
+    write_state,
+    written_whole,
+)
+from orpo.errors import ConfigError, DataError, ModelError, RunError
+from orpo.loading import add_adapter, load_model, load_tokenizer
+from orpo.metrics import MetricWindow, PairScores, evaluation_metrics, trl_names
+from orpo.model import Denominators, ORPOOutput, Preparation, base_model, prepare_model
+from orpo.packing import PackedBatch
+from orpo.progress import Progress, Stopwatch
+from orpo.resuming import refuse_changes, run_identity
+from orpo.run_files import RunFiles, write_model_card
+from orpo.samples import SampleWriter
+from orpo.steps import EVALUATION_BLOCK, RowSettings, Step, StepDataset, StepStream, step_loader
+from orpo.training_data import DataReader, TokenizedStream
+
+__all__ = ["ORPOConfig", "ORPOTrainer"]
+
+
+class ORPOTrainer(Trainer):
+    """Trains a causal language model on preference pairs; takes the arguments of TRL's class of the same name.
+
+    Attributes:
+        objective: What is minimised.
+        pairs_per_step: Pairs of one optimizer step, over all ranks.
+        stopped_by: Name of the signal that ended `train` early, or None.
+    """
+
+    _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
+
+    def __init__(  # noqa: PLR0913 - TRL's signature
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+    ) -> None:
+        """Load what is given by name, tokenize the data, and check that they fit.
+
+        Args:
+            model: A model, a PEFT model to go on with, or a name; None with `model_init`, or to take the name in
+                `args`.
+            args: Settings; the defaults, if there are none.
+            data_collator: Accepted and not used: rows are packed.
+            train_dataset: `Dataset`, `IterableDataset` (needs `max_steps`), list of rows, file or hub name, or
+                tokenized pairs; None: what `args` names.
+            eval_dataset: The same, or a dict of them; None: what `args` names, or held-out prompts, or nothing.
+            processing_class: Tokenizer; by default the model's.
+            model_init: Makes the model, anew in each `train`.
+            callbacks: Further callbacks.
+            optimizers: Optimizer and schedule instead of the settings'.
+            preprocess_logits_for_metrics: Accepted and not used: there are no logits.
+            peft_config: Train this adapter instead of the weights.
+            compute_metrics: Gets `predictions`, the mean log-probabilities [n, 2] of (chosen, rejected), and
+                `label_ids`, n zeros: the column that is preferred.
+
+        Raises:
+            OrpoError: Settings, model or data cannot be trained with.
+        """
+        args = _own_arguments(args)
+        set_seed(args.seed)  # an adapter's weights are drawn before Trainer sets the seed
+        model = _resolve_model(model, args, model_init, peft_config)
+        tokenizer = _resolve_tokenizer(processing_class, model, args)
+        self._reader = DataReader(args, _text_tokenizer(tokenizer), args.seed)
+        with args.main_process_first(desc="tokenizing the data"):
+            data = self._reader.training(train_dataset, eval_dataset, evaluates=args.eval_strategy != "no")
+        if data.train is None and not data.evals:
+            raise DataError("there is no train_dataset, and `args` names none")
+        _settle_evaluation(args, data.evals)
+        self.objective = args.objective_settings
+        self.pairs_per_step = args.pairs_per_step
+        self._recipe = args.recipe()
+        self._identity = run_identity(args, data.train)
+        args.gradient_accumulation_steps = 1  # a loader item is a whole step already
+        self.stop_signal = StopSignal()
+        self.stopped_by: str | None = None
+        self._prepared: tuple[nn.Module, Preparation] | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.evals if set(data.evals) - {""} else data.evals.get(""),
+            processing_class=tokenizer,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.window = MetricWindow(self.objective, self.args.device)
+        self.stopwatch = Stopwatch()
+        self._add_callbacks(data.report)
+        unwrapped = base_model(self.model)
+        unwrapped.add_model_tags(list(self._tag_names))
+        for line in [
+            *args.notices,
+            *data.notices,
+            *_unused(
+                data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics
+            ),
+        ]:
+            self._say(line)
+
+    # ------------------------------------------------------------------------------------ setting up
+
+    def _add_callbacks(self, data_report: dict[str, Any]) -> None:
+        for printer in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printer)
+        self.add_callback(_EpochOrder())
+        self.add_callback(_StopBetweenSteps(self))
+        self.add_callback(RunFiles(self._recipe, data_report))
+        self.add_callback(Progress(bar=not self.args.disable_tqdm))
+        if self.args.num_samples > 0 and self.eval_dataset is not None:
+            self.add_callback(SampleWriter(self))
+        if self.args.early_stopping_patience is not None:
+            if self.args.eval_strategy == IntervalStrategy.NO:
+                raise ConfigError(
+                    "early_stopping_patience: there is no evaluation; set eval_strategy and give data"
+                )
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+
+    def _say(self, line: str) -> None:
+        if self.is_world_process_zero():
+            print(line, flush=True)
+
+    def _preparation(self) -> Preparation:
+        """Prepare the model for rows, once it is on its device and before it is wrapped."""
+        inner = base_model(self.model)
+        if self._prepared is None or self._prepared[0] is not inner:
+            first = [prepare_model(
+                self.model, self.objective, layout=self.args.layout, logits_memory_mib=self.args.logits_memory_mib
+            )] if self.is_world_process_zero() else [None]  # fmt: skip
+            if self.args.world_size > 1:
+                broadcast_object_list(first)
+            preparation = first[0]
+            if not self.is_world_process_zero():
+                prepare_model(
+                    self.model,
+                    self.objective,
+                    layout=preparation.layout,
+                    logits_memory_mib=self.args.logits_memory_mib,
+                    probe=False,
+                )
+            for line in preparation.notices:
+                self._say(line)
+            self._prepared = (inner, preparation)
+        return self._prepared[1]
+
+    # ------------------------------------------------------------------------------------ data
+
+    def _row_settings(self, *, evaluating: bool) -> RowSettings:
+        return RowSettings(
+            objective=self.objective,
+            layout=self._preparation().layout,
+            tokens_per_row=self.args.tokens_per_row or default_tokens_per_row(self.model, self.args.device),
+            rank=self.args.process_index // self.get_tp_size(),
+            num_ranks=self._num_ranks,
+            score_rejected=True if evaluating else None,
+        )
+
+    @property
+    def _num_ranks(self) -> int:
+        """Processes that see different pairs."""
+        return max(1, self.args.world_size // self.get_tp_size())
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """A loader of optimizer steps, not passed through `accelerator.prepare`: it is rank-aware already."""
+        if self.train_dataset is None:
+            raise DataError("there is no train_dataset to train on")
+        settings = self._row_settings(evaluating=False)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        steps: StepDataset | StepStream
+        if isinstance(self.train_dataset, TokenizedStream):
+            steps = StepStream(
+                self.train_dataset.open,
+                settings,
+                pairs_per_step=self.pairs_per_step,
+                seed=seed,
+                shuffle_buffer=self.args.shuffle_buffer,
+            )
+        else:
+            steps = StepDataset(
+                self.train_dataset,
+                settings,
+                pairs_per_step=self.pairs_per_step,
+                seed=seed,
+                drop_last=self.args.dataloader_drop_last,
+            )
+        return step_loader(
+            steps,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """A loader of the evaluation pairs in their order; `eval_dataset` is one of ours by name, or other data."""
+        if (
+            isinstance(eval_dataset, str)
+            and isinstance(self.eval_dataset, dict)
+            and eval_dataset in self.eval_dataset
+        ):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        pairs = (
+            self.eval_dataset if eval_dataset is None else self._reader.whole(eval_dataset, "eval", "train")
+        )
+        if pairs is None:
+            raise DataError("there is no eval_dataset to evaluate on")
+        settings = self._row_settings(evaluating=True)
+        return step_loader(
+            StepDataset(pairs, settings, pairs_per_step=EVALUATION_BLOCK * self._num_ranks, shuffle=False)
+        )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The same, for `predict`."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Pairs behind a loader, whose items are steps."""
+        steps = dataloader.dataset
+        return (
+            len(steps.pairs) if isinstance(steps, StepDataset) else self.args.max_steps * self.pairs_per_step
+        )
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Pairs of one optimizer step."""
+        return self.pairs_per_step
+
+    # ------------------------------------------------------------------------------------ a step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run the rows of one optimizer step, forward and backward.
+
+        Returns:
+            The step's loss as the Trainer expects it: its mean over the ranks is the loss.
+        """
+        step: Step = inputs["step"]
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        losses = []
+        for number, row in enumerate(step.rows):
+            with self._syncing(model, last=number == len(step.rows) - 1):
+                losses.append(self._run_row(model, row, step.denominators))
+        self._last_step, self._last_losses = step, losses
+        loss = torch.stack(losses).sum()
+        self.window.add_step(loss, step.num_tokens, self.args.world_size)
+        return loss * self._num_ranks
+
+    def _run_row(self, model: nn.Module, row: PackedBatch, denominators: Denominators) -> Tensor:
+        """Forward and backward of one row; returns its share of the step's loss."""
+        with self.compute_loss_context_manager():
+            output: ORPOOutput = model(
+                batch=row.to(self.args.device, non_blocking=True), denominators=denominators
+            )
+        # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
+        loss = output.loss * self._num_ranks
+        deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
+        self.accelerator.backward(loss, **deepspeed)
+        if not row.empty:
+            self.window.add_row(_scores(output))
+        return output.loss.detach()
+
+    @property
+    def _uses_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @contextlib.contextmanager
+    def _syncing(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Let ranks exchange gradients in the last row of a step only."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        with contextlib.nullcontext() if last or self._uses_deepspeed else self.accelerator.no_sync(model):
+            yield
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm; stops where it, or the loss, is not finite: this is called right before the optimizer moves."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        finite = torch.isfinite(torch.stack([*self._last_losses])).all()
+        if (
+            norm is not None and self.accelerator.scaler is None
+        ):  # a scaler skips steps with infinite gradients
+            finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
+        if not self._reduce(finite.float()).item() == self.args.world_size:
+            raise RunError(
+                f"step {self.state.global_step + 1}: the loss or its gradient is not finite ({float(norm)} is the norm"
+                f" of the gradient); no weight was changed. {self._guilty_rows()}. Look at these rows, lower"
+                " learning_rate, or resume from the last checkpoint with another seed."
+            )
+        return norm
+
+    def _guilty_rows(self) -> str:
+        """Where the pairs of this rank come from whose row has a loss that is not finite; else all of its pairs."""
+        step = self._last_step
+        bad = [p for p, loss in zip(step.pairs, self._last_losses, strict=True) if not torch.isfinite(loss)]
+        sources = [pair.source for row in bad or step.pairs for pair in row]
+        more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
+        return f"{'Rows' if bad else 'All rows'} of rank {self.args.process_index}: {', '.join(sources[:8])}{more}"
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        summed: Tensor = self.accelerator.reduce(tensor, "sum")
+        return summed
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put the window's numbers into a training line, and TRL's names for them."""
+        if "loss" in logs:
+            means = self.window.close(self._reduce)
+            means["tokens_per_second"] = means.pop("tokens") / self.stopwatch.restart()
+            logs |= means | trl_names(means, self.objective.beta)
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------ evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Score every pair once, and average over pairs."""
+        with self.stopwatch.paused():
+            scores = self._score(dataloader)
+        metrics = evaluation_metrics(scores, self.objective)
+        metrics |= trl_names(metrics, self.objective.beta)
+        chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
+        rejected = np.where(scores.has_rejected_P.numpy(), rejected, np.nan)
+        predictions, labels = np.stack([chosen, rejected], 1), np.zeros(len(chosen), dtype=np.int64)
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        metrics = {
+            name if name.startswith(f"{metric_key_prefix}_") else f"{metric_key_prefix}_{name}": value
+            for name, value in metrics.items()
+        }
+        return EvalLoopOutput(
+            predictions=predictions, label_ids=labels, metrics=metrics, num_samples=len(chosen)
+        )
+
+    @torch.no_grad()
+    def _score(self, dataloader: DataLoader[Any]) -> PairScores:
+        """Scores of all pairs of a loader, in the order of the data, alike on every rank."""
+        model = self._model_for_evaluation()
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        device = self.args.device
+        table = torch.zeros(5, self.num_examples(dataloader), dtype=self.window.dtype, device=device)
+        for item in dataloader:
+            for row in item["step"].rows:
+                with self.accelerator.autocast():
+                    output = model(
+                        batch=row.to(device, non_blocking=True), denominators=Denominators(1.0, 1.0)
+                    )
+                if not row.empty:
+                    table[:, list(row.index)] = torch.stack([column.to(table) for column in _columns(output)])
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        columns = list(self._reduce(table).cpu())
+        return PairScores(*columns[:4], has_rejected_P=columns[4] > 0)
+
+    def _model_for_evaluation(self) -> nn.Module:
+        """The model; sharded first where `evaluate` comes before `train`."""
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
+            self.model_wrapped = self.accelerator.prepare(self.model)
+            if self.is_fsdp_enabled:
+                self.model = self.model_wrapped
+            else:
+                self.deepspeed = self.model_wrapped
+        return self.model_wrapped if self.is_deepspeed_enabled else self.model
+
+    # ------------------------------------------------------------------------------------ never lose work
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the current step and return.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint of the run directory, or a folder.
+            trial: Of a hyperparameter search.
+            ignore_keys_for_eval: Not used.
+
+        Raises:
+            RunError: The checkpoint is damaged or of another recipe, the loss is not finite, the disk is full.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if self.args.should_save:
+            remove_unfinished(self.args.output_dir)
+        self.stopped_by = None
+        settings: dict[str, Any] = {}
+        if checkpoint is not None:
+            self.window.restore(read_state(checkpoint).get("window"))
+            settings["eval_on_start"] = False
+        with self.stop_signal.caught(), _changed(self.args, **settings):
+            self.stopwatch.restart()
+            return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+
+    def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
+        if not resume:
+            return None
+        checkpoint = last_checkpoint(self.args.output_dir) if resume is True else Path(resume)
+        if checkpoint is None:
+            raise RunError(f"{self.args.output_dir}: there is no whole checkpoint to resume from")
+        problem = checkpoint_problem(checkpoint)
+        if problem is not None:
+            raise RunError(f"{checkpoint}: cannot resume, {problem}; take an earlier checkpoint")
+        if not self.args.force:
+            refuse_changes(checkpoint, read_state(checkpoint).get("run"), self._identity)
+        return checkpoint
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as the Trainer does, but into a folder beside, renamed when it is whole; then delete old ones."""
+        run_dir = Path(self._get_output_dir(trial))
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        window = self.window.fold(self._reduce)
+        with (
+            self.stopwatch.paused(),
+            written_whole(
+                target, is_writer=self.args.should_save, wait=self.accelerator.wait_for_everyone
+            ) as folder,
+        ):
+            with _changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
+                super()._save_checkpoint(model, None)
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == target or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                write_state(folder, {"window": window, "run": self._identity})
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir),
+                self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights or adapter, tokenizer and chat template; with a model card unless within a checkpoint."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card(output_dir=output_dir)
+
+    def create_model_card(self, *args: Any, output_dir: str | None = None, **kwargs: Any) -> None:
+        """Write README.md beside the model."""
+        if self.is_world_process_zero():
+            write_model_card(Path(output_dir or self.args.output_dir), self._recipe, self.state.log_history)
+
+
+# ---------------------------------------------------------------------------------------- callbacks
+
+
+class _EpochOrder(TrainerCallback):
+    """Gives each epoch its order. A callback, because the loader of a resumed epoch shares the steps alone."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = kwargs["train_dataloader"].dataset
+        if isinstance(steps, StepDataset):
+            steps.set_epoch(state.global_step // len(steps))
+
+
+class _StopBetweenSteps(TrainerCallback):
+    """Ends training where any rank has received a signal, at the same step on all, with a checkpoint."""
+
+    def __init__(self, trainer: ORPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last window, however few steps it has
+        received = torch.tensor(float(self.trainer.stop_signal.name is not None), device=args.device)
+        if self.trainer._reduce(received).item() > 0 and state.global_step < state.max_steps:
+            self.trainer.stopped_by = self.trainer.stop_signal.name or "another rank"
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopped_by is not None:
+            # The end of `train` would load the best checkpoint, and at save_total_limit=1 delete this one.
+            state.best_model_checkpoint = None
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def default_tokens_per_row(model: nn.Module, device: torch.device) -> int:
+    """Token budget of a row, where the settings give none.
+
+    On a GPU, half of the memory that is free once gradients and Adam's two moments have theirs is left to the
+    activations of a row, at 40 bytes per hidden unit and layer (measured shapes lie at 30 to 40 in bfloat16). On a
+    CPU longer rows are not faster: 8192.
+    """
+    if device.type != "cuda":
+        return 8192
+    config = base_model(model).config.get_text_config()
+    free, _ = torch.cuda.mem_get_info(device)
+    trained = sum(12 * weight.numel() for weight in model.parameters() if weight.requires_grad)
+    per_token = 40 * config.hidden_size * config.num_hidden_layers
+    return int(min(max((free - trained) / 2 / per_token, 1024), 65536)) // 256 * 256
+
+
+def _own_arguments(args: ORPOConfig | None) -> ORPOConfig:
+    """A copy of the arguments, checked against what the process has been started as."""
+    if args is None:
+        args = ORPOConfig(output_dir="orpo_output")
+    if not isinstance(args, ORPOConfig):
+        raise ConfigError(f"args is a {type(args).__name__}; ORPOTrainer needs an ORPOConfig")
+    args = copy.copy(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this process would train alone; "
+            "set use_cpu: true, or start it with torchrun on a machine with accelerators"
+        )
+    args.notices = list(args.notices)
+    if args.n_gpu > 1:
+        args.notices.append(
+            f"one of {args.n_gpu} GPUs is used; start with torchrun --nproc_per_node {args.n_gpu} for all"
+        )
+        args._n_gpu = 1
+    if args.auto_find_batch_size:
+        args.notices.append(
+            "auto_find_batch_size has no effect: tokens_per_row bounds the memory, not the batch size"
+        )
+        args.auto_find_batch_size = False
+    return args
+
+
+def _resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: Any) -> Any:
+    """The model to train, loaded if it is named, with a new adapter where one is asked for; None with `model_init`."""
+    if model is None and model_init is not None:
+        return None
+    if model is None or isinstance(model, str):
+        args.model_name_or_path = model or args.model_name_or_path
+        model = load_model(args)
+    elif args.model_init_kwargs is not None:
+        raise ConfigError("model_init_kwargs is set, but the model is loaded already; pass its name instead")
+    inner = base_model(model)
+    if inner.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
+        )
+    args.model_name_or_path = args.model_name_or_path or inner.config._name_or_path or None
+    if args.disable_dropout:
+        _disable_dropout(model)
+    if peft_config is not None:
+        if hasattr(model, "peft_config"):
+            raise ModelError(
+                "the model has an adapter already; leave peft_config out, or merge the adapter first"
+            )
+        model = add_adapter(model, peft_config)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
+    return model
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, but an adapter's own, which is asked for by name."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def _resolve_tokenizer(processing_class: Any, model: Any, args: ORPOConfig) -> Any:
+    if processing_class is not None:
+        return processing_class
+    name = args.model_name_or_path
+    if not name:
+        raise ModelError("the model does not say where it comes from; pass its tokenizer as processing_class")
+    revision = args.model_revision or (args.model_init_kwargs or {}).get("revision")
+    return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def _text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a multimodal processor, or itself."""
+    tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
+    return tokenizer
+
+
+def _settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
+    """Turn evaluation on where it was left open and there is data, and off where there is none."""
+    if evals:
+        args.evaluate_by_default()
+    elif args.eval_strategy != IntervalStrategy.NO:
+        raise ConfigError(f"eval_strategy is {args.eval_strategy.value}, but there is no evaluation data; give some, "
+                          "or set eval_split above 0 to hold some out")  # fmt: skip
+    if set(evals) - {""} and args.metric_for_best_model in ("loss", "eval_loss"):
+        args.metric_for_best_model = f"eval_{next(iter(evals))}_loss"
+        args.notices.append(
+            f"the best checkpoint is chosen by {args.metric_for_best_model}; see metric_for_best_model"
+        )
+
+
+def _unused(**given: Any) -> list[str]:
+    reasons = {
+        "data_collator": "rows are packed without padding",
+        "preprocess_logits_for_metrics": "compute_metrics receives per-pair log-probs, there are no logits",
+    }
+    return [f"{name} has no effect: {reasons[name]}" for name, value in given.items() if value is not None]
+
+
+def _columns(output: ORPOOutput) -> tuple[Tensor, ...]:
+    columns = (
+        output.chosen_logprob_P,
+        output.rejected_logprob_P,
+        output.nll_sum_P,
+        output.nll_weight_P,
+        output.has_rejected_P,
+    )
+    assert all(column is not None for column in columns)
+    return columns  # type: ignore[return-value]
+
+
+def _scores(output: ORPOOutput) -> PairScores:
+    return PairScores(*_columns(output))
+
+
+@contextlib.contextmanager
+def _changed(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes for a while."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
