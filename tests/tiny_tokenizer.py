@@ -140,7 +140,9 @@ def tiny_tokenizer(
     """
     bos, eos, template = SHAPES[template_name] if template_name else ("<s>", "</s>", None)
     backend = tokenizers.Tokenizer.from_str(_trained())
-    kept = SPECIAL if special_tokens else [token for token in SPECIAL if token in (bos, eos, "<pad>", "<unk>")]
+    kept = (
+        SPECIAL if special_tokens else [token for token in SPECIAL if token in (bos, eos, "<pad>", "<unk>")]
+    )
     backend.add_special_tokens(kept)
     if bos is not None and adds_bos is not False:
         backend.post_processor = tokenizers.processors.TemplateProcessing(

@@ -176,7 +176,7 @@ def tokenize_pairs(
             return dataset
     encoder = PairTokenizer(tokenizer, max_length=max_length, chat_template=chat_template)
     if any(not pair.is_text for pair in pairs):
-        _ = encoder.template  # a template that cannot be used is said before any work
+        _ = encoder.renderer.template  # a template that cannot be used is said before any work
     parts = _encode_all(encoder, pairs, drop_rejected, num_proc or 1)
     dataset = _join(parts, pairs, encoder, known)
     dataset.report.check(max_dropped)
@@ -272,7 +272,7 @@ def _join(
     for name in ("offsets", "span_offsets"):
         joined[name] = _offsets(np.concatenate([np.diff(part.arrays[name]) for part in parts]).tolist())
     kept = [place for part in parts for place in part.kept]
-    template = encoder.template if any(not pair.is_text for pair in pairs) else None
+    template = encoder.renderer.template if any(not pair.is_text for pair in pairs) else None
     return TokenizedDataset(
         **joined,
         pair_index=np.array(kept, dtype=np.int64),
@@ -289,7 +289,9 @@ def _key(pairs: Sequence[PreferencePair], tokenizer: Any, known: RowCounts | Non
     """A name for everything the result depends on."""
     digest = hashlib.blake2b(digest_size=16)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    vocabulary = (
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
     own = getattr(tokenizer, "chat_template", None)
     report = None if known is None else known.to_dict()
     about = [_VERSION, type(tokenizer).__name__, str(tokenizer.special_tokens_map), own, settings, report]

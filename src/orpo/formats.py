@@ -234,7 +234,9 @@ def _read_standard_repeated(row: Row) -> list[Sides]:
 def _read_standard_implicit(row: Row) -> list[Sides]:
     chosen = _text(row, "chosen")
     if row.get("rejected") is None:
-        raise BadRow("rejected", "is missing, so that nothing tells prompt and answer apart", "add a prompt column")
+        raise BadRow(
+            "rejected", "is missing, so that nothing tells prompt and answer apart", "add a prompt column"
+        )
     result = []
     for answer in _alternatives(row["rejected"], "rejected"):
         rejected = _text({"rejected": answer}, "rejected")
@@ -258,7 +260,9 @@ def common_words(one: str, other: str) -> int:
     Where the beginning holds the header of an answer (`<|assistant|>`, `[/INST]`, `Answer:`), it ends with the last
     one; else at the last border between words. Blanks go with what follows, line ends with what precedes.
     """
-    limit = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    limit = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
     headers = [match.end() for match in _HEADER.finditer(one, 0, limit)]
     if headers:
         return headers[-1]
@@ -273,7 +277,10 @@ def common_words(one: str, other: str) -> int:
         if position in inside or text[position - 1] == " ":
             return False
         after = text[position : position + 1]
-        return not (text[position - 1].isalnum() and (after.isalnum() or after in ("_", "'", "’"))) and after != "\n"
+        return (
+            not (text[position - 1].isalnum() and (after.isalnum() or after in ("_", "'", "’")))
+            and after != "\n"
+        )
 
     while limit > 0 and not (border(one, limit) and border(other, limit)):
         limit -= 1
@@ -392,7 +399,9 @@ def _read_ranked(row: Row) -> list[Sides]:
     answers = row.get("answers")
     if not isinstance(answers, list) or not answers:
         raise BadRow("answers", "is missing or empty")
-    scores: list[Any] = row["scores"] if row.get("scores") is not None else [_answer_score(one) for one in answers]
+    scores: list[Any] = (
+        row["scores"] if row.get("scores") is not None else [_answer_score(one) for one in answers]
+    )
     if all(score is None for score in scores):
         scores = [-float(place) for place in range(len(answers))]
     if len(scores) != len(answers) or not all(isinstance(score, int | float) for score in scores):
@@ -406,7 +415,9 @@ def _read_ranked(row: Row) -> list[Sides]:
         history = _instruction(row)
     if not worse:
         return _pair_up(history, {"chosen": texts[best], "rejected": texts[best]})
-    return [sides for i in worse for sides in _pair_up(history, {"chosen": texts[best], "rejected": texts[i]})]
+    return [
+        sides for i in worse for sides in _pair_up(history, {"chosen": texts[best], "rejected": texts[i]})
+    ]
 
 
 READERS: dict[str, Callable[[Row], list[Sides]]] = {

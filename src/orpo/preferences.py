@@ -92,7 +92,12 @@ class ReadSettings:
 
 
 def read_preferences(
-    data: object, *, max_dropped: float = 0.1, seed: int = 0, settings: ReadSettings | None = None, **options: Any
+    data: object,
+    *,
+    max_dropped: float = 0.1,
+    seed: int = 0,
+    settings: ReadSettings | None = None,
+    **options: Any,
 ) -> PreferenceSet:
     """Read preference pairs.
 
@@ -119,7 +124,9 @@ def read_preferences(
         result.notices.append(f"{name}: format {found['format'].name} ({found['format'].reason})")
         if weight is not None:
             taken = resample(pairs, weight, seed)
-            result.notices.append(f"{name}: weight {weight:g}: {len(taken)} of {len(pairs)} pairs in an epoch")
+            result.notices.append(
+                f"{name}: weight {weight:g}: {len(taken)} of {len(pairs)} pairs in an epoch"
+            )
             pairs = taken
         result.pairs.extend(pairs)
     result.report.check(max_dropped)
@@ -221,7 +228,9 @@ def _pairs(
 def _format(head: Sequence[RawRow], settings: ReadSettings) -> Format:
     if settings.data_format is not None:
         if settings.data_format not in READERS:
-            raise ConfigError(f"data_format: {settings.data_format!r} is unknown; use one of {', '.join(READERS)}")
+            raise ConfigError(
+                f"data_format: {settings.data_format!r} is unknown; use one of {', '.join(READERS)}"
+            )
         return Format(settings.data_format, "as data_format says")
     return detect(rename(row.data, settings.columns) for row in head if isinstance(row.data, dict))
 
@@ -234,7 +243,8 @@ def _row_pairs(raw: RawRow, read: Any, settings: ReadSettings) -> list[Preferenc
     group = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
     sides: list[Sides] = read(row)
     return [
-        PreferencePair(prompt, chosen, rejected, tools, raw.source, group) for prompt, chosen, rejected in sides
+        PreferencePair(prompt, chosen, rejected, tools, raw.source, group)
+        for prompt, chosen, rejected in sides
     ]
 
 
@@ -276,5 +286,3 @@ def _answer(side: list[Message] | str) -> object:
     if isinstance(side, str):
         return side.strip()
     return [{**message, "content": message["content"].strip()} for message in side]
-
-

@@ -133,9 +133,15 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         except json.JSONDecodeError:
             yield from _read_jsonl(path)
             return
-        tables = [value for value in loaded.values() if isinstance(value, list)] if isinstance(loaded, dict) else []
+        tables = (
+            [value for value in loaded.values() if isinstance(value, list)]
+            if isinstance(loaded, dict)
+            else []
+        )
         if len(tables) != 1:
-            raise DataError(f"{path.name}:1: expected a JSON array of rows; wrap the rows in [ ] or write jsonl")
+            raise DataError(
+                f"{path.name}:1: expected a JSON array of rows; wrap the rows in [ ] or write jsonl"
+            )
         yield from _object_rows(tables[0], path.name)
         return
     yield from _read_array(text, start + 1, path.name)

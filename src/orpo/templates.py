@@ -121,6 +121,7 @@ class ChatTemplate:
         suffix: What it writes after an answer.
         end: The part of `suffix` to train on: up to the end-of-turn token, this included.
         end_token: That token; the tokenizer's EOS where the template has none.
+        anchors: Added tokens it writes between a question and its answer.
         folds_system: It takes no system turn, so its text goes in front of the first user turn.
         ignores_tools: It does not write the `tools` it is given.
         notices: Lines to print.
@@ -131,6 +132,7 @@ class ChatTemplate:
     suffix: str = ""
     end: str = ""
     end_token: str = ""
+    anchors: tuple[str, ...] = ()
     folds_system: bool = False
     ignores_tools: bool = False
     notices: tuple[str, ...] = ()
@@ -143,15 +145,6 @@ class ChatTemplate:
             list(turns), tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=ask
         )
         return text
-
-    def finish(self, text: str) -> str:
-        """A rendered conversation, cut behind the end-of-turn token of its last turn."""
-        if text.endswith(self.suffix):
-            return text[: len(text) - len(self.suffix)] + self.end
-        found = text.rfind(self.end_token)
-        if found >= 0 and not text[found + len(self.end_token) :].strip():
-            return text[: found + len(self.end_token)]
-        return text.rstrip() + self.end_token
 
 
 def fold_system(turns: Sequence[Message]) -> list[Message]:
@@ -198,7 +191,9 @@ def prepare_template(tokenizer: Any, chat_template: str | None = None) -> ChatTe
     bos = tokenizer.bos_token
     if adds_bos(tokenizer) and not rendered.startswith(bos):
         text = "{{- bos_token }}" + text
-        notices.append(f"the chat template does not write {bos}, which the tokenizer does: put in front of it")
+        notices.append(
+            f"the chat template does not write {bos}, which the tokenizer does: put in front of it"
+        )
     suffix = rendered.partition(_ANSWER)[2]
     end, end_token = _end_of_turn(tokenizer, suffix)
     folds = not _writes(tokenizer, bare, [{"role": "system", "content": _SYSTEM}, *probe], None, _SYSTEM)
@@ -212,6 +207,7 @@ def prepare_template(tokenizer: Any, chat_template: str | None = None) -> ChatTe
         suffix=suffix,
         end=end,
         end_token=end_token,
+        anchors=_anchors(tokenizer, bare, question),
         folds_system=folds,
         ignores_tools=not _writes(tokenizer, bare, probe, [tool], _TOOL),
         notices=tuple(notices),
@@ -246,11 +242,15 @@ def _choose(tokenizer: Any, chat_template: str | None) -> tuple[str, str, list[s
 def _named(tokenizer: Any, name: str) -> tuple[str, list[str]]:
     template = NAMED[name]
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in (*template.tokens, *filter(None, [template.end])) if token not in vocabulary]
+    missing = [
+        token for token in (*template.tokens, *filter(None, [template.end])) if token not in vocabulary
+    ]
     if template.end is not None and template.end in vocabulary:
         end = repr(template.end)
     elif tokenizer.eos_token is None:
-        raise ModelError(f"the tokenizer has neither {template.end} nor an EOS token; set one or name another template")
+        raise ModelError(
+            f"the tokenizer has neither {template.end} nor an EOS token; set one or name another template"
+        )
     else:
         end = "eos_token"
     notices = []
@@ -260,6 +260,17 @@ def _named(tokenizer: Any, name: str) -> tuple[str, list[str]]:
             f"the vocabulary has no {', '.join(missing)}: written as plain text{ends} (resize_embeddings adds them)"
         )
     return template.text.replace("END", end), notices
+
+
+def _anchors(tokenizer: Any, template: ChatTemplate, question: Message) -> tuple[str, ...]:
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    header = template.render(tokenizer, [{**question, "content": _ANSWER}], None, ask=True).partition(
+        _ANSWER
+    )[2]
+    ids = tokenizer(header, add_special_tokens=False)["input_ids"]
+    return tuple(
+        str(tokenizer.convert_ids_to_tokens(token)) for token in dict.fromkeys(ids) if token in added
+    )
 
 
 def _end_of_turn(tokenizer: Any, suffix: str) -> tuple[str, str]:
@@ -272,7 +283,9 @@ def _end_of_turn(tokenizer: Any, suffix: str) -> tuple[str, str]:
             if found >= 0:
                 return suffix[: found + len(written)], written
     if tokenizer.eos_token is None:
-        raise ModelError("neither the chat template nor the tokenizer has an end-of-turn token; set tokenizer.eos_token")
+        raise ModelError(
+            "neither the chat template nor the tokenizer has an end-of-turn token; set tokenizer.eos_token"
+        )
     return suffix.rstrip() + tokenizer.eos_token, tokenizer.eos_token
 
 

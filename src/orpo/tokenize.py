@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
 from orpo.counts import RowCounts
-from orpo.errors import ModelError
 from orpo.formats import Message
 from orpo.preferences import PreferencePair
-from orpo.templates import ChatTemplate, adds_bos, first_line, prepare_template
+from orpo.rendering import Dropped, Rendered, RenderedSide, Renderer, common
+from orpo.templates import adds_bos
 
 Tokens = list[int]
-_MARKER = "ORPO turn marker"
 BATCH = 512
 
 
@@ -56,10 +54,6 @@ class TokenizedPair:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
-class Dropped(Exception):
-    """A well-formed pair that cannot train; the message is the reason."""
-
-
 class _Encoded(NamedTuple):
     """A text's tokens, and the tokenizer's record of where in the text each came from (fast tokenizers only)."""
 
@@ -67,15 +61,28 @@ class _Encoded(NamedTuple):
     record: Any
 
 
-class _Side(NamedTuple):
-    """One conversation as text: its first `boundary` characters are the prompt, the rest is the answer."""
+class _Outcome(NamedTuple):
+    """What one pair became: its tokens, or why it is dropped."""
 
-    text: str
-    boundary: int
+    tokens: TokenizedPair | None
+    reason: str | None
+    notes: list[str]
+
+
+class _Tokens(NamedTuple):
+    """One side: prompt tokens, the prompt's encoding, answer tokens."""
+
+    head: Tokens
+    prompt: _Encoded
+    answer: Tokens
 
 
 class PairTokenizer:
-    """Turns pairs into `TokenizedPair`s with one tokenizer, one template and one length limit."""
+    """Turns pairs into `TokenizedPair`s with one tokenizer, one template and one length limit.
+
+    Attributes:
+        counts: Reasons of dropped and changed pairs, filled by `encode`.
+    """
 
     def __init__(self, tokenizer: Any, *, max_length: int | None, chat_template: str | None = None):
         """Keep the settings; the template is settled when the first conversation needs it.
@@ -87,294 +94,221 @@ class PairTokenizer:
         """
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.renderer = Renderer(tokenizer, chat_template)
         self.counts = RowCounts()
-        self._chat_template = chat_template
         self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-        self._added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-
-    @cached_property
-    def template(self) -> ChatTemplate:
-        """The chat template in use."""
-        return prepare_template(self.tokenizer, self._chat_template)
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | None]:
-        """Tokenize pairs in one call of the tokenizer; None where a pair was dropped, its reason counted."""
-        sides = [self._attempt(pair, self._render) for pair in pairs]
-        texts = [text for one in sides if one is not None for text in _texts(one)]
-        encoded = iter(self._encode_texts(texts))
-        taken = [None if one is None else [next(encoded) for _ in _texts(one)] for one in sides]
-        return [
-            None if one is None else self._attempt(pair, self._fit, one, tokens)
-            for pair, one, tokens in zip(pairs, sides, taken, strict=True)
-        ]
+        """Tokenize pairs; None where a pair was dropped.
 
-    def _attempt(self, pair: PreferencePair, step: Any, *arguments: Any) -> Any:
-        try:
-            return step(pair, *arguments)
-        except Dropped as dropped:
-            self.counts.drop(str(dropped), pair.source)
-            return None
-
-    # --------------------------------------------------------------------------------------- text
-
-    def _render(self, pair: PreferencePair) -> list[_Side]:
-        """The chosen and, if there is one, the rejected side as text."""
-        answers = [answer for answer in (pair.chosen, pair.rejected) if answer is not None]
-        if isinstance(pair.prompt, str):
-            return [_Side(pair.prompt + self._plain_end(str(answer)), len(pair.prompt)) for answer in answers]
-        try:
-            sides = [self._render_side(pair.prompt, list(answer), pair) for answer in answers]
-        except Dropped:
-            raise
-        except Exception as error:
-            raise Dropped(f"the chat template refuses the row: {first_line(error)}") from error
-        if pair.tools and self.template.ignores_tools:
-            self.counts.change("the chat template does not write the tools", pair.source)
-        if self.template.folds_system and pair.prompt and pair.prompt[0]["role"] == "system":
-            self.counts.change("system text put into the first user turn (template has none)", pair.source)
-        if parts_early(pair):
-            return sides
-        # A shared prompt is the same text on both sides, so its boundary must be too.
-        boundary = min(side.boundary for side in sides)
-        return [side._replace(boundary=boundary) for side in sides]
-
-    def _plain_end(self, answer: str) -> str:
-        """A plain-text answer with its end token: the one it was written with, else EOS."""
-        bare = answer.rstrip()
-        if any(bare.endswith(token) for token in self._added_texts):
-            return bare
-        if self.tokenizer.eos_token is None:
-            raise ModelError("the tokenizer has no EOS token, so no answer could end; set tokenizer.eos_token")
-        return answer + str(self.tokenizer.eos_token)
-
-    @cached_property
-    def _added_texts(self) -> tuple[str, ...]:
-        return tuple(str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(self._added)))
-
-    def _render_side(self, context: list[Message], answer: list[Message], pair: PreferencePair) -> _Side:
-        before, last = [*context, *answer[:-1]], answer[-1]
-        end = self.template.end_token
-        while last["content"].rstrip().endswith(end):
-            last = {**last, "content": last["content"].rstrip().removesuffix(end)}
-            self.counts.change(f"{end} written in the answer itself: not repeated", pair.source)
-        asked = self._turns(before, pair, ask=True)
-        text = self.template.finish(self._turns([*before, last], pair, ask=False))
-        if text.startswith(asked):
-            return _Side(text, len(asked))
-        return _Side(text, self._boundary(before, asked, text, pair))
-
-    def _boundary(self, before: list[Message], asked: str, text: str, pair: PreferencePair) -> int:
-        """Where the prompt ends if the template writes another header when asked than before an answer.
-
-        The last place up to which both agree and at which a message begins: the answer's content, or its header.
+        A pair longer than `max_length` loses the oldest turns of its prompt, the same on both sides, and no more
+        of them than it must.
         """
-        agree = _common(asked, text)
-        marked = self._turns([*before, {"role": "assistant", "content": _MARKER}], pair, ask=False)
-        places = [marked.find(_MARKER), len(self._turns(before, pair, ask=False))]
-        fitting = [place for place in places if 0 < place <= agree and text[:place] == marked[:place]]
-        if not fitting:
-            raise Dropped("no boundary: the chat template renders the prompt differently once it is answered")
-        self.counts.change("prompt ends before the header the template writes when asked", pair.source)
-        return max(fitting)
+        outcomes = self._encode(pairs)
+        if self.max_length is not None:
+            self._shorten(pairs, outcomes, self.max_length)
+        for pair, outcome in zip(pairs, outcomes, strict=True):
+            if outcome.reason is not None:
+                self.counts.drop(outcome.reason, pair.source)
+            else:
+                for note in dict.fromkeys(outcome.notes):
+                    self.counts.change(note, pair.source)
+        return [outcome.tokens for outcome in outcomes]
 
-    def _turns(self, turns: Sequence[Message], pair: PreferencePair, *, ask: bool) -> str:
-        return self.template.render(self.tokenizer, turns, pair.tools, ask=ask)
+    def _encode(self, pairs: Sequence[PreferencePair]) -> list[_Outcome]:
+        """Tokenize pairs in one call of the tokenizer, whatever their length."""
+        rendered: list[Rendered | str] = []
+        for pair in pairs:
+            try:
+                rendered.append(self.renderer.render(pair))
+            except Dropped as dropped:
+                rendered.append(str(dropped))
+        sides = [side for one in rendered if not isinstance(one, str) for side in one.sides]
+        tokens = iter(self._tokenize(sides))
+        outcomes = []
+        for pair, one in zip(pairs, rendered, strict=True):
+            if isinstance(one, str):
+                outcomes.append(_Outcome(None, one, []))
+                continue
+            parts = [next(tokens) for _ in one.sides]
+            try:
+                outcomes.append(_Outcome(self._assemble(pair, one, parts), None, one.notes))
+            except Dropped as dropped:
+                outcomes.append(_Outcome(None, str(dropped), []))
+        return outcomes
 
-    # --------------------------------------------------------------------------------------- tokens
+    # --------------------------------------------------------------------------------------- text to tokens
 
     def _encode_texts(self, texts: list[str]) -> list[_Encoded]:
         if not texts:
             return []
         batch = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )
         records = getattr(batch, "encodings", None) or [None] * len(texts)
         return [_Encoded(ids, record) for ids, record in zip(batch["input_ids"], records, strict=True)]
 
+    def _tokenize(self, sides: list[RenderedSide]) -> list[_Tokens | None]:
+        """Prompt and answer of every side; None where the prompt's tokens are no prefix of the conversation's.
+
+        Tokenizers split text at added tokens first, so an answer reads the same from its anchor on as from the start
+        of its conversation; a prompt that both sides share is tokenized once.
+        """
+        prompts = [side.text[: side.boundary] for side in sides]
+        texts = list(dict.fromkeys([*prompts, *(side.text[side.anchor :] for side in sides)]))
+        known = dict(zip(texts, self._encode_texts(texts), strict=True))
+        result: list[_Tokens | None] = []
+        crossed: list[tuple[int, Tokens, Tokens]] = []
+        for place, (side, prompt) in enumerate(zip(sides, prompts, strict=True)):
+            head, tail = known[prompt].ids, known[side.text[side.anchor :]].ids
+            header = head if side.anchor == 0 else self._last_header(side, head, tail)
+            result.append(_Tokens(self._with_bos(head), known[prompt], tail[len(header) :]))
+            if tail[: len(header)] != header or len(tail) == len(header):
+                crossed.append((place, header, tail))
+        # A token lies across these boundaries. At inference the prompt is tokenized without its answer: so here.
+        apart = self._encode_texts([sides[place].text[sides[place].boundary :] for place, _, _ in crossed])
+        for (place, header, tail), answer in zip(crossed, apart, strict=True):
+            same = self._decode(header + answer.ids) == self._decode(tail)
+            part = result[place]
+            result[place] = part._replace(answer=answer.ids) if same and part is not None else None
+        return result
+
+    def _last_header(self, side: RenderedSide, head: Tokens, tail: Tokens) -> Tokens:
+        """The prompt's tokens from the anchor on."""
+        places = (place for place in range(len(head) - 1, -1, -1) if head[place] == tail[0])
+        return head[next(places, 0) :]
+
+    def _decode(self, ids: Tokens) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def _with_bos(self, ids: Tokens) -> Tokens:
-        """BOS exactly once: never doubled where the template and the text both wrote it, never missing."""
+        """BOS exactly once: not doubled where both the template and the text write it, never missing."""
         bos = self.tokenizer.bos_token_id
         while len(ids) > 1 and ids[0] == ids[1] == bos:
             ids = ids[1:]
         return [self._bos, *ids] if self._bos is not None and ids[:1] != [self._bos] else ids
 
-    def _tokens(self, pair: PreferencePair, sides: list[_Side], encoded: list[_Encoded]) -> TokenizedPair:
-        """Prompt and answers of one pair as tokens; `encoded` belongs to `_texts(sides)`."""
-        prompts, texts = encoded[0::2], encoded[1::2]
-        heads = [self._with_bos(one.ids) for one in prompts]
-        if not all(heads):
-            raise Dropped("no boundary: the prompt is empty")
-        answers = [
-            self._answer(pair, side, head, self._with_bos(one.ids))
-            for side, head, one in zip(sides, heads, texts, strict=True)
-        ]
-        if len(answers) == 2 and heads[0] + answers[0] == heads[1] + answers[1]:
-            raise Dropped("chosen and rejected are identical after rendering")
-        shared = self._shared(pair, sides, heads)
-        spans = () if pair.is_text else self._spans(pair, sides[0], prompts[0], len(heads[0]))
-        rests = [head[shared:] + answer for head, answer in zip(heads, answers, strict=True)]
-        context = [len(head) - shared for head in heads]
+    # --------------------------------------------------------------------------------------- one pair
+
+    def _assemble(
+        self, pair: PreferencePair, rendered: Rendered, parts: list[_Tokens | None]
+    ) -> TokenizedPair:
+        whole = [part for part in parts if part is not None and part.head]
+        if len(whole) < len(parts):
+            raise Dropped("no boundary: the prompt's tokens are not a prefix of the conversation's")
+        for part in whole:
+            self._check(part.answer)
+        if len(whole) == 2 and whole[0].head + whole[0].answer == whole[1].head + whole[1].answer:
+            raise Dropped("chosen and rejected are identical once rendered")
+        shared = self._shared(rendered, whole)
+        sides = [part.head[shared:] + part.answer for part in whole]
+        contexts = [len(part.head) - shared for part in whole]
         return TokenizedPair(
-            prompt=heads[0][:shared],
-            chosen=rests[0],
-            rejected=rests[1] if len(rests) == 2 else [],
-            chosen_context=context[0],
-            rejected_context=context[1] if len(rests) == 2 else 0,
-            assistant_spans=spans,
+            prompt=whole[0].head[:shared],
+            chosen=sides[0],
+            rejected=sides[1] if len(sides) == 2 else [],
+            chosen_context=contexts[0],
+            rejected_context=contexts[1] if len(sides) == 2 else 0,
+            assistant_spans=self._spans(rendered, whole[0]),
             source=pair.source,
         )
 
-    def _answer(self, pair: PreferencePair, side: _Side, head: Tokens, whole: Tokens) -> Tokens:
-        """The tokens behind the prompt, which must be a true prefix of the whole."""
-        answer = whole[len(head) :]
-        if whole[: len(head)] != head or not answer:
-            # A token lies across the boundary. At inference the prompt is tokenized without its answer: do the same.
-            (apart,) = self._encode_texts([side.text[side.boundary :]])
-            answer = apart.ids
-            if self.tokenizer.decode(head + answer) != self.tokenizer.decode(whole):
-                raise Dropped("no boundary: the prompt's tokens are not a prefix of the conversation's")
-            self.counts.change("a token crossed the boundary: answer tokenized apart from its prompt", pair.source)
-        if not answer or answer[-1] not in self._added:
-            raise Dropped("the answer does not end with an end-of-turn token")
+    def _check(self, answer: Tokens) -> None:
+        if not answer or answer[-1] not in self.renderer.added:
+            raise Dropped("an answer does not end with an end-of-turn token")
         if len(answer) == 1:
-            raise Dropped("the answer is empty after rendering")
+            raise Dropped("an answer is empty once rendered")
         if answer[-1] in answer[:-1]:
             raise Dropped("the end-of-turn token occurs inside an answer")
-        return answer
 
-    def _shared(self, pair: PreferencePair, sides: list[_Side], heads: list[Tokens]) -> int:
+    def _shared(self, rendered: Rendered, parts: list[_Tokens]) -> int:
         """How many tokens both sides start with, cut back to a message boundary."""
-        if not parts_early(pair):
-            return len(heads[0])
-        assert not isinstance(pair.prompt, str) and pair.rejected is not None
-        turns = [[*pair.prompt, *pair.chosen], [*pair.prompt, *pair.rejected]]
-        for place in range(len(pair.prompt), 0, -1):
-            ask = all(conversation[place]["role"] == "assistant" for conversation in turns)
-            try:
-                text = self._turns(pair.prompt[:place], pair, ask=ask)
-            except Exception:  # a template may refuse a conversation that breaks off here
-                continue
-            if all(side.text.startswith(text) for side in sides):
-                ids = self._with_bos(self._encode_texts([text])[0].ids)
-                if ids and all(head[: len(ids)] == ids for head in heads):
-                    return len(ids)
-        raise Dropped("no boundary: the sides share no whole message")
+        if all(side.boundary == rendered.shared[0] for side in rendered.sides):
+            return len(parts[0].head)
+        for end in rendered.shared:
+            ids = self._with_bos(self._encode_texts([rendered.sides[0].text[:end]])[0].ids)
+            if ids and all(part.head[: len(ids)] == ids for part in parts):
+                return len(ids)
+        raise Dropped("no boundary: the sides share no whole message in tokens")
 
-    # --------------------------------------------------------------------------------------- earlier answers
+    def _spans(self, rendered: Rendered, part: _Tokens) -> tuple[tuple[int, int], ...]:
+        shift = len(part.head) - len(part.prompt.ids)  # BOS put in front, or a doubled one taken away
+        text = rendered.sides[0].text[: rendered.sides[0].boundary]
+        return tuple(
+            (self._place(part.prompt, text, start) + shift, self._place(part.prompt, text, stop) + shift)
+            for start, stop in rendered.spans
+        )
 
-    def _spans(
-        self, pair: PreferencePair, side: _Side, encoded: _Encoded, length: int
-    ) -> tuple[tuple[int, int], ...]:
-        """Token ranges of the earlier assistant turns, their end-of-turn token included."""
-        turns = [*pair.prompt, *pair.chosen[:-1]]
-        places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]  # type: ignore[index]
-        if not places:
-            return ()
-        text = side.text[: side.boundary]
-        ranges = self._spans_at_once(turns, places, text, pair)  # type: ignore[arg-type]
-        if ranges is None:
-            found = [self._span(turns, place, text, pair) for place in places]  # type: ignore[arg-type]
-            ranges = [one for one in found if one is not None]
-            if len(ranges) < len(places):
-                self.counts.change("an earlier answer was not found: left out of nll_on: assistant", pair.source)
-        shift = length - len(encoded.ids)  # BOS put in front, or a doubled one taken away
-        return tuple((self._token(encoded, text, a) + shift, self._token(encoded, text, b) + shift) for a, b in ranges)
-
-    def _spans_at_once(
-        self, turns: list[Message], places: list[int], text: str, pair: PreferencePair
-    ) -> list[tuple[int, int]] | None:
-        """Character ranges from one rendering with a marker for every answer; None if the text does not match it."""
-        if any(set(turns[place]) > {"role", "content"} for place in places):
-            return None
-        marked = [{**turn, "content": _MARKER} if turn["role"] == "assistant" else turn for turn in turns]
-        pieces = self._turns(marked, pair, ask=True).split(_MARKER)
-        if len(pieces) != len(places) + 1 or not text.startswith(pieces[0]):
-            return None
-        ranges, position = [], len(pieces[0])
-        for place, piece in zip(places, pieces[1:], strict=True):
-            content = turns[place]["content"]
-            said = next((c for c in (content, content.strip()) if text.startswith(c + piece, position)), None)
-            if said is None:
-                return None
-            stop = position + len(said)
-            ranges.append((position, stop + (len(self.template.end) if piece.startswith(self.template.end) else 0)))
-            position = stop + len(piece)
-        return ranges
-
-    def _span(self, turns: list[Message], place: int, text: str, pair: PreferencePair) -> tuple[int, int] | None:
-        """Character range of one answer: between the conversation up to it, asked, and up to it, answered."""
-        try:
-            before = self._turns(turns[:place], pair, ask=True)
-            after = self.template.finish(self._turns(turns[: place + 1], pair, ask=False))
-        except Exception:  # a template may refuse a conversation that breaks off here
-            return None
-        return (len(before), len(after)) if text.startswith(before) and text.startswith(after) else None
-
-    def _token(self, encoded: _Encoded, text: str, position: int) -> int:
+    def _place(self, encoded: _Encoded, text: str, position: int) -> int:
         """Number of tokens before a character."""
-        if position >= len(text):
-            return len(encoded.ids)
         if encoded.record is None:
-            return _common(self._encode_texts([text[:position]])[0].ids, encoded.ids)
-        while position < len(text):
-            token = encoded.record.char_to_token(position)
+            return common(self._encode_texts([text[:position]])[0].ids, encoded.ids)
+        for place in range(position, len(text)):
+            token = encoded.record.char_to_token(place)
             if token is not None:
                 return int(token)
-            position += 1
         return len(encoded.ids)
 
     # --------------------------------------------------------------------------------------- length
 
-    def _fit(self, pair: PreferencePair, sides: list[_Side], encoded: list[_Encoded]) -> TokenizedPair:
-        """The pair within `max_length`: the oldest turns of its prompt go first, the same on both sides."""
-        tokens = self._tokens(pair, sides, encoded)
-        if self.max_length is None or _longest(tokens) <= self.max_length:
-            return tokens
-        cuts = _cuts(pair.prompt)
-        low, high, best = 0, len(cuts), None
-        while low < high:  # the fewest turns: a later cut is a shorter prompt
-            middle = (low + high) // 2
-            tried = self._encode_one(replace(pair, prompt=cuts[middle]))
-            tokens = tried
-            if _longest(tried) <= self.max_length:
-                high, best = middle, tried
-            else:
-                low = middle + 1
-        if best is not None:
-            self.counts.change("oldest turns left out to fit max_length", pair.source)
-            return best
-        answer = max(len(tokens.chosen) - tokens.chosen_context, len(tokens.rejected) - tokens.rejected_context)
-        what = "the answer alone" if answer >= self.max_length else "the last question with its answer"
-        raise Dropped(f"too long: {what} exceeds max_length {self.max_length}")
-
-    def _encode_one(self, pair: PreferencePair) -> TokenizedPair:
-        sides = self._render(pair)
-        return self._tokens(pair, sides, self._encode_texts(_texts(sides)))
+    def _shorten(self, pairs: Sequence[PreferencePair], outcomes: list[_Outcome], limit: int) -> None:
+        """Replace the outcomes that are too long, by bisection over the places where a prompt may be cut."""
+        searches = {
+            place: _Search(pairs[place], outcome)
+            for place, outcome in enumerate(outcomes)
+            if outcome.tokens is not None and _longest(outcome.tokens) > limit
+        }
+        while active := [search for search in searches.values() if search.low < search.high]:
+            tried = self._encode([search.next_pair() for search in active])
+            for search, outcome in zip(active, tried, strict=True):
+                search.take(outcome, limit)
+        for place, search in searches.items():
+            outcomes[place] = search.result(limit)
 
 
-def parts_early(pair: PreferencePair) -> bool:
-    """Whether the conversations part before the last turn."""
-    if pair.is_text or pair.rejected is None:
-        return False
-    return len(pair.chosen) > 1 or len(pair.rejected) > 1
+class _Search:
+    """The fewest turns to leave out of one pair: a later cut gives a shorter prompt."""
 
+    def __init__(self, pair: PreferencePair, outcome: _Outcome):
+        self.pair = pair
+        self.cuts = shorter_prompts(pair.prompt)
+        self.low, self.high = 0, len(self.cuts)
+        self.best: _Outcome | None = None
+        self.shortest = outcome
 
-def _texts(sides: list[_Side]) -> list[str]:
-    return [text for side in sides for text in (side.text[: side.boundary], side.text)]
+    def next_pair(self) -> PreferencePair:
+        return replace(self.pair, prompt=self.cuts[(self.low + self.high) // 2])
 
+    def take(self, outcome: _Outcome, limit: int) -> None:
+        middle = (self.low + self.high) // 2
+        if outcome.tokens is not None and _longest(outcome.tokens) <= limit:
+            self.high, self.best = middle, outcome
+        else:
+            self.low = middle + 1
+            self.shortest = outcome if outcome.tokens is not None else self.shortest
 
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the common beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    def result(self, limit: int) -> _Outcome:
+        if self.best is not None:
+            return self.best._replace(notes=[*self.best.notes, "oldest turns left out to fit max_length"])
+        tokens = self.shortest.tokens
+        assert tokens is not None
+        answer = max(
+            len(tokens.chosen) - tokens.chosen_context, len(tokens.rejected) - tokens.rejected_context
+        )
+        what = "an answer alone" if answer >= limit else "the last question with its answer"
+        return _Outcome(None, f"too long: {what} exceeds max_length {limit}", [])
 
 
 def _longest(tokens: TokenizedPair) -> int:
     return len(tokens.prompt) + max(len(tokens.chosen), len(tokens.rejected))
 
 
-def _cuts(prompt: list[Message] | str) -> list[list[Message]]:
-    """The shorter prompts allowed: the system turn kept, then from a later user turn on."""
+def shorter_prompts(prompt: list[Message] | str) -> list[list[Message]]:
+    """The prompts a long one may be cut to: the system turn kept, then from a later user turn on."""
     if isinstance(prompt, str):
         return []
     start = 1 if prompt[:1] and prompt[0]["role"] == "system" else 0
