@@ -115,7 +115,7 @@ def pair_sums(logprob_T: Tensor, batch: PackedBatch) -> PairSums:
         chosen_logprob_P=mean_PS[:, 0],
         rejected_logprob_P=mean_PS[:, 1],
         nll_sum_P=zero_P.index_add(0, batch.pair_T, -logprob_T * batch.nll_weight_T),
-        nll_weight_P=zero_P.index_add(0, batch.pair_T, batch.nll_weight_T),
+        nll_weight_P=zero_P.index_add(0, batch.pair_T, batch.nll_weight_T.to(logprob_T.dtype)),
         has_rejected_P=count_PS[:, 1] > 0,
     )
 
