@@ -15,25 +15,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orpo.backends import SEGMENTS, attend_row, choose
 from orpo.packing import Run
+from orpo.varlen import Options, Plan, plan_row
 
 
 @dataclass(slots=True)
 class Segments:
-    """The attention segments of one row, with what its layers can share: masks, and a count of their calls.
+    """The attention segments of one row, with what its layers share: masks, a plan, a count of their calls.
 
     Attributes:
         runs: The runs of the row, in order.
         num_calls: Attention layers that have used these segments; a model that attends some other way leaves it 0.
+        backend: What served the last of these layers.
     """
 
     runs: Sequence[Run]
     num_calls: int = 0
+    backend: str = SEGMENTS
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    _plan: Plan | None = None
 
     def lengths(self) -> list[int]:
         """Queries of each segment, in the order of the row; they add up to N."""
         return [n for run in self.runs for n in (run.prompt + run.chosen, run.rejected) if n]
+
+    def longest(self) -> int:
+        """Keys of the longest segment."""
+        return max(run.prompt + max(run.chosen, run.rejected) for run in self.runs)
+
+    def plan(self, device: torch.device) -> Plan:
+        """What a kernel for whole rows reads."""
+        if self._plan is None or self._plan.query_starts.device != device:
+            self._plan = plan_row(self.runs, device)
+        return self._plan
 
     def mask(self, num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
         """Additive mask [Q, K] of a causal segment, or None where plain causal attention is the same.
@@ -70,7 +85,7 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of a packed row, segment by segment.
+    """Attention of a packed row: by one kernel where a GPU has one, else segment by segment.
 
     Args:
         query: [1, H, N, D].
@@ -85,34 +100,40 @@ def attend(
     Returns:
         [1, N, H, D], contiguous.
     """
-    options = {"scale": scale, "softcap": softcap, "dropout": dropout}
+    if window is not None and window >= segments.longest():
+        window = None
+    options = Options(scale, window, softcap, dropout)
+    backend = choose(query, key, value, options)
+    if backend is None:
+        return _attend_segments(query, key, value, segments, options)
+    segments.backend = backend.description
+    return attend_row(backend, query, key, value, segments.plan(query.device), options)
+
+
+def _attend_segments(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options
+) -> Tensor:
     lengths = segments.lengths()
     parts = iter(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
     outputs = []
     for run in segments.runs:
         query_A, key_A, value_A = next(parts)
-        mask = segments.mask(query_A.shape[2], key_A.shape[2], window, query)
-        outputs.append(_attend_segment(query_A, key_A, value_A, mask, **options))
+        mask = segments.mask(query_A.shape[2], key_A.shape[2], options.window, query)
+        outputs.append(_attend_segment(query_A, key_A, value_A, mask, options))
         if run.rejected:
             query_B, key_B, value_B = next(parts)
             key_B = torch.cat([key_A[:, :, : run.prompt], key_B], dim=2)
             value_B = torch.cat([value_A[:, :, : run.prompt], value_B], dim=2)
-            mask = segments.mask(query_B.shape[2], key_B.shape[2], window, query)
-            outputs.append(_attend_segment(query_B, key_B, value_B, mask, **options))
+            mask = segments.mask(query_B.shape[2], key_B.shape[2], options.window, query)
+            outputs.append(_attend_segment(query_B, key_B, value_B, mask, options))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
 def _attend_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float | None,
-    softcap: float | None,
-    dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
 ) -> Tensor:
     """One causal segment. [1, H, Q, D] over [1, H / groups, K, D] -> [1, H, Q, D]."""
+    scale, _, softcap, dropout = options
     if softcap is None:
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=mask is None, scale=scale,

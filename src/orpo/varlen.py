@@ -155,8 +155,8 @@ class VarlenKernel:
     """A function of the flash-attention family, called by the argument names that its signature has.
 
     All take query, key, value, cumulative queries, cumulative keys and the two maxima first. Beyond these,
-    torch 2.10's `varlen_attn` has `is_causal` alone; 2.11 has `scale` and `window_size` instead, where (-1,
-    0) means causal; 2.12 adds `enable_gqa` and refuses fewer key heads without it. flash-attn has
+    torch 2.10's `varlen_attn` has `is_causal` alone; 2.11 has `scale` and `window_size` instead, whose
+    (-1, 0) means causal; 2.12 adds `enable_gqa` and refuses fewer key heads without it. flash-attn has
     `softmax_scale`, `causal`, `window_size`, `softcap` and, up to its version 2, `dropout_p`.
 
     Source: https://docs.pytorch.org/docs/2.12/nn.attention.varlen.html,
@@ -255,11 +255,16 @@ def varlen_reference(  # noqa: PLR0913 - the signature of the kernels it stands 
     """`torch.nn.attention.varlen.varlen_attn` spelled out: any device and dtype, differentiable, slow.
 
     Args:
-        query: [queries, H, D]. key: [keys, H or fewer, D]. value: Like `key`. cu_seq_q: [sequences + 1],
-        cumulative queries. cu_seq_k: [sequences + 1], cumulative keys. max_q: Most queries of a sequence.
-        max_k: Most keys of a sequence. scale: Factor on the scores; 1 / sqrt(D) by default. window_size: Keys
-        seen left and right of a query's own, -1 for all; (-1, 0) is causal. The last query of
-            a sequence is aligned with its last key.
+        query: [queries, H, D].
+        key: [keys, H or fewer, D].
+        value: Like `key`.
+        cu_seq_q: [sequences + 1], cumulative queries.
+        cu_seq_k: [sequences + 1], cumulative keys.
+        max_q: Most queries of a sequence.
+        max_k: Most keys of a sequence.
+        scale: Factor on the scores; 1 / sqrt(D) by default.
+        window_size: Keys seen left and right of a query's own, -1 for all; (-1, 0) is causal. The last query
+            of a sequence is aligned with its last key.
         enable_gqa: Whether there may be fewer key heads than query heads.
         softcap: Scores become softcap * tanh(score / softcap); 0 for none.
         dropout_p: Probability of dropping an attention weight.
