@@ -153,7 +153,7 @@ def _loss_slopes(
     logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators, at: slice
 ) -> Tensor:
     """Derivative of `_loss` in the log-probabilities of the scored tokens `at`, which are whole pairs. [T]."""
-    slope_T = -objective.nll_weight / max(denominators.nll, _TINY) * batch.nll_weight_T[at]
+    slope_T = -objective.nll_weight / max(denominators.nll, _TINY) * batch.nll_weight_T[at].to(logprob_T.dtype)
     if objective.beta == 0:
         return slope_T
     mean_PS, count_PS = _response_means(logprob_T[at], batch, at)
