@@ -38,11 +38,13 @@ class Recipe:
     Attributes:
         settings: Flat key -> converted value, only what the file or the command line says.
         notices: One line for each key that was renamed or has no effect.
+        name: Of the file, without its ending; None without a file.
         environment: Variables of TRL's `env:` section, to be set before anything heavy is imported.
     """
 
     settings: dict[str, Any]
     notices: tuple[str, ...] = ()
+    name: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -77,7 +79,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     notices: list[str] = []
     problems: list[str] = []
     environment: dict[str, str] = {}
-    for source in (_read_yaml(Path(files[0])) if files else [], typed):
+    for source in (_read_recipe(Path(files[0])) if files else [], typed):
         for entry in source:
             if entry.key == "env" and isinstance(entry.value, dict):
                 environment |= {str(name): str(value) for name, value in entry.value.items()}
@@ -90,7 +92,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 notices += [f"{entry.key} ({entry.where}): {notice}"] if notice else []
     if problems:
         raise ConfigError("; ".join(problems))
-    return Recipe(settings, tuple(notices), environment)
+    return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
 
 
 def _apply(entry: Entry, settings: dict[str, Any], named: set[str]) -> str:
@@ -145,6 +147,14 @@ def _shown(value: Any) -> str:
         else ""
     )
     return (json.dumps(value) if isinstance(value, (bool, str)) else repr(value)) + hint
+
+
+def _read_recipe(path: Path) -> list[Entry]:
+    """The entries of a recipe file; a run directory stands for its recipe, and is its `output_dir`."""
+    if not path.is_dir():
+        return _read_yaml(path)
+    entries = [entry for entry in _read_yaml(path / "recipe.yaml") if entry.key != "output_dir"]
+    return [*entries, Entry("output_dir", str(path), str(path))]
 
 
 def _read_yaml(path: Path) -> list[Entry]:

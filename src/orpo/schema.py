@@ -20,6 +20,7 @@ import yaml
 
 from orpo.config import OrpoSettings
 from orpo.errors import ConfigError
+from orpo.renamed import NO_EFFECT
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,13 @@ def known_settings() -> dict[str, Known]:
         default = f.default if f.default is not MISSING else None
         own[f.name] = Known(hints[f.name], default, str(f.metadata.get("help", "")), own=True)
     inherited = _training_arguments()
-    # ORPOConfig gives some inherited settings another default; the trainer module is too heavy to import.
-    for name, known in _class_fields(Path(__file__).with_name("trainer.py"), "ORPOConfig", {}):
-        if name in inherited:
+    # ORPOConfig gives some inherited settings another default, or an unset one; its module imports torch.
+    for name, known in _class_fields(Path(__file__).with_name("arguments.py"), "ORPOConfig", {}):
+        if name in inherited and name not in NO_EFFECT:
             base = inherited.pop(name)
-            own[name] = Known(known.kind, known.default, known.help or base.help, own=True)
-        else:
-            own.setdefault(name, known)
-    return own | inherited
+            kind = base.kind | None if NoneType in members(known.kind) else base.kind
+            own[name] = Known(kind, known.default, known.help or base.help, own=True)
+    return own | {name: known for name, known in inherited.items() if name not in NO_EFFECT}
 
 
 def _training_arguments() -> dict[str, Known]:
@@ -94,14 +94,17 @@ def _enums(source: Path) -> Iterator[tuple[str, Any]]:
 
 def _class_fields(source: Path, name: str, choices: Mapping[str, Any]) -> Iterator[tuple[str, Known]]:
     """The dataclass fields of a class, read from its source."""
+    constants: dict[str, ast.expr] = {}
     for node in _parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            constants[node.targets[0].id] = node.value
         if isinstance(node, ast.ClassDef) and node.name == name:
             for item in node.body:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                    yield item.target.id, _known_field(item, choices)
+                    yield item.target.id, _known_field(item, choices, constants)
 
 
-def _known_field(item: ast.AnnAssign, choices: Mapping[str, Any]) -> Known:
+def _known_field(item: ast.AnnAssign, choices: Mapping[str, Any], constants: Mapping[str, ast.expr]) -> Known:
     annotation = ast.unparse(item.annotation)
     if any(name in annotation for name in choices):
         annotation = re.sub(r"\s*\|\s*str\b", "", annotation)
@@ -109,7 +112,8 @@ def _known_field(item: ast.AnnAssign, choices: Mapping[str, Any]) -> Known:
     default: Any = None
     if isinstance(item.value, ast.Call):
         arguments = {keyword.arg: keyword.value for keyword in item.value.keywords if keyword.arg}
-        default = _literal(arguments.get("default"))
+        written = arguments.get("default")
+        default = _literal(constants.get(written.id, written) if isinstance(written, ast.Name) else written)
         metadata = {
             key: _literal(value)
             for key, value in _dict_items(arguments.get("metadata"))

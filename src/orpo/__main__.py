@@ -1,0 +1,7 @@
+"""`python -m orpo`, for launchers that want a module: `torchrun --nproc_per_node 8 -m orpo train recipe.yaml`."""
+
+import sys
+
+from orpo.cli import main
+
+sys.exit(main())

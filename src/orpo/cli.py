@@ -1,0 +1,78 @@
+"""The `orpo` command: one word, one job; `orpo WORD --help` for each.
+
+Nothing heavy is imported before a command needs it, so help and errors in a recipe are answered at once.
+What a user can mend is one line on stderr and exit status 2; the rest are bugs and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from orpo.commands import COMMANDS
+from orpo.errors import OrpoError
+
+_EPILOG = """examples:
+  orpo demo
+  orpo train recipe.yaml --learning_rate 1e-5
+  orpo train --model_name_or_path M --dataset_name pairs.jsonl --output_dir runs/first
+  orpo eval runs/first --data test.jsonl
+  orpo chat runs/first --beside M
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0, 2 for a mistake in the input, 130 after Ctrl-C.
+    """
+    parser = _parser()
+    args, settings = parser.parse_known_args(argv)
+    if args.word is None:
+        parser.print_help()
+        return 0
+    if settings and not args.takes_settings:
+        parser.error(f"orpo {args.word}: unrecognized arguments: {' '.join(settings)}")
+    args.settings = settings
+    try:
+        return int(args.run(args))
+    except OrpoError as error:
+        print(f"orpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("orpo: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; keep the interpreter from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="orpo",
+        description="From preference pairs to an aligned language model in one stage, with ORPO.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"orpo {_version()}")
+    parser.set_defaults(takes_settings=False)
+    words = parser.add_subparsers(dest="word", metavar="WORD", title="words")
+    for command in COMMANDS:
+        command.add_parser(words)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("orpo")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
