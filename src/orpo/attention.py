@@ -145,5 +145,6 @@ def _attend_segment(
     score = softcap * torch.tanh(score / softcap)
     if mask is None:
         mask = torch.full(score.shape[2:], float("-inf"), dtype=score.dtype, device=score.device).triu_(1)
-    weight = (score + mask).float().softmax(-1).to(query.dtype)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    weight = (score + mask).softmax(-1, dtype=precise).to(query.dtype)
     return F.dropout(weight, dropout) @ value

@@ -170,7 +170,9 @@ def disagreement(backend: Backend, case: Case) -> str | None:
 
 def relative_error(tensor: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of `reference`."""
-    return float((tensor.double() - reference.double()).norm() / reference.double().norm())
+    difference = tensor.detach().double() - reference.detach().double()
+    error: float = (difference.norm() / reference.detach().double().norm()).item()
+    return error
 
 
 def _known_inputs(case: Case) -> list[Tensor]:
