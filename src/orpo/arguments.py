@@ -108,7 +108,7 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
     @property
     def pairs_per_step(self) -> int:
         """Pairs that one optimizer step sees, over all ranks."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * int(self.world_size)
 
     def evaluate_by_default(self) -> None:
         """Turn evaluation on where the user left it open and there turns out to be data for it."""
@@ -155,8 +155,9 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
             return False
         if evaluating == IntervalStrategy.EPOCH:
             return True
-        same_unit = (self.save_steps < 1) == (self.eval_steps < 1)
-        ratio = self.save_steps / self.eval_steps
+        every = self.eval_steps or self.save_steps
+        same_unit = (self.save_steps < 1) == (every < 1)
+        ratio = self.save_steps / every
         return same_unit and ratio >= 1 and ratio == int(ratio)
 
     def plain_settings(self) -> dict[str, Any]:

@@ -7,9 +7,11 @@ put into rows, batches or ranks.
 Shape suffixes: P = pairs.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -67,6 +69,12 @@ class MetricWindow:
         self._sums = torch.zeros(len(SUMS), dtype=self.dtype, device=device)
         self._before = [0.0] * len(SUMS)
         self._objective = objective
+
+    def copy(self) -> Self:
+        """A window with the same sums."""
+        other = copy.copy(self)
+        other._sums = self._sums.clone()
+        return other
 
     def add_row(self, scores: PairScores) -> None:
         """Add the pairs of one row."""

@@ -49,7 +49,7 @@ def run_identity(args: ORPOConfig, pairs: Any) -> dict[str, Any]:
     if isinstance(pairs, TokenizedDataset):
         identity |= {
             "num_pairs": len(pairs),
-            "pairs_checksum": zlib.crc32(np.ascontiguousarray(pairs.tokens)),
+            "pairs_checksum": zlib.crc32(np.ascontiguousarray(pairs.tokens).data),
         }
     return identity
 

@@ -5,6 +5,7 @@ itself, needs no communication, and must not be sharded again. Evaluation uses t
 data.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,28 @@ def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: R
     return Step(tuple(rows), tuple(rows_pairs), step_denominators(pairs, settings.objective))
 
 
+def split_rows(step: Step, settings: RowSettings) -> Step | None:
+    """The same step with the pairs of each row in two rows; None where every row is a single pair."""
+    if all(len(pairs) == 1 for pairs in step.pairs):
+        return None
+    rows, rows_pairs = [], []
+    for row, pairs in zip(step.rows, step.pairs, strict=True):
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            if pairs[half]:
+                rows_pairs.append(pairs[half])
+                rows.append(
+                    pack(
+                        pairs[half],
+                        settings.objective,
+                        layout=settings.layout,
+                        index=row.index[half],
+                        empty=row.empty,
+                        score_rejected=settings.score_rejected,
+                    )
+                )
+    return Step(tuple(rows), tuple(rows_pairs), step.denominators)
+
+
 def step_denominators(pairs: Iterable[TokenizedPair], objective: Objective) -> Denominators:
     """What the sums of a step with these pairs are divided by; each at least 1, so that an absent term is 0."""
     nll, preferences = 0, 0
@@ -140,18 +163,14 @@ class StepDataset(Dataset[Step]):
     ) -> None:
         self.pairs = pairs
         self.settings = settings
-        self._plan = {
-            "num_pairs": len(pairs),
-            "pairs_per_step": pairs_per_step,
-            "seed": seed,
-            "shuffle": shuffle,
-            "drop_last": drop_last,
-        }
+        self._plan = functools.partial(
+            plan_epoch, len(pairs), pairs_per_step, seed=seed, shuffle=shuffle, drop_last=drop_last
+        )
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of `epoch`."""
-        self._steps = plan_epoch(**self._plan, epoch=epoch)
+        self._steps = self._plan(epoch=epoch)
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+import transformers
+from accelerate.utils import DistributedType, broadcast_object_list  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -37,22 +38,25 @@ from orpo.arguments import ORPOConfig
 from orpo.checkpoints import (
     StopSignal,
     checkpoint_problem,
+    first_line,
     last_checkpoint,
     read_state,
     remove_unfinished,
     write_state,
     written_whole,
 )
+from orpo.config import LayoutName, Objective
 from orpo.errors import ConfigError, DataError, ModelError, RunError
+from orpo.head import Denominators
 from orpo.loading import add_adapter, load_model, load_tokenizer
 from orpo.metrics import MetricWindow, PairScores, evaluation_metrics, trl_names
-from orpo.model import Denominators, ORPOOutput, Preparation, base_model, prepare_model
+from orpo.model import ORPOOutput, Preparation, base_model, prepare_model
 from orpo.packing import PackedBatch
 from orpo.progress import Progress, Stopwatch
 from orpo.resuming import refuse_changes, run_identity
 from orpo.run_files import RunFiles, write_model_card
 from orpo.samples import SampleWriter
-from orpo.steps import EVALUATION_BLOCK, RowSettings, Step, StepDataset, StepStream, step_loader
+from orpo.steps import EVALUATION_BLOCK, RowSettings, Step, StepDataset, StepStream, split_rows, step_loader
 from orpo.training_data import DataReader, TokenizedStream
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
@@ -67,6 +71,13 @@ class ORPOTrainer(Trainer):
         stopped_by: Name of the signal that ended `train` early, or None.
     """
 
+    args: ORPOConfig
+    model: Any
+    optimizer: Any
+    deepspeed: Any
+    train_dataset: Any
+    eval_dataset: Any
+    objective: Objective
     _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
 
     def __init__(  # noqa: PLR0913 - TRL's signature
@@ -116,6 +127,7 @@ class ORPOTrainer(Trainer):
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
         _settle_evaluation(args, data.evals)
+        _keep_template(self._reader, tokenizer, model)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
         self._recipe = args.recipe()
@@ -175,24 +187,23 @@ class ORPOTrainer(Trainer):
         """Prepare the model for rows, once it is on its device and before it is wrapped."""
         inner = base_model(self.model)
         if self._prepared is None or self._prepared[0] is not inner:
-            first = [prepare_model(
-                self.model, self.objective, layout=self.args.layout, logits_memory_mib=self.args.logits_memory_mib
-            )] if self.is_world_process_zero() else [None]  # fmt: skip
+            # The first rank finds out which layout is exact for the model; the others take its word.
+            known: list[Preparation | None] = [None]
+            if self.is_world_process_zero():
+                known = [self._prepare(self.args.layout, probe=True)]
             if self.args.world_size > 1:
-                broadcast_object_list(first)
-            preparation = first[0]
+                broadcast_object_list(known)
+            found = known[0] or Preparation("shared", ())
             if not self.is_world_process_zero():
-                prepare_model(
-                    self.model,
-                    self.objective,
-                    layout=preparation.layout,
-                    logits_memory_mib=self.args.logits_memory_mib,
-                    probe=False,
-                )
-            for line in preparation.notices:
+                self._prepare(found.layout, probe=False)
+            for line in found.notices:
                 self._say(line)
-            self._prepared = (inner, preparation)
+            self._prepared = (inner, found)
         return self._prepared[1]
+
+    def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
+        memory = self.args.logits_memory_mib
+        return prepare_model(self.model, self.objective, layout=layout, logits_memory_mib=memory, probe=probe)
 
     # ------------------------------------------------------------------------------------ data
 
@@ -209,7 +220,7 @@ class ORPOTrainer(Trainer):
     @property
     def _num_ranks(self) -> int:
         """Processes that see different pairs."""
-        return max(1, self.args.world_size // self.get_tp_size())
+        return max(1, int(self.args.world_size) // int(self.get_tp_size()))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A loader of optimizer steps, not passed through `accelerator.prepare`: it is rank-aware already."""
@@ -289,14 +300,34 @@ class ORPOTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        losses = []
-        for number, row in enumerate(step.rows):
-            with self._syncing(model, last=number == len(step.rows) - 1):
-                losses.append(self._run_row(model, row, step.denominators))
-        self._last_step, self._last_losses = step, losses
+        losses = self._run_rows(model, step)
         loss = torch.stack(losses).sum()
         self.window.add_step(loss, step.num_tokens, self.args.world_size)
         return loss * self._num_ranks
+
+    def _run_rows(self, model: nn.Module, step: Step) -> list[Tensor]:
+        """Run all rows; where one does not fit into memory, begin again with every row split in two."""
+        self._last_step = step
+        window = self.window.copy()
+        try:
+            self._last_losses = []
+            for number, row in enumerate(step.rows):
+                with self._syncing(model, last=number == len(step.rows) - 1):
+                    self._last_losses.append(self._run_row(model, row, step.denominators))
+            return self._last_losses
+        except torch.OutOfMemoryError as error:
+            halves = None if self.args.world_size > 1 else split_rows(step, self._row_settings(evaluating=False))
+            if halves is None:
+                raise RunError(
+                    f"step {self.state.global_step + 1}: out of memory ({first_line(error)}); lower tokens_per_row"
+                    " or max_length, or set gradient_checkpointing: true"
+                ) from error
+        # Gradients of the rows that did fit, or of half a backward, are dropped with everything else.
+        self.window = window
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        self._say(f"step {self.state.global_step + 1}: out of memory; again, with rows of half as many pairs")
+        return self._run_rows(model, halves)
 
     def _run_row(self, model: nn.Module, row: PackedBatch, denominators: Denominators) -> Tensor:
         """Forward and backward of one row; returns its share of the step's loss."""
@@ -314,7 +345,7 @@ class ORPOTrainer(Trainer):
 
     @property
     def _uses_deepspeed(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     @contextlib.contextmanager
     def _syncing(self, model: nn.Module, *, last: bool) -> Iterator[None]:
@@ -406,9 +437,10 @@ class ORPOTrainer(Trainer):
                     table[:, list(row.index)] = torch.stack([column.to(table) for column in _columns(output)])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         columns = list(self._reduce(table).cpu())
-        return PairScores(*columns[:4], has_rejected_P=columns[4] > 0)
+        columns[4] = columns[4] > 0
+        return PairScores(*columns)
 
-    def _model_for_evaluation(self) -> nn.Module:
+    def _model_for_evaluation(self) -> Any:
         """The model; sharded first where `evaluate` comes before `train`."""
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
             self.model_wrapped = self.accelerator.prepare(self.model)
@@ -438,7 +470,7 @@ class ORPOTrainer(Trainer):
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if self.args.should_save:
-            remove_unfinished(self.args.output_dir)
+            remove_unfinished(str(self.args.output_dir))
         self.stopped_by = None
         settings: dict[str, Any] = {}
         if checkpoint is not None:
@@ -451,7 +483,7 @@ class ORPOTrainer(Trainer):
     def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
         if not resume:
             return None
-        checkpoint = last_checkpoint(self.args.output_dir) if resume is True else Path(resume)
+        checkpoint = last_checkpoint(str(self.args.output_dir)) if resume is True else Path(resume)
         if checkpoint is None:
             raise RunError(f"{self.args.output_dir}: there is no whole checkpoint to resume from")
         problem = checkpoint_problem(checkpoint)
@@ -492,14 +524,15 @@ class ORPOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter, tokenizer and chat template; with a model card unless within a checkpoint."""
-        super().save_model(output_dir, _internal_call)
+        with _no_bars():
+            super().save_model(output_dir, _internal_call)
         if not _internal_call:
             self.create_model_card(output_dir=output_dir)
 
     def create_model_card(self, *args: Any, output_dir: str | None = None, **kwargs: Any) -> None:
         """Write README.md beside the model."""
         if self.is_world_process_zero():
-            write_model_card(Path(output_dir or self.args.output_dir), self._recipe, self.state.log_history)
+            write_model_card(Path(output_dir or str(self.args.output_dir)), self._recipe, self.state.log_history)
 
 
 # ---------------------------------------------------------------------------------------- callbacks
@@ -625,7 +658,8 @@ def _resolve_tokenizer(processing_class: Any, model: Any, args: ORPOConfig) -> A
     name = args.model_name_or_path
     if not name:
         raise ModelError("the model does not say where it comes from; pass its tokenizer as processing_class")
-    revision = args.model_revision or (args.model_init_kwargs or {}).get("revision")
+    init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    revision = args.model_revision or init.get("revision")
     return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
@@ -635,12 +669,28 @@ def _text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _keep_template(reader: DataReader, processing_class: Any, model: Any) -> None:
+    """Save with the model the template its data was written with, and let generation stop at its end of turn."""
+    tokenizer = _text_tokenizer(processing_class)
+    if reader.chat_template is None:
+        return
+    processing_class.chat_template = tokenizer.chat_template = reader.chat_template
+    generation = None if model is None else getattr(base_model(model), "generation_config", None)
+    if generation is None or reader.end_token is None:
+        return
+    end = tokenizer.convert_tokens_to_ids(reader.end_token)
+    ends = generation.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if end not in ends:
+        generation.eos_token_id = [end, *ends]
+
+
 def _settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
     """Turn evaluation on where it was left open and there is data, and off where there is none."""
     if evals:
         args.evaluate_by_default()
     elif args.eval_strategy != IntervalStrategy.NO:
-        raise ConfigError(f"eval_strategy is {args.eval_strategy.value}, but there is no evaluation data; give some, "
+        raise ConfigError(f"eval_strategy is {args.eval_strategy}, but there is no evaluation data; give some, "
                           "or set eval_split above 0 to hold some out")  # fmt: skip
     if set(evals) - {""} and args.metric_for_best_model in ("loss", "eval_loss"):
         args.metric_for_best_model = f"eval_{next(iter(evals))}_loss"
@@ -671,6 +721,18 @@ def _columns(output: ORPOOutput) -> tuple[Tensor, ...]:
 
 def _scores(output: ORPOOutput) -> PairScores:
     return PairScores(*_columns(output))
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars that transformers draws for each file it writes."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
