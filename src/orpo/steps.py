@@ -250,16 +250,17 @@ def step_loader(
     The loader has a generator of its own. Otherwise each pass over it, an evaluation's too, would draw from the
     global one and change the training's randomness.
     """
+    if isinstance(steps, StepStream):
+        num_workers = min(num_workers, 1)  # several workers would each read all of the stream
     if num_workers == 0:
         options = {}
-    # A batch of one, not none: the Trainer can skip the items of a batch sampler when it resumes.
-    batching = {"batch_size": None} if isinstance(steps, StepStream) else {"batch_size": 1}
+    dataset: Any = steps
     return DataLoader(
-        steps,
-        **batching,
+        dataset,
+        # A batch of one, not none: the Trainer can skip the items of a batch sampler when it resumes.
+        batch_size=None if isinstance(steps, StepStream) else 1,
         collate_fn=_as_mapping,
-        # A stream read by several workers would be read several times.
-        num_workers=min(num_workers, 1) if isinstance(steps, StepStream) else num_workers,
+        num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
         **options,

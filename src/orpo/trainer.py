@@ -119,15 +119,15 @@ class ORPOTrainer(Trainer):
         """
         args = _own_arguments(args)
         set_seed(args.seed)  # an adapter's weights are drawn before Trainer sets the seed
-        model = _resolve_model(model, args, model_init, peft_config)
-        tokenizer = _resolve_tokenizer(processing_class, model, args)
+        loaded: Any = _resolve_model(model, args, model_init, peft_config)
+        tokenizer = _resolve_tokenizer(processing_class, args)
         self._reader = DataReader(args, _text_tokenizer(tokenizer), args.seed)
         with args.main_process_first(desc="tokenizing the data"):
             data = self._reader.training(train_dataset, eval_dataset, evaluates=args.eval_strategy != "no")
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
         _settle_evaluation(args, data.evals)
-        _keep_template(self._reader, tokenizer, model)
+        _keep_template(self._reader, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
         self._recipe = args.recipe()
@@ -137,7 +137,7 @@ class ORPOTrainer(Trainer):
         self.stopped_by: str | None = None
         self._prepared: tuple[nn.Module, Preparation] | None = None
         super().__init__(
-            model=model,
+            model=loaded,
             args=args,
             train_dataset=data.train,
             eval_dataset=data.evals if set(data.evals) - {""} else data.evals.get(""),
@@ -204,6 +204,12 @@ class ORPOTrainer(Trainer):
     def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
         memory = self.args.logits_memory_mib
         return prepare_model(self.model, self.objective, layout=layout, logits_memory_mib=memory, probe=probe)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make the model that `model_init` gives, with the same checks as one that is passed."""
+        model: nn.Module = super().call_model_init(trial)
+        _check_model(model, self.args)
+        return model
 
     # ------------------------------------------------------------------------------------ data
 
@@ -316,7 +322,9 @@ class ORPOTrainer(Trainer):
                     self._last_losses.append(self._run_row(model, row, step.denominators))
             return self._last_losses
         except torch.OutOfMemoryError as error:
-            halves = None if self.args.world_size > 1 else split_rows(step, self._row_settings(evaluating=False))
+            halves = (
+                None if self.args.world_size > 1 else split_rows(step, self._row_settings(evaluating=False))
+            )
             if halves is None:
                 raise RunError(
                     f"step {self.state.global_step + 1}: out of memory ({first_line(error)}); lower tokens_per_row"
@@ -332,16 +340,15 @@ class ORPOTrainer(Trainer):
     def _run_row(self, model: nn.Module, row: PackedBatch, denominators: Denominators) -> Tensor:
         """Forward and backward of one row; returns its share of the step's loss."""
         with self.compute_loss_context_manager():
-            output: ORPOOutput = model(
-                batch=row.to(self.args.device, non_blocking=True), denominators=denominators
-            )
+            output = model(batch=row.to(self.args.device, non_blocking=True), denominators=denominators)
         # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
-        loss = output.loss * self._num_ranks
+        scaled = output.loss * self._num_ranks
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
-        self.accelerator.backward(loss, **deepspeed)
+        self.accelerator.backward(scaled, **deepspeed)
         if not row.empty:
             self.window.add_row(_scores(output))
-        return output.loss.detach()
+        loss_share: Tensor = output.loss.detach()
+        return loss_share
 
     @property
     def _uses_deepspeed(self) -> bool:
@@ -532,7 +539,9 @@ class ORPOTrainer(Trainer):
     def create_model_card(self, *args: Any, output_dir: str | None = None, **kwargs: Any) -> None:
         """Write README.md beside the model."""
         if self.is_world_process_zero():
-            write_model_card(Path(output_dir or str(self.args.output_dir)), self._recipe, self.state.log_history)
+            write_model_card(
+                Path(output_dir or str(self.args.output_dir)), self._recipe, self.state.log_history
+            )
 
 
 # ---------------------------------------------------------------------------------------- callbacks
@@ -621,14 +630,8 @@ def _resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: A
         model = load_model(args)
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs is set, but the model is loaded already; pass its name instead")
-    inner = base_model(model)
-    if inner.config.is_encoder_decoder:
-        raise ModelError(
-            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
-        )
-    args.model_name_or_path = args.model_name_or_path or inner.config._name_or_path or None
-    if args.disable_dropout:
-        _disable_dropout(model)
+    args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
+    _check_model(model, args)
     if peft_config is not None:
         if hasattr(model, "peft_config"):
             raise ModelError(
@@ -638,6 +641,17 @@ def _resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: A
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
     return model
+
+
+def _check_model(model: nn.Module, args: ORPOConfig) -> None:
+    """Refuse what cannot be trained, and turn dropout off where the settings say so."""
+    inner = base_model(model)
+    if inner.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
+        )
+    if args.disable_dropout:
+        _disable_dropout(model)
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -652,7 +666,7 @@ def _disable_dropout(model: nn.Module) -> None:
                 setattr(module, attribute, 0.0)
 
 
-def _resolve_tokenizer(processing_class: Any, model: Any, args: ORPOConfig) -> Any:
+def _resolve_tokenizer(processing_class: Any, args: ORPOConfig) -> Any:
     if processing_class is not None:
         return processing_class
     name = args.model_name_or_path
