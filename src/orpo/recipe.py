@@ -232,9 +232,10 @@ def _is_assignment(word: str) -> bool:
 
 def _negated(key: str) -> str | None:
     """`no_bf16` -> `bf16`, where that is a setting that may be true or false."""
-    positive = known_settings().get(key.removeprefix("no_"))
-    is_negation = key not in known_settings() and positive is not None and bool in members(positive.kind)
-    return key.removeprefix("no_") if is_negation else None
+    name = key.removeprefix("no_")
+    positive = known_settings().get(name)
+    is_boolean = name in NO_EFFECT or (positive is not None and bool in members(positive.kind))
+    return name if is_boolean and name != key and key not in known_settings() else None
 
 
 def _take_values(key: str, rest: list[str]) -> list[str]:

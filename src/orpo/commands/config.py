@@ -96,7 +96,7 @@ def check_recipe(settings: dict[str, Any]) -> None:
     from orpo.config import OrpoSettings, check_settings
 
     checked = OrpoSettings()
-    for name, value in settings.items():
+    for name, value in ({"max_steps": -1} | settings).items():
         setattr(checked, name, value)
     check_settings(checked)
 

@@ -1,0 +1,476 @@
+"""Recipes: the files and command lines other tools' users have load unchanged; a mistake is named at once."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orpo.commands.config import TRL_DIFFERENCES, check_recipe, json_schema, settings_markdown
+from orpo.config import PRESETS, Objective, OrpoSettings, check_settings, resolve_objective
+from orpo.errors import ConfigError
+from orpo.recipe import Recipe, dump_yaml, load_recipe
+from orpo.renamed import NO_EFFECT, RENAMED, current_entries
+from orpo.schema import _class_fields, _training_arguments, convert, known_settings
+
+ROOT = Path(__file__).parent.parent
+
+TEMPLATE = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+    "eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+    "{% endfor %}"
+)
+
+# The keys of alignment-handbook's ORPO recipes (zephyr-141b-A35b, mistral-capybara, llama3-70b, and their LoRA form).
+ZEPHYR_141B = f"""
+# Model arguments
+model_name_or_path: mistral-community/Mixtral-8x22B-v0.1
+model_revision: main
+torch_dtype: bfloat16
+attn_implementation: flash_attention_2
+
+# Data training arguments
+chat_template: {yaml.safe_dump(TEMPLATE, default_style='"', width=10_000).strip()}
+dataset_name: argilla/distilabel-capybara-dpo-7k-binarized
+dataset_train_split: train
+dataset_num_proc: 8
+
+# ORPOTrainer arguments
+bf16: true
+beta: 0.05
+gradient_accumulation_steps: 1
+gradient_checkpointing: true
+gradient_checkpointing_kwargs:
+  use_reentrant: true
+hub_model_id: zephyr-orpo-141b-A35b
+learning_rate: 5.0e-6
+log_level: info
+logging_steps: 10
+lr_scheduler_type: inverse_sqrt
+max_length: 2048
+max_prompt_length: 1792
+num_train_epochs: 3
+optim: adamw_bnb_8bit
+output_dir: data/zephyr-orpo-141b-A35b
+per_device_train_batch_size: 1
+push_to_hub: true
+report_to:
+- tensorboard
+- wandb
+save_strategy: "no"
+seed: 42
+warmup_steps: 100
+"""
+QLORA_OF_2024 = """
+model_name_or_path: mistralai/Mistral-7B-v0.1
+torch_dtype: bfloat16
+use_flash_attention_2: true
+load_in_4bit: true
+use_peft: true
+lora_r: 16
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_modules:
+- q_proj
+- k_proj
+dataset_mixer:
+  argilla/distilabel-capybara-dpo-7k-binarized: 1.0
+dataset_splits:
+- train
+- test
+preprocessing_num_workers: 12
+evaluation_strategy: steps
+hub_private_repo: true
+lr_scheduler_type: cosine
+overwrite_output_dir: true
+optim: paged_adamw_8bit
+report_to: none
+save_strategy: no
+warmup_ratio: 0.1
+"""
+
+
+def load_text(tmp_path: Path, text: str, *overrides: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def test_the_zephyr_141b_recipe_of_alignment_handbook_loads_unchanged(tmp_path):
+    recipe = load_text(tmp_path, ZEPHYR_141B)
+    check_recipe(recipe.settings)
+    written = yaml.safe_load(ZEPHYR_141B)
+    assert recipe.settings["dtype"] == "bfloat16"
+    assert recipe.settings["learning_rate"] == 5e-6
+    assert recipe.settings["chat_template"] == TEMPLATE
+    assert len(recipe.notices) == 2  # torch_dtype, max_prompt_length
+    same = written.keys() - {"torch_dtype", "max_prompt_length"}
+    assert {key: recipe.settings[key] for key in same} == {key: written[key] for key in same}
+
+
+def test_recipes_of_2024_load_with_one_line_for_each_renamed_key(tmp_path):
+    recipe = load_text(tmp_path, QLORA_OF_2024)
+    check_recipe(recipe.settings)
+    expected = {
+        "attn_implementation": "flash_attention_2",
+        "dataset_name": "argilla/distilabel-capybara-dpo-7k-binarized",
+        "dataset_train_split": "train",
+        "dataset_test_split": "test",
+        "dataset_num_proc": 12,
+        "eval_strategy": "steps",
+        "warmup_steps": 0.1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "lora_dropout": 0.05,
+    }
+    assert {key: recipe.settings[key] for key in expected} == expected
+    told = [notice.split()[0] for notice in recipe.notices]
+    assert told == [
+        "torch_dtype",
+        "use_flash_attention_2",
+        "dataset_mixer",
+        "dataset_splits",
+        "preprocessing_num_workers",
+        "evaluation_strategy",
+        "overwrite_output_dir",
+        "warmup_ratio",
+    ]
+    assert all("\n" not in notice for notice in recipe.notices)
+
+
+def test_trl_command_lines_are_understood():
+    words = (
+        "--dataset_name trl-internal-testing/hh-rlhf-helpful-base-trl-style --model_name_or_path=gpt2 "
+        "--per_device_train_batch_size 4 --max_steps 1000 --learning_rate 8e-5 --gradient_accumulation_steps 1 "
+        "--eval_strategy steps --eval_steps 500 --warmup_steps 150 --report_to wandb --bf16 --logging_first_step "
+        "--no_remove_unused_columns --use_peft --lora_r=16 --lora_alpha=16 --max_prompt_length 128"
+    ).split()
+    settings = load_recipe(None, words).settings
+    assert settings["learning_rate"] == 8e-5
+    assert settings["max_steps"] == 1000
+    assert settings["bf16"] is True
+    assert settings["logging_first_step"] is True
+    assert settings["use_peft"] is True
+    assert settings["report_to"] == "wandb"
+    assert "max_prompt_length" not in settings
+
+
+def test_trl_environment_section_is_kept_apart(tmp_path):
+    recipe = load_text(tmp_path, "env:\n  WANDB_MODE: offline\nbeta: 0.1\n")
+    assert recipe.environment == {"WANDB_MODE": "offline"}
+    assert recipe.settings == {"beta": 0.1}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_load_without_a_notice(path):
+    recipe = load_recipe(path)
+    check_recipe(recipe.settings)
+    assert recipe.notices == ()
+    assert "iterature" in path.read_text()  # where the values come from
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--learning_rate", "1e-5"],
+        ["--learning-rate", "1e-5"],
+        ["--learning_rate=1e-5"],
+        ["learning_rate=1e-5"],
+        ["learning_rate=0.00001"],
+    ],
+)
+def test_the_command_line_beats_the_recipe(tmp_path, words):
+    assert load_text(tmp_path, "learning_rate: 5e-6\nbeta: 0.2", *words).settings == {
+        "learning_rate": 1e-5,
+        "beta": 0.2,
+    }
+
+
+def test_the_command_line_beats_the_recipe_under_an_old_name_too(tmp_path):
+    assert load_text(tmp_path, "torch_dtype: bfloat16", "--dtype", "float32").settings == {"dtype": "float32"}
+    assert load_text(tmp_path, "dtype: bfloat16", "--torch_dtype", "float32").settings == {"dtype": "float32"}
+
+
+def test_the_current_name_beats_the_old_one_beside_it(tmp_path):
+    recipe = load_text(tmp_path, "warmup_ratio: 0.1\nwarmup_steps: 100")
+    assert recipe.settings == {"warmup_steps": 100}
+    assert "ignored" in recipe.notices[0]
+
+
+def test_the_recipe_may_stand_anywhere_on_the_command_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("beta: 0.2")
+    for words in (
+        [str(path), "--bf16"],
+        ["--bf16", str(path)],
+        ["--bf16", "--config", str(path)],
+        ["--report_to", "none", "--bf16", str(path)],
+        ["bf16=true", str(path)],
+    ):
+        settings = load_recipe(None, words).settings
+        assert (settings["beta"], settings["bf16"]) == (0.2, True), words
+
+
+def test_a_run_directory_stands_for_its_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("beta: 0.2\noutput_dir: somewhere/else")
+    assert load_recipe(tmp_path).settings == {"beta": 0.2, "output_dir": str(tmp_path)}
+
+
+def test_what_is_printed_loads_as_the_same_recipe(tmp_path):
+    settings = load_text(tmp_path, ZEPHYR_141B).settings
+    again = load_text(tmp_path, dump_yaml(settings))
+    assert again.settings == settings
+    assert again.notices == ()
+
+
+# ---------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--bf16", {"bf16": True}),
+        ("--no_bf16", {"bf16": False}),
+        ("--no-bf16", {"bf16": False}),
+        ("--bf16 false", {"bf16": False}),
+        ("--bf16=True", {"bf16": True}),
+        ("--report_to tensorboard wandb", {"report_to": ["tensorboard", "wandb"]}),
+        ("--report_to tensorboard,wandb", {"report_to": ["tensorboard", "wandb"]}),
+        ("--report_to none", {"report_to": "none"}),
+        ("--lora_target_modules q_proj v_proj", {"lora_target_modules": ["q_proj", "v_proj"]}),
+        (r"--lora_target_modules .*(q|v)_proj{1,2}", {"lora_target_modules": r".*(q|v)_proj{1,2}"}),
+        ("--max_steps -1", {"max_steps": -1}),
+        ("--max_length none", {"max_length": None}),
+        ("--max_length 1e3", {"max_length": 1000}),
+        ("--save_steps 0.1", {"save_steps": 0.1}),
+        ("--run_name 12", {"run_name": "12"}),
+        ("--lr_scheduler_kwargs.num_cycles 2", {"lr_scheduler_kwargs": {"num_cycles": 2}}),
+        ('--lr_scheduler_kwargs {"min_lr":1e-6}', {"lr_scheduler_kwargs": {"min_lr": 1e-6}}),
+        ("--deepspeed zero2.json", {"deepspeed": "zero2.json"}),
+        ("--dataset_name a.jsonl b.jsonl", {"dataset_name": ["a.jsonl", "b.jsonl"]}),
+        ("--columns.chosen good --columns.rejected bad", {"columns": {"chosen": "good", "rejected": "bad"}}),
+        ("--lambda 0.3", {"beta": 0.3}),
+        ("--no_cuda", {"use_cpu": True}),
+        ("--packing --beta 0.1", {"beta": 0.1}),
+    ],
+)
+def test_typed_values_become_what_their_key_takes(words, expected):
+    assert load_recipe(None, words.split()).settings == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rate: 5e-6", 5e-6),  # PyYAML alone reads a text
+        ("learning_rate: 5.0e-6", 5e-6),
+        ("learning_rate: '5e-6'", 5e-6),
+        ("learning_rate: 1_000e-9", 1e-6),
+        ("save_strategy: no", "no"),  # PyYAML reads false
+        ("eval_strategy: off", "no"),
+        ("num_train_epochs: 3", 3),
+        ("max_length: null", None),
+        ("dataset_name: {a.jsonl: 1, b.jsonl: '0.5'}", {"a.jsonl": 1, "b.jsonl": 0.5}),
+        ("lr_scheduler_kwargs: {min_lr: 1e-6}", {"min_lr": 1e-6}),
+        ("lora_modules_to_save: lm_head", ["lm_head"]),
+    ],
+)
+def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
+    assert list(load_text(tmp_path, text).settings.values()) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "learning_rat: 1e-5",
+            "recipe.yaml:1: unknown setting 'learning_rat'; did you mean 'learning_rate'?",
+        ),
+        ("\n\nbeta_: 1", "recipe.yaml:3: unknown setting 'beta_'; did you mean 'beta'?"),
+        ("max_prompt_lenght: 3", "did you mean 'max_prompt_length'?"),
+        ("learning_rate: fast", 'recipe.yaml:1: learning_rate: "fast" is not usable; expected a number'),
+        ("max_steps: 1.5", "max_steps: 1.5 is not usable; expected a whole number"),
+        ("bf16: maybe", 'bf16: "maybe" is not usable; expected true or false'),
+        ("lr_scheduler_type: cosin", "expected one of linear, cosine,"),
+        ("on_bad_row: ignore", "expected one of stop, skip"),
+        ("objective: paper", "expected one of orpo, response, llamafactory, tempered"),
+        ("report_to: no", "quote it"),
+        ("beta: 1\nbeta: 2", "recipe.yaml:2: 'beta' is set twice; first at recipe.yaml:1"),
+        ("beta: [1", "not valid YAML"),
+        ("- beta", "a recipe is a mapping"),
+        ("beta.x: 1", "unknown setting 'beta.x'"),
+        ("is_encoder_decoder: true", "encoder-decoder models cannot be trained here"),
+        ("dataset_splits: [train, validation]", "one split to train on"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_what_is_expected(tmp_path, text, expected):
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, text)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_mistake_of_a_recipe_is_named_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"learning_rat.*max_steps.*foo"):
+        load_text(tmp_path, "learning_rat: 1\nmax_steps: x\n", "--foo", "1")
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["--beta", "1", "nonsense"], ["a.yaml", "b.yaml"]])
+def test_a_stray_word_is_refused(words):
+    with pytest.raises(ConfigError, match=r"nonsense|one recipe"):
+        load_recipe(None, words)
+
+
+# ---------------------------------------------------------------------------------------- what is known
+
+
+def test_names_types_and_defaults_read_from_source_are_those_of_training_arguments():
+    import transformers
+
+    read = _training_arguments()
+    real = {f.name: f for f in dataclasses.fields(transformers.TrainingArguments) if f.init}
+    assert read.keys() == real.keys()
+    for name, known in read.items():
+        default = real[name].default
+        if isinstance(default, (int, float, str, type(None))) and name not in ("optim", "project"):
+            assert known.default == default or isinstance(known.default, str), name
+        if default is not None and default is not dataclasses.MISSING:
+            convert(default, known.kind)  # every default is accepted as a value
+
+
+def test_the_settings_of_orpo_config_are_known_with_their_defaults():
+    from orpo import ORPOConfig
+
+    known = known_settings()
+    real = {f.name: f for f in dataclasses.fields(ORPOConfig) if f.init}
+    assert known.keys() == real.keys() - NO_EFFECT.keys() - {"is_encoder_decoder"}
+    for name, setting in known.items():
+        if setting.own and real[name].default is not dataclasses.MISSING:
+            assert setting.default == real[name].default, name
+
+
+def test_no_name_is_both_current_and_old():
+    old = {**RENAMED, **NO_EFFECT}
+    assert not old.keys() & known_settings().keys()
+    assert set(RENAMED.values()) <= known_settings().keys()
+    assert not RENAMED.keys() & NO_EFFECT.keys()
+
+
+def test_every_key_of_trl_is_known_and_each_different_default_has_its_reason():
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent
+    theirs = _training_arguments()
+    for file, name in (
+        ("trainer/base_config.py", "_BaseConfig"),
+        ("experimental/orpo/orpo_config.py", "ORPOConfig"),
+        ("trainer/model_config.py", "ModelConfig"),
+        ("scripts/utils.py", "ScriptArguments"),
+    ):
+        theirs |= dict(_class_fields(folder / file, name, {}))
+    ours = known_settings()
+    different = set()
+    for name, setting in theirs.items():
+        current, _ = current_entries(name, setting.default)
+        assert current.keys() <= ours.keys(), name
+        if name in ours and ours[name].default != setting.default:
+            different.add(name)
+            assert TRL_DIFFERENCES[name][0] == setting.default
+    assert different == TRL_DIFFERENCES.keys()
+
+
+def test_the_settings_reference_is_up_to_date():
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_markdown(), "run `make docs`"
+
+
+def test_the_schema_lists_every_setting_and_its_choices():
+    schema = json_schema()
+    assert schema["properties"].keys() == known_settings().keys()
+    assert schema["properties"]["on_bad_row"]["enum"] == ["stop", "skip"]
+    assert schema["properties"]["learning_rate"]["type"] == "number"
+
+
+def test_loading_a_recipe_imports_neither_torch_nor_transformers(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(ZEPHYR_141B)
+    code = (
+        "import sys; from orpo.recipe import load_recipe; from orpo.commands.config import check_recipe; "
+        f"check_recipe(load_recipe({str(path)!r}).settings); "
+        "print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert time.perf_counter() - begin < 5
+
+
+# ---------------------------------------------------------------------------------------- objective and ranges
+
+
+def test_presets_are_those_of_the_objective_document():
+    paper = Objective(beta=0.1, nll_weight=1.0, odds_scale=1.0, nll_on="full", nll_reduction="token")
+    assert PRESETS["orpo"] == Objective() == paper
+    assert PRESETS["response"] == Objective(nll_on="response")
+    assert PRESETS["llamafactory"] == Objective(nll_on="response", nll_reduction="pair")
+    assert PRESETS["tempered"] == Objective(nll_weight=0.0, odds_scale=0.5)
+
+
+def test_an_explicit_key_beats_the_preset_in_a_printed_line():
+    objective, notices = resolve_objective(OrpoSettings(objective="tempered", odds_scale=0.3, beta=0.1))
+    assert objective == Objective(nll_weight=0.0, odds_scale=0.3)
+    assert notices == ["odds_scale: 0.3 beats 0.5, the value in objective: tempered"]
+    assert resolve_objective(OrpoSettings(beta=0.3, nll_on="assistant")) == (
+        Objective(beta=0.3, nll_on="assistant"),
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "good"),
+    [
+        ("beta", -0.1, 0.0),
+        ("beta", math.nan, 10.0),
+        ("beta", math.inf, 1.0),
+        ("nll_weight", -1.0, 0.0),
+        ("odds_scale", 0.0, 0.2),
+        ("eval_split", 1.0, 0.0),
+        ("eval_split", -0.1, 0.99),
+        ("lora_dropout", 1.0, 0.0),
+        ("lora_r", 0, 1),
+        ("max_length", 1, None),
+        ("max_dropped", 1.1, 1.0),
+        ("tokens_per_row", 0, 512),
+        ("learning_rate", -1e-6, 0.0),
+        ("warmup_steps", -1, 0),
+        ("num_train_epochs", 0, 0.5),
+        ("per_device_train_batch_size", 0, 1),
+        ("gradient_accumulation_steps", 0, 1),
+        ("label_smoothing_factor", 0.1, 0.0),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(key, bad, good):
+    check_recipe({key: good})
+    with pytest.raises(ConfigError, match=rf"{key}: .* is out of range"):
+        check_recipe({key: bad})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"beta": 0.0, "nll_weight": 0.0}, "nothing would be trained"),
+        ({"objective": "tempered", "beta": 0.0}, "nothing would be trained"),
+        ({"load_in_4bit": True}, "add use_peft: true"),
+        ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "choose one"),
+        ({"streaming": True}, "set max_steps"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(settings, expected):
+    with pytest.raises(ConfigError, match=expected):
+        check_recipe(settings)
+
+
+def test_python_scripts_are_checked_as_recipes_are():
+    with pytest.raises(ConfigError, match="eval_split: 1 is out of range"):
+        check_settings(OrpoSettings(eval_split=1))
