@@ -1,7 +1,8 @@
+# ruff: noqa: E501 - templates read better unbroken
 """A small byte-level BPE tokenizer, trained here, with the special tokens of the usual chat templates.
 
-`tiny_tokenizer("chatml")` is a `PreTrainedTokenizerFast` whose template is shaped like that family's: written for
-these tests after the published behaviour, the trailing newlines, BOS, trimming and refusals included.
+`tiny_tokenizer("chatml")` is a `PreTrainedTokenizerFast` whose template is shaped like that family's: written
+for these tests after the published behaviour, the trailing newlines, BOS, trimming and refusals included.
 """
 
 import functools
@@ -17,10 +18,11 @@ SPECIAL = [
 ]  # fmt: skip
 
 TEXT = """Human: What is the capital of France? Assistant: The capital of France is Paris, a city on the river Seine.
-Human: Could you please write a short poem about the sea? Assistant: Of course, here it is. The sea is wide and blue,
-the wind is never still, the boats go out at break of day and come back home at will. Human: How do I boil an egg?
-Assistant: Put the egg into boiling water, wait for seven minutes, then cool it. You are a helpful assistant.
-def add(a, b):\n    return a + b\n\n\nNo, I will not help with that. Yes, certainly! 1, 2, 3, 4, 5. {"name": "x"}
+Human: Could you please write a short poem about the sea? Assistant: Of course, here it is. The sea is wide
+and blue, the wind is never still, the boats go out at break of day and come back home at will. Human: How do
+I boil an egg? Assistant: Put the egg into boiling water, wait for seven minutes, then cool it. You are a
+helpful assistant. def add(a, b):\n    return a + b\n\n\nNo, I will not help with that. Yes, certainly! 1, 2,
+3, 4, 5. {"name": "x"}
 user system assistant tool model question answer chosen rejected instruction response: "quoted" and (bracketed)."""
 
 _TURN = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"

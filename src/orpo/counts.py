@@ -1,7 +1,7 @@
 """What became of the rows: how many were kept, changed or dropped, by reason.
 
-Nothing in the data path is dropped, cut or defaulted without a line here. One `RowCounts` travels from reading to
-tokenizing, so that its total is the number of rows the user gave.
+Nothing in the data path is dropped, cut or defaulted without a line here. One `RowCounts` travels from
+reading to tokenizing, so that its total is the number of rows the user gave.
 """
 
 from __future__ import annotations

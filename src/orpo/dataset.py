@@ -1,8 +1,8 @@
 """A whole set of tokenized pairs: made in batches and in parallel, kept in flat arrays, cached on disk.
 
-Tokens lie in one int32 array with offsets, memory-mapped when they come from the cache, so that a data set larger
-than memory costs nothing to open. The cache is keyed by everything that can change a token: the pairs, the tokenizer,
-the template and the settings.
+Tokens lie in one int32 array with offsets, memory-mapped when they come from the cache, so that a data set
+larger than memory costs nothing to open. The cache is keyed by everything that can change a token: the pairs,
+the tokenizer, the template and the settings.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def tokenize_pairs(
         chat_template: Jinja text, file or name of a template; None: the tokenizer's own, else the default.
         num_proc: Processes; one process already uses all cores for tokenizing, not for rendering templates.
         cache_dir: Where results are kept; None: not kept.
-        drop_rejected: Leave the rejected sides out, once they have had their say about the length: SFT on the same
-            rows.
+        drop_rejected: Leave the rejected sides out, once they have had their say about the length: SFT on the
+            same rows.
         max_dropped: Largest share of rows that may be dropped, in [0, 1].
 
     Raises:
@@ -219,7 +220,8 @@ _inherited: Any = None  # what forked workers work on, so that the pairs are not
 
 def _encode_inherited(bounds: tuple[int, int]) -> _Part:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return _encode_range(*_inherited, *bounds)
+    encoder, pairs, drop_rejected = _inherited
+    return _encode_range(encoder, pairs, drop_rejected, *bounds)
 
 
 def _encode_all(
@@ -242,7 +244,7 @@ def _encode_all(
 
 def _arrays(pairs: Sequence[TokenizedPair], drop_rejected: bool = False) -> dict[str, Any]:
     parts = [part for p in pairs for part in (p.prompt, p.chosen, [] if drop_rejected else p.rejected)]
-    flat = np.fromiter((token for part in parts for token in part), dtype=np.int32)
+    flat = np.fromiter(chain.from_iterable(parts), dtype=np.int32)
     spans = [span for pair in pairs for span in pair.assistant_spans]
     contexts = [(p.chosen_context, 0 if drop_rejected else p.rejected_context) for p in pairs]
     return {

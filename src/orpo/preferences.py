@@ -1,8 +1,8 @@
-"""Preference rows of any accepted format -> `PreferencePair`, each checked and traceable to its file and line.
+"""Preference rows of any accepted format -> `PreferencePair`, each checked and traceable to file and line.
 
-Two kinds of trouble are kept apart. A malformed row (not parsable, a field missing or of the wrong type) stops the
-run, or is skipped and counted. A well-formed row that cannot train (identical sides, an empty answer) is dropped and
-counted by reason.
+Two kinds of trouble are kept apart. A malformed row (not parsable, a field missing or of the wrong type)
+stops the run, or is skipped and counted. A well-formed row that cannot train (identical sides, an empty
+answer) is dropped and counted by reason.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from orpo.counts import RowCounts
+from orpo.detect import SAMPLE, Format, detect, rename
 from orpo.errors import ConfigError, DataError
-from orpo.formats import READERS, BadRow, Format, Message, Sides, detect, rename
+from orpo.formats import READERS, Sides
+from orpo.messages import BadRow, Message
 from orpo.rows import RawRow, Row, read_rows
 
 
@@ -25,13 +27,15 @@ from orpo.rows import RawRow, Row, read_rows
 class PreferencePair:
     """A prompt and two ways to go on.
 
-    Either all three parts are messages (`{"role": ..., "content": ...}`, for the chat template) or all three are text.
+    Either all three parts are messages (`{"role": ..., "content": ...}`, for the chat template) or all three
+    are text.
 
     Attributes:
         prompt: What both sides share: system turn, earlier turns, the last question.
-        chosen: What follows on the preferred side; its last message is the response. More than one message where
-            the conversations part before the last turn.
-        rejected: The same for the other side; None in a row that has no rejected answer (trains the NLL alone).
+        chosen: What follows on the preferred side; its last message is the response. More than one message
+            where the conversations part before the last turn.
+        rejected: The same for the other side; None in a row that has no rejected answer (trains the NLL
+            alone).
         tools: Schemas of the tools the conversation may call.
         source: `pairs.jsonl:118`.
         group: Value of the row's `source` or `dataset` column, for reports by source.
@@ -103,8 +107,8 @@ def read_preferences(
 
     Args:
         data: A local file or folder (jsonl, json, csv, also .gz; parquet, arrow), a hub name, a `Dataset`,
-            `IterableDataset` or list of dicts; a list of names; or a mapping name -> weight: how often each pair of
-            that data set is seen in an epoch (0.5: a random half, 2: twice).
+            `IterableDataset` or list of dicts; a list of names; or a mapping name -> weight: how often each
+            pair of that data set is seen in an epoch (0.5: a random half, 2: twice).
         max_dropped: Largest share of rows that may be dropped or skipped, in [0, 1].
         seed: For the choice of rows where a weight is not whole.
         settings: How rows are read.
@@ -173,7 +177,8 @@ def split_holdout(
 
     Args:
         pairs: All pairs.
-        fraction: Share of the distinct prompts to hold out, in [0, 1); at least one prompt where it is above 0.
+        fraction: Share of the distinct prompts to hold out, in [0, 1); at least one prompt where it is above
+            0.
         seed: Of the choice.
 
     Returns:
@@ -203,7 +208,7 @@ def _pairs(
 ) -> Iterator[PreferencePair]:
     """The pairs of one data set; its format is left in `found`."""
     raw = read_rows(data, split=settings.split, config=settings.config)
-    head = list(itertools.islice(raw, 256))
+    head = list(itertools.islice(raw, SAMPLE))
     format_ = _format(head, settings)
     found["format"] = format_
     read = READERS[format_.name]

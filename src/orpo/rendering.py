@@ -1,8 +1,8 @@
 """A preference pair as text: what the chat template writes, and where in it prompt and answers lie.
 
-The prompt ends where the template has written the header it writes when asked for an answer; the answer ends with
-the end-of-turn token, once, and nothing behind it. All positions here are characters of rendered text at places where
-a message begins or ends; `tokenize` turns them into tokens and checks that they hold there too.
+The prompt ends where the template has written the header it writes when asked for an answer; the answer ends
+with the end-of-turn token, once, and nothing behind it. All positions here are characters of rendered text at
+places where a message begins or ends; `tokenize` turns them into tokens and checks that they hold there too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from orpo.errors import ModelError
-from orpo.formats import Message
+from orpo.messages import Message
 from orpo.preferences import PreferencePair
 from orpo.templates import ChatTemplate, first_line, prepare_template
 
@@ -31,7 +31,7 @@ class RenderedSide(NamedTuple):
     boundary: int
     """Where the prompt ends and the answer begins."""
     anchor: int
-    """A place at or before the boundary where tokenizing may start afresh: an added token begins there; or 0."""
+    """Where tokenizing may start afresh at or before the boundary: an added token begins there; or 0."""
 
 
 class Rendered(NamedTuple):
@@ -184,7 +184,8 @@ class _PairRenderer:
     def _boundary(self, before: list[Message], asked: str, text: str) -> int:
         """Where the prompt ends if the template writes another header when asked than before an answer.
 
-        The last place up to which both agree and at which a message begins: the answer's content, or its header.
+        The last place up to which both agree and at which a message begins: the answer's content, or its
+        header.
         """
         agree = common(asked, text)
         marked = self._turns([*before, {"role": "assistant", "content": _MARKER}], ask=False)
@@ -253,7 +254,7 @@ class _PairRenderer:
         return spans if text.startswith(first) else None
 
     def _span(self, turns: list[Message], place: int, text: str) -> tuple[int, int] | None:
-        """One answer: from where the conversation up to it ends when asked, to where it ends when answered."""
+        """One answer: from the end of the conversation before it, when asked, to its end when answered."""
         before = self._try_turns(turns[:place], ask=True)
         after = self._try_turns(turns[: place + 1], ask=False)
         if before is not None and after is not None:
@@ -271,7 +272,7 @@ class _PairRenderer:
 
 
 def _goes_on(text: str, position: int, content: str, piece: str, last: bool) -> bool:
-    """Whether the text has this content here, and then the template's piece (which the boundary may cut short)."""
+    """Whether the text has this content here, then the template's piece (the boundary may cut it short)."""
     if not text.startswith(content, position):
         return False
     rest = text[position + len(content) :]

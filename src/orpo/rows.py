@@ -1,7 +1,8 @@
 """Raw rows from wherever they lie: local files, the hub, objects in memory.
 
-Every row comes with its origin (`pairs.jsonl:118`), so that whatever is wrong with it later can be said with file
-and line. Local files are read with the standard library and pyarrow; `datasets` is imported for hub names only.
+Every row comes with its origin (`pairs.jsonl:118`), so that whatever is wrong with it later can be said with
+file and line. Local files are read with the standard library and pyarrow; `datasets` is imported for hub
+names only.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             except csv.Error as error:
                 yield RawRow(DataError(f"is not CSV ({error})"), f"{path.name}:{line}")
                 continue
-            row.pop(None, None)  # type: ignore[call-overload]
+            row.pop(None, None)
             yield RawRow({key: _cell(value) for key, value in row.items()}, f"{path.name}:{line}")
 
 

@@ -1,9 +1,9 @@
 """Chat templates: which one is used, and what it writes around an answer.
 
-A template is a program we cannot read, so it is asked: one short conversation is rendered with a marker for the
-answer, and what comes after the marker tells the end-of-turn token and the text behind it that must not be trained.
-The template that leaves here writes BOS exactly where the tokenizer itself would; saved with the model, it renders
-the very prompts the model was trained on.
+A template is a program we cannot read, so it is asked: one short conversation is rendered with a marker for
+the answer, and what comes after the marker tells the end-of-turn token and the text behind it that must not
+be trained. The template that leaves here writes BOS exactly where the tokenizer itself would; saved with the
+model, it renders the very prompts the model was trained on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo.errors import ConfigError, ModelError
-from orpo.formats import Message
+from orpo.messages import Message
 
 _ANSWER = "ORPO answer marker"
 _SYSTEM = "ORPO system marker"
@@ -43,10 +43,9 @@ _CHATML = (
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
-    {{- 'Tools, one JSON schema a line. Call one by writing its name and arguments as JSON between <tool_call> and ' }}
-    {{- '</tool_call>.' }}
-    {%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %}
-    {{- END + '\\n' }}
+    {{- 'Tools, one JSON schema a line. Call one by writing its name and arguments as JSON between <tool_call>
+    and ' }} {{- '</tool_call>.' }} {%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %} {{- END
+    + '\\n' }}
 {%- endif %}
 {%- for message in messages if not (tools and loop.first and message.role == 'system') %}
     {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
@@ -257,7 +256,8 @@ def _named(tokenizer: Any, name: str) -> tuple[str, list[str]]:
     if missing:
         ends = f"; turns end with {tokenizer.eos_token}" if template.end in missing else ""
         notices.append(
-            f"the vocabulary has no {', '.join(missing)}: written as plain text{ends} (resize_embeddings adds them)"
+            f"the vocabulary has no {', '.join(missing)}: written as plain text{ends}; "
+            "resize_embeddings: true adds them"
         )
     return template.text.replace("END", end), notices
 

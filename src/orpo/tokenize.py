@@ -1,9 +1,9 @@
 """Preference pairs -> token ids: chat template, prompt boundary, end of turn, length policy.
 
-Everything is settled in text the template wrote and then checked in tokens: the prompt ends where the template has
-written the header of the answer, its tokens must be a true prefix of the whole conversation's, and a response ends
-with the end-of-turn token, once. Masks come from these positions, never from token ids, so that padding may equal
-EOS.
+Everything is settled in text the template wrote and then checked in tokens: the prompt ends where the
+template has written the header of the answer, its tokens must be a true prefix of the whole conversation's,
+and a response ends with the end-of-turn token, once. Masks come from these positions, never from token ids,
+so that padding may equal EOS.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from orpo.counts import RowCounts
-from orpo.formats import Message
+from orpo.messages import Message
 from orpo.preferences import PreferencePair
 from orpo.rendering import Dropped, Rendered, RenderedSide, Renderer, common
 from orpo.templates import adds_bos
@@ -27,13 +27,14 @@ BATCH = 512
 class TokenizedPair:
     """One preference pair as token ids.
 
-    Both sides are `prompt ++ side`. Usually a side is the response alone; where the two conversations part before
-    the last turn, a side starts with turns of its own, counted by `chosen_context` and `rejected_context`.
+    Both sides are `prompt ++ side`. Usually a side is the response alone; where the two conversations part
+    before the last turn, a side starts with turns of its own, counted by `chosen_context` and
+    `rejected_context`.
 
     Attributes:
         prompt: Tokens both sides start with, cut at a message boundary; at least one.
-        chosen: The rest of the chosen side; its response is `chosen[chosen_context:]`, at least one token, the
-            end-of-turn token last.
+        chosen: The rest of the chosen side; its response is `chosen[chosen_context:]`, at least one token,
+            the end-of-turn token last.
         rejected: The same for the rejected side; empty for a row that trains the NLL alone.
         chosen_context: Leading tokens of `chosen` that belong to earlier turns.
         rejected_context: The same for `rejected`.
@@ -55,7 +56,7 @@ class TokenizedPair:
 
 
 class _Encoded(NamedTuple):
-    """A text's tokens, and the tokenizer's record of where in the text each came from (fast tokenizers only)."""
+    """A text's tokens, and the tokenizer's record of where in the text they came from (fast ones only)."""
 
     ids: Tokens
     record: Any
@@ -101,8 +102,8 @@ class PairTokenizer:
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | None]:
         """Tokenize pairs; None where a pair was dropped.
 
-        A pair longer than `max_length` loses the oldest turns of its prompt, the same on both sides, and no more
-        of them than it must.
+        A pair longer than `max_length` loses the oldest turns of its prompt, the same on both sides, and no
+        more of them than it must.
         """
         outcomes = self._encode(pairs)
         if self.max_length is not None:
@@ -153,10 +154,10 @@ class PairTokenizer:
         return [_Encoded(ids, record) for ids, record in zip(batch["input_ids"], records, strict=True)]
 
     def _tokenize(self, sides: list[RenderedSide]) -> list[_Tokens | None]:
-        """Prompt and answer of every side; None where the prompt's tokens are no prefix of the conversation's.
+        """Prompt and answer of every side; None where the prompt's tokens do not begin the conversation's.
 
-        Tokenizers split text at added tokens first, so an answer reads the same from its anchor on as from the start
-        of its conversation; a prompt that both sides share is tokenized once.
+        Tokenizers split text at added tokens first, so an answer reads the same from its anchor on as from
+        the start of its conversation; a prompt that both sides share is tokenized once.
         """
         prompts = [side.text[: side.boundary] for side in sides]
         texts = list(dict.fromkeys([*prompts, *(side.text[side.anchor :] for side in sides)]))
@@ -169,7 +170,7 @@ class PairTokenizer:
             result.append(_Tokens(self._with_bos(head), known[prompt], tail[len(header) :]))
             if tail[: len(header)] != header or len(tail) == len(header):
                 crossed.append((place, header, tail))
-        # A token lies across these boundaries. At inference the prompt is tokenized without its answer: so here.
+        # A token lies across these boundaries. At inference the prompt is tokenized without its answer.
         apart = self._encode_texts([sides[place].text[sides[place].boundary :] for place, _, _ in crossed])
         for (place, header, tail), answer in zip(crossed, apart, strict=True):
             same = self._decode(header + answer.ids) == self._decode(tail)
