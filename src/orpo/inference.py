@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from orpo.config import OrpoSettings
 from orpo.errors import ModelError
-from orpo.formats import Message
 from orpo.loading import load_model, load_tokenizer
+from orpo.messages import Message
 from orpo.runs import model_folder
 from orpo.templates import ChatTemplate, prepare_template
 
