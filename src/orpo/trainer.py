@@ -267,7 +267,7 @@ class ORPOTrainer(Trainer):
             and eval_dataset in self.eval_dataset
         ):
             eval_dataset = self.eval_dataset[eval_dataset]
-        pairs = (
+        pairs: Any = (
             self.eval_dataset if eval_dataset is None else self._reader.whole(eval_dataset, "eval", "train")
         )
         if pairs is None:
