@@ -7,9 +7,9 @@ model that cannot follow a packed row does so silently, a start-up probe compare
 and takes the fastest that is exact.
 """
 
+import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -156,43 +156,44 @@ class _Scorer:
             **kwargs: Any,
         ) -> Any:
             if batch is None:
-                with scorer.plain():
-                    return scorer.plain_forward(*args, **kwargs)
+                return scorer.plain_forward(*args, **kwargs)
             return scorer.score(batch, denominators or Denominators(batch.nll_weight, batch.num_preferences))
 
+        forward.__signature__ = _joined_signature(self.plain_forward, forward)  # type: ignore[attr-defined]
         self.model.forward = MethodType(forward, self.model)
 
     def use_layout(self, layout: LayoutName) -> None:
         """Switch to rows of `layout`; our attention serves all but the padded one."""
         self.layout = layout
         self.num_attention_calls = None
-        for config, plain in zip(self.configs, self.plain_attention, strict=True):
-            config._attn_implementation = plain if layout == "padded" else ATTENTION
 
-    @contextmanager
-    def plain(self) -> Iterator[None]:
-        """The model's own attention, for calls that are not rows: generation, the probe's reference."""
-        ours = [config._attn_implementation for config in self.configs]
-        for config, plain in zip(self.configs, self.plain_attention, strict=True):
-            config._attn_implementation = plain
-        try:
-            yield
-        finally:
-            for config, name in zip(self.configs, ours, strict=True):
-                config._attn_implementation = name
+    def attend_to(self, segments: Segments | None) -> None:
+        """Give the layers our attention over `segments`, or with None their own again: generation needs it."""
+        _active.segments = segments
+        for number, config in enumerate(self.configs):
+            if segments is None:
+                config._attn_implementation = self.plain_attention[number]
+            elif config._attn_implementation != ATTENTION:
+                self.plain_attention[number] = config._attn_implementation
+                config._attn_implementation = ATTENTION
 
     def score(self, batch: PackedBatch, denominators: Denominators) -> ORPOOutput:
+        self._check_layout(batch)
         segments = Segments(batch.runs)
-        # Stays set until the next row: gradient checkpointing attends again during backward.
-        _active.segments = segments
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask_BN, "use_cache": False}
         if self.layout != "padded":
             inputs["position_ids"] = batch.position_ids_BN
-        outputs = _backbone(self.model)(batch.input_ids_BN, **inputs, **self._router_inputs())
+            self.attend_to(segments)
+        try:
+            outputs = _backbone(self.model)(batch.input_ids_BN, **inputs, **self._router_inputs())
+        finally:
+            self.attend_to(None)
         self._check_attention(segments)
         hidden_ND = outputs.last_hidden_state.flatten(0, 1)
         loss, pairs = score_row(hidden_ND, self.head(), batch, self.objective, denominators)
         loss = loss + self._router_loss(outputs, batch, denominators)
+        if self.layout != "padded" and loss.requires_grad:
+            loss = _AttendInBackward.apply(loss, self, segments)
         return ORPOOutput(loss, *pairs)
 
     def head(self) -> Head:
@@ -207,6 +208,16 @@ class _Scorer:
             weight, bias, scale, getattr(config, "final_logit_softcapping", None),
             chunk_tokens=min(CPU_CHUNK_TOKENS, most) if weight.device.type == "cpu" else most, max_chunk_tokens=most,
         )  # fmt: skip
+
+    def _check_layout(self, batch: PackedBatch) -> None:
+        """A row that the model cannot follow would be scored wrongly, in silence."""
+        shares = any(run.rejected for run in batch.runs)
+        row: LayoutName = "padded" if not batch.runs else "shared" if shares else "packed"
+        if row != self.layout and (row, self.layout) != ("packed", "shared"):
+            raise ModelError(
+                f"the row has layout `{row}`, {type(self.model).__name__} was prepared for `{self.layout}`; "
+                f"pass layout={self.layout!r} to pack()"
+            )
 
     def _check_attention(self, segments: Segments) -> None:
         """Every row must pass through our attention as often as the probe's rows did."""
@@ -239,6 +250,32 @@ class _Scorer:
 
 class _NotOnTheInterfaceError(ModelError):
     """The model never called our attention."""
+
+
+def _joined_signature(plain: Callable[..., Any], ours: Callable[..., Any]) -> inspect.Signature:
+    """The parameters of both: generation reads there whether a model takes positions, a mask, or a last position."""
+    first, _, *added = inspect.signature(ours).parameters.values()
+    named = [
+        parameter
+        for parameter in inspect.signature(plain).parameters.values()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in {new.name for new in added}
+    ]
+    return inspect.Signature([first, *named, *added])
+
+
+class _AttendInBackward(torch.autograd.Function):
+    """Identity on the loss; during its backward, layers under gradient checkpointing attend to the row again."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scorer: _Scorer, segments: Segments) -> Tensor:
+        ctx.scorer, ctx.segments = scorer, segments
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.scorer.attend_to(ctx.segments)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: ctx.scorer.attend_to(None))
+        return grad_outputs[0], None, None
 
 
 class _Active:
@@ -297,12 +334,21 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    if hasattr(module, "modules_to_save"):  # PEFT: a copy of the module is trained in full
-        module = module.modules_to_save[module.active_adapter]
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if hasattr(module, "get_delta_weight"):  # PEFT: LoRA on the vocabulary matrix
-        for adapter in module.active_adapters:
-            weight = weight + module.get_delta_weight(adapter)
+    """The vocabulary matrix and its bias as `module` applies them now, PEFT adapters included."""
+    disabled: bool = getattr(module, "disable_adapters", False)
+    if hasattr(module, "modules_to_save"):  # a copy of the module is trained in full
+        module = module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
+    base, bias = module.weight, getattr(module, "bias", None)
+    if disabled or not hasattr(module, "get_delta_weight") or module.merged:
+        return base, bias
+    weight = base
+    for adapter in module.active_adapters:
+        delta = module.get_delta_weight(adapter)
+        if adapter in getattr(module, "lora_magnitude_vector", ()):  # DoRA, whose norm is a constant to its gradient
+            moved = base + delta
+            factor_V = module.lora_magnitude_vector[adapter].weight / moved.detach().norm(dim=1)
+            delta = factor_V[:, None] * moved - base
+        weight = weight + delta
     return weight, bias
 
 
@@ -318,7 +364,7 @@ MAX_PROBE_WINDOW = 512
 def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     """Compare a layout with the plain model on two pairs, in loss and gradient; return what differs, or None."""
     pairs = _probe_pairs(scorer.model)
-    weights = _probe_weights(model)
+    weights = _probe_weights(model, scorer.model)
     device = next(model.parameters()).device
     training, objective = model.training, scorer.objective
     model.eval()
@@ -326,9 +372,9 @@ def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     try:
         with torch.enable_grad():
             ours = model(batch=pack(pairs, PROBE_OBJECTIVE, layout=layout).to(device)).loss
-            ours_grads = torch.autograd.grad(ours, weights, allow_unused=True)
+            ours_grads = torch.autograd.grad(ours, weights, materialize_grads=True)
             plain = _plain_loss(model, pairs, device)
-            plain_grads = torch.autograd.grad(plain, weights, allow_unused=True)
+            plain_grads = torch.autograd.grad(plain, weights, materialize_grads=True)
     except _NotOnTheInterfaceError as error:
         return str(error)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -341,10 +387,9 @@ def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     difference = abs(ours.item() - plain.item()) / max(abs(plain.item()), 1e-12)
     if not difference <= loss_limit:
         return f"loss {ours.item():.6f} instead of {plain.item():.6f}"
+    floor = 1e-2 * max(grad.norm().item() for grad in plain_grads)  # a bias of keys has no gradient but rounding
     for mine, theirs in zip(ours_grads, plain_grads, strict=True):
-        if mine is None or theirs is None:
-            continue
-        difference = ((mine - theirs).float().norm() / theirs.float().norm().clamp_min(1e-12)).item()
+        difference = (mine - theirs).float().norm().item() / max(theirs.float().norm().item(), floor, 1e-12)
         if not difference <= grad_limit:
             return f"a gradient differs by {difference:.1e} of its norm"
     return None
@@ -362,11 +407,12 @@ def _probe_pairs(model: PreTrainedModel) -> list[TokenizedPair]:
     return [TokenizedPair(ids(prompt), ids(7), ids(5)), TokenizedPair(ids(3), ids(4), ids(6))]
 
 
-def _probe_weights(model: nn.Module) -> list[nn.Parameter]:
-    """A few trained weights near the input, whose gradients have passed through everything above."""
+def _probe_weights(model: nn.Module, inner: PreTrainedModel) -> list[nn.Parameter]:
+    """A few trained weights near the input, whose gradients have passed through everything above, and the head's."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     inside = [weight for name, weight in trained if "embed" not in name and "wte" not in name and "wpe" not in name]
-    return (inside or [weight for _, weight in trained])[:4]
+    head = [weight for weight in inner.get_output_embeddings().parameters() if weight.requires_grad]
+    return (inside or [weight for _, weight in trained])[:4] + head
 
 
 def _plain_loss(model: nn.Module, pairs: list[TokenizedPair], device: torch.device) -> Tensor:
