@@ -43,7 +43,7 @@ SHARING = {
     "Phi3": {},
     "GPT2": {**_GPT, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "GPTNeoX": {},
-    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "Olmo2": {},
     "Mixtral": _MIXTURE,
     "Cohere": {"logit_scale": 0.25},

@@ -1,0 +1,566 @@
+"""A prepared model scores packed rows as it would score each response alone, and is otherwise unchanged."""
+
+import copy
+import json
+
+import pytest
+import reference
+import tiny_models
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+from orpo.config import Objective
+from orpo.errors import ModelError
+from orpo.model import Denominators, prepare_model
+from orpo.packing import pack
+from orpo.tokenize import TokenizedPair
+
+PAIRS = tiny_models.mixed_pairs()
+OBJECTIVE = Objective(beta=0.7)
+LAYOUTS = ["shared", "packed", "padded"]
+
+
+def prepared(model, objective=OBJECTIVE, layout="shared"):
+    """A prepared copy; the original stays what it was."""
+    model = copy.deepcopy(model)
+    prepare_model(model, objective, layout=layout, probe=False)
+    return model
+
+
+def our_loss_and_gradients(model, pairs, objective=OBJECTIVE, layout="shared"):
+    """Of a prepared model, on one row."""
+    model.zero_grad()
+    loss = model(batch=pack(pairs, objective, layout=layout)).loss
+    loss.backward()
+    return loss.item(), reference.gradients(model)
+
+
+def assert_exact(ours, expected, tolerance=1e-5):
+    assert ours[0] == pytest.approx(expected[0], rel=tolerance)
+    assert reference.worst_gradient_error(ours[1], expected[1]) <= tolerance
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("name", tiny_models.SHARING)
+def test_loss_and_all_gradients_equal_separate_rows(name):
+    model = tiny_models.build(name)
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    chosen = copy.deepcopy(model)
+    preparation = prepare_model(chosen, OBJECTIVE)
+    assert (preparation.layout, preparation.notices) == ("shared", ())
+    assert_exact(our_loss_and_gradients(chosen, PAIRS), expected)
+    for layout in ("packed", "padded"):
+        assert_exact(our_loss_and_gradients(prepared(model, layout=layout), PAIRS, layout=layout), expected)
+
+
+@pytest.mark.parametrize("name", tiny_models.FALLING_BACK)
+def test_a_model_that_cannot_follow_a_packed_row_falls_back_visibly_and_is_exact(name):
+    model = tiny_models.build(name)
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    preparation = prepare_model(model, OBJECTIVE)
+    assert preparation.layout != "shared"
+    (notice,) = preparation.notices
+    assert f"{type(model).__name__}: layout `{preparation.layout}`" in notice
+    assert "\n" not in notice
+    assert_exact(our_loss_and_gradients(model, PAIRS, layout=preparation.layout), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(beta=0.3, nll_on="response"),
+        Objective(beta=0.3, nll_on="assistant", nll_reduction="pair"),
+        Objective(beta=0.3, nll_reduction="pair", nll_weight=0.5),
+        Objective(nll_weight=0.0, odds_scale=0.5),
+        Objective(beta=0.0),
+    ],
+    ids=str,
+)
+def test_every_objective_equals_separate_rows(objective, layout):
+    model = tiny_models.build("Llama")
+    expected = reference.loss_and_gradients(model, PAIRS, objective)
+    ours = our_loss_and_gradients(prepared(model, objective, layout), PAIRS, objective, layout)
+    assert_exact(ours, expected)
+
+
+def test_logprobs_are_those_of_separate_rows():
+    model = tiny_models.build("Llama")
+    output = prepared(model)(batch=pack(PAIRS, OBJECTIVE))
+    logprobs = reference.logprobs_of(copy.deepcopy(model).double())
+    with torch.no_grad():
+        for number, pair in enumerate(PAIRS):
+            chosen = logprobs([*pair.prompt, *pair.chosen])
+            response = chosen[len(pair.prompt) + pair.chosen_context - 1 :]
+            assert output.chosen_logprob_P[number].item() == pytest.approx(response.mean().item(), rel=1e-5)
+            assert output.nll_sum_P[number].item() == pytest.approx(-chosen.sum().item(), rel=1e-5)
+            assert output.nll_weight_P[number].item() == len(chosen)
+            expected = 0.0
+            if pair.rejected:
+                rejected = logprobs([*pair.prompt, *pair.rejected])
+                expected = rejected[len(pair.prompt) + pair.rejected_context - 1 :].mean().item()
+            assert output.rejected_logprob_P[number].item() == pytest.approx(expected, rel=1e-5)
+    assert output.has_rejected_P.tolist() == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [[[0], [1], [2], [3], [4]], [[4, 2], [0, 1, 3]], [[3, 1], [2], [0, 4]], [[4, 3, 2, 1, 0]]],
+    ids=str,
+)
+@pytest.mark.parametrize("reduction", ["token", "pair"])
+def test_rows_add_up_to_the_step_for_any_grouping_and_order(groups, reduction):  # peers 6
+    objective = Objective(beta=0.7, nll_reduction=reduction)
+    model = prepared(tiny_models.build("Llama"), objective)
+    whole = pack(PAIRS, objective)
+    expected = our_loss_and_gradients(model, PAIRS, objective)
+    denominators = Denominators(whole.nll_weight, whole.num_preferences)
+    model.zero_grad()
+    total = 0.0
+    for group in groups:
+        loss = model(batch=pack([PAIRS[i] for i in group], objective), denominators=denominators).loss
+        loss.backward()
+        total += loss.item()
+    assert_exact((total, reference.gradients(model)), expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_row_adds_nothing(layout):
+    model = prepared(tiny_models.build("Llama"), layout=layout)
+    batch = pack(PAIRS[:1], OBJECTIVE, layout=layout, empty=True)
+    output = model(batch=batch, denominators=Denominators(10, 2))
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert all(
+        gradient is not None and gradient.abs().max() == 0
+        for gradient in (weight.grad for weight in model.parameters())
+    )
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "OPT"])
+def test_low_precision_is_no_worse_than_separate_rows_in_low_precision(name):
+    model = tiny_models.build(name).bfloat16()
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    naive_model = copy.deepcopy(model)
+    naive_loss = reference.orpo_loss(reference.logprobs_of(naive_model), PAIRS, OBJECTIVE)
+    naive_loss.backward()
+    naive = reference.gradients(naive_model)
+    loss, ours = our_loss_and_gradients(prepared(model), PAIRS)
+    assert abs(loss - expected[0]) <= abs(naive_loss.item() - expected[0]) + 1e-2 * expected[0]
+
+    def error(gradients):
+        squares = [(gradients[k].double() - exact).square().sum() for k, exact in expected[1].items()]
+        return torch.stack(squares).sum().sqrt().item()
+
+    assert error(ours) <= 1.1 * error(naive)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ["Llama", "StableLm", "GPT2", "Gemma2"])
+def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
+    model = tiny_models.build(name)
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    model = prepared(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+    for _ in range(2):
+        assert_exact(our_loss_and_gradients(model, PAIRS), expected)
+
+
+def test_the_plain_model_trains_as_before_under_gradient_checkpointing():
+    model = tiny_models.build("Llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    ids = torch.tensor([tiny_models.token_ids(9)])
+    ours = prepared(model)
+    ours(batch=pack(PAIRS, OBJECTIVE))
+    model(input_ids=ids, labels=ids).loss.backward()
+    ours(input_ids=ids, labels=ids).loss.backward()
+    assert reference.worst_gradient_error(reference.gradients(ours), reference.gradients(model)) == 0
+
+
+def test_tied_embeddings_get_the_gradient_of_both_ends():
+    model = tiny_models.build("Llama", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    assert_exact(our_loss_and_gradients(prepared(model), PAIRS), expected)
+
+
+def test_a_small_chunk_of_logits_changes_nothing():
+    wide = tiny_models.build("Llama", vocab_size=60_000)
+    expected = reference.loss_and_gradients(wide, PAIRS, OBJECTIVE)
+    prepare_model(wide, OBJECTIVE, logits_memory_mib=1, probe=False)  # four tokens at once
+    assert_exact(our_loss_and_gradients(wide, PAIRS), expected)
+
+
+# LoRA
+
+
+ADAPTERS = {
+    "LoRA": {},
+    "rank-stabilised": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "LoRA on the vocabulary matrix": {"target_modules": ["q_proj", "down_proj", "lm_head"]},
+    "DoRA on the vocabulary matrix": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "LoRA on the embeddings": {"target_modules": ["embed_tokens", "v_proj"]},
+    "vocabulary matrix in full": {"modules_to_save": ["lm_head"]},
+    "vocabulary matrix and embeddings in full": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+def adapted(name="Llama", target_modules="all-linear", **settings):
+    """A model with a LoRA adapter that has already moved."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=target_modules, **settings)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_models.build(name), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_adapters_equal_separate_rows(settings):
+    model = adapted(**settings)
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
+    assert prepare_model(model, OBJECTIVE).layout == "shared"
+    assert_exact(our_loss_and_gradients(model, PAIRS), expected)
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    assert all(weight.grad is None for weight in frozen)  # peers 34
+
+
+@pytest.mark.parametrize(
+    ("name", "target_modules"), [("Qwen2", "all-linear"), ("Mamba", ["in_proj", "x_proj"])]
+)
+def test_adapters_on_tied_heads_and_fallbacks_equal_separate_rows(name, target_modules):
+    model = adapted(name, target_modules)
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    layout = prepare_model(model, OBJECTIVE).layout
+    assert_exact(our_loss_and_gradients(model, PAIRS, layout=layout), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_adapters_train_under_gradient_checkpointing(use_reentrant):
+    model = adapted()
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    prepare_model(model, OBJECTIVE, probe=False)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+    assert_exact(our_loss_and_gradients(model, PAIRS), expected)
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_disabled_adapter_leaves_the_base_model(settings):
+    base = tiny_models.build("Llama")
+    expected = reference.loss_and_gradients(base, PAIRS, OBJECTIVE)[0]
+    model = adapted(**settings)
+    prepare_model(model, OBJECTIVE, probe=False)
+    with model.disable_adapter(), torch.no_grad():
+        assert model(batch=pack(PAIRS, OBJECTIVE)).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_merged_adapter_counts_once(settings):
+    model = adapted(**settings)
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)[0]
+    prepare_model(model, OBJECTIVE, probe=False)
+    model.merge_adapter()
+    with torch.no_grad():
+        assert model(batch=pack(PAIRS, OBJECTIVE)).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+# The model is otherwise what it was
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GPT2", "Falcon", "Mamba"])
+def test_without_a_batch_the_model_is_what_it_was(name):
+    model = tiny_models.build(name)
+    ours = copy.deepcopy(model)
+    prepare_model(ours, OBJECTIVE)
+    ids = torch.tensor([tiny_models.token_ids(9, 1), tiny_models.token_ids(9, 2)])
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    for arguments in ({}, {"attention_mask": mask}, {"labels": ids}, {"output_hidden_states": True}):
+        expected, actual = model(input_ids=ids, **arguments), ours(input_ids=ids, **arguments)
+        assert type(expected) is type(actual)
+        assert torch.equal(expected.logits, actual.logits)
+        if "labels" in arguments:
+            assert torch.equal(expected.loss, actual.loss)
+    assert torch.equal(model(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2", "GPTJ"])
+def test_generation_with_left_padding_is_what_it_was(name, cache):
+    model = tiny_models.build(name)
+    ids = torch.tensor([[0, 0, 0, *tiny_models.token_ids(5, 1)], tiny_models.token_ids(8, 2)])
+    mask = torch.tensor([[0] * 3 + [1] * 5, [1] * 8])
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    settings |= {"disable_compile": True}
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    layout = prepare_model(model, OBJECTIVE).layout
+    model(batch=pack(PAIRS, OBJECTIVE, layout=layout))
+    assert torch.equal(model.generate(ids, attention_mask=mask, **settings), expected)
+
+
+def test_scoring_and_generating_may_alternate():
+    model = tiny_models.build("Llama")
+    ids = torch.tensor([tiny_models.token_ids(5)])
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False)
+    prepare_model(model, OBJECTIVE)
+    first = our_loss_and_gradients(model, PAIRS)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), plain)
+    assert_exact(our_loss_and_gradients(model, PAIRS), first, tolerance=0)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Falcon"])
+def test_a_saved_model_does_not_mention_us_and_loads_as_itself(name, adapter, tmp_path):
+    model = adapted(name) if adapter else tiny_models.build(name)
+    plain = copy.deepcopy(model)
+    layout = prepare_model(model, OBJECTIVE).layout
+    model(batch=pack(PAIRS, OBJECTIVE, layout=layout))
+    model.save_pretrained(tmp_path / "ours")
+    plain.save_pretrained(tmp_path / "plain")
+    for path in (tmp_path / "ours").glob("*.json"):
+        assert "orpo" not in path.read_text()
+        saved, expected = (json.loads((tmp_path / who / path.name).read_text()) for who in ("ours", "plain"))
+        for settings in (saved, expected):
+            settings.pop("target_modules", None)  # a set, written in any order
+        assert saved == expected
+    if not adapter:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        ids = torch.tensor([tiny_models.token_ids(6)])
+        assert torch.equal(loaded(ids).logits, plain(ids).logits)
+
+
+def test_preparing_leaves_no_trace_in_gradients_randomness_or_mode():
+    model = tiny_models.build("Llama", attention_dropout=0.1).train()
+    state = torch.get_rng_state()
+    prepare_model(model, OBJECTIVE)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_model_may_be_prepared_again():
+    model = tiny_models.build("Llama")
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    ids = torch.tensor([tiny_models.token_ids(7)])
+    logits = model(ids).logits
+    prepare_model(model, Objective(beta=0.0, nll_on="response"))
+    prepare_model(model, OBJECTIVE, logits_memory_mib=1)
+    assert_exact(our_loss_and_gradients(model, PAIRS), expected)
+    assert torch.equal(model(ids).logits, logits)
+    prepare_model(model, OBJECTIVE, layout="padded")
+    assert_exact(our_loss_and_gradients(model, PAIRS, layout="padded"), expected)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_two_prepared_models_do_not_disturb_each_other():
+    one, two = tiny_models.build("Llama"), tiny_models.build("Mistral")
+    expected = [reference.loss_and_gradients(model, PAIRS, OBJECTIVE) for model in (one, two)]
+    prepare_model(one, OBJECTIVE)
+    prepare_model(two, OBJECTIVE)
+    for _ in range(2):
+        assert_exact(our_loss_and_gradients(one, PAIRS), expected[0])
+        assert_exact(our_loss_and_gradients(two, PAIRS), expected[1])
+
+
+def test_without_gradients_a_row_gives_the_same_numbers():
+    model = prepared(tiny_models.build("Llama"))
+    batch = pack(PAIRS, OBJECTIVE)
+    expected = model(batch=batch)
+    with torch.no_grad():
+        output = model(batch=batch)
+    assert expected.loss.requires_grad
+    assert not output.loss.requires_grad
+    for ours, theirs in zip(output.to_tuple(), expected.to_tuple(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_only_the_loss_carries_a_gradient():
+    output = prepared(tiny_models.build("Llama"))(batch=pack(PAIRS, OBJECTIVE))
+    assert [value.requires_grad for value in output.to_tuple()] == [True] + [False] * 5
+
+
+# Guards
+
+
+class ScalesItsLogits(transformers.LlamaForCausalLM):
+    """Does something to its logits that no setting tells."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 1.5 * output.logits
+        return output
+
+
+class ScalesItsHiddenStates(transformers.LlamaForCausalLM):
+    """Does something between its backbone and its head."""
+
+    def forward(self, *args, **kwargs):
+        hidden = self.model(*args, **kwargs).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(2 * hidden))
+
+
+@pytest.mark.parametrize("sabotaged", [ScalesItsLogits, ScalesItsHiddenStates])
+def test_the_probe_refuses_a_model_that_does_something_unknown_before_its_loss(sabotaged):
+    model = sabotaged(tiny_models.build("Llama").config)
+    with pytest.raises(ModelError, match="do not reproduce the model's own loss"):
+        prepare_model(model, OBJECTIVE)
+
+
+def deaf_attention(layer):
+    """A layer's attention that reads its own idea of what is visible: everything before."""
+
+    def forward(hidden_states, position_embeddings=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, layer.head_dim)
+        query = layer.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = layer.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = layer.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = modeling_llama.apply_rotary_pos_emb(query, key, *position_embeddings)
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+        return layer.o_proj(output.transpose(1, 2).flatten(2)), None
+
+    return forward
+
+
+@pytest.mark.parametrize("deaf_layers", [[0], [1], [0, 1]], ids=str)
+def test_the_probe_falls_back_where_attention_ignores_the_segments(deaf_layers):
+    model = tiny_models.build("Llama")
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    for number in deaf_layers:
+        attention = model.model.layers[number].self_attn
+        attention.forward = deaf_attention(attention)
+    preparation = prepare_model(model, OBJECTIVE)
+    assert preparation.layout == "padded"
+    assert len(preparation.notices) == 1
+    assert_exact(our_loss_and_gradients(model, PAIRS, layout="padded"), expected)
+
+
+def test_a_model_that_mixes_neighbours_falls_back():
+    model = tiny_models.build("Llama")
+    layer = model.model.layers[0].mlp
+    plain = layer.forward
+    layer.forward = lambda hidden: plain(hidden) + 0.5 * hidden.roll(1, 1).index_fill(1, torch.tensor([0]), 0)
+    assert prepare_model(model, OBJECTIVE).layout == "padded"
+
+
+def test_a_layout_asked_for_that_is_not_exact_is_refused():
+    with pytest.raises(ModelError, match="layout `shared`"):
+        prepare_model(tiny_models.build("Bloom"), OBJECTIVE, layout="shared")
+
+
+MISMATCHES = [("packed", "shared"), ("padded", "shared"), ("padded", "packed"), ("shared", "padded")]
+
+
+@pytest.mark.parametrize(("prepared_for", "row"), MISMATCHES)
+def test_a_row_of_another_layout_is_refused(prepared_for, row):
+    model = prepared(tiny_models.build("Llama"), layout=prepared_for)
+    with pytest.raises(ModelError, match="layout"):
+        model(batch=pack(PAIRS, OBJECTIVE, layout=row))
+
+
+def test_an_encoder_decoder_model_is_refused():
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        prepare_model(transformers.T5ForConditionalGeneration(config), OBJECTIVE)
+
+
+def test_a_model_without_a_language_model_head_is_refused():
+    with pytest.raises(ModelError, match="no language-model head"):
+        prepare_model(tiny_models.build("Llama").model, OBJECTIVE)
+
+
+def test_a_module_that_is_no_transformers_model_is_refused():
+    with pytest.raises(ModelError, match="not a transformers model"):
+        prepare_model(nn.Linear(2, 2), OBJECTIVE)
+
+
+# Mixtures of experts
+
+
+def own_router_loss(model, batch_inputs):
+    """The auxiliary loss as the plain model computes it, times its coefficient."""
+    with torch.no_grad():
+        return model.config.router_aux_loss_coef * model(**batch_inputs).aux_loss.item()
+
+
+def mixture():
+    return tiny_models.build("Mixtral", output_router_logits=True, router_aux_loss_coef=0.3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_router_loss_of_a_row_is_the_models_own(layout):  # peers 22
+    model = mixture()
+    pair = TokenizedPair(tiny_models.token_ids(6), tiny_models.token_ids(5), [])
+    ids = torch.tensor([[*pair.prompt, *pair.chosen]])
+    own = own_router_loss(model, {"input_ids": ids})
+    assert own > 0.1
+    expected = reference.loss_and_gradients(model, [pair], OBJECTIVE)[0] + own
+    ours, gradients = our_loss_and_gradients(prepared(model, layout=layout), [pair], layout=layout)
+    assert ours == pytest.approx(expected, rel=1e-5)
+    router = next(gradient for name, gradient in gradients.items() if "gate.weight" in name)
+    assert router.abs().max() > 0
+
+
+def test_router_loss_of_padded_rows_leaves_padding_out():
+    model = mixture()
+    batch = pack(PAIRS, OBJECTIVE, layout="padded")
+    own = own_router_loss(model, {"input_ids": batch.input_ids_BN, "attention_mask": batch.attention_mask_BN})
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)[0] + own
+    assert our_loss_and_gradients(prepared(model, layout="padded"), PAIRS, layout="padded")[
+        0
+    ] == pytest.approx(expected, rel=1e-5)
+
+
+def test_router_loss_of_a_shared_row_counts_every_stored_token_once():
+    model = mixture()
+    per_layer = []
+    with torch.no_grad():
+        for pair in PAIRS:
+            for side, start in ((pair.chosen, 0), (pair.rejected, len(pair.prompt))):
+                ids = torch.tensor([[*pair.prompt, *side]])
+                per_layer.append(
+                    [logits[start:] for logits in model(ids, output_router_logits=True).router_logits]
+                )
+        joined = tuple(torch.cat(layer) for layer in zip(*per_layer, strict=True))
+        balancing = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func
+        own = 0.3 * balancing(joined, 4, 2).item()
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)[0] + own
+    assert our_loss_and_gradients(prepared(model), PAIRS)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_router_losses_of_rows_are_weighted_by_their_pairs():
+    model = prepared(mixture())
+    plain = prepared(tiny_models.build("Mixtral"))
+    rows = [pack(PAIRS[:1], OBJECTIVE), pack(PAIRS[1:3], OBJECTIVE)]
+    denominators = Denominators(sum(row.nll_weight for row in rows), 3)
+    whole = [(model(batch=row).loss - plain(batch=row).loss).item() for row in rows]
+    split = [
+        (
+            model(batch=row, denominators=denominators).loss
+            - plain(batch=row, denominators=denominators).loss
+        ).item()
+        for row in rows
+    ]
+    assert split == pytest.approx([whole[0] / 3, 2 * whole[1] / 3], rel=1e-4)
+
+
+def test_router_loss_is_left_out_of_empty_rows_and_of_evaluation():
+    model, plain = prepared(mixture()), prepared(tiny_models.build("Mixtral"))
+    empty = pack(PAIRS[:1], OBJECTIVE, empty=True)
+    assert model(batch=empty, denominators=Denominators(1, 1)).loss.item() == 0
+    with torch.no_grad():
+        row = pack(PAIRS, OBJECTIVE)
+        assert torch.equal(model(batch=row).loss, plain(batch=row).loss)
