@@ -476,7 +476,7 @@ def test_a_model_trains_alike_through_a_varlen_call(monkeypatch, name, checkpoin
     objective = Objective(beta=0.5)
 
     def loss_and_gradients():
-        model = build(name).double()
+        model = build(name, attn_implementation="eager").double()
         assert prepare_model(model, objective).layout == "shared"
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
