@@ -27,7 +27,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 _REASONS = {
     "standard": "prompt, chosen and rejected are texts, used as they are, without a chat template",
     "standard_repeated": "texts without a chat template; chosen and rejected begin with the prompt",
-    "standard_implicit": "texts without a prompt column or chat template: the prompt is their common beginning",
+    "standard_implicit": "texts without prompt column or chat template: the prompt is their common beginning",
     "conversational": "a prompt column, chosen and rejected are messages",
     "conversational_implicit": "chosen and rejected are conversations: the shared turns are the prompt",
     "hh": "texts are transcripts with 'Human:' and 'Assistant:'",

@@ -112,18 +112,21 @@ def common_words(one: str, other: str) -> int:
         for position in range(match.start() + 1, match.end())
     }
 
-    def border(text: str, position: int) -> bool:
-        if position in inside or text[position - 1] == " ":
-            return False
-        after = text[position : position + 1]
-        return (
-            not (text[position - 1].isalnum() and (after.isalnum() or after in ("_", "'", "\u2019")))
-            and after != "\n"
-        )
-
-    while limit > 0 and not (border(one, limit) and border(other, limit)):
+    while limit > 0 and (limit in inside or not (_parts_words(one, limit) and _parts_words(other, limit))):
         limit -= 1
     return limit
+
+
+def _parts_words(text: str, place: int) -> bool:
+    """Whether a prompt may end here: between words, something left to answer."""
+    before, after = text[place - 1], text[place : place + 1]
+    if before == " " or after == "\n" or not text[place:].strip():
+        return False
+    return not (_in_word(before) and _in_word(after))
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character in "_'\u2019"
 
 
 def _read_conversational(row: Row) -> list[Sides]:
