@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo.config import OrpoSettings
 from orpo.errors import ConfigError, ModelError
+
+
+_UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
+"""What loading raises for a name or a folder that is not what it should be."""
 
 
 def load_tokenizer(
@@ -48,7 +53,10 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
     if adapter:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[return-value]
+        try:
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[return-value]
+        except _UNLOADABLE as error:
+            raise ModelError(f"{adapter}: the adapter could not be loaded ({_first_line(error)})") from error
     if settings.use_peft:
         return add_adapter(model, lora_config(settings))
     return model
@@ -88,8 +96,14 @@ def is_adapter(name: str) -> bool:
 
 
 def adapter_base(folder: str) -> str:
-    """Name of the model that an adapter folder was trained on."""
-    base: str = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    """Name of the model that an adapter folder was trained on.
+
+    Raises:
+        ModelError: The folder does not say.
+    """
+    base: str | None = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{folder}: the adapter does not name its base model; set model_name_or_path to that model")
     return base
 
 
@@ -117,11 +131,9 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
         ).is_encoder_decoder:
             raise ModelError(f"{name} is an encoder-decoder model; ORPO here trains causal language models")
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
-    except (OSError, ImportError) as error:
-        raise ModelError(f"{name}: the model could not be loaded ({_first_line(error)})") from error
-    except ValueError as error:
-        if isinstance(error, ModelError):
-            raise
+    except ModelError:
+        raise
+    except _UNLOADABLE as error:
         raise ModelError(f"{name}: the model could not be loaded ({_first_line(error)})") from error
 
 
@@ -130,7 +142,7 @@ def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:
         return "auto"
     if settings.dtype is not None:
         dtype = getattr(torch, settings.dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConfigError(f"dtype: {settings.dtype!r} is none of float32, bfloat16, float16, auto")
         return dtype
     return torch.bfloat16 if trains_adapter and supports_bf16() else torch.float32
