@@ -1,0 +1,251 @@
+"""Models and tokenizers load as the settings say, and what cannot be loaded is said in one line."""
+
+import json
+import shutil
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from peft import PeftModel
+from tiny_tokenizer import tiny_tokenizer
+
+from orpo import loading
+from orpo.config import OrpoSettings
+from orpo.errors import ConfigError, ModelError
+from orpo.loading import add_adapter, is_adapter, load_model, load_tokenizer, lora_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama in bfloat16, with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_models.build("Llama").bfloat16().save_pretrained(path)
+    tiny_tokenizer("chatml").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """A LoRA adapter of that model, that has moved."""
+    path = tmp_path_factory.mktemp("adapter")
+    model = load_model(OrpoSettings(model_name_or_path=folder, use_peft=True, lora_r=3))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def load(folder, **settings):
+    return load_model(OrpoSettings(model_name_or_path=folder, **settings))
+
+
+def dtypes(model, trained=True):
+    return {weight.dtype for weight in model.parameters() if weight.requires_grad == trained}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.tensor([tiny_models.token_ids(7)])).logits.float()
+
+
+def test_full_fine_tuning_gets_float32_master_weights(folder):
+    model = load(folder)
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    assert dtypes(model) == {torch.float32}
+    assert dtypes(model, trained=False) == set()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("torch.float16", torch.float16),
+        ("auto", torch.bfloat16),
+    ],
+)
+def test_an_explicit_dtype_is_obeyed(folder, dtype, expected):
+    assert dtypes(load(folder, dtype=dtype)) == {expected}
+
+
+@pytest.mark.parametrize("dtype", ["float33", "Tensor", "int", ""])
+def test_an_unknown_dtype_is_refused(folder, dtype):
+    with pytest.raises(ConfigError, match="dtype"):
+        load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(("has_bf16", "frozen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_frozen_base_is_held_in_bf16_where_the_hardware_has_it_and_lora_in_float32(
+    folder, monkeypatch, has_bf16, frozen
+):
+    monkeypatch.setattr(loading, "supports_bf16", lambda: has_bf16)
+    model = load(folder, use_peft=True)
+    assert dtypes(model, trained=False) == {frozen}
+    assert dtypes(model) == {torch.float32}
+    assert dtypes(load(folder)) == {torch.float32}
+
+
+def test_lora_settings_reach_the_adapter(folder):
+    model = load(
+        folder,
+        use_peft=True,
+        lora_r=5,
+        lora_alpha=11,
+        lora_dropout=0.25,
+        lora_target_modules=["q_proj", "up_proj"],
+        lora_modules_to_save=["lm_head"],
+        use_rslora=True,
+        use_dora=True,
+    )
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (5, 11, 0.25)
+    assert (config.use_rslora, config.use_dora, config.task_type) == (True, True, "CAUSAL_LM")
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained if ".lora_" in name} == {
+        "q_proj",
+        "up_proj",
+    }
+    assert any("lm_head.modules_to_save" in name for name in trained)
+
+
+def test_by_default_lora_is_on_every_linear_layer_but_the_vocabulary_matrix(folder):
+    model = load(folder, use_peft=True)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 7 * 2  # layers, linear layers in each, matrices A and B
+    assert not any("lm_head" in name for name in trained)
+
+
+def test_a_new_adapter_starts_as_the_base_model(folder):
+    torch.testing.assert_close(logits(load(folder, use_peft=True)), logits(load(folder)))
+
+
+def test_adapter_modules_that_do_not_exist_are_said(folder):
+    with pytest.raises(ModelError, match=r"adapter does not fit LlamaForCausalLM.*no_such_module") as error:
+        load(folder, use_peft=True, lora_target_modules=["no_such_module"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["as the model", "beside the model"])
+def test_an_adapter_folder_goes_on_training(folder, adapter, how):
+    model = load(adapter) if how == "as the model" else load(folder, adapter_name_or_path=adapter)
+    assert isinstance(model, PeftModel)
+    assert model.peft_config["default"].r == 3
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert (logits(model) - logits(load(folder))).abs().max() > 1e-2
+
+
+def test_an_adapter_folder_is_told_from_a_model(folder, adapter, tmp_path):
+    assert is_adapter(adapter)
+    assert not is_adapter(folder)
+    assert not is_adapter(str(tmp_path / "nothing"))
+
+
+def test_a_new_adapter_on_an_adapter_is_refused(folder, adapter):
+    for settings in (
+        {"model_name_or_path": adapter},
+        {"model_name_or_path": folder, "adapter_name_or_path": adapter},
+    ):
+        with pytest.raises(ConfigError, match="use_peft"):
+            load_model(OrpoSettings(**settings, use_peft=True))
+
+
+def test_an_adapter_may_be_added_to_a_model_in_hand():
+    model = add_adapter(tiny_models.build("Llama"), lora_config(OrpoSettings(lora_r=2)))
+    assert isinstance(model, PeftModel)
+    assert 0 < sum(w.numel() for w in model.parameters() if w.requires_grad) < 5000
+
+
+def test_no_name_is_refused():
+    with pytest.raises(ConfigError, match="model_name_or_path is not set"):
+        load_model(OrpoSettings())
+
+
+@pytest.mark.parametrize("load_it", [load, load_tokenizer], ids=["model", "tokenizer"])
+def test_a_missing_folder_is_said_in_one_line(load_it, tmp_path):
+    name = str(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"could be loaded|could not be loaded") as error:
+        load_it(name)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load_it", [load, load_tokenizer], ids=["model", "tokenizer"])
+def test_an_empty_folder_is_said_in_one_line(load_it, tmp_path):
+    with pytest.raises(ModelError, match="loaded") as error:
+        load_it(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_weight_file_is_said_in_one_line(folder, tmp_path):
+    transformers.AutoConfig.from_pretrained(folder).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="could not be loaded") as error:
+        load(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_whose_base_is_gone_names_the_base(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(ModelError, match="gone"):
+        load(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_that_names_no_base_is_refused(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ModelError, match="does not name its base model"):
+        load(str(tmp_path / "adapter"))
+
+
+def test_a_missing_adapter_is_said_in_one_line(folder, tmp_path):
+    with pytest.raises(ModelError, match="nowhere") as error:
+        load(folder, adapter_name_or_path=str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path):
+    transformers.T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=1, num_heads=2).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        load(str(tmp_path))
+
+
+def test_quantised_weights_without_an_adapter_are_refused(folder):
+    with pytest.raises(ConfigError, match="use_peft"):
+        load(folder, load_in_4bit=True)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantisation_asks_for_its_library_in_one_line(folder, bits):
+    if transformers.utils.is_bitsandbytes_available():
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(ModelError, match="bitsandbytes") as error:
+        load(folder, use_peft=True, **{bits: True})
+    assert "\n" not in str(error.value)
+
+
+def test_qlora_trains_the_adapter_alone(folder):
+    pytest.importorskip("bitsandbytes")
+    model = load(folder, use_peft=True, load_in_4bit=True)
+    assert model.get_base_model().is_loaded_in_4bit
+    assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+def test_further_arguments_reach_from_pretrained(folder):
+    model = load(folder, model_init_kwargs={"attn_implementation": "eager"})
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_tokenizer_loads_with_its_template(folder):
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.chat_template == tiny_tokenizer("chatml").chat_template
