@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -20,12 +21,12 @@ from orpo.schema import _class_fields, _training_arguments, convert, known_setti
 ROOT = Path(__file__).parent.parent
 
 TEMPLATE = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
-    "eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
-    "{% endfor %}"
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
 
-# The keys of alignment-handbook's ORPO recipes (zephyr-141b-A35b, mistral-capybara, llama3-70b, and their LoRA form).
+# The keys of alignment-handbook's ORPO recipes: zephyr-141b-A35b, and below the older form and LoRA.
 ZEPHYR_141B = f"""
 # Model arguments
 model_name_or_path: mistral-community/Mixtral-8x22B-v0.1
@@ -143,12 +144,12 @@ def test_recipes_of_2024_load_with_one_line_for_each_renamed_key(tmp_path):
 
 
 def test_trl_command_lines_are_understood():
-    words = (
+    words = shlex.split(
         "--dataset_name trl-internal-testing/hh-rlhf-helpful-base-trl-style --model_name_or_path=gpt2 "
-        "--per_device_train_batch_size 4 --max_steps 1000 --learning_rate 8e-5 --gradient_accumulation_steps 1 "
-        "--eval_strategy steps --eval_steps 500 --warmup_steps 150 --report_to wandb --bf16 --logging_first_step "
-        "--no_remove_unused_columns --use_peft --lora_r=16 --lora_alpha=16 --max_prompt_length 128"
-    ).split()
+        "--per_device_train_batch_size 4 --max_steps 1000 --learning_rate 8e-5 --eval_strategy steps "
+        "--gradient_accumulation_steps 1 --eval_steps 500 --warmup_steps 150 --report_to wandb --bf16 "
+        "--logging_first_step --no_remove_unused_columns --use_peft --lora_r=16 --max_prompt_length 128"
+    )
     settings = load_recipe(None, words).settings
     assert settings["learning_rate"] == 8e-5
     assert settings["max_steps"] == 1000
@@ -406,7 +407,7 @@ def test_loading_a_recipe_imports_neither_torch_nor_transformers(tmp_path):
     assert time.perf_counter() - begin < 5
 
 
-# ---------------------------------------------------------------------------------------- objective and ranges
+# --------------------------------------------------------------------------------- objective and ranges
 
 
 def test_presets_are_those_of_the_objective_document():

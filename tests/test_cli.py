@@ -1,0 +1,184 @@
+"""The `orpo` command as users meet it: fast, one line for a mistake, exit statuses a script can rely on."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import orpo.commands.config
+from orpo import cli
+
+BIN = [sys.executable, "-m", "orpo"]
+
+
+def orpo_command(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | options.pop("env", {})
+    return subprocess.run(
+        [*BIN, *words], capture_output=True, text=True, env=environment, timeout=60, **options
+    )
+
+
+def seconds(*words: str) -> float:
+    """Median CPU seconds of the process and its children: other tests share the cores."""
+    times = []
+    for _ in range(3):
+        before = os.times()
+        orpo_command(*words)
+        after = os.times()
+        times.append(
+            after.children_user - before.children_user + after.children_system - before.children_system
+        )
+    return statistics.median(times)
+
+
+def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("orpo: error: "), done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[-1]
+
+
+def test_help_names_every_word_in_under_three_tenths_of_a_second():
+    done = orpo_command("--help")
+    assert done.returncode == 0
+    for word in ("train", "eval", "chat", "report", "config"):
+        assert f"\n    {word} " in done.stdout
+    assert seconds("--help") < 0.3
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["eval", "--help"], ["config"], ["--version"]]
+)
+def test_help_and_config_import_nothing_heavy(words):
+    code = (
+        "import sys\nfrom orpo.cli import main\n"
+        f"try: main({words!r})\nexcept SystemExit: pass\n"
+        "sys.stderr.write(str({'torch', 'transformers', 'datasets', 'matplotlib', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "set()"
+    assert done.stdout
+
+
+def test_no_word_prints_the_help():
+    done = orpo_command()
+    assert done.returncode == 0
+    assert "usage: orpo" in done.stdout
+
+
+def test_version_is_printed():
+    assert orpo_command("--version").stdout.startswith("orpo ")
+
+
+def test_an_unknown_word_or_option_exits_with_2():
+    assert orpo_command("trian").returncode == 2
+    done = orpo_command("report", "run", "--colour", "red")
+    assert done.returncode == 2
+    assert "--colour red" in done.stderr
+
+
+def test_a_typing_error_in_a_recipe_is_answered_in_under_a_second(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: x\ndataset_name: y\n\nlearning_rat: 1e-5\n")
+    line = one_line_error(orpo_command("train", str(recipe)))
+    assert line == "orpo: error: recipe.yaml:4: unknown setting 'learning_rat'; did you mean 'learning_rate'?"
+    assert seconds("train", str(recipe)) < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--dataset_name", "x"], "model_name_or_path is not set"),
+        (["--model_name_or_path", "x"], "dataset_name is not set"),
+        (["missing.yaml"], "missing.yaml: cannot read the recipe: no such file"),
+        (["--model_name_or_path", "x", "--dataset_name", "y", "--beta", "-1"], "beta: -1 is out of range"),
+        (
+            ["--model_name_or_path", "x", "--dataset_name", "y", "--report_to", "clearml"],
+            "report_to: clearml needs clearml, which is not installed; pip install clearml",
+        ),
+        (
+            ["--model_name_or_path", "x", "--dataset_name", "y", "--deepspeed", "z.json"],
+            "deepspeed needs deepspeed, which is not installed",
+        ),
+    ],
+)
+def test_what_a_run_lacks_is_said_before_anything_heavy(words, expected):
+    begin = time.perf_counter()
+    done = orpo_command("train", *words)
+    assert expected in one_line_error(done)
+    assert done.stdout == ""
+    assert time.perf_counter() - begin < 10
+
+
+def test_push_to_hub_without_credentials_fails_early(tmp_path):
+    words = ["train", "--model_name_or_path", "x", "--dataset_name", "y", "--push_to_hub"]
+    alone = {"HF_HOME": str(tmp_path), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0", "HUGGING_FACE_HUB_TOKEN": ""}
+    line = one_line_error(orpo_command(*words, env=alone))
+    assert "push_to_hub: no Hugging Face token was found" in line
+    offline = alone | {"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "1"}
+    assert "HF_HUB_OFFLINE is set" in one_line_error(orpo_command(*words, env=offline))
+    assert (
+        "no Hugging Face token"
+        not in orpo_command(*words, "--dry_run", env=alone | {"HF_TOKEN": "hf_x"}).stderr
+    )
+
+
+def test_config_prints_a_recipe_and_its_notices_apart(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("torch_dtype: bfloat16\nlearning_rate: 5e-6\n")
+    done = orpo_command("config", str(recipe), "--beta", "0.2")
+    assert done.returncode == 0
+    assert done.stderr == "torch_dtype (recipe.yaml:1): now called dtype\n"
+    assert done.stdout.startswith("dtype: bfloat16\nlearning_rate: 5.0e-06\nbeta: 0.2\n")
+    again = tmp_path / "again.yaml"
+    again.write_text(done.stdout)
+    assert orpo_command("config", str(again)).stderr == ""
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    done = subprocess.run(
+        f"{' '.join(BIN)} config --schema | head -1", shell=True, capture_output=True, text=True
+    )
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+def run_main(monkeypatch, error: BaseException) -> int:
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(orpo.commands.config, "run", fail)
+    return cli.main(["config"])
+
+
+def test_ctrl_c_exits_with_130(monkeypatch, capsys):
+    assert run_main(monkeypatch, KeyboardInterrupt()) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_a_message_of_several_lines_is_still_one_line(monkeypatch, capsys):
+    from orpo.errors import DataError
+
+    assert run_main(monkeypatch, DataError("first\n  second")) == 2
+    assert capsys.readouterr().err == "orpo: error: first second\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        run_main(monkeypatch, ZeroDivisionError())
+
+
+def test_missing_folders_are_named(tmp_path):
+    assert "no such run directory" in one_line_error(orpo_command("report", str(tmp_path / "x")))
+    assert "not a run directory" in one_line_error(orpo_command("report", str(tmp_path)))
+
+
+def test_the_ci_entry_is_executable_and_runs_the_tests():
+    path = Path(__file__).parent.parent / ".ci" / "run"
+    assert os.access(path, os.X_OK)
+    assert "make test" in path.read_text()
