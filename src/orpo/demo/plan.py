@@ -1,0 +1,80 @@
+"""What the demo trains on and how: shipped files and settings. Light, so that the screen is there at once."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from orpo.errors import ModelError
+
+DEMO = Path(__file__).parent
+BASE = DEMO / "model"
+
+DataName = Literal["politeness", "harmless"]
+SplitName = Literal["train", "validation", "test"]
+FORMATS: dict[DataName, str] = {"politeness": "instruction", "harmless": "hh"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """An experiment.
+
+    Attributes:
+        data: Shipped set of pairs.
+        base: Folder of the model to start from.
+        seed: Of the order of the pairs.
+        learning_rate: Peak, after a warm-up of a tenth of the steps; falls to 0 linearly.
+        num_epochs: Passes over the training pairs.
+        max_steps: Optimizer steps, whatever `num_epochs` says; -1: as it says.
+        beta: Weight of ORPO's odds-ratio term.
+        pairs_per_step: Pairs of an optimizer step.
+        max_length: Longest side, prompt and answer, in tokens.
+        num_evaluations: Evaluations on the validation split while training, besides the one before it.
+        num_test: Test pairs that are scored; None: all.
+        answer_tokens: Longest sample answer, in tokens.
+    """
+
+    data: DataName = "politeness"
+    base: Path = BASE
+    seed: int = 0
+    learning_rate: float = 1e-3
+    num_epochs: float = 2.0
+    max_steps: int = -1
+    beta: float = 1.0
+    pairs_per_step: int = 16
+    max_length: int = 512
+    num_evaluations: int = 8
+    num_test: int | None = None
+    answer_tokens: int = 60
+
+    def split(self, name: SplitName) -> Path:
+        """The file of one split."""
+        path = DEMO / "data" / self.data / f"{name}.jsonl"
+        return path if path.exists() else path.with_suffix(".jsonl.gz")
+
+    def rows(self, name: SplitName) -> list[dict[str, Any]]:
+        """The rows of one split, as they are in its file."""
+        data = self.split(name).read_bytes()
+        text = gzip.decompress(data) if self.split(name).suffix == ".gz" else data
+        return [json.loads(line) for line in text.splitlines()]
+
+    def check(self) -> None:
+        """See that there is a model to start from.
+
+        Raises:
+            ModelError: There is none.
+        """
+        if not (self.base / "model.safetensors").is_file():
+            raise ModelError(
+                f"{self.base}: the demo's base model is not in this installation; install orpo again"
+            )
+
+
+PLANS: dict[DataName, Plan] = {"politeness": Plan(), "harmless": Plan(data="harmless", num_epochs=1.0)}
+"""What `--data` runs; the dialogues of `harmless` are four times as long."""
+
+FAST: dict[str, Any] = {"max_steps": 8, "num_evaluations": 2, "num_test": 48, "answer_tokens": 24}
+"""What `--fast` changes: long enough to see that everything works, too short to see what ORPO does."""
