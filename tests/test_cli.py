@@ -11,6 +11,7 @@ import pytest
 
 import orpo.commands.config
 from orpo import cli
+from orpo.commands.train import check_needs
 
 BIN = [sys.executable, "-m", "orpo"]
 
@@ -58,7 +59,7 @@ def test_help_and_config_import_nothing_heavy(words):
     code = (
         "import sys\nfrom orpo.cli import main\n"
         f"try: main({words!r})\nexcept SystemExit: pass\n"
-        "sys.stderr.write(str({'torch', 'transformers', 'datasets', 'matplotlib', 'rich'} & set(sys.modules)))"
+        "sys.stderr.write(str({'torch', 'transformers', 'datasets', 'rich'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "set()"
@@ -122,10 +123,15 @@ def test_push_to_hub_without_credentials_fails_early(tmp_path):
     assert "push_to_hub: no Hugging Face token was found" in line
     offline = alone | {"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "1"}
     assert "HF_HUB_OFFLINE is set" in one_line_error(orpo_command(*words, env=offline))
-    assert (
-        "no Hugging Face token"
-        not in orpo_command(*words, "--dry_run", env=alone | {"HF_TOKEN": "hf_x"}).stderr
-    )
+
+
+def test_push_to_hub_with_a_token_is_let_through(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    settings = {"model_name_or_path": "x", "dataset_name": "y", "push_to_hub": True}
+    check_needs(settings)
+    monkeypatch.delenv("HF_TOKEN")
+    check_needs(settings | {"hub_token": "hf_x"})
 
 
 def test_config_prints_a_recipe_and_its_notices_apart(tmp_path):
