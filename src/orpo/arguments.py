@@ -209,6 +209,11 @@ def _help_only(described: dataclasses.Field[Any]) -> dataclasses.Field[Any]:
     return plain
 
 
+# HfArgumentParser takes the second type of a union, which must not be a generic one.
+ORPOConfig.__annotations__ |= {
+    "dataset_name": "list[str] | str | dict[str, float] | None",
+    "eval_dataset_name": "list[str] | str | None",
+}
 ORPOConfig.__dataclass_fields__ = {
     name: _help_only(described) for name, described in ORPOConfig.__dataclass_fields__.items()
 }

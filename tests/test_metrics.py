@@ -1,0 +1,139 @@
+"""Sums over a window and means over examples, against the obvious arithmetic in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orpo.config import Objective
+from orpo.metrics import SUMS, MetricWindow, PairScores, evaluation_metrics, trl_names
+
+CPU = torch.device("cpu")
+logprob = st.floats(-20, 0, width=32)
+pair = st.tuples(logprob, logprob, st.integers(1, 50), st.floats(0, 10, width=32), st.booleans())
+
+
+def scores(pairs):
+    """From (chosen, rejected, NLL tokens, NLL of each, has a rejected side)."""
+    chosen, rejected, tokens, nll, has = map(torch.tensor, zip(*pairs, strict=True))
+    return PairScores(
+        chosen.float(), rejected.float(), (nll * tokens).float(), tokens.float(), torch.as_tensor(has)
+    )
+
+
+def odds(logp):
+    p = math.exp(min(logp, -1e-6))
+    return math.log(p) - math.log(1 - p)
+
+
+def obvious(pairs):
+    """The means, one pair at a time."""
+    both = [p for p in pairs if p[4]]
+    tokens = sum(p[2] for p in pairs)
+    means = {
+        "nll": sum(p[2] * p[3] for p in pairs) / tokens,
+        "chosen_logprob": sum(p[0] for p in pairs) / len(pairs),
+    }
+    if both:
+        ratios = [odds(p[0]) - odds(p[1]) for p in both]
+        means |= {
+            "rejected_logprob": sum(p[1] for p in both) / len(both),
+            "margin": sum(p[0] - p[1] for p in both) / len(both),
+            "accuracy": sum(p[0] > p[1] for p in both) / len(both),
+            "log_odds_ratio": sum(ratios) / len(both),
+            "odds_ratio_loss": sum(max(-r, 0) + math.log1p(math.exp(-abs(r))) for r in ratios) / len(both),
+        }
+    return means
+
+
+@given(st.lists(pair, min_size=1, max_size=8), st.integers(1, 4))
+def test_window_means_do_not_depend_on_rows(pairs, size):
+    window = MetricWindow(Objective(), CPU)
+    for start in range(0, len(pairs), size):
+        window.add_row(scores(pairs[start : start + size]))
+    window.add_step(torch.tensor(3.0), num_tokens=10, num_ranks=1)
+    means = window.close(lambda sums: sums)
+    assert means.pop("loss") == 3.0 and means.pop("tokens") == 10
+    assert means == pytest.approx(obvious(pairs), rel=1e-3, abs=1e-4)
+
+
+def test_window_adds_ranks_before_it_divides():
+    ranks = [MetricWindow(Objective(), CPU) for _ in range(2)]
+    ranks[0].add_row(scores([(-1.0, -2.0, 1, 4.0, True)]))
+    ranks[1].add_row(scores([(-1.0, -0.5, 3, 2.0, True), (-1.0, -0.5, 4, 2.0, True)]))
+    for rank in ranks:
+        rank.add_step(torch.tensor(0.5), num_tokens=7, num_ranks=2)
+    total = ranks[0]._sums + ranks[1]._sums
+    means = ranks[0].close(lambda sums: total.clone())
+    assert means["nll"] == pytest.approx((4 + 14) / 8) and means["accuracy"] == pytest.approx(1 / 3)
+    assert means["loss"] == pytest.approx(1.0), "the loss of a step is the sum over ranks"
+    assert means["tokens"] == 14
+
+
+def test_window_folded_and_restored_goes_on_as_if_it_had_not_been():
+    whole, first, second = (MetricWindow(Objective(), CPU) for _ in range(3))
+    rows = [scores([(-1.0, -2.0, 5, 0.1, True)]), scores([(-0.3, -0.2, 9, 0.7, True)])]
+    for row in rows:
+        whole.add_row(row)
+        whole.add_step(torch.tensor(1.1), 3, 1)
+        whole.fold(lambda sums: sums)
+    first.add_row(rows[0])
+    first.add_step(torch.tensor(1.1), 3, 1)
+    second.restore(first.fold(lambda sums: sums))
+    second.add_row(rows[1])
+    second.add_step(torch.tensor(1.1), 3, 1)
+    assert second.close(lambda sums: sums) == whole.close(lambda sums: sums)
+
+
+def test_a_closed_window_is_empty():
+    window = MetricWindow(Objective(), CPU)
+    window.add_row(scores([(-1.0, -2.0, 5, 0.1, True)]))
+    window.close(lambda sums: sums)
+    assert window.fold(lambda sums: sums) == [0.0] * len(SUMS)
+
+
+def test_rows_without_a_rejected_side_count_for_the_nll_alone():
+    pairs = [(-1.0, -2.0, 5, 1.0, True), (-4.0, -0.1, 5, 3.0, False)]
+    window = MetricWindow(Objective(), CPU)
+    window.add_row(scores(pairs))
+    means = window.close(lambda sums: sums)
+    assert means["nll"] == pytest.approx(2.0) and means["accuracy"] == 1.0 and means["margin"] == pytest.approx(1.0)
+    evaluated = evaluation_metrics(scores(pairs), Objective(beta=0.5))
+    assert evaluated["loss"] == pytest.approx(evaluated["nll"] + 0.5 * evaluated["odds_ratio_loss"], rel=1e-6)
+
+
+def test_without_any_rejected_side_nothing_is_said_of_preferences():
+    evaluated = evaluation_metrics(scores([(-1.0, 0.0, 5, 1.0, False)] * 2), Objective())
+    assert "accuracy" not in evaluated and evaluated["loss"] == pytest.approx(1.0)
+
+
+@given(st.lists(pair.filter(lambda p: p[4]), min_size=2, max_size=8))
+def test_evaluation_weights_every_example_alike(pairs):
+    evaluated = evaluation_metrics(scores(pairs), Objective(beta=0.3, nll_weight=0.7))
+    nll = [p[3] for p in pairs]
+    mean = sum(nll) / len(nll)
+    assert evaluated["nll"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
+    variance = sum((value - mean) ** 2 for value in nll) / (len(nll) - 1)
+    assert evaluated["nll_se"] == pytest.approx(math.sqrt(variance / len(nll)), rel=1e-3, abs=1e-5)
+    assert evaluated["loss"] == pytest.approx(
+        0.7 * evaluated["nll"] + 0.3 * evaluated["odds_ratio_loss"], rel=1e-4, abs=1e-5
+    )
+    assert evaluated["nll_token_mean"] == pytest.approx(obvious(pairs)["nll"], rel=1e-4, abs=1e-5)
+
+
+def test_odds_scale_tempers_the_loss_and_not_the_reported_ratio():
+    one, half = (evaluation_metrics(scores([(-1.0, -2.0, 1, 1.0, True)]), Objective(odds_scale=s)) for s in (1.0, 0.5))
+    assert one["log_odds_ratio"] == half["log_odds_ratio"]
+    assert half["odds_ratio_loss"] == pytest.approx(math.log1p(math.exp(-0.5 * one["log_odds_ratio"])), rel=1e-5)
+
+
+def test_trl_names_are_trl_s_numbers():
+    ours = {"chosen_logprob": -1.0, "rejected_logprob": -3.0, "margin": 2.0, "accuracy": 0.5, "log_odds_ratio": 2.5,
+            "odds_ratio_loss": 0.1, "nll": 4.0}  # fmt: skip
+    theirs = trl_names(ours, beta=0.1)
+    assert theirs == pytest.approx({
+        "rewards/chosen": -0.1, "rewards/rejected": -0.3, "rewards/margins": 0.2, "rewards/accuracies": 0.5,
+        "logps/chosen": -1.0, "logps/rejected": -3.0, "log_odds_chosen": 2.5, "nll_loss": 4.0,
+    })  # fmt: skip

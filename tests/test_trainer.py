@@ -1,0 +1,566 @@
+"""The trainer in one process: what a step is, what is logged, evaluated and written, and what is refused."""
+
+import inspect
+import json
+
+import pytest
+import reference
+import tiny_models
+import torch
+import yaml
+from tiny_tokenizer import tiny_tokenizer
+from tiny_training import logged, random_pairs, tiny_config, tiny_trainer, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+
+from orpo import ORPOConfig, ORPOTrainer
+from orpo.config import Objective
+from orpo.errors import ConfigError, DataError, ModelError, RunError
+from orpo.packing import pack
+from orpo.steps import RowSettings, StepDataset, StepStream, build_step, num_nll_tokens, shuffled, split_rows
+from orpo.tokenize import TokenizedPair
+
+OBJECTIVES = [
+    Objective(),
+    Objective(nll_on="response"),
+    Objective(nll_on="assistant"),
+    Objective(nll_reduction="pair"),
+    Objective(nll_weight=0.0),
+]
+
+
+# ------------------------------------------------------------------------------------------ the overrides
+
+
+def test_overridden_hooks_are_these():
+    """Each hook of transformers.Trainer that is overridden; private ones may change, so each needs its reason."""
+    public = {
+        "train": "signals, whole checkpoints, no second evaluation at step 0 on resuming",
+        "get_train_dataloader": "an item is an optimizer step, rank-aware already",
+        "get_eval_dataloader": "the same rows, and raw data is tokenized",
+        "get_test_dataloader": "the same for predict",
+        "num_examples": "a loader's items are not examples",
+        "get_total_train_batch_size": "accumulation is inside a step",
+        "training_step": "rows of a step, ranks exchange gradients once",
+        "evaluation_loop": "means over examples",
+        "log": "the window's numbers",
+        "call_model_init": "checks the model it gives",
+        "save_model": "model card, no bars",
+        "create_model_card": "ours",
+    }
+    private = {
+        "_get_grad_norm": "the only place after backward and before the optimizer that may raise",
+        "_save_checkpoint": "written beside and renamed; with the open log window and a manifest",
+    }
+    overridden = {
+        name
+        for name, value in vars(ORPOTrainer).items()
+        if inspect.isfunction(value) and hasattr(Trainer, name) and name != "__init__"
+    }
+    assert overridden == public.keys() | private.keys()
+
+
+# ------------------------------------------------------------------------------------------ steps
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_denominators_are_the_sums_of_the_packed_rows(objective):
+    pairs = tiny_models.mixed_pairs()
+    for pair in pairs:
+        row = pack([pair], objective)
+        expected = 1 if objective.nll_reduction == "pair" else num_nll_tokens(pair, objective)
+        assert row.nll_weight == pytest.approx(expected)
+    settings = RowSettings(objective, "shared", tokens_per_row=40)
+    step = build_step(pairs, range(len(pairs)), settings)
+    assert step.denominators.nll == pytest.approx(sum(row.nll_weight for row in step.rows))
+    assert step.denominators.pairs == sum(row.num_preferences for row in step.rows)
+
+
+def test_ranks_share_a_step_without_overlap_and_with_equally_many_rows():
+    pairs = random_pairs(9)
+    steps = [
+        build_step(pairs, range(9), RowSettings(Objective(), "shared", tokens_per_row=40, rank=rank, num_ranks=3))
+        for rank in range(3)
+    ]
+    assert len({len(step.rows) for step in steps}) == 1 and len({step.denominators for step in steps}) == 1
+    seen = [index for step in steps for row in step.rows if not row.empty for index in row.index]
+    assert sorted(seen) == list(range(9))
+
+
+def test_token_budget_loader_shows_each_pair_once_and_has_a_constant_length():
+    """trap 1: the stock path duplicated and lost pairs, and its epochs differed in length."""
+    for budget in (20, 60, 10_000):
+        steps = StepDataset(random_pairs(61), RowSettings(Objective(), "shared", budget), pairs_per_step=8)
+        for epoch in range(3):
+            steps.set_epoch(epoch)
+            seen = [i for n in range(len(steps)) for row in steps[n].rows for i in row.index]
+            assert sorted(seen) == list(range(61)) and len(steps) == 8
+
+
+def test_epochs_have_orders_of_their_own(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=-1, num_train_epochs=2)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append([i for row in trainer._last_step.rows for i in row.index])
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    epochs = [sum(seen[:4], []), sum(seen[4:], [])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(13)) and epochs[0] != epochs[1]
+
+
+def test_stream_steps_are_alike_on_every_rank_and_begin_anew():
+    pairs = random_pairs(5)
+    steps = []
+    for rank in range(2):
+        settings = RowSettings(Objective(), "shared", 1000, rank=rank, num_ranks=2)
+        stream = iter(StepStream(lambda: pairs, settings, pairs_per_step=4, shuffle_buffer=3))
+        steps.append([next(stream) for _ in range(5)])
+    seen = [p.source for one, two in zip(*steps, strict=True) for s in (one, two) for row in s.pairs for p in row]
+    assert sorted(seen) == sorted(pair.source for pair in pairs for _ in range(4))
+    with pytest.raises(DataError, match="no row that can train"):
+        next(iter(StepStream(lambda: [], settings, pairs_per_step=4)))
+
+
+def test_shuffle_buffer_yields_every_pair_once():
+    import numpy as np
+
+    pairs = random_pairs(20)
+    drawn = list(shuffled(pairs, 6, np.random.default_rng(0)))
+    assert drawn != pairs and sorted(p.source for p in drawn) == sorted(p.source for p in pairs)
+
+
+def test_splitting_rows_keeps_the_step():
+    settings = RowSettings(Objective(), "shared", 1000)
+    pairs = random_pairs(5)
+    step = build_step(pairs, range(5), settings)
+    halves = split_rows(step, settings)
+    assert len(step.rows) == 1 and len(halves.rows) == 2 and halves.denominators == step.denominators
+    assert sorted(i for row in halves.rows for i in row.index) == list(range(5))
+    singles = build_step(pairs[:1], [0], settings)
+    assert split_rows(singles, settings) is None
+
+
+# ------------------------------------------------------------------------------------------ a step
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_first_step_is_the_reference_step(tmp_path, beta):
+    """One SGD step in float32 against the float64 reference: the loss, and the move of every weight."""
+    pairs = random_pairs(6)
+    model = tiny_models.build("Llama")
+    slow = tiny_models.build("Llama").double()
+    before = torch.cat([w.detach().flatten() for w in slow.parameters()])
+    loss = reference.orpo_loss(reference.logprobs_of(slow), pairs, Objective(beta=beta))
+    loss.backward()
+    gradient = torch.cat([w.grad.flatten() for w in slow.parameters()])
+
+    trainer = tiny_trainer(
+        tmp_path, model=model, train=pairs, beta=beta, max_steps=1, learning_rate=0.5, tokens_per_row=50,
+        per_device_train_batch_size=3, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert logged(trainer, "grad_norm")[0] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    torch.testing.assert_close(weights(trainer).double(), before - 0.5 * gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_logged_loss_is_the_sum_of_its_parts(tmp_path):
+    trainer = tiny_trainer(tmp_path, beta=0.7, nll_weight=0.5, max_steps=3)
+    trainer.train()
+    for line in trainer.state.log_history[:3]:
+        assert line["loss"] == pytest.approx(0.5 * line["nll"] + 0.7 * line["odds_ratio_loss"], rel=1e-5)
+        assert line["rewards/accuracies"] == line["accuracy"] and line["tokens_per_second"] > 0
+
+
+def test_the_last_window_is_logged_however_short(tmp_path):
+    trainer = tiny_trainer(tmp_path, logging_steps=3, logging_first_step=False, max_steps=4)
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [3, 4]
+
+
+def test_steps_and_schedule_count_optimizer_steps(tmp_path):
+    """trap 3: accumulation is a constant of the Trainer; here it is inside a step. trap 10: its batch size is right."""
+    trainer = tiny_trainer(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=-1, num_train_epochs=2
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2 * 3 and trainer.get_total_train_batch_size(trainer.args) == 6
+    assert logged(trainer, "learning_rate")[-1] == pytest.approx(0.05 / 6)
+    assert trainer.args.ddp_find_unused_parameters is False and trainer.args.remove_unused_columns is False
+
+
+def test_user_arguments_are_left_alone(tmp_path):
+    args = tiny_config(tmp_path, gradient_accumulation_steps=3)
+    tiny = ORPOTrainer(tiny_models.build("Llama"), args, None, random_pairs(), processing_class=tiny_tokenizer())
+    assert args.gradient_accumulation_steps == 3 and tiny.pairs_per_step == 12
+
+
+def test_a_row_that_does_not_fit_is_split_and_said(tmp_path, capsys):
+    """The model raises as CUDA does, halfway through the backward of any row of more than two pairs."""
+    plain = tiny_trainer(tmp_path, tokens_per_row=10_000)
+    plain.train()
+    trainer = tiny_trainer(tmp_path, tokens_per_row=10_000)
+    run = trainer._run_row
+
+    def small_machine(model, row, denominators):
+        loss = run(model, row, denominators)
+        if row.num_pairs > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    trainer._run_row = small_machine
+    trainer.train()
+    torch.testing.assert_close(weights(trainer), weights(plain), rtol=1e-6, atol=1e-6)
+    assert logged(trainer) == pytest.approx(logged(plain), rel=1e-6)
+    assert "out of memory; again" in capsys.readouterr().out
+
+
+def test_a_pair_that_does_not_fit_alone_stops_the_run(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    trainer._run_row = no_memory
+    with pytest.raises(RunError, match="step 1: out of memory .*Tried to allocate.*tokens_per_row"):
+        trainer.train()
+
+
+# ------------------------------------------------------------------------------------------ not a number
+
+
+class _Poison(TrainerCallback):
+    """Puts a NaN into the weights that only token 5 reads, before step 2."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            with torch.no_grad():
+                model.get_input_embeddings().weight[5] = float("nan")
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_optimizer_and_names_the_rows(tmp_path):
+    """trap 6; peers 1, 2"""
+    pairs = [TokenizedPair([7, 8], [9, 10], [11], source=f"clean:{n}") for n in range(7)]
+    pairs.append(TokenizedPair([5, 8], [9, 10], [11], source="data.jsonl:118"))
+    trainer = tiny_trainer(tmp_path, train=pairs, tokens_per_row=5, max_steps=2, seed=4)
+    trainer.add_callback(_Poison())
+    second = trainer.get_train_dataloader().dataset[1]
+    assert "data.jsonl:118" in [pair.source for row in second.pairs for pair in row], "choose another seed"
+    with pytest.raises(RunError, match=r"step 2: .*not finite.*no weight was changed.*rank 0: data\.jsonl:118\."):
+        trainer.train()
+    after = weights(trainer)
+    assert torch.isnan(after).sum() == trainer.model.config.hidden_size, "nothing but the poison itself"
+    assert logged(trainer) and all(loss == loss and loss != 0 for loss in logged(trainer))
+
+
+def test_an_infinite_gradient_of_a_finite_loss_stops_too(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_grad_norm=1.0)
+    before = weights(trainer)
+    weight = next(iter(trainer.model.parameters()))
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RunError, match="not finite"):
+        trainer.train()
+    assert torch.equal(weights(trainer), before)
+
+
+# ------------------------------------------------------------------------------------------ evaluation
+
+
+def test_evaluation_does_not_depend_on_batches_or_rows(tmp_path):
+    """trap 4; peers 7"""
+    results = []
+    for settings in ({"per_device_eval_batch_size": 1}, {"per_device_eval_batch_size": 5}, {"tokens_per_row": 25}):
+        trainer = tiny_trainer(tmp_path, evaluation=random_pairs(11, seed=3), eval_strategy="no", **settings)
+        results.append({k: v for k, v in trainer.evaluate().items() if "second" not in k and "runtime" not in k})
+    for other in results[1:]:
+        assert results[0] == pytest.approx(other, rel=1e-5, abs=1e-6)
+    assert results[0]["eval_accuracy_se"] > 0
+
+
+def test_evaluation_is_the_reference_s(tmp_path):
+    pairs = random_pairs(5, seed=4)
+    trainer = tiny_trainer(tmp_path, evaluation=pairs, eval_strategy="no", beta=0.4)
+    slow = tiny_models.build("Llama").double()
+    logprobs = reference.logprobs_of(slow)
+    losses = [reference.orpo_loss(logprobs, [pair], Objective(beta=0.4)).item() for pair in pairs]
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_evaluation_measures_preferences_where_training_does_not(tmp_path):
+    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(5), beta=0.0)
+    trainer.train()
+    assert "accuracy" not in trainer.state.log_history[1] and 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+
+
+def test_evaluation_does_not_change_the_training(tmp_path):
+    """trap 5: with dropout, evaluating used to change the final weights."""
+    runs = []
+    for settings in ({"eval_strategy": "no"}, {"eval_strategy": "steps", "eval_steps": 1, "num_samples": 1}):
+        model = tiny_models.build("Llama", attention_dropout=0.3)
+        trainer = tiny_trainer(
+            tmp_path, model=model, evaluation=random_pairs(6), disable_dropout=False, max_completion_length=2,
+            **settings,
+        )  # fmt: skip
+        trainer.train()
+        runs.append(weights(trainer))
+    assert torch.equal(*runs)
+    plain = tiny_trainer(tmp_path, model=tiny_models.build("Llama", attention_dropout=0.3))
+    plain.train()
+    assert not torch.equal(runs[0], weights(plain)), "the dropout did something, and is off by default"
+
+
+def test_step_zero_is_evaluated_first_and_the_last_step_too(tmp_path):
+    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(6), eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == [0, 3, 4]
+
+
+def test_several_evaluation_sets(tmp_path):
+    """peers 8"""
+    sets = {"near": random_pairs(4), "far": random_pairs(3, seed=9)}
+    trainer = tiny_trainer(
+        tmp_path, evaluation=sets, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    line = trainer.evaluate()
+    assert line["eval_near_loss"] != line["eval_far_loss"]
+    assert trainer.args.metric_for_best_model == "eval_near_loss" and trainer.state.best_model_checkpoint
+    assert trainer.evaluate(sets["far"])["eval_loss"] == pytest.approx(line["eval_far_loss"])
+
+
+def test_compute_metrics_gets_log_probs_of_both_sides(tmp_path):
+    seen = {}
+
+    def compute(prediction):
+        seen["shape"], seen["labels"] = prediction.predictions.shape, prediction.label_ids
+        return {"mine": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
+
+    pairs = [*random_pairs(5), TokenizedPair([1], [2, 3], [], source="sft")]
+    trainer = tiny_trainer(tmp_path, evaluation=pairs, eval_strategy="no", arguments={"compute_metrics": compute})
+    metrics = trainer.evaluate()
+    assert seen["shape"] == (6, 2) and not seen["labels"].any() and 0 <= metrics["eval_mine"] <= 1
+    output = trainer.predict(pairs)
+    assert output.predictions[-1, 1] != output.predictions[-1, 1], "no rejected side: not a number"
+    assert output.metrics["test_accuracy"] == metrics["eval_accuracy"]
+
+
+def test_best_checkpoint_is_kept_and_loaded(tmp_path):
+    """Training too fast, so that the first checkpoint is the best; a limit of one keeps it and the last."""
+    trainer = tiny_trainer(
+        tmp_path, evaluation=random_pairs(20, seed=7), learning_rate=3.0, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, save_total_limit=1,
+    )  # fmt: skip
+    trainer.train()
+    evaluated = {x["step"]: x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x}
+    del evaluated[0]
+    best = min(evaluated, key=evaluated.get)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], rel=1e-5)
+
+
+def test_early_stopping(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, evaluation=random_pairs(20, seed=7), learning_rate=3.0, eval_strategy="steps", eval_steps=1,
+        max_steps=12, early_stopping_patience=2,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step < 12
+    with pytest.raises(ConfigError, match="early_stopping_patience"):
+        tiny_trainer(tmp_path, early_stopping_patience=2)
+
+
+def test_prompts_are_held_out_where_evaluation_is_wanted_and_none_is_given(tmp_path, capsys):
+    rows = [{"prompt": f"Say {n}", "chosen": f" It is {n}.", "rejected": " No."} for n in range(40)]
+    model = tiny_models.build("Llama", vocab_size=700)
+    trainer = tiny_trainer(tmp_path, model=model, train=rows, eval_strategy="steps", eval_split=0.1)
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (36, 4)
+    assert "4 of 40 pairs are held out" in capsys.readouterr().out
+    assert tiny_trainer(tmp_path, model=model, train=rows).eval_dataset is None
+    with pytest.raises(ConfigError, match="there is no evaluation data"):
+        tiny_trainer(tmp_path, model=model, train=rows, eval_strategy="steps", eval_split=0)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_run_directory(tmp_path):
+    tokenizer = tiny_tokenizer("llama3")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Say {n}"}],
+            "chosen": [{"role": "assistant", "content": f"It is {n}."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+        }
+        for n in range(10)
+    ]
+    trainer = tiny_trainer(
+        tmp_path, model=tiny_models.build("Llama", vocab_size=len(tokenizer)), train=rows[:8], evaluation=rows[8:],
+        processing_class=tokenizer, eval_strategy="steps", eval_steps=2, num_samples=2, max_completion_length=3,
+        gradient_accumulation_steps=2, logging_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 4, 4]
+    names = ["loss", "nll", "odds_ratio_loss", "log_odds_ratio", "accuracy", "margin", "chosen_logprob"]
+    training, evaluating = lines[1], lines[0]
+    assert {"step", "epoch", "seconds", "grad_norm", "learning_rate", "tokens_per_second", *names} <= training.keys()
+    assert {f"eval_{name}" for name in names} | {f"eval_{name}_se" for name in names} <= evaluating.keys()
+    assert not any("/" in name or "runtime" in name for line in lines for name in line)
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert recipe["beta"] == 0.1 and recipe["gradient_accumulation_steps"] == 2
+    assert recipe == ORPOConfig(**recipe).recipe(), "the recipe makes the same run"
+    assert json.loads((tmp_path / "environment.json").read_text())["libraries"]["torch"] == torch.__version__
+    assert json.loads((tmp_path / "data_report.json").read_text())["train"]["rows"]["kept"] == 8
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    assert len(samples) == 2 and samples[0]["answers"].keys() == {"chosen", "step 0", "step 2", "step 4"}
+    assert samples[0]["answers"]["chosen"] == "It is 8.", "peers 9: no answer loses its head"
+    assert "checkpoint" not in " ".join(path.name for path in tmp_path.iterdir())
+    card = (tmp_path / "README.md").read_text()
+    assert "tags:\n- orpo" in card and "| accuracy |" in card
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.chat_template == tokenizer.chat_template
+    end = loaded.convert_tokens_to_ids("<|eot_id|>")
+    assert end in model.generation_config.eos_token_id, "generation stops at the end of a turn"
+    again = tiny_trainer(tmp_path / "again", model=model, train=rows, evaluation=rows[8:], eval_strategy="no",
+                         processing_class=loaded)  # fmt: skip
+    assert again.evaluate()["eval_loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
+
+
+def test_trackers_of_transformers_work(tmp_path):
+    pytest.importorskip("tensorboard")
+    tiny_trainer(tmp_path, report_to="tensorboard").train()
+    assert any((tmp_path / "runs").rglob("events*"))
+
+
+def test_nothing_is_sent_anywhere(tmp_path, monkeypatch):
+    """trap 11: no telemetry, no look at the hub, with a local model and local data."""
+    import socket
+
+    def refuse(*arguments):
+        raise AssertionError(f"a connection was opened: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    tiny_models.build("Llama").save_pretrained(tmp_path / "model")
+    trainer = tiny_trainer(tmp_path / "run", model=str(tmp_path / "model"))
+    trainer.train()
+    trainer.save_model()
+
+
+def test_progress_lines_where_there_is_no_terminal(tmp_path, capsys):
+    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(3), eval_strategy="steps", eval_steps=4, max_steps=2)
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("step 1/2  loss ") and "tokens/s" in line]) == 1
+    assert any(line.startswith("step 0/2  eval loss") for line in lines)
+
+
+def test_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    trainer = tiny_trainer(tmp_path, disable_tqdm=False)
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert "training" in shown and "4/4" in shown and "accuracy" in shown
+
+
+# ------------------------------------------------------------------------------------------ settings
+
+
+def test_defaults():
+    args = ORPOConfig(output_dir="x")
+    assert args.beta == 0.1 and args.nll_weight == 1.0 and args.learning_rate == 5e-6 and args.nll_on == "full"
+    assert args.logging_nan_inf_filter is False and args.report_to == [] and args.eval_strategy == "no"
+    assert args.load_best_model_at_end is False and args.save_total_limit == 2
+    if not torch.cuda.is_available():
+        assert args.use_cpu and args.bf16 is False
+
+
+def test_a_recipe_with_data_evaluates_and_keeps_the_best():
+    args = ORPOConfig(output_dir="x", dataset_name="pairs.jsonl")
+    assert args.eval_strategy == "steps" and args.eval_steps == args.save_steps and args.eval_on_start
+    assert args.load_best_model_at_end and args.metric_for_best_model == "loss" and not args.greater_is_better
+    assert ORPOConfig(output_dir="x", dataset_name="pairs.jsonl", eval_split=0).eval_strategy == "no"
+    assert ORPOConfig(output_dir="x", dataset_name="pairs.jsonl", eval_strategy="no").eval_strategy == "no"
+    epochs = ORPOConfig(output_dir="x", dataset_name="pairs.jsonl", save_strategy="epoch")
+    assert epochs.eval_strategy == "epoch" and epochs.load_best_model_at_end
+    uneven = ORPOConfig(output_dir="x", eval_strategy="steps", eval_steps=100, save_steps=250)
+    assert not uneven.load_best_model_at_end
+
+
+def test_evaluation_data_without_a_strategy_is_used(tmp_path):
+    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(5), save_strategy="steps", max_steps=3)
+    trainer.train()
+    assert [x["step"] for x in trainer.state.log_history if "eval_loss" in x] == [0, 1, 2, 3]
+    assert trainer.state.best_model_checkpoint
+    silent = tiny_trainer(tmp_path, evaluation=random_pairs(5), eval_strategy="no")
+    assert not silent.args.eval_on_start
+
+
+def test_settings_of_trl_without_effect_are_named_in_one_line():
+    args = ORPOConfig(output_dir="x", max_prompt_length=128, padding_value=0, truncation_mode="keep_end")
+    assert len(args.notices) == 3 and args.notices[0].startswith("max_prompt_length has no effect: ")
+
+
+def test_presets_are_filled_in():
+    args = ORPOConfig(output_dir="x", objective="tempered", odds_scale=0.3)
+    assert (args.nll_weight, args.odds_scale, args.beta) == (0.0, 0.3, 0.1)
+    assert args.objective_settings == Objective(nll_weight=0.0, odds_scale=0.3)
+    assert len(args.notices) == 1 and "odds_scale" in args.notices[0]
+
+
+def test_hf_argument_parser():
+    from transformers import HfArgumentParser
+
+    (args,) = HfArgumentParser(ORPOConfig).parse_args_into_dataclasses(
+        ["--output_dir", "x", "--beta", "0.3", "--use_peft", "--dataset_name", "pairs.jsonl"]
+    )
+    assert args.beta == 0.3 and args.use_peft and args.dataset_name == "pairs.jsonl"
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def test_one_process_of_many_that_would_train_alone_is_refused(tmp_path, monkeypatch):
+    """trap 9"""
+    args = tiny_config(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but this process would train alone"):
+        ORPOTrainer(tiny_models.build("Llama"), args, train_dataset=random_pairs(), processing_class=tiny_tokenizer())
+
+
+def test_models_that_cannot_be_trained_are_refused(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        tiny_trainer(tmp_path, model=t5)
+    frozen = tiny_models.build("Llama").requires_grad_(False)
+    with pytest.raises(ModelError, match="no weight of the model is trained"):
+        tiny_trainer(tmp_path, model=frozen)
+
+
+def test_missing_parts_are_named(tmp_path):
+    with pytest.raises(DataError, match="train_dataset"):
+        ORPOTrainer(tiny_models.build("Llama"), tiny_config(tmp_path), processing_class=tiny_tokenizer())
+    with pytest.raises(ModelError, match="processing_class"):
+        ORPOTrainer(tiny_models.build("Llama"), tiny_config(tmp_path), train_dataset=random_pairs())
+    with pytest.raises(ConfigError, match="model_name_or_path"):
+        ORPOTrainer(None, tiny_config(tmp_path), train_dataset=random_pairs())
+    with pytest.raises(ConfigError, match="model_init_kwargs"):
+        tiny_trainer(tmp_path, model_init_kwargs={"dtype": "float32"})
+
+
+def test_package_is_light_to_import():
+    import subprocess
+    import sys
+
+    code = "import orpo, sys; orpo.__version__; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
