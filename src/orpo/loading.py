@@ -72,6 +72,7 @@ def lora_config(settings: OrpoSettings) -> Any:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_target_modules,
+        target_parameters=settings.lora_target_parameters,
         modules_to_save=settings.lora_modules_to_save,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
