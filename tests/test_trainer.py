@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_optimizer_and_names_the_ro
     """trap 6; peers 1, 2"""
     pairs = [TokenizedPair([7, 8], [9, 10], [11], source=f"clean:{n}") for n in range(7)]
     pairs.append(TokenizedPair([5, 8], [9, 10], [11], source="data.jsonl:118"))
-    trainer = tiny_trainer(tmp_path, train=pairs, tokens_per_row=5, max_steps=2, seed=4)
+    trainer = tiny_trainer(tmp_path, train=pairs, tokens_per_row=5, max_steps=2, seed=1)
     trainer.add_callback(_Poison())
     second = trainer.get_train_dataloader().dataset[1]
     assert "data.jsonl:118" in [pair.source for row in second.pairs for pair in row], "choose another seed"
