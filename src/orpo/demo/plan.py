@@ -32,7 +32,7 @@ class Plan:
         beta: Weight of ORPO's odds-ratio term.
         pairs_per_step: Pairs of an optimizer step.
         max_length: Longest side, prompt and answer, in tokens.
-        num_evaluations: Evaluations on the validation split while training, besides the one before it.
+        num_evaluations: Evaluations on the validation split while training, at least 2.
         num_test: Test pairs that are scored; None: all.
         answer_tokens: Longest sample answer, in tokens.
     """

@@ -1,8 +1,9 @@
-"""The demo's experiment: from one base, ORPO in one stage, and SFT beside it; judged on pairs neither has seen.
+"""The demo's experiment: from one base, ORPO in one stage, and SFT beside it; judged on pairs neither saw.
 
 Both trainings are ordinary runs of `ORPOTrainer`, over the same pairs in the same order, with equally many
-optimizer steps. They differ in `beta` alone; at 0 a rejected answer is never run. The curves and the choice of the
-settings (benchmarks/demo_claims.py --choose) come from the validation split, the verdict from the test split.
+optimizer steps. They differ in `beta` alone; at 0 a rejected answer is never run. The curves are of the
+validation split, by which the settings were chosen too (benchmarks/demo_claims.py --choose); the verdict is
+of the test split.
 """
 
 from __future__ import annotations
@@ -166,12 +167,15 @@ class Judge:
     """A held-out split, for any number of models; what it says of one is what is on the disk.
 
     Attributes:
+        split: Its name.
+        pairs: Its pairs.
         prompts: Those that are shown, as conversations.
     """
 
     def __init__(self, plan: Plan, split: SplitName = "test") -> None:
         """Read and tokenize the pairs, with the tokenizer of the base."""
         self.plan = plan
+        self.split = split
         self.objective = Objective(beta=plan.beta, nll_on="response")
         read = read_preferences(str(plan.split(split)), data_format=FORMATS[plan.data])
         self.pairs = read.pairs[: plan.num_test]
