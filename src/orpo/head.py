@@ -22,6 +22,8 @@ from orpo.objective import log_odds, log_odds_slope, odds_ratio_loss, odds_ratio
 from orpo.packing import PackedBatch, Role
 
 
+CPU_BLOCK_TOKENS = 8
+"""Rows of logits a CPU takes through the softmax together: few enough for its second-level cache."""
 _ALL = slice(None)
 _TINY = 1e-12
 
@@ -279,12 +281,14 @@ class _Sweep:
             damping_TV = 1 - logits_TV.square()
             logits_TV.mul_(self.head.softcap)
         target_T1 = self.batch.target_T[at, None]
-        logit_T1 = logits_TV.gather(1, target_T1)
-        top_T1 = logits_TV.amax(1, keepdim=True)
-        prob_TV = torch.softmax(logits_TV, 1, out=logits_TV)
-        # log p = logit - log sum exp, and the sum shows in the largest probability: cheaper than another sweep.
-        self.logprob_T[at] = (logit_T1 - top_T1 + prob_TV.amax(1, keepdim=True).log_())[:, 0]
-        return _Chunk(prob_TV, damping_TV)
+        block = CPU_BLOCK_TOKENS if logits_TV.device.type == "cpu" else len(logits_TV)
+        logprobs = []
+        for rows, targets in zip(logits_TV.split(block), target_T1.split(block), strict=True):
+            torch.log_softmax(rows, 1, out=rows)
+            logprobs.append(rows.gather(1, targets))
+            rows.exp_()
+        self.logprob_T[at] = torch.cat(logprobs)[:, 0]
+        return _Chunk(logits_TV, damping_TV)
 
     def backward(self, at: slice, chunk: "_Chunk", slope_T: Tensor, grads: _Gradients) -> None:
         """Add the gradients that the scored tokens `at` cause; `chunk` is used up."""
