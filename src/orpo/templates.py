@@ -47,7 +47,7 @@ _CHATML = (
     and ' }} {{- '</tool_call>.' }} {%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %} {{- END
     + '\\n' }}
 {%- endif %}
-{%- for message in messages if not (tools and loop.first and message.role == 'system') %}
+{%- for message in (messages[1:] if tools and messages[0].role == 'system' else messages) %}
     {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
     """
     + _TOOL_CALLS

@@ -21,6 +21,7 @@ from orpo.templates import adds_bos
 
 Tokens = list[int]
 BATCH = 512
+_APART = "a token crossed the boundary: the answer is tokenized apart from its prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,12 @@ class _Outcome(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """One side: prompt tokens, the prompt's encoding, answer tokens."""
+    """One side: prompt tokens, the prompt's encoding, answer tokens, whether these were tokenized apart."""
 
     head: Tokens
     prompt: _Encoded
     answer: Tokens
+    apart: bool = False
 
 
 class PairTokenizer:
@@ -133,7 +135,8 @@ class PairTokenizer:
                 continue
             parts = [next(tokens) for _ in one.sides]
             try:
-                outcomes.append(_Outcome(self._assemble(pair, one, parts), None, one.notes))
+                apart = [_APART] if any(part is not None and part.apart for part in parts) else []
+                outcomes.append(_Outcome(self._assemble(pair, one, parts), None, one.notes + apart))
             except Dropped as dropped:
                 outcomes.append(_Outcome(None, str(dropped), []))
         return outcomes
@@ -175,7 +178,9 @@ class PairTokenizer:
         for (place, header, tail), answer in zip(crossed, apart, strict=True):
             same = self._decode(header + answer.ids) == self._decode(tail)
             part = result[place]
-            result[place] = part._replace(answer=answer.ids) if same and part is not None else None
+            result[place] = (
+                part._replace(answer=answer.ids, apart=True) if same and part is not None else None
+            )
         return result
 
     def _last_header(self, side: RenderedSide, head: Tokens, tail: Tokens) -> Tokens:
