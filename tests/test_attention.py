@@ -64,17 +64,15 @@ def heads(num_tokens, num_key_heads=HEADS, dtype=torch.float64, seed=0):
 
 
 def assert_same_attention(runs, num_key_heads, options):
-    # The explicit softmax of soft-capped attention is in float32, as in transformers.
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if options.get("softcap") else {"rtol": 1e-10, "atol": 1e-12}
     inputs = heads(sum(map(sum, runs)), num_key_heads)
     ours = attend(*inputs, Segments(runs), **options)
     dense = dense_attention(*inputs, runs, **options)
-    torch.testing.assert_close(ours, dense, **tolerance)
+    torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
     upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=ours.dtype)
     for mine, theirs in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(dense, inputs, upstream), strict=True
     ):
-        torch.testing.assert_close(mine, theirs, **tolerance)
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_key_heads", [4, 2, 1])
