@@ -479,6 +479,7 @@ class ORPOTrainer(Trainer):
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
         self.stopped_by = None
+        set_seed(self.args.seed)  # so that nothing done before, an evaluation or another run, changes this one
         settings: dict[str, Any] = {}
         if checkpoint is not None:
             self.window.restore(read_state(checkpoint).get("window"))
