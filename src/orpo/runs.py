@@ -102,7 +102,8 @@ def holds_model(folder: Path) -> bool:
 def base_model_name(name: str) -> str | None:
     """What the model of a run was trained from, as its recipe or adapter says; None where neither does."""
     folder = Path(name)
-    recipe = read_recipe(folder / "recipe.yaml") or read_recipe(folder.parent / "recipe.yaml")
+    run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
+    recipe = read_recipe(run_dir / "recipe.yaml")
     if recipe.get("model_name_or_path"):
         return str(recipe["model_name_or_path"])
     base = read_json(folder / "adapter_config.json", {}).get("base_model_name_or_path")

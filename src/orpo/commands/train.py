@@ -63,10 +63,13 @@ def run(args: argparse.Namespace) -> int:
     if _is_finished(config):
         _say(f"{config.output_dir} holds the finished run of this recipe; a new one needs another output_dir")
         return 0
+    is_new = not _run_dir(config).exists()
     trainer = ORPOTrainer(args=config)
     for line in plan_lines(trainer):
         _say(line)
     if config.dry_run:
+        if is_new and _speaks():
+            _run_dir(config).rmdir()  # the Trainer has made it
         _say("dry run: nothing was trained or written")
         return 0
     return _train(trainer, config)
