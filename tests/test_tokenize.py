@@ -213,6 +213,34 @@ def test_a_header_written_only_when_asked_is_left_out_of_the_prompt():
     assert list(counts.changed) == ["the prompt ends before the header the chat template writes when asked"]
 
 
+def test_a_header_that_opens_thinking_differently_is_cut_at_its_line():
+    """As Nemotron 3: asked with an open think block, written with a closed one, which both answers then hold."""
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + ('<think></think>' if m.role == 'assistant' else '')"
+        " + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    tokens, _ = encode(tokenizer, chat([user("Q")], "A", "B"))
+    assert tokenizer.decode(tokens.prompt) == EXPECTED["chatml"][0]
+    assert tokenizer.decode(tokens.chosen) == "<think></think>A<|im_end|>"
+
+
+def test_end_tokens_in_a_row_are_trained_together():
+    """As Command R7B: the response is closed, then the turn."""
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|im_end|>\\n", "<|end|><|im_end|>\\n<|endoftext|>"
+    )
+    tokens, _ = encode(tokenizer, chat([user("Q"), bot("O"), user("R")], "A", "B"))
+    assert tokenizer.decode(tokens.chosen) == "A<|end|><|im_end|>"
+    (span,) = tokens.assistant_spans
+    assert tokenizer.decode(tokens.prompt[slice(*span)]) == "O<|end|><|im_end|>"
+    assert encode(tokenizer, chat([user("Q")], "<|end|>", "B"))[1].dropped == {
+        "an answer is empty once rendered": 1
+    }
+
+
 def test_one_row_the_template_refuses_does_not_kill_the_job():
     """peers 13."""
     encoder = PairTokenizer(tiny_tokenizer("gemma"), max_length=None)
@@ -299,16 +327,22 @@ def test_conversations_that_part_early_share_their_beginning_only():
     )
 
 
+def test_parting_early_where_the_header_differs_when_asked_shares_up_to_it():
+    tokenizer = tiny_tokenizer("asks_to_think")
+    pair = PreferencePair([user("Q")], [bot("A"), user("R"), bot("B")], [bot("C"), user("S"), bot("D")])
+    tokens, _ = encode(tokenizer, pair)
+    assert tokenizer.decode(tokens.prompt) == "<|im_start|>user\nQ<|im_end|>\n"
+    assert tokenizer.decode(tokens.chosen[tokens.chosen_context :]) == "B<|im_end|>"
+
+
 def test_parting_early_under_a_template_that_moves_the_system_text_shares_less():
-    """Mistral writes the system text into the last user turn, so only BOS-side turns can be shared."""
+    """Mistral writes the system text into the last user turn, so no turn is shared."""
     tokenizer = tiny_tokenizer("mistral")
     prompt = [system("S"), user("P"), bot("O"), user("Q")]
     pair = PreferencePair(prompt, [bot("A"), user("R"), bot("B")], [bot("C"), user("T"), bot("D")])
     tokens, counts = encode(tokenizer, pair)
-    if tokens is None:
-        assert "no boundary" in next(iter(counts.dropped))
-    else:
-        assert "S" not in tokenizer.decode(tokens.prompt)
+    assert tokenizer.decode(tokens.prompt) == "<s>" and not counts.dropped
+    assert "[INST] S\n\nR[/INST]" in tokenizer.decode(tokens.chosen)
 
 
 def test_an_sft_row_has_no_rejected_side():

@@ -184,12 +184,14 @@ class _PairRenderer:
     def _boundary(self, before: list[Message], asked: str, text: str) -> int:
         """Where the prompt ends if the template writes another header when asked than before an answer.
 
-        The last place up to which both agree and at which a message begins: the answer's content, or its
-        header.
+        The last place up to which both agree and at which something begins: the answer's content, a line of
+        its header, or the header.
         """
         agree = common(asked, text)
         marked = self._turns([*before, {"role": "assistant", "content": _MARKER}], ask=False)
-        places = [marked.find(_MARKER), len(self._try_turns(before, ask=False) or "")]
+        header = len(self._try_turns(before, ask=False) or "")
+        line = marked.rfind("\n", header, common(asked, marked)) + 1
+        places = [marked.find(_MARKER), line, header]
         fitting = [place for place in places if 0 < place <= agree and text[:place] == marked[:place]]
         if not fitting:
             raise Dropped("no boundary: the chat template writes the prompt differently once it is answered")
@@ -201,10 +203,10 @@ class _PairRenderer:
         ends = []
         for place in range(len(self.prompt), 0, -1):
             next_turns = [[*self.prompt, *answer][place] for answer in self.answers]
-            ask = all(turn["role"] == "assistant" for turn in next_turns)
-            text = self._try_turns(self.prompt[:place], ask=ask)
-            if text and all(side.text.startswith(text) for side in sides):
-                ends.append(len(text))
+            asks = (True, False) if all(turn["role"] == "assistant" for turn in next_turns) else (False,)
+            for text in (self._try_turns(self.prompt[:place], ask=ask) for ask in asks):
+                if text and all(side.text.startswith(text) for side in sides):
+                    ends.append(len(text))
         if not ends:
             raise Dropped("no boundary: the sides share no whole message once rendered")
         return ends

@@ -276,12 +276,16 @@ def _anchors(tokenizer: Any, template: ChatTemplate, question: Message) -> tuple
 def _end_of_turn(tokenizer: Any, suffix: str) -> tuple[str, str]:
     """What of the text behind an answer is trained, and the token it ends with."""
     added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    last, stop = "", 0
     for token in tokenizer(suffix, add_special_tokens=False)["input_ids"]:
-        if token in added:
-            written = tokenizer.convert_ids_to_tokens(token)
-            found = suffix.find(written)
-            if found >= 0:
-                return suffix[: found + len(written)], written
+        written = str(tokenizer.convert_ids_to_tokens(token)) if token in added else ""
+        # End tokens in a row belong together; what stands apart behind them is no longer the turn's.
+        if last and not (written and suffix.startswith(written, stop)):
+            break
+        if written and (found := suffix.find(written, stop)) >= 0:
+            last, stop = written, found + len(written)
+    if last:
+        return suffix[:stop], last
     if tokenizer.eos_token is None:
         raise ModelError(
             "neither the chat template nor the tokenizer has an end-of-turn token; set tokenizer.eos_token"

@@ -226,7 +226,7 @@ class PairTokenizer:
     def _check(self, answer: Tokens) -> None:
         if not answer or answer[-1] not in self.renderer.added:
             raise Dropped("an answer does not end with an end-of-turn token")
-        if len(answer) == 1:
+        if self.renderer.added.issuperset(answer):
             raise Dropped("an answer is empty once rendered")
         if answer[-1] in answer[:-1]:
             raise Dropped("the end-of-turn token occurs inside an answer")
