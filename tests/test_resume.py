@@ -1,0 +1,340 @@
+"""Never lose work: exact resuming, signals, whole checkpoints, damaged ones, killed and full-disk saves."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from tiny_training import random_pairs, tiny_trainer, weights
+from transformers import TrainerCallback
+
+from orpo.checkpoints import STATE_FILE, StopSignal, checkpoint_problem, last_checkpoint, written_whole
+from orpo.errors import RunError
+from orpo.resuming import refuse_changes
+
+CLOCKS = ("seconds", "tokens_per_second")
+SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "optim": "adamw_torch"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def lazy_disk():
+    """Waiting for the disk is most of a tiny checkpoint's time; one test looks at what is waited for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+class StopAt(TrainerCallback):
+    """Sends this process a signal within a step."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step, self.number = step, number
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+
+
+def with_dropout(**settings):
+    return tiny_models.build("Llama", attention_dropout=0.2, **settings)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Seven steps over two epochs of four, with evaluations, dropout, Adam, and log windows of three steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = make(folder)
+    trainer.train()
+    return {"folder": folder, "weights": weights(trainer), "metrics": metrics(folder)}
+
+
+def make(folder, **settings):
+    defaults = {
+        **SAVING,
+        "max_steps": 7,
+        "logging_steps": 3,
+        "logging_first_step": False,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": False,
+        "disable_dropout": False,
+        "learning_rate": 1e-2,
+    }
+    return tiny_trainer(folder, model=with_dropout(), evaluation=random_pairs(5, seed=2), **(defaults | settings))
+
+
+# ------------------------------------------------------------------------------------------ exact
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, tmp_path, step):
+    """Mid-epoch, at its end, and in the second one; in the middle of a log window (steps 2, 4 and 5 of 1-3, 4-6)."""
+    shutil.copytree(uninterrupted["folder"], tmp_path, dirs_exist_ok=True)
+    for folder in tmp_path.glob("checkpoint-*"):
+        if int(folder.name[11:]) > step:
+            shutil.rmtree(folder)
+    trainer = make(tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(trainer), uninterrupted["weights"])
+    assert metrics(tmp_path) == uninterrupted["metrics"]
+    assert trainer.state.global_step == 7
+
+
+def test_fresh_run_in_an_old_directory_starts_new_files(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted["folder"], tmp_path, dirs_exist_ok=True)
+    make(tmp_path, max_steps=2).train()
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 2, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_saves_after_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_path, number):
+    """trap 8"""
+    before = {s: signal.getsignal(s) for s in StopSignal.SIGNALS}
+    # Only the signal saves; a limit of one must not delete what it saved, nor the best one be loaded over it.
+    settings = {"save_steps": 100, "save_total_limit": 1}
+    trainer = make(tmp_path, **settings, load_best_model_at_end=True, arguments={"callbacks": [StopAt(3, number)]})
+    trainer.train()
+    assert trainer.stopped_by == signal.Signals(number).name and trainer.state.global_step == 3
+    assert {s: signal.getsignal(s) for s in StopSignal.SIGNALS} == before
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    resumed = make(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.stopped_by is None
+    assert torch.equal(weights(resumed), uninterrupted["weights"])
+    assert metrics(tmp_path) == uninterrupted["metrics"]
+
+
+def test_second_ctrl_c_does_not_wait():
+    stop = StopSignal()
+    with stop.caught():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_streamed_run_resumes_exactly(tmp_path):
+    from orpo.training_data import TokenizedStream
+
+    def stream(folder, callbacks=(), **settings):
+        trainer = tiny_trainer(
+            folder, **(SAVING | settings), logging_steps=2, max_steps=6, arguments={"callbacks": list(callbacks)}
+        )
+        trainer.train_dataset = TokenizedStream(lambda: iter(random_pairs()))
+        return trainer
+
+    whole, part, rest = stream(tmp_path / "whole"), stream(tmp_path / "part", [StopAt(5)]), stream(tmp_path / "part")
+    whole.train()
+    part.train()
+    assert part.state.global_step == 5
+    rest.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(rest), weights(whole)) and metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+
+
+def test_adapter_resumes_exactly(tmp_path):
+    from peft import LoraConfig
+
+    def lora(folder, callbacks=()):
+        return make(folder, arguments={
+            "callbacks": list(callbacks),
+            "peft_config": LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False),
+        })  # fmt: skip
+
+    whole, part, rest = lora(tmp_path / "whole"), lora(tmp_path / "part", [StopAt(3)]), lora(tmp_path / "part")
+    whole.train()
+    part.train()
+    rest.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(rest), weights(whole)) and metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+
+
+# ------------------------------------------------------------------------------------------ refused
+
+
+def test_changed_recipe_is_refused_with_the_differences(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted["folder"], tmp_path, dirs_exist_ok=True)
+    changed = make(tmp_path, learning_rate=2e-2, beta=0.2)
+    with pytest.raises(RunError, match=r"beta: 0.1 -> 0.2; learning_rate: 0.01 -> 0.02.*force: true"):
+        changed.train(resume_from_checkpoint=True)
+    other_data = make(tmp_path, train=random_pairs(13, seed=5))
+    with pytest.raises(RunError, match="pairs_checksum"):
+        other_data.train(resume_from_checkpoint=True)
+    with pytest.raises(RunError, match="pairs_per_step: 4 -> 8"):
+        make(tmp_path, gradient_accumulation_steps=2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logging_steps": 1, "save_total_limit": 9, "report_to": "none", "run_name": "new", "tokens_per_row": 40},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"learning_rate": 2e-2, "force": True},
+    ],
+)
+def test_changes_that_cannot_change_the_mathematics_pass(uninterrupted, tmp_path, settings):
+    shutil.copytree(uninterrupted["folder"], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoint-7")
+    make(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_of_plain_transformers_is_not_compared():
+    refuse_changes(Path("checkpoint-1"), None, {"beta": 0.1})
+
+
+def test_no_checkpoint_is_said(tmp_path):
+    with pytest.raises(RunError, match="there is no whole checkpoint"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+# ------------------------------------------------------------------------------------------ damaged
+
+
+DAMAGES = {
+    "no trainer state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "no generators": lambda folder: (folder / "rng_state.pth").unlink(),
+    "no schedule": lambda folder: (folder / "scheduler.pt").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "cut weights": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+    "cut optimizer": lambda folder: os.truncate(folder / "optimizer.pt", 5000),
+    "cut state": lambda folder: os.truncate(folder / STATE_FILE, 20),
+}
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys, damage, manifest):
+    """trap 7: without optimizer.pt transformers resumes, silently, with a fresh optimizer."""
+    for step in (2, 3):
+        shutil.copytree(uninterrupted["folder"] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    newest = tmp_path / "checkpoint-3"
+    assert last_checkpoint(tmp_path) == newest
+    if not manifest and damage != "cut state":
+        (newest / STATE_FILE).unlink()
+    DAMAGES[damage](newest)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert "checkpoint-3 is passed over: " in capsys.readouterr().out
+    with pytest.raises(RunError, match="cannot resume"):
+        make(tmp_path).train(resume_from_checkpoint=str(newest))
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    make(tmp_path, save_only_model=True, max_steps=1).train()
+    assert "save_only_model" in checkpoint_problem(tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------ interrupted saves
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path):
+    trainer = make(tmp_path, save_total_limit=1, max_steps=2)
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+    def no_disk(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make(tmp_path, save_total_limit=1, max_steps=3, force=True)
+    trainer._save_optimizer_and_scheduler = no_disk
+    with pytest.raises(RunError) as failure:
+        trainer.train(resume_from_checkpoint=True)
+    message = str(failure.value)
+    assert "checkpoint-3 could not be written" in message and "No space left" in message and "\n" not in message
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name or "saving" in path.name] == [
+        "checkpoint-2"
+    ]
+    assert last_checkpoint(tmp_path)
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = set()
+
+    def sync(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.add(path.name if path != tmp_path else "run directory")
+        assert (tmp_path / "checkpoint-1").exists() == (path == tmp_path)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with written_whole(tmp_path / "checkpoint-1", is_writer=True, wait=lambda: None) as folder:
+        (folder / "shard").mkdir()
+        for name in ("weights", "shard/optimizer"):
+            (folder / name).write_text(name)
+    assert synced == {"weights", "optimizer", "shard", "checkpoint-1", "run directory"}
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced_whole(tmp_path):
+    target = tmp_path / "checkpoint-1"
+    for content in ("old", "new"):
+        with written_whole(target, is_writer=True, wait=lambda: None) as folder:
+            (folder / content).write_text(content)
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    """A real process, killed with SIGKILL while the third checkpoint is half written."""
+
+    def hang(folder):
+        if folder.name == "checkpoint-3":
+            (tmp_path / "half written").touch()
+            time.sleep(60)
+
+    monkeypatch.setattr("orpo.checkpoints._to_disk", hang)
+    process = in_process(lambda: make(tmp_path, max_steps=3, eval_strategy="no").train())
+    while not (tmp_path / "half written").exists() and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    monkeypatch.undo()
+    assert (tmp_path / ".saving-3").is_dir() and not (tmp_path / "checkpoint-3").exists()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    whole = make(tmp_path / "whole", max_steps=3, eval_strategy="no")
+    whole.train()
+    resumed = make(tmp_path, max_steps=3, eval_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
+    assert not (tmp_path / ".saving-3").exists()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5])
+def test_full_disk_is_one_clear_line_and_the_checkpoint_before_is_whole(tmp_path, share):
+    """The system refuses to let a file grow, in the weights or in the optimizer's state (twice their size)."""
+
+    def run():
+        trainer = make(tmp_path, max_steps=3, eval_strategy="no", save_steps=2)
+        size = int(share * sum(4 * weight.numel() for weight in trainer.model.parameters()))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            trainer.train(resume_from_checkpoint=True)
+        except RunError as error:
+            (tmp_path / "message").write_text(str(error))
+
+    make(tmp_path, max_steps=3, eval_strategy="no", arguments={"callbacks": [StopAt(1)]}).train()
+    in_process(run).join()
+    message = (tmp_path / "message").read_text()
+    assert "checkpoint-2 could not be written" in message and "Make room and run again" in message
+    assert len(message.splitlines()) == 1
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert not list(tmp_path.glob(".saving*"))
+
+
+def in_process(function):
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    return process
