@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import ModelOutput
 
 from orpo.attention import Segments, attend
+from orpo.backends import SEGMENTS
 from orpo.config import LayoutName, Objective
 from orpo.errors import ModelError
 from orpo.head import Denominators, Head, score_row
@@ -59,10 +60,11 @@ class ORPOOutput(ModelOutput):
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """How a model was prepared: the layout its rows must have, and lines to print."""
+    """How a model was prepared: the layout its rows must have, lines to print, and what attends, by name."""
 
     layout: LayoutName
     notices: tuple[str, ...]
+    attention: str = SEGMENTS
 
 
 def prepare_model(
@@ -101,7 +103,7 @@ def prepare_model(
         scorer.use_layout(candidate)
         problem = _probe(model, scorer, candidate)
         if problem is None:
-            return Preparation(candidate, tuple(_fallback_notice(inner, candidate, problems)))
+            return Preparation(candidate, tuple(_fallback_notice(inner, candidate, problems)), scorer.attention)
         problems.append(problem)
     raise ModelError(
         f"{type(inner).__name__}: rows with layout `{candidates[-1]}` do not reproduce the model's own loss "
@@ -144,6 +146,7 @@ class _Scorer:
         self.plain_attention = [config._attn_implementation for config in self.configs]
         self.num_attention_calls: int | None = None
         self.router_loss = True
+        self.attention = SEGMENTS
 
     def install(self) -> None:
         scorer = self
@@ -189,6 +192,7 @@ class _Scorer:
         finally:
             self.attend_to(None)
         self._check_attention(segments)
+        self.attention = segments.backend
         hidden_ND = outputs.last_hidden_state.flatten(0, 1)
         loss, pairs = score_row(hidden_ND, self.head(), batch, self.objective, denominators)
         loss = loss + self._router_loss(outputs, batch, denominators)
@@ -318,7 +322,8 @@ _HARMLESS = {
     "output_router_logits", "position_embeddings", "return_dict", "past_key_values",
 }  # fmt: skip
 
-AttentionInterface.register(ATTENTION, _segments_attention_forward)
+# Compiled into a layer it would be compiled anew for the lengths of every row.
+AttentionInterface.register(ATTENTION, torch.compiler.disable(_segments_attention_forward))
 
 
 def _attention_configs(model: PreTrainedModel) -> list[Any]:
