@@ -238,13 +238,15 @@ def _choose(tokenizer: Any, chat_template: str | None) -> tuple[str, str, list[s
     )
 
 
+def missing_tokens(tokenizer: Any, name: str) -> list[str]:
+    """Tokens a named template writes that the vocabulary does not hold: what `resize_embeddings` is to add."""
+    template, vocabulary = NAMED[name], tokenizer.get_vocab()
+    return [token for token in (*template.tokens, template.end) if token and token not in vocabulary]
+
+
 def _named(tokenizer: Any, name: str) -> tuple[str, list[str]]:
-    template = NAMED[name]
-    vocabulary = tokenizer.get_vocab()
-    missing = [
-        token for token in (*template.tokens, *filter(None, [template.end])) if token not in vocabulary
-    ]
-    if template.end is not None and template.end in vocabulary:
+    template, missing = NAMED[name], missing_tokens(tokenizer, name)
+    if template.end is not None and template.end not in missing:
         end = repr(template.end)
     elif tokenizer.eos_token is None:
         raise ModelError(
