@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -311,8 +311,8 @@ def _samples(samples: Samples) -> str:
                 key: value for key, value in sample.items() if key != "prompt" and isinstance(value, str)
             }
         columns = "".join(
-            f"<div><h4>{escape(str(name))}</h4><p>{escape(str(text)) or '<em>(empty)</em>'}</p></div>"
-            for name, text in answers.items()
+            f"<div><h4>{escape(str(name))}</h4><p>{escape(str(text).strip()) or '<em>(empty)</em>'}</p></div>"
+            for name, text in _few(answers).items()
         )
         prompt = sample.get("prompt", "")
         text = prompt if isinstance(prompt, str) else "\n".join(str(m.get("content", m)) for m in prompt)
@@ -327,29 +327,47 @@ def _samples(samples: Samples) -> str:
 """
 
 
+def _few(answers: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the answers during training, `step 0`, `step 20`, ..., the first and the last; all others."""
+    steps = [name for name in answers if str(name).startswith("step ")]
+    return {name: text for name, text in answers.items() if name not in steps[1:-1]}
+
+
 def _mapping_section(title: str, anchor: str, values: Mapping[str, Any], caption: str) -> str:
+    """A section of names and values; a mapping of mappings becomes one part for each."""
     if not values:
         return ""
+    parts = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    if len(parts) == len(values):
+        lists = "".join(f"<h3>{escape(str(key))}</h3>{_list(value)}" for key, value in parts.items())
+    else:
+        lists = _list(values)
     return f"""
 <section id="{anchor}"><details open><summary><h2>{title}</h2></summary>
 <p class="caption">{caption}</p>
-{_mapping_table(values)}
+{lists}
 </details></section>
 """
 
 
-def _mapping_table(values: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th><td>{_cell(value)}</td></tr>'
-        for key, value in values.items()
-        if value is not None
+def _list(values: Mapping[str, Any]) -> str:
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{_shown(value)}</dd></div>" for name, value in _flat(values)
     )
-    return f'<div class="scroll"><table class="pairs"><tbody>{rows}</tbody></table></div>'
+    return f'<dl class="pairs">{items}</dl>'
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return _mapping_table(value) if value else "none"
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values with those of inner mappings under `outer / inner`; what is empty is left out."""
+    for key, value in values.items():
+        name = prefix + (Path(key).name if str(key).startswith("/") else str(key))
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name} / ")
+        elif value is not None and value != []:
+            yield name, value
+
+
+def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -357,10 +375,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        if any(isinstance(item, (Mapping, list)) for item in value):
-            return "".join(f"<div>{_cell(item)}</div>" for item in value[:20])
-        return escape(", ".join(str(item) for item in value)) or "none"
-    return f'<span class="text">{escape(str(value))}</span>'
+        more = f", ... ({len(value):,} in all)" if len(value) > 12 else ""
+        return escape(", ".join(str(item) for item in value[:12]) + more)
+    return escape(str(value))
 
 
 # Figures

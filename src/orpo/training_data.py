@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,9 @@ class DataReader:
             if evaluates and not sets and self.settings.eval_split > 0:
                 kept, held_out = self._hold_out(pairs.pairs)
                 data.evals[""] = self._tokenized(held_out, "eval")
-                data.train = self._tokenized(kept, "train")
+                # What was dropped while reading is told with the training pairs.
+                counts = replace(pairs.report, total=pairs.report.total - len(held_out))
+                data.train = self._tokenized(replace(pairs, pairs=kept, report=counts), "train")
             else:
                 data.train = self._tokenized(pairs, "train")
         return data

@@ -158,7 +158,7 @@ def plan_lines(trainer: ORPOTrainer) -> list[str]:
     loader = trainer.get_train_dataloader()
     if isinstance(pairs, TokenizedDataset):
         steps = config.max_steps if config.max_steps > 0 else round(len(loader) * config.num_train_epochs)
-        epochs = f"{steps / len(loader):g} epochs of {len(loader):,} steps"
+        epochs = f"{round(steps / len(loader), 2):g} epochs of {len(loader):,} steps"
         lines.append(f"steps      {steps:,} of {trainer.pairs_per_step} pairs: {epochs}")
     else:
         lines.append(f"steps      {config.max_steps:,} of {trainer.pairs_per_step} pairs, streamed")
@@ -175,11 +175,8 @@ def _train(trainer: ORPOTrainer, config: ORPOConfig) -> int:
         _say(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by is not None:
-        step = trainer.state.global_step
-        _say(
-            f"stopped by {trainer.stopped_by} at step {step}: {config.output_dir}/checkpoint-{step} is there; "
-            "the same command goes on"
-        )
+        kept = _run_dir(config) / f"checkpoint-{trainer.state.global_step}"
+        _say(f"stopped by {trainer.stopped_by}: {kept} is saved, and the same command goes on from it")
         return 128 + int(getattr(signal, trainer.stopped_by, signal.SIGTERM))
     if trainer.eval_dataset is not None and not _is_evaluated(trainer):
         trainer.evaluate()
