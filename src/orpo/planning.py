@@ -44,10 +44,24 @@ def plan_epoch(
     return steps
 
 
+def pair_sizes(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
+    """Lines that each pair takes in a row, and their width; a row takes all its lines times the largest width.
+
+    A padded row has a line for each side, as wide as the longest side. Rows without padding are counted as lines of
+    one token. Shape [n, 3] -> [n, 2].
+    """
+    prompt, chosen, rejected = lengths.T
+    sides = 1 + (rejected > 0)
+    if layout == "padded":
+        return np.stack([sides, prompt + np.maximum(chosen, rejected)], 1)
+    tokens = prompt * (sides if layout == "packed" else 1) + chosen + rejected
+    return np.stack([tokens, np.ones_like(tokens)], 1)
+
+
 def pair_tokens(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
-    """Tokens each pair takes in a row, from its (prompt, chosen, rejected) lengths. Shape [n, 3] -> [n]."""
-    shared = lengths.sum(1)
-    return shared if layout == "shared" else shared + lengths[:, 0] * (lengths[:, 2] > 0)
+    """Tokens each pair takes in a row of its own, padding included. Shape [n, 3] -> [n]."""
+    sizes = pair_sizes(lengths, layout)
+    return sizes[:, 0] * sizes[:, 1]
 
 
 def pair_cost(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
@@ -71,16 +85,15 @@ def plan_step(
         indices: Data-set indices of the step's pairs, at least one.
         lengths: (prompt, chosen, rejected) tokens of every pair of the data set, shape [n, 3].
         num_ranks: Processes that share the step.
-        tokens_per_row: Most tokens in a row; a pair longer than that has a row to itself.
+        tokens_per_row: Most tokens in a row, padding included; a pair longer than that has a row to itself.
         layout: The layout of the rows, which decides how many tokens a pair takes.
     """
     indices = np.asarray(indices)
     tokens = dict(zip(indices.tolist(), pair_tokens(lengths[indices], layout).tolist(), strict=True))
     cost = dict(zip(indices.tolist(), pair_cost(lengths[indices], layout).tolist(), strict=True))
     by_cost = sorted(cost, key=lambda i: (-cost[i], i))
-    ranks = [
-        _fill_rows(share, tokens, tokens_per_row) for share in _balance(by_cost, cost, num_ranks)
-    ]
+    sizes = dict(zip(indices.tolist(), pair_sizes(lengths[indices], layout).tolist(), strict=True))
+    ranks = [_fill_rows(share, sizes, tokens_per_row) for share in _balance(by_cost, cost, num_ranks)]
     num_rows = max(map(len, ranks))
     spare = min(tokens, key=lambda i: (tokens[i], i))
     return tuple(tuple(_to_rows(rows, num_rows, tokens, spare)) for rows in ranks)
@@ -97,18 +110,19 @@ def _balance(by_cost: list[int], cost: dict[int, float], num_shares: int) -> lis
     return shares
 
 
-def _fill_rows(pairs: list[int], tokens: dict[int, int], tokens_per_row: int) -> list[list[int]]:
-    """First fit, longest first."""
+def _fill_rows(pairs: list[int], sizes: dict[int, list[int]], tokens_per_row: int) -> list[list[int]]:
+    """First fit, widest and then longest first."""
     rows: list[list[int]] = []
-    room: list[int] = []
-    for pair in sorted(pairs, key=lambda i: (-tokens[i], i)):
-        row = next((row for row, free in enumerate(room) if free >= tokens[pair]), None)
+    free_lines: list[int] = []
+    for pair in sorted(pairs, key=lambda i: (-sizes[i][1], -sizes[i][0], i)):
+        lines, width = sizes[pair]
+        row = next((row for row, free in enumerate(free_lines) if free >= lines), None)
         if row is None:
             rows.append([])
-            room.append(tokens_per_row)
+            free_lines.append(tokens_per_row // width)  # no later pair of the row is wider
             row = len(rows) - 1
         rows[row].append(pair)
-        room[row] -= tokens[pair]
+        free_lines[row] -= lines
     return rows
 
 
@@ -118,6 +132,6 @@ def _to_rows(rows: list[list[int]], num_rows: int, tokens: dict[int, int], spare
     while len(rows) < num_rows and any(len(row) > 1 for row in rows):
         fullest = max((row for row in rows if len(row) > 1), key=lambda row: sum(tokens[i] for i in row))
         rows.append(fullest[1::2])
-        fullest[1::2] = []
+        del fullest[1::2]
     empty = [RowPlan((spare,), empty=True)] * (num_rows - len(rows))
     return [RowPlan(tuple(sorted(row))) for row in rows] + empty
