@@ -1,5 +1,7 @@
 """Every pair once, B pairs a step, the same number of rows on every rank, within the budget, balanced."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from orpo.config import Objective
 from orpo.packing import pack
 from orpo.planning import pair_cost, pair_tokens, plan_epoch, plan_step
 
-LAYOUTS = ["shared", "packed"]
+LAYOUTS = ["shared", "packed", "padded"]
 
 
 @st.composite
@@ -38,6 +40,17 @@ def spread(step):
     )
 
 
+def row_tokens(step, row):
+    """Tokens of a row, padding included, by writing its sides out."""
+    chosen = [[1] * (prompt + chosen) for prompt, chosen, _ in step["lengths"][list(row)]]
+    rejected = [[1] * (prompt + rejected) for prompt, _, rejected in step["lengths"][list(row)] if rejected]
+    if step["layout"] == "padded":
+        return len(chosen + rejected) * max(map(len, chosen + rejected))
+    tokens = sum(map(len, chosen + rejected))
+    shared = sum(prompt for prompt, _, rejected in step["lengths"][list(row)] if rejected)
+    return tokens - shared if step["layout"] == "shared" else tokens
+
+
 def rank_loads(step, plan):
     cost = pair_cost(step["lengths"], step["layout"])
     return [sum(cost[i] for row in rank if not row.empty for i in row.pairs) for rank in plan]
@@ -59,9 +72,8 @@ def test_every_rank_runs_the_same_number_of_rows(step):
 
 @given(steps())
 def test_a_row_keeps_to_its_budget_unless_it_is_one_overlong_pair(step):
-    tokens = pair_tokens(step["lengths"], step["layout"])
     for row in (row for rank in spread(step) for row in rank):
-        assert len(row.pairs) == 1 or sum(tokens[i] for i in row.pairs) <= step["tokens_per_row"]
+        assert len(row.pairs) == 1 or row_tokens(step, row.pairs) <= step["tokens_per_row"]
 
 
 @given(steps())
@@ -75,6 +87,18 @@ def test_an_empty_row_stands_only_where_no_row_can_be_split(step):
     for rank in spread(step):
         if any(row.empty for row in rank):
             assert all(len(row.pairs) == 1 for row in rank)
+
+
+def test_a_rank_short_of_rows_splits_one_rather_than_run_an_empty_one():
+    step = {
+        "lengths": np.array([[1, 1, 0]] * 5),
+        "indices": np.arange(5),
+        "num_ranks": 2,
+        "tokens_per_row": 4,
+    }
+    plan = spread({**step, "layout": "shared"})
+    assert [[len(row.pairs) for row in rank] for rank in plan] == [[2, 1], [1, 1]]
+    assert not any(row.empty for rank in plan for row in rank)
 
 
 @given(steps())
@@ -94,10 +118,9 @@ def test_ranks_differ_by_at_most_the_costliest_pair(step):
 
 @given(steps())
 def test_no_two_rows_of_one_rank_alone_would_fit_into_one(step):
-    tokens = pair_tokens(step["lengths"], step["layout"])
     (rank,) = spread({**step, "num_ranks": 1})
-    filled = sorted(sum(tokens[i] for i in row.pairs) for row in rank)
-    assert len(filled) == 1 or filled[0] + filled[1] > step["tokens_per_row"]
+    for one, other in itertools.combinations(rank, 2):
+        assert row_tokens(step, (*one.pairs, *other.pairs)) > step["tokens_per_row"]
 
 
 @given(steps(), st.randoms(use_true_random=False))
@@ -128,6 +151,9 @@ def test_planned_tokens_are_the_tokens_of_the_packed_row(layout):
     lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
     planned = [pack([pair], Objective(), layout=layout).num_tokens for pair in pairs]
     assert pair_tokens(lengths, layout).tolist() == planned
+    step = {"lengths": lengths, "layout": layout}
+    for row in itertools.combinations(range(len(pairs)), 3):
+        assert row_tokens(step, row) == pack([pairs[i] for i in row], Objective(), layout=layout).num_tokens
 
 
 def test_cost_counts_the_tokens_attended_to():
@@ -142,6 +168,7 @@ def test_a_prompt_is_paid_twice_where_it_is_not_shared_and_once_without_a_reject
     lengths = np.array([[100, 10, 5], [100, 10, 0]])
     assert pair_tokens(lengths, "shared").tolist() == [115, 110]
     assert pair_tokens(lengths, "packed").tolist() == [215, 110]
+    assert pair_tokens(lengths, "padded").tolist() == [220, 110]
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.booleans())
