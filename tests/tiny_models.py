@@ -37,6 +37,7 @@ SHARING = {
         "query_pre_attn_scalar": 6,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
+        "attn_implementation": "eager",  # before transformers 5.2x, sdpa leaves the cap out
     },
     "Gemma3Text": {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 6},
     "Phi": {},
