@@ -81,7 +81,7 @@ def gradients(loss, tensors):
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("chunk", CHUNKS, ids=str)
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_loss_logprobs_and_gradients_equal_full_logits(options, chunk, layout):
+def test_loss_logprobs_and_gradients_equal_full_logits(options, chunk, layout):  # peers 40
     batch = pack(mixed_pairs(), OBJECTIVE, layout=layout)
     options = dict(options)
     tensors = inputs(batch, bias=options.pop("bias", False))

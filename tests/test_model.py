@@ -82,14 +82,14 @@ def test_a_model_that_cannot_follow_a_packed_row_falls_back_visibly_and_is_exact
     ],
     ids=str,
 )
-def test_every_objective_equals_separate_rows(objective, layout):
+def test_every_objective_equals_separate_rows(objective, layout):  # peers 10, 24, 27
     model = tiny_models.build("Llama")
     expected = reference.loss_and_gradients(model, PAIRS, objective)
     ours = our_loss_and_gradients(prepared(model, objective, layout), PAIRS, objective, layout)
     assert_exact(ours, expected)
 
 
-def test_logprobs_are_those_of_separate_rows():
+def test_logprobs_are_those_of_separate_rows():  # peers 16, 41
     model = tiny_models.build("Llama")
     output = prepared(model)(batch=pack(PAIRS, OBJECTIVE))
     logprobs = reference.logprobs_of(copy.deepcopy(model).double())

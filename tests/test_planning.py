@@ -159,7 +159,7 @@ def test_planned_tokens_are_the_tokens_of_the_packed_row(layout):
 def test_cost_counts_the_tokens_attended_to():
     short, long = np.array([[10, 10, 10]]), np.array([[1000, 1000, 1000]])
     assert pair_cost(long)[0] > 100 * pair_cost(short)[0]
-    # Queries of prompt and chosen see half of 200 tokens; those of rejected the prompt and half of themselves.
+    # Prompt and chosen see half of their 200 tokens on average; rejected the prompt and half of itself.
     seen = 200 * 100 + 50 * (120 + 25)
     assert pair_cost(np.array([[120, 80, 50]]))[0] == pytest.approx(250 + seen / 4096)
 
