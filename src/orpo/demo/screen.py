@@ -1,7 +1,7 @@
 """How the demo is told: what is about to happen, how it goes, what came of it, and what to type next.
 
-On a terminal the trainings are bars that move; anywhere else each evaluation is one line. Every sentence about
-the result is made from its figures, so it also fits a run that did not turn out as expected.
+On a terminal the trainings are bars that move; anywhere else each evaluation is one line. Every sentence
+about the result is made from its figures, so it also fits a run that did not turn out as expected.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ _ROWS = (
 _PAIRS = {
     "politeness": "AI-written: a Llama 3.1 70B rewrote answers to be more polite or less polite, and nobody "
     "judged them. What can be learned from them is a tone, not which answer is right.",
-    "harmless": "written and judged by people: crowd workers provoked a chatbot and chose the less harmful of two "
-    "answers (Anthropic's HH-RLHF). No gain is promised: on these, ORPO did not help so small a model more than SFT.",
+    "harmless": "written and judged by people: crowd workers provoked a chatbot and chose the less harmful "
+    "of two answers (Anthropic's HH-RLHF). No gain is promised: when tried, ORPO and SFT came out alike.",
 }
 _WARNING = (
-    "Content warning: these dialogues were written to provoke harmful answers. Many are violent, sexual, racist "
-    "or otherwise upsetting. Three prompts and answers will be shown at the end."
+    "Content warning: these dialogues were written to provoke harmful answers. Many are violent, sexual, "
+    "racist or otherwise upsetting. Three prompts and answers will be shown at the end."
 )
-LIMITS = "The answers show style, not knowledge: so small a model can take on a tone, and gets facts and sums wrong."
+LIMITS = (
+    "The answers show style, not knowledge: so small a model takes on a tone, and gets facts and sums wrong."
+)
 
 
 def opening(console: Console, plan: Plan) -> None:
@@ -53,8 +55,8 @@ def opening(console: Console, plan: Plan) -> None:
     grid = _grid()
     grid.add_row(
         "pairs",
-        f"{sizes['train']} to train on, {sizes['validation']} to watch (validation), {sizes['test']} to judge "
-        f"by (test); no prompt is in two of these. They are {_PAIRS[plan.data]}",
+        f"{sizes['train']} to train on, {sizes['validation']} to watch (validation), {sizes['test']} to "
+        f"judge by (test); no prompt is in two of these. They are {_PAIRS[plan.data]}",
     )
     if plan.data == "politeness":
         grid.add_row("", _example(plan.rows("train")))
@@ -66,8 +68,8 @@ def opening(console: Console, plan: Plan) -> None:
     grid.add_row(
         "plan",
         "SFT learns from the chosen answers alone; the ORPO paper found that this makes the rejected ones "
-        "likelier too. ORPO learns from both, in one stage. Each starts from that model and takes equally many "
-        f"steps. Everything runs on this computer, offline. {_length(plan)}",
+        "likelier too. ORPO learns from both, in one stage. Each starts from that model and takes equally "
+        f"many steps. Everything runs on this computer, offline. {_length(plan)}",
     )
     console.print(Padding(grid, (1, 0)))
 
@@ -234,7 +236,8 @@ def reading(figures: Mapping[str, Figures], trainings: Mapping[str, Training]) -
         f"ORPO moved the chosen answers by {change('ORPO', 'chosen_logprob'):+.2f} and the rejected ones by "
         f"{orpo:+.2f}, which ends {abs(below):.2f} {'below' if below < 0 else 'above'} SFT.",
         f"The chosen answer is the likelier one in {share['base']} of the pairs for the base, {share['SFT']} "
-        f"after SFT, {share['ORPO']} after ORPO. Log odds ratio: {odds['base']}, {odds['SFT']}, {odds['ORPO']}.",
+        f"after SFT, {share['ORPO']} after ORPO. Log odds ratio: "
+        f"{odds['base']}, {odds['SFT']}, {odds['ORPO']}.",
         f"Equal steps are not equal work: ORPO read {tokens:.1f} times the tokens of SFT and took "
         f"{seconds:.1f} times as long.",
     ]
@@ -280,6 +283,6 @@ def note(plan: Plan, figures: Mapping[str, Figures], num_pairs: int) -> str:
     fast = f"The fast version, {plan.max_steps} steps: too few to judge by. " if plan.max_steps > 0 else ""
     return (
         f"{fast}On {num_pairs} test pairs that no training has seen: rejected log-prob "
-        f"{over('rejected_logprob')}; accuracy in % {over('accuracy', 100, 1)}. Figures and curves below are of "
-        f"the validation pairs. The pairs are {_PAIRS[plan.data]} {LIMITS}"
+        f"{over('rejected_logprob')}; accuracy in % {over('accuracy', 100, 1)}. Figures and curves below are "
+        f"of the validation pairs. The pairs are {_PAIRS[plan.data]} {LIMITS}"
     )
