@@ -134,9 +134,8 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
             else:
                 saving = SaveStrategy(self.save_strategy)
                 self.eval_strategy = "epoch" if saving == SaveStrategy.EPOCH else "steps"
+                self.eval_steps = self.eval_steps or self.save_steps
         evaluating = IntervalStrategy(self.eval_strategy)
-        if evaluating == IntervalStrategy.STEPS and not self.eval_steps:
-            self.eval_steps = self.save_steps
         if self.eval_on_start is None:
             self.eval_on_start = evaluating != IntervalStrategy.NO
         if self.load_best_model_at_end is None:
@@ -155,7 +154,7 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
             return False
         if evaluating == IntervalStrategy.EPOCH:
             return True
-        every = self.eval_steps or self.save_steps
+        every = self.eval_steps or self.logging_steps
         same_unit = (self.save_steps < 1) == (every < 1)
         ratio = self.save_steps / every
         return same_unit and ratio >= 1 and ratio == int(ratio)
