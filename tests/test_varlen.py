@@ -4,6 +4,7 @@ No kernel runs here. `varlen_reference` stands in for one wherever the way to an
 """
 
 import logging
+import os
 import sys
 
 import pytest
@@ -402,6 +403,27 @@ def test_autocast_gives_the_kernel_one_half_precision(monkeypatch, fresh_choice)
         output = attend(query, key, value.bfloat16(), Segments(MIXED))
     assert output.dtype == torch.bfloat16
     assert seen[-1] == (torch.bfloat16,) * 3 + (False,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_tells_the_rounding_of_autocast_from_a_wrong_layout(monkeypatch, dtype):
+    model = build("Llama").to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prepare_model(model, Objective()).layout == "shared"
+    monkeypatch.setattr(
+        attention, "_attend_segments", lambda q, k, v, *_: v.repeat_interleave(2, 1).transpose(1, 2)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prepare_model(model, Objective()).layout == "padded"
+
+
+def test_segments_are_asked_for_unless_a_backend_is_named(monkeypatch):
+    with backends.by_segments():
+        assert os.environ[CHOICE] == "segments"
+    assert CHOICE not in os.environ
+    monkeypatch.setenv(CHOICE, "reference")
+    with backends.by_segments():
+        assert os.environ[CHOICE] == "reference"
 
 
 # flex_attention

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -76,6 +77,19 @@ def _find() -> Iterator[Backend]:
         version = f"flash-attn {module.__version__}"
         yield VarlenKernel("flash_attn", module.flash_attn_varlen_func, description=version)
     yield FlexKernel()
+
+
+@contextmanager
+def by_segments() -> Iterator[None]:
+    """Use no backend, unless the environment names one."""
+    if os.environ.get(CHOICE):
+        yield
+        return
+    os.environ[CHOICE] = SEGMENTS
+    try:
+        yield
+    finally:
+        del os.environ[CHOICE]
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Backend | None:

@@ -10,6 +10,7 @@ and takes the fastest that is exact.
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import ModelOutput
 
 from orpo.attention import Segments, attend
-from orpo.backends import SEGMENTS
+from orpo.backends import SEGMENTS, by_segments
 from orpo.config import LayoutName, Objective
 from orpo.errors import ModelError
 from orpo.head import Denominators, Head, score_row
@@ -101,7 +102,7 @@ def prepare_model(
     problems: list[str] = []
     for candidate in candidates:
         scorer.use_layout(candidate)
-        problem = _probe(model, scorer, candidate)
+        problem = _problem(model, scorer, candidate)
         if problem is None:
             return Preparation(candidate, tuple(_fallback_notice(inner, candidate, problems)), scorer.attention)
         problems.append(problem)
@@ -366,6 +367,38 @@ MAX_PROBE_WINDOW = 512
 """Sliding windows up to this length are exceeded by the probe's first pair."""
 
 
+def _problem(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
+    """What a layout gets wrong: in full precision where the weights have it, and as training will run it.
+
+    Full precision is sharp enough to tell a wrong layout from rounding. It goes by segments, which need no compiler;
+    a kernel for whole rows is tried in the precision of training, and has its own test (backends.py).
+    """
+    kind = next(model.parameters()).device.type
+    if not torch.is_autocast_enabled(kind):
+        with by_segments() if kind == "cuda" and _has_full_precision(model) else nullcontext():
+            return _probe(model, scorer, layout)
+    if _has_full_precision(model):
+        with torch.autocast(kind, enabled=False), by_segments():
+            problem = _probe(model, scorer, layout)
+        if problem is not None:
+            return problem
+    return _probe(model, scorer, layout)
+
+
+def _has_full_precision(model: nn.Module) -> bool:
+    return all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
+
+
+def _is_precise(model: nn.Module, device: torch.device) -> bool:
+    """Whether rounding is that of float32: no half precision, no TF32."""
+    if torch.is_autocast_enabled(device.type) or not _has_full_precision(model):
+        return False
+    try:
+        return device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through torch's newer switches, which the old question refuses to mix with
+        return False
+
+
 def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     """Compare a layout with the plain model on two pairs, in loss and gradient; return what differs, or None."""
     pairs = _probe_pairs(scorer.model)
@@ -387,8 +420,7 @@ def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     finally:
         model.train(training)
         scorer.objective, scorer.router_loss = objective, True
-    precise = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
-    loss_limit, grad_limit = (2e-5, 1e-3) if precise else (2e-2, 0.2)
+    loss_limit, grad_limit = (2e-5, 1e-3) if _is_precise(model, device) else (2e-2, 0.2)
     difference = abs(ours.item() - plain.item()) / max(abs(plain.item()), 1e-12)
     if not difference <= loss_limit:
         return f"loss {ours.item():.6f} instead of {plain.item():.6f}"
