@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from orpo import cli
 from orpo.errors import DataError
 from orpo.report import write_report
-from orpo.runs import model_folder, read_run
+from orpo.runs import base_model_name, model_folder, read_run
 
 BIN = [sys.executable, "-m", "orpo"]
 
@@ -305,6 +305,32 @@ def test_eval_of_a_folder_without_a_model_says_so(tmp_path, world):
     assert "no model in this folder" in printed
 
 
+def test_a_mistyped_run_directory_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    fake_run(tmp_path / "runs" / "first", [])
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/frist", "./first", "/no/such/run", "runs/a/b"):
+        status, printed = orpo_main("chat", name)
+        assert (status, printed) == (2, f"orpo: error: {name}: there is no such folder\n")
+    assert model_folder("mistralai/Mistral-7B-v0.1") == "mistralai/Mistral-7B-v0.1"
+
+
+def test_a_run_remembers_where_its_base_is(world, monkeypatch):
+    monkeypatch.chdir(world)
+    words = [
+        "--model_name_or_path",
+        "base",
+        "--output_dir",
+        "elsewhere",
+        "--max_steps",
+        1,
+        "--eval_strategy",
+        "no",
+    ]
+    assert orpo_main("train", world / "recipe.yaml", *words)[0] == 0
+    monkeypatch.chdir("/")
+    assert base_model_name(str(world / "elsewhere")) == str(world / "base")
+
+
 # ---------------------------------------------------------------------------------------- LoRA
 
 
@@ -422,7 +448,7 @@ def test_the_report_is_one_page_that_loads_nothing(trained):
 
 
 def fake_run(folder: Path, lines: list[dict], **recipe: object) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder

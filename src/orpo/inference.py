@@ -1,8 +1,8 @@
 """A trained model on this machine: loaded as it was saved, and made to answer.
 
 What is loaded is a run directory, a model, an adapter on its base, or a hub name. An answer ends where the
-model was taught to end it: at EOS or at the end-of-turn token of its chat template. A model without a template
-was trained on plain text, and goes on from what it is given.
+model was taught to end it: at EOS or at the end-of-turn token of its chat template. A model without a
+template was trained on plain text, and goes on from what it is given.
 """
 
 from __future__ import annotations
@@ -65,6 +65,15 @@ class Sampling:
     top_p: float = 0.95
     max_tokens: int = 256
     seed: int | None = None
+
+
+class _Streamer(TextStreamer):
+    """Prints an answer as it is made, without control characters that a terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is certain not to change."""
+        seen = "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+        super().on_finalized_text(seen, stream_end=stream_end)
 
 
 class Speaker:
@@ -157,7 +166,7 @@ class Speaker:
                 max_new_tokens=sampling.max_tokens,
                 eos_token_id=sorted(end for end in ends if end is not None),
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                streamer=_Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
                 if stream
                 else None,
                 **options,

@@ -81,17 +81,26 @@ def model_folder(name: str) -> str:
     An unfinished run has its model in its newest checkpoint.
 
     Raises:
-        ModelError: A folder that holds no model.
+        ModelError: A folder that holds no model, or a name that can only be a folder's and there is none.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and _must_be_a_folder(name):
+        raise ModelError(f"{name}: there is no such folder")
     if not folder.is_dir() or holds_model(folder):
-        return name
+        return str(folder) if folder.is_dir() else name
     checkpoints = [
         path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and holds_model(path)
     ]
     if not checkpoints:
         raise ModelError(f"{name}: no model in this folder (neither config.json nor adapter_config.json)")
     return str(max(checkpoints, key=lambda path: int(path.name[11:])))
+
+
+def _must_be_a_folder(name: str) -> bool:
+    """Whether this is no hub name: else a typing error in `runs/first` would be looked for on the hub."""
+    parent = Path(name).parent
+    has_runs = parent != Path(".") and any(parent.glob("*/recipe.yaml"))
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or has_runs
 
 
 def holds_model(folder: Path) -> bool:

@@ -51,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     settings = recipe.settings
     check_recipe(settings)
     check_needs(settings)
+    model = Path(settings["model_name_or_path"]).expanduser()
+    if model.is_dir():
+        # The recipe and an adapter remember the name, and are read from other folders.
+        settings["model_name_or_path"] = str(model.resolve())
     settings.setdefault("output_dir", f"runs/{recipe.name or 'orpo'}")
     os.environ.update(recipe.environment)
     if _speaks():
