@@ -23,7 +23,8 @@ def pair(prompt, chosen, rejected, source):
 
 def test_duplicates_contradictions_and_shared_prompts():
     train = [
-        pair("P", "a", "b", "t:0"), pair("P", "a", "b", "t:1"), pair("Q", "a", "b", "t:2"), pair("Q", "b", "a", "t:3"),
+        pair("P", "a", "b", "t:0"), pair("P", "a", "b", "t:1"), pair("Q", "a", "b", "t:2"),
+        pair("Q", "b", "a", "t:3"),
         pair("R", "a", None, "t:4"), pair("R", "a", "c", "t:5"), pair("P", "a", "b", "t:6"),
     ]  # fmt: skip
     report = inspect_pairs(train, [pair("P", "x", "y", "e:0"), pair("Z", "x", "y", "e:1")])
@@ -51,6 +52,6 @@ def test_length_bias_counts_responses_only():
     assert length_bias(TokenizedDataset.from_pairs(tokens[3:])) is None
     report = inspect_pairs([pair("P", "a", "b", "t")], tokenized=TokenizedDataset.from_pairs(tokens))
     assert report.lines() == [
-        "chosen answers are +0.3 ± 0.9 tokens longer on average; "
+        "chosen answers are on average +0.3 ± 0.9 tokens longer; "
         "the longer answer is the chosen one in 50% of the pairs"
     ]

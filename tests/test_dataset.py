@@ -1,4 +1,4 @@
-"""A tokenized set is the same pairs whether made in one process or two, kept in memory, on disk or in a pickle."""
+"""A tokenized set is the same pairs whether made by one process or two, in memory, on disk or in a pickle."""
 
 import os
 import pickle

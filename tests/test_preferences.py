@@ -53,7 +53,7 @@ def several(row, expected_format, **options):
 HELLO = [user("Hi"), bot("Hello"), user("Name?")]
 YES_NO = ([bot("Yes")], [bot("No")])
 
-# ---------------------------------------------------------------------------------------- formats
+# --------------------------------------------------------------------------------- formats
 
 
 def test_standard_with_prompt_is_plain_text():
@@ -89,7 +89,7 @@ def test_implicit_prompt_ends_with_the_last_header_inside_the_common_beginning()
         ("Say it: yes", "Say it: yesterday", "Say it:"),
         ("It isn't so", "It isn't", "It"),
         ("Reply:\nyes", "Reply:\nno", "Reply:\n"),
-        ("問い？はい", "問い？いいえ", "問い？"),
+        ("問い。はい", "問い。いいえ", "問い。"),
         ("x_a", "x_b", ""),
         ("same", "same and more", ""),
         ("It is so", "It is so and so", "It is"),
@@ -185,9 +185,15 @@ def test_politeness_excerpt_reads_whole():
 
 def test_sharegpt_ranking():
     row = {
-        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Name?"}],
-        "chosen": {"from": "gpt", "value": "Yes"}, "rejected": {"from": "gpt", "value": "No"}, "system": "S",
-    }  # fmt: skip
+        "conversations": [
+            {"from": "human", "value": "Hi"},
+            {"from": "gpt", "value": "Hello"},
+            {"from": "human", "value": "Name?"},
+        ],
+        "chosen": {"from": "gpt", "value": "Yes"},
+        "rejected": {"from": "gpt", "value": "No"},
+        "system": "S",
+    }
     assert one(row, "sharegpt") == ([system("S"), *HELLO], *YES_NO)
 
 
@@ -246,9 +252,14 @@ def test_ranked_and_scored_lists_give_the_best_against_each_worse():
     assert several(row, "ranked") == expected
     row = {"prompt": "Q", "responses": ["bad", "best", "good"], "scores": [1, 9.5, 5]}
     assert several(row, "ranked") == expected
-    raw = {"instruction": "Q", "completions": [
-        {"response": "bad", "overall_score": 1.0}, {"response": "best", "overall_score": 9}, {"response": "good", "overall_score": 3},
-    ]}  # fmt: skip
+    raw = {
+        "instruction": "Q",
+        "completions": [
+            {"response": "bad", "overall_score": 1.0},
+            {"response": "best", "overall_score": 9},
+            {"response": "good", "overall_score": 3},
+        ],
+    }
     assert several(raw, "ranked") == expected
     equal = read({"prompt": "Q", "responses": ["a", "b"], "scores": [1, 1]}, row)
     assert equal.report.dropped == {"chosen and rejected are identical": 1} and len(equal) == 2
@@ -307,7 +318,7 @@ def test_every_format_name_can_be_forced_and_says_so():
     assert len(READERS) == 10
 
 
-# ---------------------------------------------------------------------------------------- what becomes of rows
+# --------------------------------------------------------------------------------- what becomes of rows
 
 GOOD = {"prompt": "P", "chosen": "a", "rejected": "b"}
 
@@ -333,16 +344,38 @@ def test_a_malformed_row_stops_with_file_line_field_and_remedy(tmp_path):
         (GOOD, {"prompt": "P", "chosen": "a", "rejected": 1.5}, "rejected"),
         (GOOD, {**GOOD, "tools": "not json"}, "tools"),
         (GOOD, {**GOOD, "tools": {"a": 1}}, "tools"),
-        ({"chosen": [user("Q"), bot("a")], "rejected": [user("Q"), bot("b")]}, {"chosen": "a", "rejected": 2}, "rejected"),
-        ({"chosen": [user("Q"), bot("a")], "rejected": [user("Q"), bot("b")]},
-         {"chosen": [{"role": "critic", "content": "a"}], "rejected": []}, "chosen"),
-        ({"chosen": [user("Q"), bot("a")], "rejected": [user("Q"), bot("b")]},
-         {"chosen": [{"role": "user"}], "rejected": [user("Q"), bot("b")]}, "chosen"),
-        ({"messages": HELLO, "chosen": bot("a"), "rejected": bot("b")}, {"chosen": bot("a"), "rejected": bot("b")}, "messages"),
-        ({"instruction": "Q", "chosen": "a", "rejected": "b"}, {"instruction": 1, "chosen": "a", "rejected": "b"}, "instruction"),
-        ({"prompt": "Q", "responses": ["a", "b"]}, {"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "scores"),
+        (
+            {"chosen": [user("Q"), bot("a")], "rejected": [user("Q"), bot("b")]},
+            {"chosen": "a", "rejected": 2},
+            "rejected",
+        ),
+        (
+            {"chosen": [user("Q"), bot("a")], "rejected": [user("Q"), bot("b")]},
+            {"chosen": [{"role": "critic", "content": "a"}], "rejected": []},
+            "chosen",
+        ),
+        (
+            {"chosen": [user("Q"), bot("a")], "rejected": [user("Q"), bot("b")]},
+            {"chosen": [{"role": "user"}], "rejected": [user("Q"), bot("b")]},
+            "chosen",
+        ),
+        (
+            {"messages": HELLO, "chosen": bot("a"), "rejected": bot("b")},
+            {"chosen": bot("a"), "rejected": bot("b")},
+            "messages",
+        ),
+        (
+            {"instruction": "Q", "chosen": "a", "rejected": "b"},
+            {"instruction": 1, "chosen": "a", "rejected": "b"},
+            "instruction",
+        ),
+        (
+            {"prompt": "Q", "responses": ["a", "b"]},
+            {"prompt": "Q", "responses": ["a", "b"], "scores": [1]},
+            "scores",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_row_is_skipped_and_counted_on_request(good, bad, field):
     with pytest.raises(DataError, match=f"^row:3: '{field}' "):
         read(good, good, good, bad)
@@ -422,7 +455,7 @@ def test_group_comes_from_the_source_or_dataset_column():
     assert [pair.group for pair in found.pairs] == ["wiki", "web", None]
 
 
-# ---------------------------------------------------------------------------------------- sets
+# --------------------------------------------------------------------------------- sets
 
 
 def write_pairs(path, name, number):
@@ -486,7 +519,8 @@ def test_importing_the_data_path_needs_neither_torch_nor_transformers():
     import subprocess
     import sys
 
-    code = "import sys, orpo.dataset, orpo.data_report; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    code = "import sys, orpo.dataset, orpo.data_report; "
+    code += "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
     )

@@ -113,8 +113,8 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, monkeypatch):
         rows(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="unknown file type"):
         rows(write(tmp_path / "p.xlsx", ""))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no data file"):
-        (tmp_path / "empty").mkdir()
         rows(tmp_path / "empty")
     with pytest.raises(DataError, match="cannot read rows from int"):
         rows(3)

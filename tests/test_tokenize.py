@@ -31,8 +31,17 @@ EXPECTED = {
     "zephyr": ("<s><|user|>\nQ</s>\n<|assistant|>\n", "A</s>"),
     "alpaca": ("<s>### Instruction:\nQ\n\n### Response:\n", "A</s>"),
 }
-END = {"chatml": "<|im_end|>", "think": "<|im_end|>", "asks_to_think": "<|im_end|>", "llama3": "<|eot_id|>",
-       "gemma": "<end_of_turn>", "phi3": "<|end|>", "mistral": "</s>", "zephyr": "</s>", "alpaca": "</s>"}  # fmt: skip
+END = {
+    "chatml": "<|im_end|>",
+    "think": "<|im_end|>",
+    "asks_to_think": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "mistral": "</s>",
+    "zephyr": "</s>",
+    "alpaca": "</s>",
+}
 
 
 def user(text):
@@ -61,13 +70,13 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-# ---------------------------------------------------------------------------------------- boundary and end
+# --------------------------------------------------------------------------------- boundary and end
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 @pytest.mark.parametrize("shape", EXPECTED)
 def test_prompt_and_answers_are_what_the_family_publishes(shape, pad_is_eos):
-    """peers 3, 15, 18: no text behind the end of turn, the end of turn trained although pad equals EOS, BOS once."""
+    """peers 3, 15, 18: no text behind the end of turn, trained although pad equals EOS, BOS once."""
     tokenizer = tiny_tokenizer(shape, pad_is_eos=pad_is_eos)
     tokens, counts = encode(tokenizer, chat([user("Q")], "A", "A, and more"))
     prompt, chosen = EXPECTED[shape]
@@ -98,10 +107,9 @@ def rendering(tokenizer, template, turns, ask=False):
     if template.folds_system and turns[0]["role"] == "system":
         joined = turns[0]["content"] + "\n\n" + turns[1]["content"]
         turns = [user(joined), *turns[2:]]
-    text = tokenizer.apply_chat_template(
+    return tokenizer.apply_chat_template(
         turns, chat_template=template.text, tokenize=False, add_generation_prompt=ask
     )
-    return text
 
 
 @pytest.mark.parametrize("shape", EXPECTED)
@@ -141,7 +149,7 @@ def test_any_conversation_keeps_the_invariants(shape, pair):
 
 
 def test_a_token_across_the_boundary_is_cut_as_inference_cuts_it():
-    """peers 26: the prompt's tokens are a true prefix; where a merge crosses, the answer is tokenized apart."""
+    """peers 26: the prompt is a true prefix; where a token would cross, the answer is tokenized apart."""
     tokenizer = tiny_tokenizer("chatml")
     tokens, counts = encode(tokenizer, chat([user("Q")], "\n\nA", "B"))
     asked = EXPECTED["chatml"][0]
@@ -214,10 +222,11 @@ def test_a_header_written_only_when_asked_is_left_out_of_the_prompt():
 
 
 def test_a_header_that_opens_thinking_differently_is_cut_at_its_line():
-    """As Nemotron 3: asked with an open think block, written with a closed one, which both answers then hold."""
+    """As Nemotron 3: asked with an open think block, written with a closed one, then part of both answers."""
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + ('<think></think>' if m.role == 'assistant' else '')"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{{ ('<think></think>' if m.role == 'assistant' else '')"
         " + m.content + '<|im_end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
     )
@@ -350,7 +359,7 @@ def test_an_sft_row_has_no_rejected_side():
     assert tokens.rejected == [] and tokens.chosen
 
 
-# ---------------------------------------------------------------------------------------- plain text
+# --------------------------------------------------------------------------------- plain text
 
 
 def text_pair(prompt, chosen, rejected):
@@ -368,6 +377,8 @@ def test_plain_text_gets_bos_and_eos_once_and_no_template(shape):
     written = tokenizer.bos_token or ""
     again, _ = encode(tokenizer, text_pair(written + "The sky is", " blue." + tokenizer.eos_token, " green."))
     assert (again.prompt, again.chosen) == (tokens.prompt, tokens.chosen)
+    twice, _ = encode(tokenizer, text_pair(2 * written + "The sky is", " blue.", " green."))
+    assert twice.prompt == tokens.prompt
 
 
 def test_plain_text_rendered_beforehand_ends_with_its_own_end_token():
@@ -392,7 +403,7 @@ def test_without_eos_nothing_could_end_an_answer():
         encode(tokenizer, text_pair("P", " a", " b"))
 
 
-# ---------------------------------------------------------------------------------------- other tokenizers
+# --------------------------------------------------------------------------------- other tokenizers
 
 
 def metaspace_tokenizer(scheme):
@@ -438,7 +449,7 @@ def test_a_tokenizer_without_offsets_works_too():
     assert tokenizer.decode(tokens.prompt[slice(*span)]) == "Ho</s>"
 
 
-# ---------------------------------------------------------------------------------------- templates
+# --------------------------------------------------------------------------------- templates
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -490,7 +501,7 @@ def test_templates_by_file_text_and_wrong_name(tmp_path):
         prepare_template(tokenizer, "{{ messages[7].content }}{% if %}")
 
 
-# ---------------------------------------------------------------------------------------- length
+# --------------------------------------------------------------------------------- length
 
 
 def brute_force(tokenizer, pair, limit):
@@ -574,7 +585,7 @@ def test_a_pair_that_fits_exactly_stays():
     assert encode(tokenizer, pair, max_length=length - 1)[0] is None
 
 
-# ---------------------------------------------------------------------------------------- real rows, streams
+# --------------------------------------------------------------------------------- real rows, streams
 
 
 @pytest.mark.parametrize("shape", EXPECTED)

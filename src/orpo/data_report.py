@@ -1,4 +1,4 @@
-"""What is odd about a set of pairs before anything is trained: duplicates, contradictions, leaks, length bias.
+"""What is odd about a set of pairs before it is trained on: duplicates, contradictions, leaks, length bias.
 
 Nothing is dropped here; these are findings about well-formed rows that a person should know of.
 """
@@ -25,7 +25,8 @@ class LengthBias:
     Attributes:
         mean_difference: Tokens of the chosen response minus those of the rejected one, averaged over pairs.
         standard_error: Of that mean.
-        chosen_longer: Share of pairs whose chosen response is the longer one, in [0, 1]; equal lengths count half.
+        chosen_longer: Share of pairs whose chosen response is the longer one, in [0, 1]; equal lengths count
+            half.
     """
 
     mean_difference: float
@@ -64,7 +65,8 @@ class DataReport:
         bias = self.length_bias
         if bias is not None:
             lines.append(
-                f"chosen answers are {bias.mean_difference:+.1f} ± {bias.standard_error:.1f} tokens longer on average; "
+                f"chosen answers are on average {bias.mean_difference:+.1f} ± {bias.standard_error:.1f} "
+                "tokens longer; "
                 f"the longer answer is the chosen one in {bias.chosen_longer:.0%} of the pairs"
             )
         return lines

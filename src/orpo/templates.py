@@ -239,7 +239,7 @@ def _choose(tokenizer: Any, chat_template: str | None) -> tuple[str, str, list[s
 
 
 def missing_tokens(tokenizer: Any, name: str) -> list[str]:
-    """Tokens a named template writes that the vocabulary does not hold: what `resize_embeddings` is to add."""
+    """Tokens a named template writes that the vocabulary lacks: what `resize_embeddings` is to add."""
     template, vocabulary = NAMED[name], tokenizer.get_vocab()
     return [token for token in (*template.tokens, template.end) if token and token not in vocabulary]
 
