@@ -33,7 +33,7 @@ from pretrain_corpus import (
     train_tokenizer,
 )
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 matplotlib.use("svg")
 from matplotlib import pyplot
@@ -270,7 +270,11 @@ def main() -> None:
 
     model.eval().to(torch.bfloat16)
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_turn]
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, end_of_turn],
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model.float()  # what is measured is what is shipped: bf16 values
