@@ -50,7 +50,6 @@ class Progress(TrainerCallback):
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
@@ -73,7 +72,9 @@ class Progress(TrainerCallback):
             left = "" if "loss" not in logs else f"  left {self._left(state)}"
             print(f"step {state.global_step}/{state.max_steps}  {numbers}{left}", flush=True)
         elif "loss" in logs:
-            self._bar.update(self._task, numbers=numbers)
+            # The margin would push the count and the time left off a terminal of 80 columns.
+            brief = {name: value for name, value in logs.items() if name != "margin"}
+            self._bar.update(self._task, numbers=described(brief))
         else:
             self._bar.console.print(f"step {state.global_step}  {numbers}")
 
