@@ -24,10 +24,10 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/bench.py
 
 bench-full: .venv/installed-dev
-	$(BIN)/python benchmarks/run.py --full
+	$(BIN)/python benchmarks/bench.py --full
 
 docs: .venv/installed
 	$(BIN)/orpo config --markdown > docs/settings.md
