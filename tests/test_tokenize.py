@@ -235,6 +235,14 @@ def test_a_header_that_opens_thinking_differently_is_cut_at_its_line():
     assert tokenizer.decode(tokens.chosen) == "<think></think>A<|im_end|>"
 
 
+def test_one_side_that_goes_on_as_the_header_does_moves_the_boundary_of_neither():
+    tokenizer = tiny_tokenizer("asks_to_think")
+    tokens, _ = encode(tokenizer, chat([user("Q")], "<think>\nwhy</think>A", "B"))
+    assert tokenizer.decode(tokens.prompt) == EXPECTED["chatml"][0]
+    assert tokenizer.decode(tokens.chosen) == "<think>\nwhy</think>A<|im_end|>"
+    assert tokenizer.decode(tokens.rejected) == "B<|im_end|>"
+
+
 def test_end_tokens_in_a_row_are_trained_together():
     """As Command R7B: the response is closed, then the turn."""
     tokenizer = tiny_tokenizer("chatml")

@@ -13,6 +13,7 @@ import marshal
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -156,7 +157,7 @@ def tokenize_pairs(
         tokenizer: Of the model to train; it is not changed.
         max_length: Longest prompt + response, in tokens; None: no limit.
         chat_template: Jinja text, file or name of a template; None: the tokenizer's own, else the default.
-        num_proc: Processes; one process already uses all cores for tokenizing, not for rendering templates.
+        num_proc: Processes (Linux); one already uses all cores for tokenizing, not for rendering templates.
         cache_dir: Where results are kept; None: not kept.
         drop_rejected: Leave the rejected sides out, once they have had their say about the length: SFT on the
             same rows.
@@ -194,7 +195,7 @@ def tokenize_pairs(
 
 @dataclass
 class _Part:
-    """What one stretch of the pairs became."""
+    """What one batch of the pairs became."""
 
     arrays: dict[str, Any]
     kept: list[int]
@@ -203,22 +204,22 @@ class _Part:
 
 def _encode_range(
     encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, start: int, stop: int
-) -> _Part:
-    encoder.counts = RowCounts()
-    kept: list[int] = []
-    tokenized: list[TokenizedPair] = []
+) -> list[_Part]:
+    """Tokenize a stretch of the pairs, batch by batch: token lists take ten times the memory of arrays."""
+    parts = []
     for first in range(start, stop, BATCH):
-        for place, tokens in enumerate(encoder.encode(pairs[first : min(first + BATCH, stop)]), start=first):
-            if tokens is not None:
-                kept.append(place)
-                tokenized.append(tokens)
-    return _Part(_arrays(tokenized, drop_rejected), kept, encoder.counts)
+        encoder.counts = RowCounts()
+        tokenized = encoder.encode(pairs[first : min(first + BATCH, stop)])
+        kept = [place for place, tokens in enumerate(tokenized, start=first) if tokens is not None]
+        arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
+        parts.append(_Part(arrays, kept, encoder.counts))
+    return parts
 
 
 _inherited: Any = None  # what forked workers work on, so that the pairs are not sent to them
 
 
-def _encode_inherited(bounds: tuple[int, int]) -> _Part:
+def _encode_inherited(bounds: tuple[int, int]) -> list[_Part]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder, pairs, drop_rejected = _inherited
     return _encode_range(encoder, pairs, drop_rejected, *bounds)
@@ -228,16 +229,15 @@ def _encode_all(
     encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, num_proc: int
 ) -> list[_Part]:
     global _inherited
-    if num_proc < 2 or len(pairs) <= BATCH or "fork" not in multiprocessing.get_all_start_methods():
-        return [_encode_range(encoder, pairs, drop_rejected, 0, len(pairs))]
-    size = max(BATCH, -(-len(pairs) // (4 * num_proc)))
-    bounds = [(start, min(start + size, len(pairs))) for start in range(0, len(pairs), size)]
+    if num_proc < 2 or len(pairs) <= BATCH or sys.platform != "linux":  # elsewhere a fork is not safe
+        return _encode_range(encoder, pairs, drop_rejected, 0, len(pairs))
+    bounds = [(start, min(start + BATCH, len(pairs))) for start in range(0, len(pairs), BATCH)]
     _inherited = (encoder, pairs, drop_rejected)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
             with multiprocessing.get_context("fork").Pool(num_proc) as pool:
-                return list(pool.imap(_encode_inherited, bounds))
+                return [part for parts in pool.imap(_encode_inherited, bounds) for part in parts]
     finally:
         _inherited = None
 
@@ -269,6 +269,7 @@ def _join(
     for part in parts:
         report.add_reasons(part.counts)
     joined: dict[str, Any] = {}
+    parts = parts or [_Part(_arrays([]), [], RowCounts())]
     for name in ("tokens", "contexts", "spans"):
         joined[name] = np.concatenate([part.arrays[name] for part in parts])
     for name in ("offsets", "span_offsets"):
