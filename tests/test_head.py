@@ -326,10 +326,13 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(train, softcap):  # p
     logits = 4 * 2000
     few = measure(10, 5, (10, 16), train=train, softcap=softcap)
     many = measure(80, 5, (10, 16), train=train, softcap=softcap)
-    assert few.largest <= 16 * logits
-    assert many.largest <= 16 * logits
+    assert few.largest == many.largest == 10 * logits
     assert many.peak - few.peak < 0.2 * 70 * 10 * logits  # far less than the logits of seventy pairs more
     assert many.peak < 6 * 16 * logits
+
+
+def test_a_chunk_takes_in_no_pair_that_does_not_fit():
+    assert measure(10, 5, (16, 32)).largest == 16 * 4 * 2000  # of context tokens; a second pair would make 20
 
 
 @pytest.mark.parametrize("train", [True, False])

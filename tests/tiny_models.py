@@ -24,6 +24,20 @@ _COMMON = {
 }
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 
 SHARING = {
     "Llama": {},
@@ -41,13 +55,19 @@ SHARING = {
     },
     "Gemma3Text": {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 6},
     "Phi": {},
-    "Phi3": {},
+    "Phi3": {"sliding_window": WINDOW},
     "GPT2": {**_GPT, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "GPTNeoX": {},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "Olmo2": {},
+    "Olmo3": {"sliding_window": WINDOW},
+    "Starcoder2": {"sliding_window": WINDOW},
     "Mixtral": _MIXTURE,
     "Cohere": {"logit_scale": 0.25},
+    "Cohere2": {"logit_scale": 0.25, "head_dim": 8, "sliding_window": WINDOW},
+    "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "DeepseekV3": _LATENT,
+    "Ernie4_5": {},
     "Granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7},
     "StableLm": {},
     "SmolLM3": {},
