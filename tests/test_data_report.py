@@ -33,7 +33,7 @@ def test_duplicates_contradictions_and_shared_prompts():
         "duplicates": ["t:1", "t:6"], "contradictions": ["t:2", "t:3"], "shared_prompts": ["e:0"],
     }  # fmt: skip
     assert len(report.lines()) == 3 and report.to_dict()["pairs"] == 7
-    clean = inspect_pairs(train[4:6])
+    clean = inspect_pairs(train[4:6] * 2)
     assert (clean.lines(), clean.shared_prompts) == ([], None)
 
 

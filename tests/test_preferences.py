@@ -165,6 +165,8 @@ def test_instruction_columns():
     assert one({**row, "input": "", "system": None}, "instruction")[0] == [user("Add")]
     intel = {"system": "", "question": "Add", "chosen": "3", "rejected": "4"}
     assert one(intel, "instruction") == ([user("Add")], [bot("3")], [bot("4")])
+    icr = {"system": "", "input": "Add", "chosen": "3", "rejected": "4"}
+    assert one(icr, "instruction") == ([user("Add")], [bot("3")], [bot("4")])
     row = {"system": "S", "prompt": "Add", "chosen": "3", "rejected": "4"}
     assert one(row, "instruction") == ([system("S"), user("Add")], [bot("3")], [bot("4")])
 
@@ -261,6 +263,11 @@ def test_ranked_and_scored_lists_give_the_best_against_each_worse():
         ],
     }
     assert several(raw, "ranked") == expected
+    nectar = {
+        "prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Name?\n\nAssistant: ",
+        "answers": [{"answer": "No", "rank": 2.0}, {"answer": "Yes", "rank": 1.0}],
+    }
+    assert several(nectar, "ranked") == [(HELLO, *YES_NO)]
     equal = read({"prompt": "Q", "responses": ["a", "b"], "scores": [1, 1]}, row)
     assert equal.report.dropped == {"chosen and rejected are identical": 1} and len(equal) == 2
 
@@ -443,6 +450,8 @@ def test_sft_rows_are_used_on_request(rows, format_):
 def test_unknown_columns_are_named():
     with pytest.raises(DataError, match="cannot tell the format from the columns bad, good"):
         read({"good": "a", "bad": "b"})
+    with pytest.raises(DataError, match="cannot tell the format from the columns ask, chosen, rejected"):
+        read({"ask": "Q", "chosen": "yes", "rejected": "no"})
     assert one(
         {"p": "P", "good": "a", "bad": "b"},
         "standard",

@@ -591,6 +591,8 @@ def test_a_pair_that_fits_exactly_stays():
     length = len(full.prompt) + max(len(full.chosen), len(full.rejected))
     assert encode(tokenizer, pair, max_length=length)[0] == full
     assert encode(tokenizer, pair, max_length=length - 1)[0] is None
+    longer = replace(pair, prompt=[user("old"), bot("older"), *pair.prompt])
+    assert encode(tokenizer, longer, max_length=length)[0] == full
 
 
 # --------------------------------------------------------------------------------- real rows, streams

@@ -6,7 +6,6 @@ Nothing is dropped here; these are findings about well-formed rows that a person
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -84,7 +83,7 @@ def inspect_pairs(
     """Look for oddities that no single row shows.
 
     Args:
-        train: Training pairs, before any resampling by weight.
+        train: Training pairs; a row that is there several times because of its weight is no duplicate.
         evaluation: Held-out pairs.
         tokenized: The training pairs' tokens, for the length bias.
     """
@@ -96,13 +95,13 @@ def inspect_pairs(
         return len(sources)
 
     keys = [(pair.prompt_key(), _key(pair.chosen), _key(pair.rejected)) for pair in train]
-    seen = Counter(keys)
-    first = set()
-    repeats = []
-    for pair, key in zip(train, keys, strict=True):
-        if key in first:
-            repeats.append(pair.source)
-        first.add(key)
+    seen = set(keys)
+    first: dict[tuple[str, str, str], str] = {}
+    repeats = [
+        pair.source
+        for pair, key in zip(train, keys, strict=True)
+        if first.setdefault(key, pair.source) != pair.source
+    ]
     swapped = [
         pair.source
         for pair, (prompt, chosen, rejected) in zip(train, keys, strict=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from orpo.errors import DataError
-from orpo.formats import HH_TURN, READERS
+from orpo.formats import HH_TURN, READERS, common_words
 from orpo.messages import ROLES, kind
 from orpo.rows import Row
 
@@ -62,6 +62,11 @@ def rename(row: Row, columns: Mapping[str, str] | None) -> Row:
             found = next((name for name in others if name in row), None)
             if found is not None:
                 row[ours] = row.pop(found)
+    if (
+        not row.keys() & {"instruction", "prompt", "messages", "conversations"}
+        and kind(row.get("input")) == "text"
+    ):
+        row["instruction"] = row.pop("input")  # Axolotl's icr: the input is the question
     keys = {theirs: ours for ours, theirs in (columns or {}).items() if ours in ("role", "content")}
     if keys:
         row = {name: _rename_keys(value, keys) for name, value in row.items()}
@@ -113,7 +118,9 @@ def _recognise_texts(row: Row, chosen: str, prompt: str) -> str | None:
     if HH_TURN.match(first) and "Assistant:" in first:
         return "hh"
     if prompt == "null":
-        return "standard_implicit"
+        rejected = row.get("rejected")
+        shared = common_words(row["chosen"], rejected) if isinstance(rejected, str) else 0
+        return "standard_implicit" if shared else None
     if prompt != "text":
         return None
     if row.get("system") is not None:

@@ -163,14 +163,17 @@ def _transcript(text: str, field: str) -> Turns:
     ]
 
 
+def _asked(text: str) -> Turns:
+    """A transcript up to the answer that is asked for."""
+    turns = _transcript(text, "prompt")
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
 def _read_hh(row: Row) -> list[Sides]:
     def whole(field: str, answer: str) -> Turns:
         if row.get("prompt") is None or answer.startswith(text_of(row, "prompt")):
             return _transcript(answer, field)
-        before = _transcript(text_of(row, "prompt"), "prompt")
-        if before[-1] == {"role": "assistant", "content": ""}:
-            before.pop()
-        return [*before, {"role": "assistant", "content": answer.strip()}]
+        return [*_asked(text_of(row, "prompt")), {"role": "assistant", "content": answer.strip()}]
 
     chosen = whole("chosen", text_of(row, "chosen"))
     if row.get("rejected") is None:
@@ -219,7 +222,7 @@ def _read_messages(row: Row) -> list[Sides]:
 
 def _answer_text(answer: object) -> object:
     if isinstance(answer, Mapping) and kind(answer) != "message":
-        for field in ("response", "content", "text", "completion", "output"):
+        for field in ("response", "answer", "content", "text", "completion", "output"):
             if isinstance(answer.get(field), str):
                 return answer[field]
         raise BadRow("answers", "has an entry without a response")
@@ -251,8 +254,11 @@ def _read_ranked(row: Row) -> list[Sides]:
     texts = [_answer_text(answer) for answer in answers]
     best = max(range(len(scores)), key=lambda place: scores[place])
     worse = sorted((i for i in range(len(scores)) if scores[i] < scores[best]), key=lambda i: -scores[i])
-    if isinstance(row.get("prompt"), list):
-        history = with_system(row, turns_of(row["prompt"], "prompt"))
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        history = with_system(row, turns_of(prompt, "prompt"))
+    elif isinstance(prompt, str) and HH_TURN.match(prompt):
+        history = _asked(prompt)
     else:
         history = _instruction(row)
     if not worse:
