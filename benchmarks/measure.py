@@ -1,0 +1,343 @@
+"""One measurement in a process of its own: `python measure.py '{"task": ..., ...}'` prints one JSON line.
+
+CPU time is that of the whole process (user + system) around the thing measured, because the machine may be
+shared; wall time is given beside it. Peak memory is the kernel's high-water mark (VmHWM), reset once imports
+are warm and the model is built; what is reported is the part above model and Adam's two moments, gradients
+included.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import datasets
+import torch
+import transformers
+from transformers import PreTrainedModel
+from workloads import SHAPES, Shape, make_pairs, number_tokenizer, trl_rows, useful_flops
+
+from orpo.tokenize import TokenizedPair
+
+BETA = 0.1
+TINY = Shape(64, 1, 256)
+
+
+def main() -> None:
+    """Run the task given and print its result."""
+    spec = json.loads(sys.argv[1])
+    torch.set_num_threads(spec.get("threads", 1))
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    tasks: dict[str, Callable[..., dict[str, Any]]] = {
+        "train": train, "step": step, "agreement": agreement, "rows": rows_budget, "head": head,
+    }  # fmt: skip
+    result = tasks[spec.pop("task")](**{k: v for k, v in spec.items() if k not in ("threads", "rep")})
+    print("RESULT " + json.dumps(result))
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+def train(
+    side: str, shape: str, data: str, pairs: int, per_step: int, dtype: str = "fp32",
+    checkpointing: bool = False, order: str = "random",
+) -> dict[str, Any]:  # fmt: skip
+    """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging."""
+    tiny = _trainer(side, TINY.build(), make_pairs("9/5/4", TINY.vocab, 4), 2, dtype, checkpointing, order)
+    tiny.train()
+    model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, pairs)
+    trainer = _trainer(side, model, workload, per_step, dtype, checkpointing, order)
+    gemm = [gemm_rate(dtype, SHAPES[shape].hidden)]
+    base = _memory("VmRSS")
+    _reset_peak()
+    timer = _Timer()
+    trainer.train()
+    result = timer.stop()
+    states = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result["peak_mib"] = _memory("VmHWM") - base - states / 2**20
+    result["loss"] = _last_loss(trainer)
+    gemm.append(gemm_rate(dtype, SHAPES[shape].hidden))
+    return result | {"gemm": max(gemm), "flops": useful_flops(workload, SHAPES[shape], model)}
+
+
+def step(
+    side: str, shape: str, data: str, per_step: int, dtype: str = "fp32", checkpointing: bool = False,
+    repeats: int = 5,
+) -> dict[str, Any]:  # fmt: skip
+    """Forward, backward and AdamW on one batch, repeated; medians. Peak memory is that of all repeats."""
+    model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
+    run = _step_of(side, model, workload, dtype, checkpointing)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    gemm = [gemm_rate(dtype, SHAPES[shape].hidden)]
+    base = _memory("VmRSS")
+    _reset_peak()
+    times, updates, losses = [], [], []
+    for _ in range(repeats + 1):
+        timer = _Timer()
+        losses.append(run())
+        times.append(timer.stop())
+        timer = _Timer()
+        optimizer.step()
+        optimizer.zero_grad()
+        updates.append(timer.stop()["cpu"])
+    peak = _memory("VmHWM") - base
+    gemm.append(gemm_rate(dtype, SHAPES[shape].hidden))
+    return {
+        "cpu": statistics.median(t["cpu"] for t in times[1:]),
+        "cpu_all": [t["cpu"] for t in times[1:]],
+        "wall": statistics.median(t["wall"] for t in times[1:]),
+        "first_cpu": times[0]["cpu"],
+        "optimizer_cpu": statistics.median(updates[1:]),
+        "peak_mib": peak,
+        "loss": losses[0],
+        "gemm": max(gemm),
+        "flops": useful_flops(workload, SHAPES[shape], model),
+    }
+
+
+def agreement(shape: str, data: str, per_step: int, dtype: str = "fp32") -> dict[str, Any]:
+    """Loss and every gradient of one batch by both sides, from the same weights."""
+    model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
+    found: dict[str, tuple[float, dict[str, torch.Tensor]]] = {}
+    for side in ("trl", "ours"):
+        loss = _step_of(side, model, workload, dtype, checkpointing=False)()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[side] = (loss, gradients)
+        model.zero_grad(set_to_none=True)
+    (trl_loss, trl), (our_loss, ours) = found["trl"], found["ours"]
+    errors = {
+        name: ((ours[name] - trl[name]).norm() / trl[name].norm()).item() for name in trl if trl[name].any()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    return {
+        "loss_ours": our_loss, "loss_trl": trl_loss, "loss_difference": abs(our_loss - trl_loss),
+        "gradient_error": errors[worst], "parameter": worst, "parameters": len(errors), "ids_equal": True,
+    }  # fmt: skip
+
+
+def rows_budget(shape: str, data: str, per_step: int, budgets: list[int], repeats: int = 3) -> dict[str, Any]:
+    """One step of ours under several token budgets per row, interleaved: time and peak memory.
+
+    A budget's peak is measured after the heap has been given back, in rising order of the budgets.
+    """
+    import ctypes
+
+    from orpo.config import Objective
+    from orpo.model import prepare_model
+    from orpo.steps import RowSettings, build_step
+
+    model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
+    objective = Objective(beta=BETA)
+    layout = prepare_model(model, objective, probe=False).layout
+    steps = {
+        b: build_step(workload, range(len(workload)), RowSettings(objective, layout, b)) for b in budgets
+    }
+
+    def run(budget: int) -> None:
+        for row in steps[budget].rows:
+            model(batch=row, denominators=steps[budget].denominators).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    run(min(budgets))
+    trim = ctypes.CDLL("libc.so.6").malloc_trim
+    peaks = {}
+    for budget in sorted(budgets):
+        trim(0)
+        base = _memory("VmRSS")
+        _reset_peak()
+        run(budget)
+        peaks[budget] = _memory("VmHWM") - base
+    times: dict[int, list[float]] = {b: [] for b in budgets}
+    for _ in range(repeats):
+        for budget in budgets:
+            timer = _Timer()
+            run(budget)
+            times[budget].append(timer.stop()["cpu"])
+    return {
+        "budgets": budgets, "rows": [len(steps[b].rows) for b in budgets],
+        "tokens": sum(row.num_tokens for row in steps[budgets[0]].rows),
+        "cpu": [statistics.median(times[b]) for b in budgets], "cpu_min": [min(times[b]) for b in budgets],
+        "peak_mib": [peaks[b] for b in budgets],
+    }  # fmt: skip
+
+
+def head(variant: str, shape: str, data: str, pairs: int, repeats: int = 5) -> dict[str, Any]:
+    """Loss and gradients from given hidden states by one of `heads.VARIANTS`."""
+    from heads import make_head
+
+    loss_of, hidden_ND, weight_VD, _ = make_head(variant, shape, data, pairs)
+
+    def run() -> tuple[float, float]:
+        loss = loss_of(hidden_ND, weight_VD)
+        loss.backward()
+        assert hidden_ND.grad is not None
+        assert weight_VD.grad is not None
+        norm = (hidden_ND.grad.double().square().sum() + weight_VD.grad.double().square().sum()).sqrt().item()
+        hidden_ND.grad = weight_VD.grad = None
+        return loss.item(), norm
+
+    base = _memory("VmRSS")
+    _reset_peak()
+    times, found = [], (0.0, 0.0)
+    for _ in range(repeats + 1):
+        timer = _Timer()
+        found = run()
+        times.append(timer.stop()["cpu"])
+    return {
+        "cpu": statistics.median(times[1:]), "cpu_all": times[1:], "first_cpu": times[0],
+        "peak_mib": _memory("VmHWM") - base, "loss": found[0], "gradient_norm": found[1],
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ both sides
+
+
+def _build(shape: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return SHAPES[shape].build()
+
+
+def _trainer(
+    side: str, model: PreTrainedModel, pairs: list[TokenizedPair], per_step: int, dtype: str,
+    checkpointing: bool, order: str,
+) -> Any:  # fmt: skip
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(prefix="bench-"), "per_device_train_batch_size": per_step,
+        "num_train_epochs": 1, "learning_rate": 1e-6, "beta": BETA, "max_length": 4096, "use_cpu": True,
+        "bf16": dtype == "bf16", "gradient_checkpointing": checkpointing, "logging_steps": 10,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 0,
+    }  # fmt: skip
+    tokenizer = number_tokenizer(model.config.vocab_size)
+    if side == "ours":
+        from orpo.dataset import TokenizedDataset
+        from orpo.trainer import ORPOConfig, ORPOTrainer
+
+        data = TokenizedDataset.from_pairs(pairs)
+        args = ORPOConfig(**common, eval_split=0.0)
+        return ORPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    from trl.experimental.orpo import ORPOConfig as TRLConfig
+    from trl.experimental.orpo import ORPOTrainer as TRLTrainer
+
+    grouping = {"train_sampling_strategy": "group_by_length"} if order == "grouped" else {}
+    trainer = TRLTrainer(
+        model=model, args=TRLConfig(**common, **grouping), processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(trl_rows(pairs)),
+    )  # fmt: skip
+    _check_same_ids(trainer.train_dataset, pairs)
+    return trainer
+
+
+def _check_same_ids(rows: Any, pairs: list[TokenizedPair]) -> None:
+    """TRL's own columns hold exactly the tokens ours holds, and score the same responses."""
+    for row, pair in zip(rows, pairs, strict=True):
+        for side in ("chosen", "rejected"):
+            answer = list(getattr(pair, side))
+            assert row[f"{side}_input_ids"] == [*pair.prompt, *answer]
+            assert row[f"{side}_labels"] == [-100] * len(pair.prompt) + answer
+
+
+def _step_of(
+    side: str, model: PreTrainedModel, pairs: list[TokenizedPair], dtype: str, checkpointing: bool
+) -> Callable[[], float]:
+    """Forward and backward of all pairs as one optimizer step, the batch made beforehand."""
+    trainer = _trainer(side, model, pairs, len(pairs), dtype, checkpointing, "random")
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    if side == "trl":
+        batch = trainer.data_collator(list(trainer.train_dataset))
+
+        def run() -> float:
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, batch)
+            loss.backward()
+            return loss.item()
+
+        return run
+    from orpo.steps import build_step
+
+    settings = trainer._row_settings(evaluating=False)
+    ready = build_step(pairs, range(len(pairs)), settings)
+
+    def run() -> float:
+        total = 0.0
+        for row in ready.rows:
+            with trainer.compute_loss_context_manager():
+                loss = model(batch=row, denominators=ready.denominators).loss
+            loss.backward()
+            total += loss.item()
+        return total
+
+    return run
+
+
+def _last_loss(trainer: Any) -> float | None:
+    return next(
+        (line["train_loss"] for line in reversed(trainer.state.log_history) if "train_loss" in line), None
+    )
+
+
+# ------------------------------------------------------------------------------------------------ instruments
+
+
+class _Timer:
+    """CPU and wall seconds, and pages the kernel had to hand out, since it was made."""
+
+    def __init__(self) -> None:
+        self.start = (time.process_time(), time.perf_counter(), _page_faults())
+
+    def stop(self) -> dict[str, float]:
+        cpu, wall, faults = self.start
+        return {
+            "cpu": time.process_time() - cpu,
+            "wall": time.perf_counter() - wall,
+            "page_faults": _page_faults() - faults,
+        }
+
+
+def _page_faults() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _memory(field: str) -> float:
+    """`VmRSS` or `VmHWM` of this process in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def gemm_rate(dtype: str = "fp32", hidden: int = 256) -> float:
+    """Best rate of a matrix product over a few shapes, the model's among them; FLOP per CPU second."""
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    best = 0.0
+    for m, k, n in [(1024, 1024, 1024), (2048, 512, 2048), (1024, 256, 8192), (1536, hidden, 4 * hidden)]:
+        a, b = torch.randn(m, k, dtype=kind), torch.randn(n, k, dtype=kind)
+        for _ in range(6):
+            start = time.process_time()
+            torch.nn.functional.linear(a, b)
+            best = max(best, 2 * m * k * n / (time.process_time() - start))
+    return best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Write RESULTS.md from the raw numbers of bench.py."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from heads import VARIANTS
+
+Spec = dict[str, Any]
+BARS = {
+    ("h256", "hh"): (6.0, 3.5),
+    ("opt", "hh"): (2.5, 1.7),
+    ("h256", "uf"): (2.5, 1.7),
+    ("h256", "long"): (3.0, 1.8),
+}
+"""Least speed-up against TRL in random order and length-grouped, over a whole `train()`."""
+NAMES = {
+    "h256": "Llama h256 L6 V32000", "h512": "Llama h512 L8 V32000", "v152k": "Llama h256 L6 V151936 tied",
+    "opt": "OPT-125M (V50272)", "hh": "HH-RLHF", "uf": "UltraFeedback-like", "long": "long prompts",
+}  # fmt: skip
+
+
+class Results:
+    """Raw runs, looked up by what was measured."""
+
+    def __init__(self, raw: Spec) -> None:
+        self.runs: list[tuple[Spec, bool, list[Spec]]] = []
+        for key, results in raw["runs"].items():
+            spec, _, suffix = key.rpartition("}")
+            self.runs.append((json.loads(spec + "}"), not suffix, [r for r in results if "error" not in r]))
+
+    def find(self, kept: bool = True, **wanted: Any) -> list[Spec]:
+        """All results of the runs whose specification has these values, by default with the heap kept."""
+        return [
+            result for spec, keep_heap, results in self.runs for result in results
+            if keep_heap == kept and all(spec.get(k, False) == v for k, v in wanted.items())
+        ]  # fmt: skip
+
+    def cells(self, task: str) -> list[Spec]:
+        """The distinct workloads of a task, in the order measured."""
+        names = ("shape", "data", "per_step", "pairs", "dtype", "checkpointing")
+        found = [
+            tuple((n, spec[n]) for n in names if n in spec)
+            for spec, _, _ in self.runs
+            if spec["task"] == task
+        ]
+        return [dict(cell) for cell in dict.fromkeys(found)]
+
+
+def median(results: Iterable[Spec], name: str) -> float | None:
+    """Median of one number over repetitions; None where there is none."""
+    values = [r[name] for r in results if r.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """a / b, or None where one is missing."""
+    return None if a is None or not b else a / b
+
+
+def show(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    """A number for a table, or a dash."""
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def percent(value: float | None) -> str:
+    """A share for a table, or a dash."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def label(cell: Spec) -> str:
+    """What was measured, in words."""
+    extras = [cell["dtype"]] if cell.get("dtype") == "bf16" else []
+    extras += ["checkpointing"] if cell.get("checkpointing") else []
+    return f"{NAMES[cell['shape']]}, {NAMES[cell['data']]}" + "".join(f", {e}" for e in extras)
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [" | ".join(["", *line, ""]).strip() for line in (header, ["---"] * len(header), *rows)] + [""]
+
+
+def write_report(path: Path, raw: Spec, _cells: Any = None) -> None:
+    """Write the report of the results there are."""
+    results, machine = Results(raw), raw["machine"]
+    lines = [
+        "# Measured against TRL 1.16", "",
+        f"Written by `{raw['command']}`, {machine['date']}, commit {machine['commit'] or 'unknown'}. "
+        "Method: [README.md](README.md). Raw numbers: [results.json](results.json).", "",
+        f"Machine: {machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, "
+        f"{machine['system']}; "
+        f"Python {machine['python']}, " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+        + f". **1 thread.** {_load_note(results)}", "",
+        *_train_table(results), *_step_table(results), *_memory_table(results), *_agreement_table(results),
+        *_head_table(results), *_budget_table(results), *_growth_note(path.parent), *_errors(raw),
+    ]  # fmt: skip
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _load_note(results: Results) -> str:
+    loads = [r["load"] for _, _, found in results.runs for r in found if "load" in r]
+    if not loads:
+        return ""
+    return (
+        f"Load average while measuring: {min(loads):.1f} to {max(loads):.1f}, median "
+        f"{statistics.median(loads):.1f} "
+        "(1 would be the benchmark alone); above the number of cores, CPU times are inflated on both sides."
+    )
+
+
+def _train_table(results: Results) -> list[str]:
+    rows = []
+    for cell in results.cells("train"):
+        ours = results.find(task="train", side="ours", **cell)
+        cpu = median(ours, "cpu")
+        row = [label(cell), f"{cell['pairs']} / {cell['per_step']}", show(cpu, ".1f")]
+        bars = BARS.get((cell["shape"], cell["data"]), (None, None))
+        if cell.get("dtype") == "bf16" or cell.get("checkpointing"):
+            bars = (None, None)
+        for order, bar in zip(("random", "grouped"), bars, strict=True):
+            trl = results.find(task="train", side="trl", order=order, **cell)
+            gain = ratio(median(trl, "cpu"), cpu)
+            verdict = "" if bar is None or gain is None else f" ({'≥' if gain >= bar else 'misses'} {bar})"
+            row += [show(median(trl, "cpu"), ".1f"), f"**{show(gain, '.2f', 'x')}**{verdict}"]
+        walls = [
+            median(results.find(task="train", side="trl", order=o, **cell), "wall")
+            for o in ("random", "grouped")
+        ]
+        wall = median(ours, "wall")
+        row.append(" / ".join(show(ratio(w, wall), ".1f", "x") for w in walls))
+        row.append(str(len(ours)))
+        rows.append(row)
+    header = [
+        "workload", "pairs / step", "ours, CPU s", "TRL random, CPU s", "ours is faster by (bar)",
+        "TRL length-grouped, CPU s", "ours is faster by (bar)", "by wall time", "runs",
+    ]  # fmt: skip
+    return ["## Whole `train()` loop, one epoch", "", *table(header, rows)]
+
+
+def _rate(found: list[Spec]) -> float | None:
+    """Best GEMM rate of all the runs given."""
+    return max((r["gemm"] for r in found), default=None)
+
+
+def _share(found: list[Spec], rate: float | None) -> float | None:
+    cpu = median(found, "cpu")
+    return None if cpu is None or rate is None else found[0]["flops"] / rate / cpu
+
+
+def _step_table(results: Results) -> list[str]:
+    rows = []
+    for cell in results.cells("step"):
+        ours = results.find(task="step", side="ours", **cell)
+        trl = results.find(task="step", side="trl", **cell)
+        if not ours and not trl:
+            continue
+        rate = _rate(ours + trl)
+        cpu = median(ours, "cpu")
+        update = median(ours, "optimizer_cpu")
+        rows.append([
+            label(cell), str(cell["per_step"]), show(cpu, ".2f"), show(median(trl, "cpu"), ".2f"),
+            f"**{show(ratio(median(trl, 'cpu'), cpu), '.2f', 'x')}**",
+            percent(_share(ours, rate)), percent(_share(trl, rate)), show(rate and rate / 1e9, ".0f"),
+            percent(ratio(update, (cpu or 0) + (update or 0))),
+        ])  # fmt: skip
+    header = [
+        "workload", "pairs", "ours, CPU s", "TRL, CPU s", "ours is faster by", "ours, share of FLOP limit",
+        "TRL, share", "best GEMM, GF/s", "AdamW's share of our step",
+    ]  # fmt: skip
+    note = [
+        "Forward and backward of one batch. FLOP limit: the floating-point operations the loss needs (each "
+        "token and key once, matrix products only) at the best GEMM rate timed in the same processes, in the "
+        "same precision. "
+        "Bar: 70 % for h512 and OPT in fp32.", "",
+    ]  # fmt: skip
+    return ["## One step", "", *note, *table(header, rows)]
+
+
+def _memory_table(results: Results) -> list[str]:
+    rows = []
+    for cell in results.cells("step"):
+        peaks = [
+            median(results.find(False, task="step", side=s, **cell), "peak_mib") for s in ("ours", "trl")
+        ]
+        if peaks == [None, None]:
+            continue
+        bar = 20 if cell.get("checkpointing") else 10
+        gain = ratio(peaks[1], peaks[0])
+        barred = cell["shape"] == "h256" and cell["data"] == "hh" and cell.get("dtype") == "fp32"
+        verdict = f" ({'≥' if gain >= bar else 'misses'} {bar})" if barred and gain is not None else ""
+        rows.append([
+            label(cell), str(cell["per_step"]), show(peaks[0], ",.0f"), show(peaks[1], ",.0f"),
+            f"**{show(gain, '.1f', 'x')}**{verdict}",
+        ])  # fmt: skip
+    for cell in results.cells("train"):
+        peaks = [median(results.find(task="train", side=s, **cell, **o), "peak_mib")
+                 for s, o in (("ours", {}), ("trl", {"order": "random"}))]  # fmt: skip
+        rows.append([
+            f"`train()`, heap kept: {label(cell)}", str(cell["per_step"]), show(peaks[0], ",.0f"),
+            show(peaks[1], ",.0f"), f"**{show(ratio(peaks[1], peaks[0]), '.1f', 'x')}**",
+        ])  # fmt: skip
+    header = ["workload", "pairs a step", "ours, MiB", "TRL, MiB", "ours needs less by (bar)"]
+    note = [
+        "Above model and AdamW's moments, gradients included; one batch, the allocator's defaults, each in "
+        "its own process. The last rows are whole epochs with the heap kept, where freed memory counts.", "",
+    ]  # fmt: skip
+    return ["## Peak memory", "", *note, *table(header, rows)]
+
+
+def _agreement_table(results: Results) -> list[str]:
+    rows = []
+    for cell in results.cells("agreement"):
+        for r in results.find(task="agreement", **cell)[-1:]:
+            rows.append([
+                label(cell), str(cell["per_step"]), f"{r['loss_ours']:.6f}", f"{r['loss_difference']:.1e}",
+                f"{r['gradient_error']:.1e}", f"`{r['parameter']}`",
+            ])  # fmt: skip
+    header = ["workload", "pairs", "loss", "difference to TRL", "worst relative gradient difference", "in"]
+    note = [
+        "One batch, the same weights and token ids (checked) on both sides. Bars in fp32: 1e-6 and 1e-5.",
+        "",
+    ]
+    return ["## The same loss and gradients", "", *note, *table(header, rows)]
+
+
+def _head_table(results: Results) -> list[str]:
+    rows = []
+    exact = median(results.find(task="head", variant="full"), "loss")
+    for variant, name in VARIANTS.items():
+        found = results.find(task="head", variant=variant)
+        if found:
+            loss = median(found, "loss")
+            rows.append([
+                name, show(median(found, "cpu"), ".2f"), show(median(found, "peak_mib"), ",.0f"),
+                "-" if loss is None or exact is None else f"{abs(loss - exact):.1e}",
+            ])  # fmt: skip
+    note = [
+        "From hidden states to loss and both gradients; h256, V 32000, 8 pairs of HH-RLHF, fp32. Memory "
+        "above the inputs, heap kept, gradients (33 MiB) included.", "",
+    ]  # fmt: skip
+    if not any("Liger" in row[0] for row in rows):
+        note = [*note[:-1], "Liger: not installed where this was measured (`pip install liger-kernel`).", ""]
+    return [
+        "## The head alone",
+        "",
+        *note,
+        *table(["head", "CPU s", "peak MiB", "loss difference to full logits"], rows),
+    ]
+
+
+def _budget_table(results: Results) -> list[str]:
+    lines: list[str] = []
+    for shape in ("h256", "h512"):
+        for r in results.find(task="rows", shape=shape)[-1:]:
+            fastest = min(r["cpu"])
+            rows = [
+                [str(b), str(n), show(c, ".2f"), f"+{100 * (c / fastest - 1):.0f} %", show(m, ",.0f")]
+                for b, n, c, m in zip(r["budgets"], r["rows"], r["cpu"], r["peak_mib"], strict=True)
+            ]
+            lines += [f"{NAMES[shape]}, 32 pairs of HH-RLHF, {r['tokens']} tokens:", ""]
+            lines += table(["tokens_per_row", "rows", "CPU s", "above the fastest", "peak MiB"], rows)
+    return ["## Token budget of a row", "", *lines] if lines else []
+
+
+def _growth_note(folder: Path) -> list[str]:
+    if not (folder / "growth.svg").exists():
+        return []
+    return [
+        "## How cost grows",
+        "",
+        "![Time and memory per pair against lengths, pairs and vocabulary](growth.svg)",
+        "",
+    ]
+
+
+def _errors(raw: Spec) -> list[str]:
+    failed = [
+        f"- `{key}`: {r['error']}" for key, runs in raw["runs"].items() for r in runs[-1:] if "error" in r
+    ]
+    return ["## Runs that failed", "", *failed, ""] if failed else []
