@@ -448,6 +448,15 @@ def test_the_probe_falls_back_where_attention_ignores_the_segments(deaf_layers):
     assert_exact(our_loss_and_gradients(model, PAIRS, layout="padded"), expected)
 
 
+def test_a_layer_that_stops_listening_to_the_segments_is_noticed_at_the_next_row():
+    model = tiny_models.build("Llama")
+    prepare_model(model, OBJECTIVE)
+    attention = model.model.layers[1].self_attn
+    attention.forward = deaf_attention(attention)
+    with pytest.raises(ModelError, match=r"called our attention 1 times in a row, 2 times"):
+        model(batch=pack(PAIRS, OBJECTIVE))
+
+
 def test_a_model_that_mixes_neighbours_falls_back():
     model = tiny_models.build("Llama")
     layer = model.model.layers[0].mlp
