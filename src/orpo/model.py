@@ -344,6 +344,8 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     disabled: bool = getattr(module, "disable_adapters", False)
     if hasattr(module, "modules_to_save"):  # a copy of the module is trained in full
         module = module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
+    if hasattr(module, "unshard"):  # FSDP2: may be a unit whose own forward, which would gather it, is never called
+        module.unshard()
     base, bias = module.weight, getattr(module, "bias", None)
     if disabled or not hasattr(module, "get_delta_weight") or module.merged:
         return base, bias
