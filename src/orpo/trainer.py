@@ -368,6 +368,7 @@ class ORPOTrainer(Trainer):
         if (
             norm is not None and self.accelerator.scaler is None
         ):  # a scaler skips steps with infinite gradients
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
         if not self._reduce(finite.float()).item() == self.args.world_size:
             raise RunError(
@@ -448,13 +449,11 @@ class ORPOTrainer(Trainer):
         return PairScores(*columns)
 
     def _model_for_evaluation(self) -> Any:
-        """The model; sharded first where `evaluate` comes before `train`."""
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
-            self.model_wrapped = self.accelerator.prepare(self.model)
-            if self.is_fsdp_enabled:
-                self.model = self.model_wrapped
-            else:
-                self.deepspeed = self.model_wrapped
+            raise RunError(
+                "a model is sharded together with its optimizer, so evaluate() has to come after train();"
+                " eval_on_start: true evaluates before the first step"
+            )
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     # ------------------------------------------------------------------------------------ never lose work
