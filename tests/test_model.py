@@ -457,6 +457,13 @@ def test_a_layer_that_stops_listening_to_the_segments_is_noticed_at_the_next_row
         model(batch=pack(PAIRS, OBJECTIVE))
 
 
+@pytest.mark.parametrize(("name", "reason"), [("GptOss", "needs s_aux"), ("GPTJ", "cannot be replaced")])
+def test_without_a_probe_attention_that_we_do_not_know_is_refused_at_the_first_row(name, reason):
+    model = prepared(tiny_models.build(name))
+    with pytest.raises(ModelError, match=reason):
+        model(batch=pack(PAIRS, OBJECTIVE))
+
+
 def test_a_model_that_mixes_neighbours_falls_back():
     model = tiny_models.build("Llama")
     layer = model.model.layers[0].mlp
