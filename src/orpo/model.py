@@ -412,9 +412,9 @@ def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     try:
         with torch.enable_grad():
             ours = model(batch=pack(pairs, PROBE_OBJECTIVE, layout=layout).to(device)).loss
-            ours_grads = torch.autograd.grad(ours, weights, materialize_grads=True)
+            ours_grads = torch.autograd.grad(ours, weights, materialize_grads=True) if weights else ()
             plain = _plain_loss(model, pairs, device)
-            plain_grads = torch.autograd.grad(plain, weights, materialize_grads=True)
+            plain_grads = torch.autograd.grad(plain, weights, materialize_grads=True) if weights else ()
     except _NotOnTheInterfaceError as error:
         return str(error)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -426,7 +426,7 @@ def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     difference = abs(ours.item() - plain.item()) / max(abs(plain.item()), 1e-12)
     if not difference <= loss_limit:
         return f"loss {ours.item():.6f} instead of {plain.item():.6f}"
-    floor = 1e-2 * max(grad.norm().item() for grad in plain_grads)  # a bias of keys has no gradient but rounding
+    floor = 1e-2 * max((grad.norm().item() for grad in plain_grads), default=0.0)  # a bias of keys has no gradient but rounding
     for mine, theirs in zip(ours_grads, plain_grads, strict=True):
         difference = (mine - theirs).float().norm().item() / max(theirs.float().norm().item(), floor, 1e-12)
         if not difference <= grad_limit:
