@@ -163,10 +163,10 @@ def settings_markdown() -> str:
         "| setting | here | TRL 1.16 | why |",
         "|---|---|---|---|",
     ]
-    lines += [
-        f"| `{name}` | {_cell(known[name].default)} | {_cell(theirs)} | {_escape(reason)} |"
-        for name, (theirs, reason) in TRL_DIFFERENCES.items()
-    ]
+    for name, (theirs, reason) in TRL_DIFFERENCES.items():
+        # What TRL turns on and we inherit unset or false, depending on the version of transformers, is off.
+        ours = known[name].default or False if theirs is True else known[name].default
+        lines.append(f"| `{name}` | {_cell(ours)} | {_cell(theirs)} | {_escape(reason)} |")
     return "\n".join(lines) + "\n"
 
 
