@@ -8,7 +8,7 @@ import reference
 import tiny_models
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama import modeling_llama
 
@@ -350,6 +350,13 @@ def test_preparing_leaves_no_trace_in_gradients_randomness_or_mode():
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_a_frozen_model_may_be_prepared_for_evaluation():
+    model = tiny_models.build("Llama").requires_grad_(False)
+    expected = reference.orpo_loss(reference.logprobs_of(copy.deepcopy(model).double()), PAIRS, OBJECTIVE)
+    assert prepare_model(model, OBJECTIVE).layout == "shared"
+    assert model(batch=pack(PAIRS, OBJECTIVE)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_model_may_be_prepared_again():
     model = tiny_models.build("Llama")
     expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
@@ -411,10 +418,34 @@ class ScalesItsHiddenStates(transformers.LlamaForCausalLM):
         return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(2 * hidden))
 
 
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("sabotaged", [ScalesItsLogits, ScalesItsHiddenStates])
-def test_the_probe_refuses_a_model_that_does_something_unknown_before_its_loss(sabotaged):
-    model = sabotaged(tiny_models.build("Llama").config)
+def test_the_probe_refuses_a_model_that_does_something_unknown_before_its_loss(sabotaged, trained):
+    model = sabotaged(tiny_models.build("Llama").config).requires_grad_(trained)
     with pytest.raises(ModelError, match="do not reproduce the model's own loss"):
+        prepare_model(model, OBJECTIVE)
+
+
+class HalvesItsGradients(transformers.LlamaForCausalLM):
+    """Has the loss we expect, and other gradients."""
+
+    def forward(self, *args, **kwargs):
+        hidden = self.model(*args, **kwargs).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(
+            logits=self.lm_head((hidden + hidden.detach()) / 2)
+        )
+
+
+def test_the_probe_refuses_a_model_with_other_gradients():
+    model = HalvesItsGradients(tiny_models.build("Llama").config)
+    with pytest.raises(ModelError, match="a gradient differs"):
+        prepare_model(model, OBJECTIVE)
+
+
+def test_the_probe_refuses_an_adapter_on_the_vocabulary_matrix_that_we_do_not_know():
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj", "lm_head"], feedforward_modules=[])
+    model = get_peft_model(tiny_models.build("Llama"), config)
+    with pytest.raises(ModelError, match="a gradient differs"):
         prepare_model(model, OBJECTIVE)
 
 
