@@ -114,12 +114,12 @@ class Store:
             self.runs = json.loads(self.path.read_text())["runs"]
 
     def count(self, key: str) -> int:
-        """How often a run was measured."""
-        return len(self.runs.get(key, []))
+        """How often a run was measured; failures do not count, so the next call tries them again."""
+        return sum("error" not in result for result in self.runs.get(key, []))
 
     def add(self, key: str, result: Spec, command: str) -> None:
         """Append a result and write the file."""
-        self.runs.setdefault(key, []).append(result)
+        self.runs[key] = [r for r in self.runs.get(key, []) if "error" not in r] + [result]
         content = {"machine": machine(), "command": command, "runs": self.runs}
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
