@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from orpo.config import Objective
+from orpo.logits import logprob_slopes, product, token_logprobs
 from orpo.objective import log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
 from orpo.packing import PackedBatch, Role
-
 
 CPU_BLOCK_TOKENS = 8
 """Rows of logits a CPU takes through the softmax together: few enough for its second-level cache."""
@@ -265,12 +265,14 @@ class _Sweep:
         self.bias_V = None if head.bias_V is None else head.bias_V.detach().to(self.precise)
         self.head = head
         self.batch = batch
+        self.compiled = hidden_ND.is_cuda and self.precise == torch.float32
         self.logprob_T = torch.empty(len(batch.target_T), dtype=self.precise, device=hidden_ND.device)
 
     def forward(self, at: slice) -> "_Chunk":
         """Fill in the log-probabilities of the scored tokens `at`; return their softmax."""
         with torch.autocast(self.hidden_ND.device.type, enabled=False):
-            logits_TV = (self.hidden_ND[self.batch.source_T[at]] @ self.weight_VD.T).to(self.precise)
+            logits_TV = product(self.hidden_ND[self.batch.source_T[at]], self.weight_VD.T, self.precise)
+            logits_TV = logits_TV.to(self.precise)
         if self.bias_V is not None:
             logits_TV += self.bias_V
         if self.head.scale != 1:
@@ -278,8 +280,11 @@ class _Sweep:
         damping_TV = None
         if self.head.softcap is not None:
             logits_TV.div_(self.head.softcap).tanh_()
-            damping_TV = 1 - logits_TV.square()
+            damping_TV = None if self.compiled else 1 - logits_TV.square()
             logits_TV.mul_(self.head.softcap)
+        if self.compiled:
+            self.logprob_T[at], logsumexp_T = token_logprobs(logits_TV, self.batch.target_T[at])
+            return _Chunk(logits_TV, logsumexp_T=logsumexp_T)
         target_T1 = self.batch.target_T[at, None]
         block = CPU_BLOCK_TOKENS if logits_TV.device.type == "cpu" else len(logits_TV)
         logprobs = []
@@ -288,34 +293,45 @@ class _Sweep:
             logprobs.append(rows.gather(1, targets))
             rows.exp_()
         self.logprob_T[at] = torch.cat(logprobs)[:, 0]
-        return _Chunk(logits_TV, damping_TV)
+        return _Chunk(logits_TV, damping_TV=damping_TV)
 
     def backward(self, at: slice, chunk: "_Chunk", slope_T: Tensor, grads: _Gradients) -> None:
         """Add the gradients that the scored tokens `at` cause; `chunk` is used up."""
         source_T, target_T = self.batch.source_T[at], self.batch.target_T[at]
         slope_T1 = (slope_T * self.head.scale)[:, None]
         # d logp / d logits = onehot - p; the sign and the slope go onto the smaller matrices below.
-        grad_TV = chunk.prob_TV
-        grad_TV[torch.arange(len(target_T), device=target_T.device), target_T] -= 1
-        if chunk.damping_TV is not None:
-            grad_TV *= chunk.damping_TV
+        if chunk.logsumexp_T is not None:
+            dtype = self.dtype if grads.bias_V is None else self.precise
+            grad_TV = logprob_slopes(chunk.values_TV, chunk.logsumexp_T, target_T, self.head.softcap, dtype)
+        else:
+            grad_TV = chunk.values_TV
+            grad_TV[torch.arange(len(target_T), device=target_T.device), target_T] -= 1
+            if chunk.damping_TV is not None:
+                grad_TV *= chunk.damping_TV
         if grads.bias_V is not None:
             grads.bias_V.addmv_(grad_TV.T, slope_T1[:, 0].to(grads.bias_V.dtype), alpha=-1)
         grad_TV = grad_TV.to(self.dtype)
         with torch.autocast(self.hidden_ND.device.type, enabled=False):
             if grads.hidden_ND is not None:
-                grad_TD = (grad_TV @ self.weight_VD).to(self.precise) * -slope_T1
+                grad_TD = product(grad_TV, self.weight_VD, self.precise).to(self.precise) * -slope_T1
                 grads.hidden_ND.index_add_(0, source_T, grad_TD.to(grads.hidden_ND.dtype))
             if grads.weight_VD is not None:
                 hidden_TD = (self.hidden_ND[source_T].to(self.precise) * -slope_T1).to(self.dtype)
                 if self.dtype == grads.weight_VD.dtype:
                     grads.weight_VD.addmm_(grad_TV.T, hidden_TD)
                 else:
-                    grads.weight_VD += grad_TV.T @ hidden_TD
+                    grads.weight_VD += product(grad_TV.T, hidden_TD, grads.weight_VD.dtype)
 
 
 class _Chunk(NamedTuple):
-    """Softmax of a chunk's logits, and the slope of its soft-cap where there is one. Both [T, V]."""
+    """A chunk between its log-probabilities and its gradients.
 
-    prob_TV: Tensor
-    damping_TV: Tensor | None
+    Attributes:
+        values_TV: Softmax of the logits; with `logsumexp_T` the logits, which compiled code reads again.
+        damping_TV: Slope of the soft-cap where there is one.
+        logsumexp_T: Log-sum-exp of the logits.
+    """
+
+    values_TV: Tensor
+    damping_TV: Tensor | None = None
+    logsumexp_T: Tensor | None = None
