@@ -488,6 +488,15 @@ def test_a_layer_that_stops_listening_to_the_segments_is_noticed_at_the_next_row
         model(batch=pack(PAIRS, OBJECTIVE))
 
 
+def test_the_probe_is_longer_than_the_sliding_window():
+    settings = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}
+    model = tiny_models.build("Qwen2", **settings)
+    assert prepare_model(copy.deepcopy(model), OBJECTIVE).layout == "shared"
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None  # known to the model's masks alone
+    assert prepare_model(model, OBJECTIVE).layout == "padded"
+
+
 @pytest.mark.parametrize(("name", "reason"), [("GptOss", "needs s_aux"), ("GPTJ", "cannot be replaced")])
 def test_without_a_probe_attention_that_we_do_not_know_is_refused_at_the_first_row(name, reason):
     model = prepared(tiny_models.build(name))
