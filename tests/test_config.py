@@ -139,6 +139,7 @@ def test_recipes_of_2024_load_with_one_line_for_each_renamed_key(tmp_path):
         "evaluation_strategy",
         "overwrite_output_dir",
         "warmup_ratio",
+        "hub_private_repo:",
     ]
     assert all("\n" not in notice for notice in recipe.notices)
 
@@ -158,6 +159,15 @@ def test_trl_command_lines_are_understood():
     assert settings["use_peft"] is True
     assert settings["report_to"] == "wandb"
     assert "max_prompt_length" not in settings
+
+
+def test_settings_that_wait_for_another_are_named():
+    recipe = load_recipe(None, ["--hub_model_id", "me/it", "--lora_r", "8", "--lora_alpha", "32"])
+    assert recipe.notices == (
+        "hub_model_id: no effect without push_to_hub: true",
+        "lora_r: no effect without use_peft: true",
+    )
+    assert not load_recipe(None, ["--lora_r", "8", "--use_peft"]).notices
 
 
 def test_trl_environment_section_is_kept_apart(tmp_path):

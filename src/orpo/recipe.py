@@ -92,7 +92,22 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 notices += [f"{entry.key} ({entry.where}): {notice}"] if notice else []
     if problems:
         raise ConfigError("; ".join(problems))
+    notices += _idle(settings)
     return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
+
+
+def _idle(settings: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that waits for another one to be turned on."""
+    switches = {"hub_": ("push_to_hub",), "lora_": ("use_peft", "adapter_name_or_path")}
+    known = known_settings()
+    return [
+        f"{key}: no effect without {names[0]}: true"
+        for prefix, names in switches.items()
+        for key, value in settings.items()
+        if key.startswith(prefix)
+        and value != known[key].default
+        and not any(settings.get(name) for name in names)
+    ]
 
 
 def _apply(entry: Entry, settings: dict[str, Any], named: set[str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
+import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,8 +63,14 @@ def run(args: argparse.Namespace) -> int:
         for notice in recipe.notices:
             print(notice, flush=True)
 
+    from transformers.utils import logging
+
     from orpo.trainer import ORPOConfig, ORPOTrainer
 
+    # `gradient_checkpointing`, which everybody writes, will not have that name for ever.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     config = ORPOConfig(**settings)
     if _is_finished(config):
         _say(f"{config.output_dir} holds the finished run of this recipe; a new one needs another output_dir")
@@ -162,7 +170,8 @@ def plan_lines(trainer: ORPOTrainer) -> list[str]:
     loader = trainer.get_train_dataloader()
     if isinstance(pairs, TokenizedDataset):
         steps = config.max_steps if config.max_steps > 0 else round(len(loader) * config.num_train_epochs)
-        epochs = f"{round(steps / len(loader), 2):g} epochs of {len(loader):,} steps"
+        number = round(steps / len(loader), 2)
+        epochs = f"{number:g} epoch{'' if number == 1 else 's'} of {len(loader):,} steps"
         lines.append(f"steps      {steps:,} of {trainer.pairs_per_step} pairs: {epochs}")
     else:
         lines.append(f"steps      {config.max_steps:,} of {trainer.pairs_per_step} pairs, streamed")
