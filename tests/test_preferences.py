@@ -1,6 +1,7 @@
 """Every accepted format gives the pairs a person would write down by hand; every other row gives a reason."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -459,6 +460,16 @@ def test_unknown_columns_are_named():
     )
 
 
+def test_every_row_of_the_documentation_is_read_as_it_says():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", page, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(READERS)
+    for name, row in rows:
+        found = read(json.loads(row))
+        assert found.format.name == name and len(found) == 1, row
+        assert found.pairs[0].is_text == name.startswith("standard")
+
+
 def test_group_comes_from_the_source_or_dataset_column():
     found = read({**GOOD, "source": "wiki"}, {**GOOD, "dataset": "web"}, {**GOOD, "source": 3})
     assert [pair.group for pair in found.pairs] == ["wiki", "web", None]
@@ -533,3 +544,41 @@ def test_importing_the_data_path_needs_neither_torch_nor_transformers():
     assert (
         subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
     )
+
+
+NAMES = ["prompt", "chosen", "rejected", "messages", "conversations", "instruction", "input", "system"]
+NAMES += ["history", "output", "answers", "scores", "tools", "source"]
+KEYS = ["role", "from", "content", "value", "tool_calls", "score"]
+ROLES = ["user", "assistant", "tool", "x"]
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("ab \n:<", max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS), inner)
+        | st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": inner})
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from(NAMES), ANYTHING, min_size=1), min_size=1, max_size=4),
+    st.sampled_from([None, *READERS]),
+    st.sampled_from(["drop", "use"]),
+)
+def test_whatever_a_row_holds_it_is_read_or_told(rows, data_format, sft_rows):
+    """No row, however odd, ends in anything but pairs or a `DataError`."""
+    options = {"data_format": data_format, "sft_rows": sft_rows, "max_dropped": 1.0}
+    try:
+        found = read_preferences(rows, on_bad_row="skip", **options)
+    except DataError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    assert found.report.kept == len(found) > 0
+    for pair in found.pairs:
+        sides = [side for side in (pair.chosen, pair.rejected) if side is not None]
+        assert pair.prompt and all(type(side) is type(pair.prompt) and side for side in sides)
+        if not pair.is_text:
+            turns = [turn for side in (pair.prompt, *sides) for turn in side]
+            assert all(isinstance(turn["content"], str) for turn in turns)
+            assert all(side[-1]["role"] == "assistant" for side in sides)
