@@ -2,8 +2,8 @@
 
 On a GPU the vocabulary projection of a small model is bound by memory, not by arithmetic. Half-precision
 operands can give a float32 product without a rounded copy in between, and the softmax and its gradient are
-compiled into one kernel each. Where the compiler is missing or fails, the same functions run as they stand, with
-a line that says so.
+compiled into one kernel each. Where the compiler is missing or fails, the same functions run as they stand,
+and a line says so.
 
 Shape suffixes: T = scored tokens, V = vocabulary size.
 """
@@ -51,12 +51,14 @@ class OnePass:
         self.broken = False
 
     def __call__(self, logits_TV: Tensor, *args: Any) -> Any:
-        """Call the function; its first argument is a chunk whose length T varies."""
+        """Call the function on tensors whose first dimension, T, varies from chunk to chunk."""
         if self.broken or not (logits_TV.is_cuda or self.anywhere):
             return self.function(logits_TV, *args)
         if self.compiled is None:
             self.compiled = torch.compile(self.function)
-        torch._dynamo.maybe_mark_dynamic(logits_TV, 0)
+        for tensor in (logits_TV, *args):
+            if isinstance(tensor, Tensor):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
             return self.compiled(logits_TV, *args)
         except torch.OutOfMemoryError:
