@@ -20,7 +20,7 @@ LAYERS = (
     ("rendering",),
     ("tokenize",),
     ("dataset", "packing"),
-    ("objective", "varlen"),
+    ("logits", "objective", "varlen"),
     ("flex",),
     ("backends",),
     ("attention",),
@@ -38,7 +38,7 @@ LAYERS = (
     ("__main__",),
 )
 FIRST_WITH_TRANSFORMERS = next(number for number, layer in enumerate(LAYERS) if "model" in layer)
-MATHEMATICS = ("packing", "objective", "attention", "head", "varlen", "flex")
+MATHEMATICS = ("packing", "objective", "attention", "head", "logits", "varlen", "flex")
 LIGHT = ("errors", "config", "renamed", "schema", "recipe", "runs", "cli", "commands", "__init__")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}
 
