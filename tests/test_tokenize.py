@@ -235,6 +235,16 @@ def test_a_header_that_opens_thinking_differently_is_cut_at_its_line():
     assert tokenizer.decode(tokens.chosen) == "<think></think>A<|im_end|>"
 
 
+def test_a_bos_that_the_template_writes_twice_is_left_out_once():
+    """peers 18: BOS once; what is counted from the start of the prompt moves with it."""
+    tokenizer = tiny_tokenizer("zephyr")
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + tokenizer.chat_template
+    tokens, _ = encode(tokenizer, chat([user("Q"), bot("O"), user("R")], "A", "B"))
+    assert tokens.prompt.count(tokenizer.bos_token_id) == 1
+    (span,) = tokens.assistant_spans
+    assert tokenizer.decode(tokens.prompt[slice(*span)]) == "O</s>"
+
+
 def test_one_side_that_goes_on_as_the_header_does_moves_the_boundary_of_neither():
     tokenizer = tiny_tokenizer("asks_to_think")
     tokens, _ = encode(tokenizer, chat([user("Q")], "<think>\nwhy</think>A", "B"))
