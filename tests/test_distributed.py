@@ -43,7 +43,9 @@ def test_accumulation_rows_and_ranks_do_not_change_the_training(tmp_path):
     one = run(tmp_path)
     assert_same(one, run(tmp_path, tokens_per_row=30))
     assert_same(one, run(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4))
-    assert_same(one, run(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, tokens_per_row=60))
+    assert_same(
+        one, run(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, tokens_per_row=60)
+    )
     for settings in (
         {"per_device_train_batch_size": 2},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "tokens_per_row": 25},
@@ -58,7 +60,7 @@ def test_accumulation_rows_and_ranks_do_not_change_the_training(tmp_path):
 
 
 def _as_if_on_gpus():
-    """Let accelerate shard on a CPU: it enters its FSDP branch for several GPUs only, else trains with DDP."""
+    """Let accelerate shard on a CPU: its FSDP branch is for several GPUs only, else it is DDP."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -81,9 +83,15 @@ def sharded(folder, *, peft=False, **settings):
     adapter = tiny_adapter() if peft else None
     wrapped = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     trainer = tiny_trainer(
-        folder, evaluation=random_pairs(7, seed=1), fsdp="full_shard auto_wrap", fsdp_config=wrapped,
-        eval_strategy="steps", eval_steps=4, arguments={"peft_config": adapter}, **settings,
-    )  # fmt: skip
+        folder,
+        evaluation=random_pairs(7, seed=1),
+        fsdp="full_shard auto_wrap",
+        fsdp_config=wrapped,
+        eval_strategy="steps",
+        eval_steps=4,
+        arguments={"peft_config": adapter},
+        **settings,
+    )
     with pytest.raises(RunError, match="eval_on_start"):
         trainer.evaluate()
     trainer.train()
@@ -99,9 +107,13 @@ def sharded(folder, *, peft=False, **settings):
 def test_sharded_ranks_train_as_one_process_does(tmp_path, peft):
     settings = {"per_device_train_batch_size": 2, "tokens_per_row": 60}
     one = tiny_trainer(
-        tmp_path, evaluation=random_pairs(7, seed=1), eval_strategy="steps", eval_steps=4, tokens_per_row=30,
+        tmp_path,
+        evaluation=random_pairs(7, seed=1),
+        eval_strategy="steps",
+        eval_steps=4,
+        tokens_per_row=30,
         arguments={"peft_config": tiny_adapter() if peft else None},
-    )  # fmt: skip
+    )
     one.train()
     for rank in on_ranks(lambda: sharded(tmp_path / "sharded", peft=peft, **settings)):
         assert rank["kind"].startswith("FSDP"), "else this would be DDP"

@@ -99,7 +99,11 @@ def test_rows_without_a_rejected_side_count_for_the_nll_alone():
     window = MetricWindow(Objective(), CPU)
     window.add_row(scores(pairs))
     means = window.close(lambda sums: sums)
-    assert means["nll"] == pytest.approx(2.0) and means["accuracy"] == 1.0 and means["margin"] == pytest.approx(1.0)
+    assert (
+        means["nll"] == pytest.approx(2.0)
+        and means["accuracy"] == 1.0
+        and means["margin"] == pytest.approx(1.0)
+    )
     evaluated = evaluation_metrics(scores(pairs), Objective(beta=0.5))
     assert evaluated["loss"] == pytest.approx(evaluated["nll"] + 0.5 * evaluated["odds_ratio_loss"], rel=1e-6)
 
@@ -124,16 +128,35 @@ def test_evaluation_weights_every_example_alike(pairs):
 
 
 def test_odds_scale_tempers_the_loss_and_not_the_reported_ratio():
-    one, half = (evaluation_metrics(scores([(-1.0, -2.0, 1, 1.0, True)]), Objective(odds_scale=s)) for s in (1.0, 0.5))
+    one, half = (
+        evaluation_metrics(scores([(-1.0, -2.0, 1, 1.0, True)]), Objective(odds_scale=s)) for s in (1.0, 0.5)
+    )
     assert one["log_odds_ratio"] == half["log_odds_ratio"]
-    assert half["odds_ratio_loss"] == pytest.approx(math.log1p(math.exp(-0.5 * one["log_odds_ratio"])), rel=1e-5)
+    assert half["odds_ratio_loss"] == pytest.approx(
+        math.log1p(math.exp(-0.5 * one["log_odds_ratio"])), rel=1e-5
+    )
 
 
 def test_trl_names_are_trl_s_numbers():
-    ours = {"chosen_logprob": -1.0, "rejected_logprob": -3.0, "margin": 2.0, "accuracy": 0.5, "log_odds_ratio": 2.5,
-            "odds_ratio_loss": 0.1, "nll": 4.0}  # fmt: skip
+    ours = {
+        "chosen_logprob": -1.0,
+        "rejected_logprob": -3.0,
+        "margin": 2.0,
+        "accuracy": 0.5,
+        "log_odds_ratio": 2.5,
+        "odds_ratio_loss": 0.1,
+        "nll": 4.0,
+    }
     theirs = trl_names(ours, beta=0.1)
-    assert theirs == pytest.approx({
-        "rewards/chosen": -0.1, "rewards/rejected": -0.3, "rewards/margins": 0.2, "rewards/accuracies": 0.5,
-        "logps/chosen": -1.0, "logps/rejected": -3.0, "log_odds_chosen": 2.5, "nll_loss": 4.0,
-    })  # fmt: skip
+    assert theirs == pytest.approx(
+        {
+            "rewards/chosen": -0.1,
+            "rewards/rejected": -0.3,
+            "rewards/margins": 0.2,
+            "rewards/accuracies": 0.5,
+            "logps/chosen": -1.0,
+            "logps/rejected": -3.0,
+            "log_odds_chosen": 2.5,
+            "nll_loss": 4.0,
+        }
+    )

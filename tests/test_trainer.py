@@ -1,6 +1,7 @@
 """The trainer in one process: what a step is, what is logged, evaluated and written, and what is refused."""
 
 import inspect
+import itertools
 import json
 
 import pytest
@@ -32,7 +33,7 @@ OBJECTIVES = [
 
 
 def test_overridden_hooks_are_these():
-    """Each hook of transformers.Trainer that is overridden; private ones may change, so each needs its reason."""
+    """Each hook of transformers.Trainer that is overridden, with its reason; private ones may change."""
     public = {
         "train": "signals, whole checkpoints, no second evaluation at step 0 on resuming",
         "get_train_dataloader": "an item is an optimizer step, rank-aware already",
@@ -78,7 +79,9 @@ def test_denominators_are_the_sums_of_the_packed_rows(objective):
 def test_ranks_share_a_step_without_overlap_and_with_equally_many_rows():
     pairs = random_pairs(9)
     steps = [
-        build_step(pairs, range(9), RowSettings(Objective(), "shared", tokens_per_row=40, rank=rank, num_ranks=3))
+        build_step(
+            pairs, range(9), RowSettings(Objective(), "shared", tokens_per_row=40, rank=rank, num_ranks=3)
+        )
         for rank in range(3)
     ]
     assert len({len(step.rows) for step in steps}) == 1 and len({step.denominators for step in steps}) == 1
@@ -106,7 +109,7 @@ def test_epochs_have_orders_of_their_own(tmp_path):
 
     trainer.add_callback(Watch())
     trainer.train()
-    epochs = [sum(seen[:4], []), sum(seen[4:], [])]
+    epochs = [list(itertools.chain(*seen[:4])), list(itertools.chain(*seen[4:]))]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(13)) and epochs[0] != epochs[1]
 
 
@@ -117,7 +120,9 @@ def test_stream_steps_are_alike_on_every_rank_and_begin_anew():
         settings = RowSettings(Objective(), "shared", 1000, rank=rank, num_ranks=2)
         stream = iter(StepStream(lambda: pairs, settings, pairs_per_step=4, shuffle_buffer=3))
         steps.append([next(stream) for _ in range(5)])
-    seen = [p.source for one, two in zip(*steps, strict=True) for s in (one, two) for row in s.pairs for p in row]
+    seen = [
+        p.source for one, two in zip(*steps, strict=True) for s in (one, two) for row in s.pairs for p in row
+    ]
     assert sorted(seen) == sorted(pair.source for pair in pairs for _ in range(4))
     with pytest.raises(DataError, match="no row that can train"):
         next(iter(StepStream(lambda: [], settings, pairs_per_step=4)))
@@ -157,9 +162,16 @@ def test_first_step_is_the_reference_step(tmp_path, beta):
     gradient = torch.cat([w.grad.flatten() for w in slow.parameters()])
 
     trainer = tiny_trainer(
-        tmp_path, model=model, train=pairs, beta=beta, max_steps=1, learning_rate=0.5, tokens_per_row=50,
-        per_device_train_batch_size=3, gradient_accumulation_steps=2,
-    )  # fmt: skip
+        tmp_path,
+        model=model,
+        train=pairs,
+        beta=beta,
+        max_steps=1,
+        learning_rate=0.5,
+        tokens_per_row=50,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+    )
     trainer.train()
     assert logged(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
     assert logged(trainer, "grad_norm")[0] == pytest.approx(gradient.norm().item(), rel=1e-4)
@@ -181,9 +193,13 @@ def test_the_last_window_is_logged_however_short(tmp_path):
 
 
 def test_steps_and_schedule_count_optimizer_steps(tmp_path):
-    """trap 3: accumulation is a constant of the Trainer; here it is inside a step. trap 10: its batch size is right."""
+    """trap 3: the Trainer's accumulation is a constant. trap 10: its total batch size was wrong."""
     trainer = tiny_trainer(
-        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=-1, num_train_epochs=2
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        max_steps=-1,
+        num_train_epochs=2,
     )
     trainer.train()
     assert trainer.state.global_step == 2 * 3 and trainer.get_total_train_batch_size(trainer.args) == 6
@@ -193,7 +209,9 @@ def test_steps_and_schedule_count_optimizer_steps(tmp_path):
 
 def test_user_arguments_are_left_alone(tmp_path):
     args = tiny_config(tmp_path, gradient_accumulation_steps=3)
-    tiny = ORPOTrainer(tiny_models.build("Llama"), args, None, random_pairs(), processing_class=tiny_tokenizer())
+    tiny = ORPOTrainer(
+        tiny_models.build("Llama"), args, None, random_pairs(), processing_class=tiny_tokenizer()
+    )
     assert args.gradient_accumulation_steps == 3 and tiny.pairs_per_step == 12
 
 
@@ -224,7 +242,7 @@ def test_a_pair_that_does_not_fit_alone_stops_the_run(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     trainer._run_row = no_memory
-    with pytest.raises(RunError, match="step 1: out of memory .*Tried to allocate.*tokens_per_row"):
+    with pytest.raises(RunError, match=r"step 1: out of memory .*Tried to allocate.*tokens_per_row"):
         trainer.train()
 
 
@@ -248,7 +266,9 @@ def test_a_loss_that_is_not_a_number_stops_before_the_optimizer_and_names_the_ro
     trainer.add_callback(_Poison())
     second = trainer.get_train_dataloader().dataset[1]
     assert "data.jsonl:118" in [pair.source for row in second.pairs for pair in row], "choose another seed"
-    with pytest.raises(RunError, match=r"step 2: .*not finite.*no weight was changed.*rank 0: data\.jsonl:118\."):
+    with pytest.raises(
+        RunError, match=r"step 2: .*not finite.*no weight was changed.*rank 0: data\.jsonl:118\."
+    ):
         trainer.train()
     after = weights(trainer)
     assert torch.isnan(after).sum() == trainer.model.config.hidden_size, "nothing but the poison itself"
@@ -271,9 +291,15 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_too(tmp_path):
 def test_evaluation_does_not_depend_on_batches_or_rows(tmp_path):
     """trap 4; peers 7"""
     results = []
-    for settings in ({"per_device_eval_batch_size": 1}, {"per_device_eval_batch_size": 5}, {"tokens_per_row": 25}):
+    for settings in (
+        {"per_device_eval_batch_size": 1},
+        {"per_device_eval_batch_size": 5},
+        {"tokens_per_row": 25},
+    ):
         trainer = tiny_trainer(tmp_path, evaluation=random_pairs(11, seed=3), eval_strategy="no", **settings)
-        results.append({k: v for k, v in trainer.evaluate().items() if "second" not in k and "runtime" not in k})
+        results.append(
+            {k: v for k, v in trainer.evaluate().items() if "second" not in k and "runtime" not in k}
+        )
     for other in results[1:]:
         assert results[0] == pytest.approx(other, rel=1e-5, abs=1e-6)
     assert results[0]["eval_accuracy_se"] > 0
@@ -301,9 +327,13 @@ def test_evaluation_does_not_change_the_training(tmp_path):
     for settings in ({"eval_strategy": "no"}, {"eval_strategy": "steps", "eval_steps": 1, "num_samples": 1}):
         model = tiny_models.build("Llama", attention_dropout=0.3)
         trainer = tiny_trainer(
-            tmp_path, model=model, evaluation=random_pairs(6), disable_dropout=False, max_completion_length=2,
+            tmp_path,
+            model=model,
+            evaluation=random_pairs(6),
+            disable_dropout=False,
+            max_completion_length=2,
             **settings,
-        )  # fmt: skip
+        )
         trainer.train()
         runs.append(weights(trainer))
     assert torch.equal(*runs)
@@ -339,7 +369,9 @@ def test_compute_metrics_gets_log_probs_of_both_sides(tmp_path):
         return {"mine": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
 
     pairs = [*random_pairs(5), TokenizedPair([1], [2, 3], [], source="sft")]
-    trainer = tiny_trainer(tmp_path, evaluation=pairs, eval_strategy="no", arguments={"compute_metrics": compute})
+    trainer = tiny_trainer(
+        tmp_path, evaluation=pairs, eval_strategy="no", arguments={"compute_metrics": compute}
+    )
     metrics = trainer.evaluate()
     assert seen["shape"] == (6, 2) and not seen["labels"].any() and 0 <= metrics["eval_mine"] <= 1
     output = trainer.predict(pairs)
@@ -350,9 +382,15 @@ def test_compute_metrics_gets_log_probs_of_both_sides(tmp_path):
 def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     """Training too fast, so that the first checkpoint is the best; a limit of one keeps it and the last."""
     trainer = tiny_trainer(
-        tmp_path, evaluation=random_pairs(20, seed=7), learning_rate=3.0, eval_strategy="steps", eval_steps=1,
-        save_strategy="steps", save_steps=1, save_total_limit=1,
-    )  # fmt: skip
+        tmp_path,
+        evaluation=random_pairs(20, seed=7),
+        learning_rate=3.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
     trainer.train()
     evaluated = {x["step"]: x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x}
     del evaluated[0]
@@ -363,9 +401,14 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
 
 def test_early_stopping(tmp_path):
     trainer = tiny_trainer(
-        tmp_path, evaluation=random_pairs(20, seed=7), learning_rate=3.0, eval_strategy="steps", eval_steps=1,
-        max_steps=12, early_stopping_patience=2,
-    )  # fmt: skip
+        tmp_path,
+        evaluation=random_pairs(20, seed=7),
+        learning_rate=3.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=12,
+        early_stopping_patience=2,
+    )
     trainer.train()
     assert trainer.state.global_step < 12
     with pytest.raises(ConfigError, match="early_stopping_patience"):
@@ -397,17 +440,33 @@ def test_run_directory(tmp_path):
         for n in range(10)
     ]
     trainer = tiny_trainer(
-        tmp_path, model=tiny_models.build("Llama", vocab_size=len(tokenizer)), train=rows[:8], evaluation=rows[8:],
-        processing_class=tokenizer, eval_strategy="steps", eval_steps=2, num_samples=2, max_completion_length=3,
-        gradient_accumulation_steps=2, logging_steps=2,
-    )  # fmt: skip
+        tmp_path,
+        model=tiny_models.build("Llama", vocab_size=len(tokenizer)),
+        train=rows[:8],
+        evaluation=rows[8:],
+        processing_class=tokenizer,
+        eval_strategy="steps",
+        eval_steps=2,
+        num_samples=2,
+        max_completion_length=3,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+    )
     trainer.train()
     trainer.save_model()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 4, 4]
     names = ["loss", "nll", "odds_ratio_loss", "log_odds_ratio", "accuracy", "margin", "chosen_logprob"]
     training, evaluating = lines[1], lines[0]
-    assert {"step", "epoch", "seconds", "grad_norm", "learning_rate", "tokens_per_second", *names} <= training.keys()
+    assert {
+        "step",
+        "epoch",
+        "seconds",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        *names,
+    } <= training.keys()
     assert {f"eval_{name}" for name in names} | {f"eval_{name}_se" for name in names} <= evaluating.keys()
     assert not any("/" in name or "runtime" in name for line in lines for name in line)
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
@@ -427,8 +486,14 @@ def test_run_directory(tmp_path):
     assert loaded.chat_template == tokenizer.chat_template
     end = loaded.convert_tokens_to_ids("<|eot_id|>")
     assert end in model.generation_config.eos_token_id, "generation stops at the end of a turn"
-    again = tiny_trainer(tmp_path / "again", model=model, train=rows, evaluation=rows[8:], eval_strategy="no",
-                         processing_class=loaded)  # fmt: skip
+    again = tiny_trainer(
+        tmp_path / "again",
+        model=model,
+        train=rows,
+        evaluation=rows[8:],
+        eval_strategy="no",
+        processing_class=loaded,
+    )
     assert again.evaluate()["eval_loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
 
 
@@ -454,7 +519,9 @@ def test_nothing_is_sent_anywhere(tmp_path, monkeypatch):
 
 
 def test_progress_lines_where_there_is_no_terminal(tmp_path, capsys):
-    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(3), eval_strategy="steps", eval_steps=4, max_steps=2)
+    trainer = tiny_trainer(
+        tmp_path, evaluation=random_pairs(3), eval_strategy="steps", eval_steps=4, max_steps=2
+    )
     trainer.train()
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("step 1/2  loss ") and "tokens/s" in line]) == 1
@@ -474,7 +541,9 @@ def test_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_defaults():
     args = ORPOConfig(output_dir="x")
-    assert args.beta == 0.1 and args.nll_weight == 1.0 and args.learning_rate == 5e-6 and args.nll_on == "full"
+    assert (
+        args.beta == 0.1 and args.nll_weight == 1.0 and args.learning_rate == 5e-6 and args.nll_on == "full"
+    )
     assert args.logging_nan_inf_filter is False and args.report_to == [] and args.eval_strategy == "no"
     assert args.load_best_model_at_end is False and args.save_total_limit == 2
     if not torch.cuda.is_available():
@@ -531,7 +600,9 @@ def test_one_process_of_many_that_would_train_alone_is_refused(tmp_path, monkeyp
     args = tiny_config(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but this process would train alone"):
-        ORPOTrainer(tiny_models.build("Llama"), args, train_dataset=random_pairs(), processing_class=tiny_tokenizer())
+        ORPOTrainer(
+            tiny_models.build("Llama"), args, train_dataset=random_pairs(), processing_class=tiny_tokenizer()
+        )
 
 
 def test_models_that_cannot_be_trained_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""What TRL's own tests of its ORPO trainer exercise, with the import changed and models and data made here."""
+"""What TRL's own tests of its ORPO trainer exercise, with models and data made here."""
 
 import json
 import warnings
@@ -16,6 +16,7 @@ from orpo import ORPOConfig, ORPOTrainer
 from orpo.errors import ConfigError, DataError, ModelError
 
 NUMBERS = range(17)
+SIZE = len(NUMBERS)
 
 
 def _user(n):
@@ -28,21 +29,27 @@ def _assistant(text):
 
 ROWS = {
     "standard_preference": lambda n: {
-        "prompt": f"{n} is better", "chosen": f" than {n + 1}.", "rejected": f" than the {n} moon."
+        "prompt": f"{n} is better",
+        "chosen": f" than {n + 1}.",
+        "rejected": f" than the {n} moon.",
     },
     "standard_implicit_prompt_preference": lambda n: {
-        "chosen": f"Row {n} is better than nothing.", "rejected": f"Row {n} is better than the moon."
+        "chosen": f"Row {n} is better than nothing.",
+        "rejected": f"Row {n} is better than the moon.",
     },
     "conversational_preference": lambda n: {
-        "prompt": _user(n), "chosen": _assistant(f"Yes, {n}."), "rejected": _assistant("It is the moon.")
+        "prompt": _user(n),
+        "chosen": _assistant(f"Yes, {n}."),
+        "rejected": _assistant("It is the moon."),
     },
     "conversational_implicit_prompt_preference": lambda n: {
-        "chosen": _user(n) + _assistant(f"Yes, {n}."), "rejected": _user(n) + _assistant("It is the moon.")
+        "chosen": _user(n) + _assistant(f"Yes, {n}."),
+        "rejected": _user(n) + _assistant("It is the moon."),
     },
-}  # fmt: skip
+}
 
 
-def zen(name, number=len(NUMBERS)):
+def zen(name, number=SIZE):
     return Dataset.from_list([ROWS[name](n) for n in range(number)])
 
 
@@ -77,9 +84,16 @@ def train_and_compare(trainer, only=""):
 @pytest.mark.parametrize("name", ["standard_preference", "conversational_preference"])
 def test_full_fine_tuning(model, tokenizer, tmp_path, name):
     args = ORPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=3, remove_unused_columns=False,
-        gradient_accumulation_steps=1, learning_rate=9e-1, eval_strategy="steps", beta=0.1, report_to="none",
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        remove_unused_columns=False,
+        gradient_accumulation_steps=1,
+        learning_rate=9e-1,
+        eval_strategy="steps",
+        beta=0.1,
+        report_to="none",
+    )
     trainer = ORPOTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=zen(name), eval_dataset=zen(name, 2)
     )
@@ -91,13 +105,24 @@ def test_full_fine_tuning(model, tokenizer, tmp_path, name):
 def test_lora(model, tokenizer, tmp_path, name, bf16):
     adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
     args = ORPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=3, gradient_accumulation_steps=4,
-        learning_rate=9e-1, eval_strategy="steps", beta=0.1, report_to="none", bf16=bf16,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        gradient_accumulation_steps=4,
+        learning_rate=9e-1,
+        eval_strategy="steps",
+        beta=0.1,
+        report_to="none",
+        bf16=bf16,
+    )
     trainer = ORPOTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=zen(name), eval_dataset=zen(name, 2),
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=zen(name),
+        eval_dataset=zen(name, 2),
         peft_config=adapter,
-    )  # fmt: skip
+    )
     train_and_compare(trainer, only="lora")
 
 
@@ -122,9 +147,12 @@ def test_saved_adapter_is_an_ordinary_one(model_folder, tmp_path):
 def test_adapters_of_adapters_are_refused(model, tokenizer, tmp_path):
     with pytest.raises(ModelError, match="adapter already"):
         ORPOTrainer(
-            get_peft_model(model, LoraConfig()), ORPOConfig(output_dir=str(tmp_path)),
-            train_dataset=zen("standard_preference"), processing_class=tokenizer, peft_config=LoraConfig(),
-        )  # fmt: skip
+            get_peft_model(model, LoraConfig()),
+            ORPOConfig(output_dir=str(tmp_path)),
+            train_dataset=zen("standard_preference"),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(),
+        )
 
 
 def test_processing_class_is_found_with_the_model(model_folder, tmp_path):
@@ -137,13 +165,22 @@ def test_processing_class_is_found_with_the_model(model_folder, tmp_path):
 
 def test_compute_metrics(model, tokenizer, tmp_path):
     args = ORPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, do_eval=True, eval_strategy="steps", eval_steps=1,
-        per_device_eval_batch_size=2, max_steps=3,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        do_eval=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=2,
+        max_steps=3,
+    )
     trainer = ORPOTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=zen("standard_preference"),
-        eval_dataset=zen("standard_preference", 2), compute_metrics=lambda *a, **k: {"test": 0.0},
-    )  # fmt: skip
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=zen("standard_preference"),
+        eval_dataset=zen("standard_preference", 2),
+        compute_metrics=lambda *a, **k: {"test": 0.0},
+    )
     trainer.train()
     assert trainer.state.log_history[-2]["eval_test"] == 0.0
 
@@ -172,10 +209,16 @@ def test_gradient_checkpointing_gives_the_same_weights(model_folder, tmp_path, p
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             args = ORPOConfig(
-                output_dir=str(tmp_path), learning_rate=1e-2, gradient_checkpointing=on, max_steps=2, optim="sgd"
+                output_dir=str(tmp_path),
+                learning_rate=1e-2,
+                gradient_checkpointing=on,
+                max_steps=2,
+                optim="sgd",
             )
         adapter = LoraConfig(r=2, init_lora_weights=False) if peft else None
-        trainer = ORPOTrainer(model_folder, args, train_dataset=zen("standard_preference"), peft_config=adapter)
+        trainer = ORPOTrainer(
+            model_folder, args, train_dataset=zen("standard_preference"), peft_config=adapter
+        )
         train_and_compare(trainer, only="lora" if peft else "proj.weight")
         finals.append([weight.detach() for weight in trainer.model.parameters()])
     for one, other in zip(*finals, strict=True):
@@ -185,7 +228,9 @@ def test_gradient_checkpointing_gives_the_same_weights(model_folder, tmp_path, p
 def test_tags(model_folder, tmp_path):
     for adapter in (None, LoraConfig()):
         args = ORPOConfig(output_dir=str(tmp_path))
-        trainer = ORPOTrainer(model_folder, args, train_dataset=zen("standard_preference"), peft_config=adapter)
+        trainer = ORPOTrainer(
+            model_folder, args, train_dataset=zen("standard_preference"), peft_config=adapter
+        )
         assert {"orpo", "trl"} <= set(trainer.model.model_tags)
 
 
@@ -256,16 +301,21 @@ def test_streaming(model, tokenizer, tmp_path, name):
     train_and_compare(trainer)
     assert len(trainer.eval_dataset) == 3
     with pytest.raises(ConfigError, match="max_steps"):
-        ORPOTrainer(model, ORPOConfig(output_dir=str(tmp_path)), train_dataset=stream, processing_class=tokenizer)
+        ORPOTrainer(
+            model, ORPOConfig(output_dir=str(tmp_path)), train_dataset=stream, processing_class=tokenizer
+        )
 
 
 def test_named_data_and_model(model_folder, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(ROWS["conversational_preference"](n)) + "\n" for n in NUMBERS))
     args = ORPOConfig(
-        output_dir=str(tmp_path / "run"), model_name_or_path=model_folder, dataset_name=str(file), max_steps=2,
+        output_dir=str(tmp_path / "run"),
+        model_name_or_path=model_folder,
+        dataset_name=str(file),
+        max_steps=2,
         eval_dataset_name=str(file),
-    )  # fmt: skip
+    )
     trainer = ORPOTrainer(args=args)
     assert len(trainer.train_dataset) == len(trainer.eval_dataset) == 17
     trainer.train()
@@ -279,7 +329,10 @@ def test_tools_enter_the_prompt(model, tokenizer, tmp_path):
     schema = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}
     rows = [ROWS["conversational_preference"](n) | {"tools": [schema]} for n in NUMBERS]
     trainer = ORPOTrainer(
-        model, ORPOConfig(output_dir=str(tmp_path), max_steps=1), train_dataset=rows, processing_class=tokenizer
+        model,
+        ORPOConfig(output_dir=str(tmp_path), max_steps=1),
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
     assert "weather" in tokenizer.decode(trainer.train_dataset[0].prompt)
     trainer.train()
@@ -287,24 +340,35 @@ def test_tools_enter_the_prompt(model, tokenizer, tmp_path):
 
 def test_unused_arguments_are_named_in_one_line(model, tokenizer, tmp_path, capsys):
     ORPOTrainer(
-        model, ORPOConfig(output_dir=str(tmp_path)), data_collator=lambda rows: rows,
-        train_dataset=zen("standard_preference"), processing_class=tokenizer,
+        model,
+        ORPOConfig(output_dir=str(tmp_path)),
+        data_collator=lambda rows: rows,
+        train_dataset=zen("standard_preference"),
+        processing_class=tokenizer,
         preprocess_logits_for_metrics=lambda logits, labels: logits,
-    )  # fmt: skip
+    )
     printed = capsys.readouterr().out
-    assert "data_collator has no effect: " in printed and "preprocess_logits_for_metrics has no effect: " in printed
+    assert (
+        "data_collator has no effect: " in printed
+        and "preprocess_logits_for_metrics has no effect: " in printed
+    )
 
 
 def test_optimizers_and_dtypes_of_the_user(model, tokenizer, tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = ORPOTrainer(
-        model, ORPOConfig(output_dir=str(tmp_path), max_steps=1), train_dataset=zen("standard_preference"),
-        processing_class=tokenizer, optimizers=(optimizer, None),
-    )  # fmt: skip
+        model,
+        ORPOConfig(output_dir=str(tmp_path), max_steps=1),
+        train_dataset=zen("standard_preference"),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
     trainer.train()
     assert trainer.optimizer.optimizer is optimizer
     with pytest.raises(ConfigError, match="ORPOConfig"):
-        ORPOTrainer(model, {"beta": 0.1}, train_dataset=zen("standard_preference"), processing_class=tokenizer)
+        ORPOTrainer(
+            model, {"beta": 0.1}, train_dataset=zen("standard_preference"), processing_class=tokenizer
+        )
 
 
 def test_model_is_never_spread_over_devices_by_us(model_folder, tmp_path, monkeypatch):
@@ -325,7 +389,11 @@ def test_model_is_never_spread_over_devices_by_us(model_folder, tmp_path, monkey
 @pytest.mark.slow
 def test_torch_compile(model, tokenizer, tmp_path):
     args = ORPOConfig(
-        output_dir=str(tmp_path), max_steps=2, torch_compile=True, torch_compile_backend="eager", learning_rate=0.1
+        output_dir=str(tmp_path),
+        max_steps=2,
+        torch_compile=True,
+        torch_compile_backend="eager",
+        learning_rate=0.1,
     )
     train_and_compare(
         ORPOTrainer(model, args, train_dataset=zen("standard_preference"), processing_class=tokenizer)
@@ -336,7 +404,9 @@ def test_malformed_rows_stop_with_their_place(model, tokenizer, tmp_path):
     rows = [ROWS["standard_preference"](n) for n in NUMBERS]
     rows[5]["rejected"] = 7
     with pytest.raises(DataError, match="row:5"):
-        ORPOTrainer(model, ORPOConfig(output_dir=str(tmp_path)), train_dataset=rows, processing_class=tokenizer)
+        ORPOTrainer(
+            model, ORPOConfig(output_dir=str(tmp_path)), train_dataset=rows, processing_class=tokenizer
+        )
 
 
 # ------------------------------------------------------------------------------------------ parity
@@ -347,8 +417,11 @@ def hh_rows(number):
     lines = (Path(__file__).parent / "data" / "hh_excerpt.jsonl").read_text().splitlines()
     rows = []
     for line in lines[:number]:
-        sides = {side: text.rpartition("\n\nAssistant:") for side, text in json.loads(line).items() if side in
-                 ("chosen", "rejected")}  # fmt: skip
+        sides = {
+            side: text.rpartition("\n\nAssistant:")
+            for side, text in json.loads(line).items()
+            if side in ("chosen", "rejected")
+        }
         if sides["chosen"][0] == sides["rejected"][0]:
             prompt = sides["chosen"][0] + sides["chosen"][1]
             rows.append({"prompt": prompt, "chosen": sides["chosen"][2], "rejected": sides["rejected"][2]})
@@ -366,10 +439,20 @@ def test_loss_of_a_full_batch_is_trl_s(tmp_path):
     rows = hh_rows(16)[:8]
     assert len(rows) == 8
     theirs = TheirTrainer(
-        model, TheirConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, max_length=4000, use_cpu=True,
-                           bf16=False, gradient_checkpointing=False, report_to="none", beta=0.3),
-        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-    )  # fmt: skip
+        model,
+        TheirConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8,
+            max_length=4000,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            beta=0.3,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
     batch = next(iter(theirs.get_train_dataloader()))
     model.eval()
     loss, metrics = theirs.get_batch_loss_metrics(model, batch)
@@ -377,15 +460,30 @@ def test_loss_of_a_full_batch_is_trl_s(tmp_path):
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
 
-    args = ORPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, max_length=4000, beta=0.3,
-                      data_format="standard", max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0)  # fmt: skip
+    args = ORPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        max_length=4000,
+        beta=0.3,
+        data_format="standard",
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+    )
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     ours = ORPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     ours.train()
     line = ours.state.log_history[0]
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["nll_loss"] == pytest.approx(float(metrics["nll_loss"]), rel=1e-5)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "log_odds_chosen"):
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "log_odds_chosen",
+    ):
         assert line[name] == pytest.approx(float(metrics[name]), rel=1e-4, abs=1e-6), name
     assert -line["odds_ratio_loss"] == pytest.approx(float(metrics["log_odds_ratio"]), rel=1e-4)
     for name, weight in ours.model.named_parameters():

@@ -1,4 +1,4 @@
-"""Runs that take a fraction of a second: a two-layer model, random pairs of unlike lengths, and ranks by fork."""
+"""Runs of a fraction of a second: a two-layer model, random pairs of unlike lengths, ranks by fork."""
 
 import multiprocessing
 import os

@@ -1,7 +1,7 @@
 """`ORPOConfig`: our settings joined with `transformers.TrainingArguments`, and the defaults that differ.
 
-A recipe and a Python script set the same flat keys. A default that depends on the hardware or on other settings is
-written as None and filled in here, so that "not set" can be told from "set to the default".
+A recipe and a Python script set the same flat keys. A default that depends on the hardware or on other
+settings is written as None and filled in here, so that "not set" can be told from "set to the default".
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
         default=None, metadata={"help": "Encoder-decoder models are refused."}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         objective, notices = resolve_objective(self)
@@ -169,7 +169,7 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
         }
 
     def recipe(self) -> dict[str, Any]:
-        """The settings to write into recipe.yaml: ours, the usual ones, and all that are not at their default."""
+        """The settings for recipe.yaml: ours, the usual ones, and all that are not at their default."""
         values = self.plain_settings()
         defaults = ORPOConfig(output_dir=self.output_dir).plain_settings()
         ours = [f.name for f in dataclasses.fields(OrpoSettings) if f.name not in ("dry_run", "force")]

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or absent, and stopping between two steps.
 
 A checkpoint is written into a folder beside the others, brought to the disk, and renamed: whoever finds
-`checkpoint-30` finds all of it, however the run ended. Each holds a manifest of its files with their sizes, so a
-damaged copy is noticed before it is resumed from. Signals only set a flag; the trainer acts on it at the end of a
-step, when all ranks agree.
+`checkpoint-30` finds all of it, however the run ended. Each holds a manifest of its files with their sizes,
+so a damaged copy is noticed before it is resumed from. Signals only set a flag; the trainer acts on it at the
+end of a step, when all ranks agree.
 """
 
 import json

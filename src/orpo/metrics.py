@@ -1,8 +1,9 @@
-"""From per-pair scores to named numbers: sums over a log window while training, means over examples in evaluation.
+"""From per-pair scores to named numbers: sums over a log window while training, means over examples in
+evaluation.
 
-A training window is a vector of sums that stays on the device, is added over the ranks once per log line and divided
-once. An evaluation holds every pair's scores, so its means and standard errors do not depend on how the pairs were
-put into rows, batches or ranks.
+A training window is a vector of sums that stays on the device, is added over the ranks once per log line and
+divided once. An evaluation holds every pair's scores, so its means and standard errors do not depend on how
+the pairs were put into rows, batches or ranks.
 
 Shape suffixes: P = pairs.
 """
@@ -23,7 +24,7 @@ SUMS = (
     "steps", "loss", "tokens", "nll_weight", "nll", "pairs", "chosen_logprob",
     "preferences", "rejected_logprob", "margin", "accuracy", "log_odds_ratio", "odds_ratio_loss",
 )  # fmt: skip
-"""What a window adds up. The names from `margin` on, and `rejected_logprob`, are over pairs with both sides."""
+"""What a window adds up; what follows `preferences` is over pairs with both sides."""
 
 _DIVISOR = {"loss": "steps", "nll": "nll_weight", "chosen_logprob": "pairs"} | dict.fromkeys(
     ("rejected_logprob", "margin", "accuracy", "log_odds_ratio", "odds_ratio_loss"), "preferences"
@@ -98,7 +99,7 @@ class MetricWindow:
             self._sums[SUMS.index(name)] += value
 
     def fold(self, reduce: Callable[[Tensor], Tensor]) -> list[float]:
-        """Add this window over the ranks; every rank must call. Returns the sums so far, alike on every rank."""
+        """Add this window over the ranks, all of which must call; returns the sums so far, alike on each."""
         self._before = [old + new for old, new in zip(self._before, reduce(self._sums).tolist(), strict=True)]
         self._sums.zero_()
         return self._before

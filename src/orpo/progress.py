@@ -44,6 +44,7 @@ class Progress(TrainerCallback):
         self._began = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the bar, where it may be."""
         self._began = (time.perf_counter(), state.global_step)
         if state.is_world_process_zero and self._wants_bar and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -61,10 +62,12 @@ class Progress(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the numbers, in the bar or on a line."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         numbers = described(logs)
@@ -79,6 +82,7 @@ class Progress(TrainerCallback):
             self._bar.console.print(f"step {state.global_step}  {numbers}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -16,26 +16,24 @@ from orpo.dataset import TokenizedDataset
 from orpo.errors import RunError
 
 _HARMLESS_PREFIXES = (
-    "output_dir", "logging_", "log_", "report_to", "run_name", "project", "trackio_", "push_to_hub", "hub_", "save_",
-    "disable_tqdm", "dataloader_num_workers", "dataloader_prefetch", "dataloader_pin", "dataloader_persistent",
-    "dataloader_multiprocessing", "resume_from", "force", "dry_run", "num_samples", "max_completion_length",
-    "generate_during_eval", "dataset_num_proc", "do_", "debug", "skip_memory_metrics", "include_", "eval_",
-    "load_best", "metric_for_best", "greater_is_better", "prediction_loss_only", "per_device_eval", "batch_eval",
-    "early_stopping", "restore_callback", "local_rank", "ddp_", "remove_unused", "label_names", "on_bad_row",
-    "max_dropped", "length_column", "average_tokens",
+    "logging_", "log_", "report_to", "run_name", "project", "trackio_", "output_dir", "save_", "push_to_hub",
+    "hub_", "disable_tqdm", "debug", "include_", "dataloader_num", "dataloader_pre", "dataloader_pin",
+    "dataloader_per", "dataloader_mul", "skip_memory", "dry_run", "force", "resume_from", "do_", "eval_",
+    "per_device_eval", "batch_eval", "prediction_loss", "load_best", "metric_for_best", "greater_is",
+    "early_stopping", "restore_callback", "num_samples", "max_completion", "generate_during", "dataset_num",
+    "ddp_", "local_rank", "remove_unused", "label_names", "length_column", "average_tokens", "on_bad_row",
+    "max_dropped", "torch_compile", "gradient_checkpointing", "activation_checkpointing",
 )  # fmt: skip
 _HARMLESS = {
-    # How a step is cut into rows and ranks; `pairs_per_step` stands for their product.
-    "per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_row", "layout", "logits_memory_mib",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
-    "activation_checkpointing_kwargs", "torch_empty_cache_steps", "use_cache", "auto_find_batch_size",
-    "torch_compile", "torch_compile_backend", "torch_compile_mode", "fsdp", "fsdp_config", "deepspeed", "use_cpu",
-    "accelerator_config", "parallelism_config", "attn_implementation", "trust_remote_code", "ignore_data_skip",
-    # What the data is made from; a checksum of the pairs stands for it, and the preset's settings for its name.
-    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "data_format", "columns",
-    "sft_rows", "objective", "model_name_or_path", "dtype", "max_prompt_length", "truncation_mode", "padding_value",
-    "label_pad_token_id", "is_encoder_decoder",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_row", "layout",
+    "logits_memory_mib", "use_cpu", "use_cache", "torch_empty_cache_steps", "auto_find_batch_size", "fsdp",
+    "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config", "attn_implementation",
+    "trust_remote_code", "ignore_data_skip", "is_encoder_decoder", "max_prompt_length", "truncation_mode",
+    "padding_value", "label_pad_token_id", "dataset_name", "dataset_config", "dataset_train_split",
+    "dataset_test_split", "data_format", "columns", "sft_rows", "objective", "model_name_or_path", "dtype",
 }  # fmt: skip
+"""Settings that cannot change the mathematics, or that something else stands for: `pairs_per_step` for how a
+step is cut, a checksum of the tokens for the data, the weights for the model, resolved numbers for the preset."""
 
 
 def run_identity(args: ORPOConfig, pairs: Any) -> dict[str, Any]:

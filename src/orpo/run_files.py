@@ -1,4 +1,4 @@
-"""The files that a run leaves beside its weights: recipe, environment, data report, metrics line by line, model card."""
+"""The files a run leaves beside its weights: recipe, environment, data report, metrics, model card."""
 
 import json
 import platform
@@ -53,6 +53,7 @@ class RunFiles(TrainerCallback):
         self._started = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Append a line of metrics; clocks and doubled names are left out."""
         if not state.is_world_process_zero or not logs or not _is_metrics(logs):
             return
         line = {
@@ -145,9 +146,9 @@ def write_model_card(folder: Path, recipe: Mapping[str, Any], history: Iterable[
 
 # {folder.resolve().name}
 
-{f"`{base}`" if base else "A language model"} trained{f" on `{', '.join(data_names)}`" if data_names else ""} with ORPO
-([Hong, Lee and Thorne, 2024](https://arxiv.org/abs/2403.07691)): one stage, no reference model. Made with `orpo`
-{orpo.__version__} and transformers {version("transformers")}.
+{f"`{base}`" if base else "A language model"} trained{f" on `{', '.join(data_names)}`" if data_names else ""}
+with ORPO ([Hong, Lee and Thorne, 2024](https://arxiv.org/abs/2403.07691)): one stage, no reference model.
+Made with `orpo` {orpo.__version__} and transformers {version("transformers")}.
 """
     if rows:
         text += (

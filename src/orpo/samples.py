@@ -1,4 +1,4 @@
-"""Answers generated from held-out prompts at each evaluation, so that a run can be read and not only plotted."""
+"""Answers to held-out prompts at each evaluation, so that a run can be read and not only plotted."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""One item of a data loader = one optimizer step: the rows of this rank, and what the whole step is divided by.
+"""One item of a data loader = one optimizer step: the rows of this rank, and what the whole step is divided
+by.
 
-Every rank plans the same steps from the same pairs (planning.py) and packs its own rows, so a loader is rank-aware by
-itself, needs no communication, and must not be sharded again. Evaluation uses the same items, in the order of the
-data.
+Every rank plans the same steps from the same pairs (planning.py) and packs its own rows, so a loader is rank-
+aware by itself, needs no communication, and must not be sharded again. Evaluation uses the same items, in the
+order of the data.
 """
 
 import functools
@@ -130,7 +131,7 @@ def split_rows(step: Step, settings: RowSettings) -> Step | None:
 
 
 def step_denominators(pairs: Iterable[TokenizedPair], objective: Objective) -> Denominators:
-    """What the sums of a step with these pairs are divided by; each at least 1, so that an absent term is 0."""
+    """What the sums of a step with these pairs are divided by; at least 1, so that an absent term is 0."""
     nll, preferences = 0, 0
     for pair in pairs:
         nll += 1 if objective.nll_reduction == "pair" else num_nll_tokens(pair, objective)
@@ -247,8 +248,8 @@ def step_loader(
 ) -> DataLoader[dict[str, Step]]:
     """A loader whose items are `{"step": Step}`: the Trainer wants mappings at its boundary.
 
-    The loader has a generator of its own. Otherwise each pass over it, an evaluation's too, would draw from the
-    global one and change the training's randomness.
+    The loader has a generator of its own. Otherwise each pass over it, an evaluation's too, would draw from
+    the global one and change the training's randomness.
     """
     if isinstance(steps, StepStream):
         num_workers = min(num_workers, 1)  # several workers would each read all of the stream

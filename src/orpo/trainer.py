@@ -1,9 +1,9 @@
 """`ORPOTrainer`: transformers.Trainer, taught what an ORPO step is.
 
-A loader item is a whole optimizer step (steps.py): `training_step` runs its rows one after the other and lets ranks
-exchange gradients in the last one. What the Trainer calls gradient accumulation therefore stays 1, and its step
-counts, schedules and epochs are those of optimizer steps. Everything else that is overridden is to measure over
-examples, to keep a run resumable, and to stop before a loss that is not a number moves a weight.
+A loader item is a whole optimizer step (steps.py): `training_step` runs its rows one after the other and lets
+ranks exchange gradients in the last one. What the Trainer calls gradient accumulation therefore stays 1, and
+its step counts, schedules and epochs are those of optimizer steps. Everything else that is overridden is to
+measure over examples, to keep a run resumable, and to stop before a loss that is not a number moves a weight.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ __all__ = ["ORPOConfig", "ORPOTrainer"]
 
 
 class ORPOTrainer(Trainer):
-    """Trains a causal language model on preference pairs; takes the arguments of TRL's class of the same name.
+    """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
 
     Attributes:
         objective: What is minimised.
@@ -98,13 +98,14 @@ class ORPOTrainer(Trainer):
         """Load what is given by name, tokenize the data, and check that they fit.
 
         Args:
-            model: A model, a PEFT model to go on with, or a name; None with `model_init`, or to take the name in
-                `args`.
+            model: A model, a PEFT model to go on with, or a name; None with `model_init`, or to take the name
+                in `args`.
             args: Settings; the defaults, if there are none.
             data_collator: Accepted and not used: rows are packed.
-            train_dataset: `Dataset`, `IterableDataset` (needs `max_steps`), list of rows, file or hub name, or
-                tokenized pairs; None: what `args` names.
-            eval_dataset: The same, or a dict of them; None: what `args` names, or held-out prompts, or nothing.
+            train_dataset: `Dataset`, `IterableDataset` (needs `max_steps`), list of rows, file or hub name,
+                or tokenized pairs; None: what `args` names.
+            eval_dataset: The same, or a dict of them; None: what `args` names, or held-out prompts, or
+                nothing.
             processing_class: Tokenizer; by default the model's.
             model_init: Makes the model, anew in each `train`.
             callbacks: Further callbacks.
@@ -260,7 +261,7 @@ class ORPOTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """A loader of the evaluation pairs in their order; `eval_dataset` is one of ours by name, or other data."""
+        """A loader of the evaluation pairs in their order; `eval_dataset` names one of ours, or is data."""
         if (
             isinstance(eval_dataset, str)
             and isinstance(self.eval_dataset, dict)
@@ -327,8 +328,8 @@ class ORPOTrainer(Trainer):
             )
             if halves is None:
                 raise RunError(
-                    f"step {self.state.global_step + 1}: out of memory ({first_line(error)}); lower tokens_per_row"
-                    " or max_length, or set gradient_checkpointing: true"
+                    f"step {self.state.global_step + 1}: out of memory ({first_line(error)});"
+                    " lower tokens_per_row or max_length, or set gradient_checkpointing: true"
                 ) from error
         # Gradients of the rows that did fit, or of half a backward, are dropped with everything else.
         self.window = window
@@ -362,29 +363,29 @@ class ORPOTrainer(Trainer):
             yield
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm; stops where it, or the loss, is not finite: this is called right before the optimizer moves."""
+        """The norm; stops where it or the loss is not finite, since the optimizer moves right after."""
         norm = super()._get_grad_norm(model, grad_norm)
-        finite = torch.isfinite(torch.stack([*self._last_losses])).all()
-        if (
-            norm is not None and self.accelerator.scaler is None
-        ):  # a scaler skips steps with infinite gradients
+        finite = torch.isfinite(torch.stack(self._last_losses)).all()
+        skips_by_itself = self.accelerator.scaler is not None  # float16 begins with infinite gradients
+        if norm is not None and not skips_by_itself:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
         if not self._reduce(finite.float()).item() == self.args.world_size:
             raise RunError(
-                f"step {self.state.global_step + 1}: the loss or its gradient is not finite ({float(norm)} is the norm"
-                f" of the gradient); no weight was changed. {self._guilty_rows()}. Look at these rows, lower"
-                " learning_rate, or resume from the last checkpoint with another seed."
+                f"step {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm"
+                f" {float(norm)}); no weight was changed. {self._guilty_rows()}. Look at these rows, or lower"
+                " learning_rate."
             )
         return norm
 
     def _guilty_rows(self) -> str:
-        """Where the pairs of this rank come from whose row has a loss that is not finite; else all of its pairs."""
+        """Where the pairs in rows without a finite loss come from, of this rank; else all of its pairs."""
         step = self._last_step
         bad = [p for p, loss in zip(step.pairs, self._last_losses, strict=True) if not torch.isfinite(loss)]
         sources = [pair.source for row in bad or step.pairs for pair in row]
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
-        return f"{'Rows' if bad else 'All rows'} of rank {self.args.process_index}: {', '.join(sources[:8])}{more}"
+        which = "Rows" if bad else "All rows"
+        return f"{which} of rank {self.args.process_index}: {', '.join(sources[:8])}{more}"
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks."""
@@ -472,13 +473,14 @@ class ORPOTrainer(Trainer):
             ignore_keys_for_eval: Not used.
 
         Raises:
-            RunError: The checkpoint is damaged or of another recipe, the loss is not finite, the disk is full.
+            RunError: The checkpoint is damaged or of another recipe, the loss is not finite, the disk is
+                full.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
         self.stopped_by = None
-        set_seed(self.args.seed)  # so that nothing done before, an evaluation or another run, changes this one
+        set_seed(self.args.seed)  # nothing done before, an evaluation or another run, may change this one
         settings: dict[str, Any] = {}
         if checkpoint is not None:
             self.window.restore(read_state(checkpoint).get("window"))
@@ -501,7 +503,7 @@ class ORPOTrainer(Trainer):
         return checkpoint
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as the Trainer does, but into a folder beside, renamed when it is whole; then delete old ones."""
+        """Save as the Trainer does, but into a folder beside, renamed when whole; then delete old ones."""
         run_dir = Path(self._get_output_dir(trial))
         target = run_dir / f"checkpoint-{self.state.global_step}"
         window = self.window.fold(self._reduce)
@@ -530,7 +532,7 @@ class ORPOTrainer(Trainer):
             self._push_from_checkpoint(str(target))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights or adapter, tokenizer and chat template; with a model card unless within a checkpoint."""
+        """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint."""
         with _no_bars():
             super().save_model(output_dir, _internal_call)
         if not _internal_call:
@@ -548,7 +550,7 @@ class ORPOTrainer(Trainer):
 
 
 class _EpochOrder(TrainerCallback):
-    """Gives each epoch its order. A callback, because the loader of a resumed epoch shares the steps alone."""
+    """Gives each epoch its order; a callback, since the loader of a resumed epoch shares only the steps."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps = kwargs["train_dataloader"].dataset
@@ -583,8 +585,8 @@ def default_tokens_per_row(model: nn.Module, device: torch.device) -> int:
     """Token budget of a row, where the settings give none.
 
     On a GPU, half of the memory that is free once gradients and Adam's two moments have theirs is left to the
-    activations of a row, at 40 bytes per hidden unit and layer (measured shapes lie at 30 to 40 in bfloat16). On a
-    CPU longer rows are not faster: 8192.
+    activations of a row, at 40 bytes per hidden unit and layer (measured shapes lie at 30 to 40 in bfloat16).
+    On a CPU longer rows are not faster: 8192.
     """
     if device.type != "cuda":
         return 8192
@@ -622,7 +624,7 @@ def _own_arguments(args: ORPOConfig | None) -> ORPOConfig:
 
 
 def _resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: Any) -> Any:
-    """The model to train, loaded if it is named, with a new adapter where one is asked for; None with `model_init`."""
+    """The model to train, loaded where it is named, with the adapter asked for; None with `model_init`."""
     if model is None and model_init is not None:
         return None
     if model is None or isinstance(model, str):
@@ -684,7 +686,7 @@ def _text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def _keep_template(reader: DataReader, processing_class: Any, model: Any) -> None:
-    """Save with the model the template its data was written with, and let generation stop at its end of turn."""
+    """Keep the template the data was written with, and let generation stop at its end of turn."""
     tokenizer = _text_tokenizer(processing_class)
     if reader.chat_template is None:
         return
@@ -704,8 +706,10 @@ def _settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
     if evals:
         args.evaluate_by_default()
     elif args.eval_strategy != IntervalStrategy.NO:
-        raise ConfigError(f"eval_strategy is {args.eval_strategy}, but there is no evaluation data; give some, "
-                          "or set eval_split above 0 to hold some out")  # fmt: skip
+        raise ConfigError(
+            f"eval_strategy is {args.eval_strategy}, but there is no evaluation data;"
+            " give some, or set eval_split above 0 to hold some out"
+        )
     if set(evals) - {""} and args.metric_for_best_model in ("loss", "eval_loss"):
         args.metric_for_best_model = f"eval_{next(iter(evals))}_loss"
         args.notices.append(

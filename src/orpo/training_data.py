@@ -1,4 +1,4 @@
-"""Whatever a user gives as training and evaluation data -> tokenized pairs, with held-out prompts and a report."""
+"""Whatever a user gives as data -> tokenized pairs to train and evaluate on, and a report."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class DataReader:
         """Read the data of a run.
 
         Args:
-            train: A name, `Dataset`, `IterableDataset`, rows or tokenized pairs; None: what the settings name.
+            train: A name, `Dataset`, `IterableDataset`, rows or tokenized pairs; None: what the settings
+                name.
             evals: The same, or a mapping of names to them.
             evaluates: Whether prompts are to be held out where there is no evaluation data.
         """
