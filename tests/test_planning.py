@@ -90,15 +90,19 @@ def test_an_empty_row_stands_only_where_no_row_can_be_split(step):
 
 
 def test_a_rank_short_of_rows_splits_one_rather_than_run_an_empty_one():
+    lengths = np.array([[11, 1, 1], [9, 1, 1], [9, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 0]])
     step = {
-        "lengths": np.array([[1, 1, 0]] * 5),
-        "indices": np.arange(5),
+        "indices": np.arange(6),
+        "lengths": lengths,
         "num_ranks": 2,
-        "tokens_per_row": 4,
+        "tokens_per_row": 20,
+        "layout": "shared",
     }
-    plan = spread({**step, "layout": "shared"})
-    assert [[len(row.pairs) for row in rank] for rank in plan] == [[2, 1], [1, 1]]
-    assert not any(row.empty for rank in plan for row in rank)
+    split, whole = [[row.pairs for row in rank] for rank in spread(step)]
+    assert sorted(whole) == [(1,), (2,)]
+    assert [len(row) for row in split] == [2, 2]
+    assert sorted(sum(split, ())) == [0, 3, 4, 5]
+    assert not any(row.empty for rank in spread(step) for row in rank)
 
 
 @given(steps())
