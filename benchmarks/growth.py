@@ -1,8 +1,7 @@
 """How time and memory per pair grow with prompt, response, pairs per step and vocabulary: `python growth.py`.
 
-Each point is one step of equal pairs in a process of its own, ours and TRL's in turn: CPU time with the heap
-kept, peak memory under the allocator's defaults. Points are kept in growth.json, so that the sweep can be
-resumed; the plot is growth.svg and growth.png.
+Each point is one step, ours and TRL's sweeps in turn: peak memory under the allocator's defaults, then CPU
+time with the heap kept. growth.json keeps what was measured; the plot is growth.svg and growth.png.
 """
 
 import argparse
@@ -17,14 +16,13 @@ from bench import FOLDER, Store, key_of, measure
 from matplotlib.axes import Axes
 
 Point = tuple[float, dict[str, Any]]
+H256 = {"shape": "h256", "per_step": 4}
 SWEEPS: dict[str, list[Point]] = {
-    "prompt tokens": [(n, {"data": f"{n}/64/64", "per_step": 4}) for n in (32, 128, 512, 1024)],
-    "response tokens (each side)": [
-        (n, {"data": f"128/{n}/{n}", "per_step": 4}) for n in (32, 128, 256, 512)
-    ],
-    "pairs per step": [(n, {"data": "hh", "per_step": n}) for n in (1, 4, 8, 16)],
+    "prompt tokens": [(n, {**H256, "data": f"{n}/64/64"}) for n in (32, 128, 512, 1024)],
+    "response tokens (each side)": [(n, {**H256, "data": f"128/{n}/{n}"}) for n in (32, 128, 256, 512)],
+    "pairs per step": [(n, {**H256, "data": "hh", "per_step": n}) for n in (1, 4, 8, 16)],
     "vocabulary": [
-        (n, {"data": "128/64/64", "per_step": 4, "shape": f"h256v{n}"}) for n in (8192, 32000, 64000, 151936)
+        (n, {**H256, "data": "128/64/64", "shape": f"h256v{n}"}) for n in (8192, 32000, 64000, 151936)
     ],
 }
 COLOURS = {"trl": "#c44e52", "ours": "#2a6f97"}
@@ -32,36 +30,23 @@ LABELS = {"trl": "TRL 1.16", "ours": "orpo"}
 
 
 def main() -> None:
-    """Measure the points that are missing, and draw."""
+    """Measure the sweeps that are missing, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", action="store_true", help="draw what growth.json holds, measure nothing")
     store = Store(FOLDER / "growth.json")
     if not parser.parse_args().plot:
-        for sweep in SWEEPS.values():
-            for _, point in sweep:
-                for side in COLOURS:
-                    _fill(store, side, point)
-                plot(store, FOLDER / "growth.svg")
+        for name, points in SWEEPS.items():
+            for side in COLOURS:
+                spec = _spec(side, points)
+                if not store.count(key_of(spec, keep_heap=False)):
+                    result = measure(spec, keep_heap=False)
+                    store.add(key_of(spec, keep_heap=False), result, "python benchmarks/growth.py")
+                    print(name, side, result, flush=True)
     plot(store, FOLDER / "growth.svg")
 
 
-def _spec(side: str, point: dict[str, Any]) -> dict[str, Any]:
-    return {"task": "step", "side": side, "shape": "h256", **point, "repeats": 2 if side == "ours" else 1}
-
-
-def _fill(store: Store, side: str, point: dict[str, Any]) -> None:
-    """Measure what is missing of one point, for time and for memory."""
-    spec = _spec(side, point)
-    for keep_heap in (True, False):
-        if not store.count(key_of(spec, keep_heap)):
-            result = measure(spec, keep_heap)
-            store.add(key_of(spec, keep_heap), result, "python benchmarks/growth.py")
-            print(
-                side,
-                point,
-                result.get("error") or f"{result['cpu']:.2f} s {result['peak_mib']:.0f} MiB",
-                flush=True,
-            )
+def _spec(side: str, points: list[Point]) -> dict[str, Any]:
+    return {"task": "sweep", "side": side, "points": [point for _, point in points]}
 
 
 def plot(store: Store, path: Path) -> None:
@@ -69,8 +54,8 @@ def plot(store: Store, path: Path) -> None:
     figure, axes = plt.subplots(2, len(SWEEPS), figsize=(13, 6), sharey="row", layout="constrained")
     for column, (name, sweep) in enumerate(SWEEPS.items()):
         for side in COLOURS:
-            _line(axes[0][column], store, side, sweep, "cpu", keep_heap=True)
-            _line(axes[1][column], store, side, sweep, "peak_mib", keep_heap=False)
+            for axis, what in zip(axes[:, column], ("cpu", "peak_mib"), strict=True):
+                _line(axis, store, side, sweep, what)
         axes[1][column].set_xlabel(name)
         for axis in (axes[0][column], axes[1][column]):
             axis.set_xscale("log", base=2)
@@ -87,14 +72,11 @@ def plot(store: Store, path: Path) -> None:
     plt.close(figure)
 
 
-def _line(axis: Axes, store: Store, side: str, sweep: list[Point], what: str, *, keep_heap: bool) -> None:
-    points = [
-        (x, runs[-1][what] / point["per_step"])
-        for x, point in sweep
-        if (runs := store.runs.get(key_of(_spec(side, point), keep_heap))) and what in runs[-1]
-    ]
-    if points:
-        axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[side], label=LABELS[side])
+def _line(axis: Axes, store: Store, side: str, sweep: list[Point], what: str) -> None:
+    for result in store.runs.get(key_of(_spec(side, sweep), keep_heap=False), [])[-1:]:
+        if what in result:
+            per_pair = [value / p["per_step"] for value, (_, p) in zip(result[what], sweep, strict=True)]
+            axis.plot([x for x, _ in sweep], per_pair, "o-", color=COLOURS[side], label=LABELS[side])
 
 
 def _short(x: float) -> str:
