@@ -149,9 +149,10 @@ def padded_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
 
 def trl_loss() -> tuple[str, Callable[..., torch.Tensor]]:
     """TRL's own loss, cut loose from its trainer's set-up, or the plain imitation; with its label."""
-    if importlib.util.find_spec("trl") is None:
-        return "padded (TRL's arithmetic, plain PyTorch)", padded_loss
-    from trl.experimental.orpo import ORPOTrainer
+    try:
+        from trl.experimental.orpo import ORPOTrainer
+    except Exception as error:  # not installed, or not with everything it needs
+        return f"padded (TRL's arithmetic in plain PyTorch: {type(error).__name__})", padded_loss
 
     trainer = object.__new__(ORPOTrainer)
     trainer.is_encoder_decoder, trainer.padding_value, trainer.aux_loss_enabled = False, 0, False
