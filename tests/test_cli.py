@@ -142,8 +142,9 @@ def test_config_prints_a_recipe_and_its_notices_apart(tmp_path):
     assert done.stderr == "torch_dtype (recipe.yaml:1): now called dtype\n"
     assert done.stdout.startswith("dtype: bfloat16\nlearning_rate: 5.0e-06\nbeta: 0.2\n")
     again = tmp_path / "again.yaml"
-    again.write_text(done.stdout)
-    assert orpo_command("config", str(again)).stderr == ""
+    for words in ([], ["--all"]):
+        again.write_text(orpo_command("config", str(recipe), *words).stdout)
+        assert orpo_command("config", str(again)).stderr == ""
 
 
 def test_a_closed_pipe_is_no_error(tmp_path):

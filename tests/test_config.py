@@ -302,6 +302,7 @@ def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
         ),
         ("\n\nbeta_: 1", "recipe.yaml:3: unknown setting 'beta_'; did you mean 'beta'?"),
         ("max_prompt_lenght: 3", "did you mean 'max_prompt_length'?"),
+        ("max_steps: true", "quote it"),
         ("learning_rate: fast", 'recipe.yaml:1: learning_rate: "fast" is not usable; expected a number'),
         ("max_steps: 1.5", "max_steps: 1.5 is not usable; expected a whole number"),
         ("bf16: maybe", 'bf16: "maybe" is not usable; expected true or false'),
@@ -327,6 +328,11 @@ def test_a_mistake_is_named_with_its_place_and_what_is_expected(tmp_path, text, 
 def test_every_mistake_of_a_recipe_is_named_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"learning_rat.*max_steps.*foo"):
         load_text(tmp_path, "learning_rat: 1\nmax_steps: x\n", "--foo", "1")
+
+
+def test_an_option_without_its_value_is_named():
+    with pytest.raises(ConfigError, match="learning_rate: nothing is not usable; expected a number"):
+        load_recipe(None, ["--learning_rate", "--bf16"])
 
 
 @pytest.mark.parametrize("words", [["nonsense"], ["--beta", "1", "nonsense"], ["a.yaml", "b.yaml"]])

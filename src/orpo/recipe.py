@@ -146,7 +146,8 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
     try:
         settings[name] = convert(value, known.kind, split_commas=typed)
     except ValueError:
-        raise ValueError(f"{key}: {_shown(value)} is not usable; expected {describe(known.kind)}") from None
+        written = "nothing" if typed and value is True else _shown(value)
+        raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None
 
 
 def _nearest(key: str) -> str:

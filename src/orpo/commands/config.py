@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+if TYPE_CHECKING:
+    from orpo.schema import Known
 
 TRL_DIFFERENCES: dict[str, tuple[Any, str]] = {
     "learning_rate": (
@@ -81,10 +84,21 @@ def run(args: argparse.Namespace) -> int:
     defaults = {
         name: known.default
         for name, known in known_settings().items()
-        if name not in recipe.settings and (known.own or args.all)
+        if name not in recipe.settings and (known.own or args.all) and _is_writable(known)
     }
     print(dump_yaml(defaults), end="")
     return 0
+
+
+def _is_writable(known: Known) -> bool:
+    """Whether the default is a value, not an expression that only its module can compute."""
+    from orpo.schema import convert
+
+    try:
+        convert(known.default, known.kind)
+    except ValueError:
+        return False
+    return True
 
 
 def check_recipe(settings: dict[str, Any]) -> None:
