@@ -126,7 +126,8 @@ def agreement(shape: str, data: str, per_step: int, dtype: str = "fp32") -> dict
     worst = max(errors, key=lambda name: errors[name])
     return {
         "loss_ours": our_loss, "loss_trl": trl_loss, "loss_difference": abs(our_loss - trl_loss),
-        "gradient_error": errors[worst], "parameter": worst, "parameters": len(errors), "left_out": len(trl) - len(real), "ids_equal": True,
+        "gradient_error": errors[worst], "parameter": worst, "parameters": len(errors),
+        "left_out": len(trl) - len(real), "ids_equal": True,
     }  # fmt: skip
 
 
