@@ -1,4 +1,4 @@
-"""`python -m orpo`, for launchers that want a module: `torchrun --nproc_per_node 8 -m orpo train recipe.yaml`."""
+"""`python -m orpo`, for launchers that want one: `torchrun --nproc_per_node 8 -m orpo train recipe.yaml`."""
 
 import sys
 

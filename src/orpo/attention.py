@@ -1,9 +1,9 @@
 """A row's attention: causal within each side of a pair, over exactly the keys that side may see.
 
-A run `prompt ++ chosen ++ rejected` needs two attention segments: the queries of prompt and chosen over their own
-keys, and the queries of rejected over the keys of prompt and rejected. Both are causal with the last query aligned
-to the last key, so no [N, N] mask over the row exists, and no floating-point operation is spent on tokens that may
-not see each other.
+A run `prompt ++ chosen ++ rejected` needs two attention segments: the queries of prompt and chosen over their
+own keys, and the queries of rejected over the keys of prompt and rejected. Both are causal with the last
+query aligned to the last key, so no [N, N] mask over the row exists, and no floating-point operation is spent
+on tokens that may not see each other.
 
 Shape suffixes: H = heads, N = tokens in the row, Q/K = queries/keys of one segment, D = size of a head.
 """
@@ -26,7 +26,8 @@ class Segments:
 
     Attributes:
         runs: The runs of the row, in order.
-        num_calls: Attention layers that have used these segments; a model that attends some other way leaves it 0.
+        num_calls: Attention layers that have used these segments; a model that attends some other way leaves
+            it 0.
         backend: What served the last of these layers.
     """
 

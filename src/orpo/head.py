@@ -1,13 +1,13 @@
 """From hidden states to the ORPO loss and its gradients, without ever holding the logits of a row.
 
-Only scored tokens meet the vocabulary matrix, a chunk at a time. Once the step's denominators are known, the slope
-of the loss in each log-probability is known as soon as a chunk that holds whole pairs has its log-softmax, so the
-gradients of hidden states and vocabulary matrix are made in the same sweep: three matrix products per chunk, nothing
-recomputed. A pair that does not fit a chunk takes two sweeps, context tokens fit anywhere, and evaluation stops at
-the log-probabilities.
+Only scored tokens meet the vocabulary matrix, a chunk at a time. Once the step's denominators are known, the
+slope of the loss in each log-probability is known as soon as a chunk that holds whole pairs has its
+log-softmax, so the gradients of hidden states and vocabulary matrix are made in the same sweep: three matrix
+products per chunk, nothing recomputed. A pair that does not fit a chunk takes two sweeps, context tokens fit
+anywhere, and evaluation stops at the log-probabilities.
 
-Shape suffixes: N = hidden states of the row, T = scored tokens, P = pairs, D = hidden size, V = vocabulary size,
-S = sides (chosen, rejected).
+Shape suffixes: N = hidden states of the row, T = scored tokens, P = pairs, D = hidden size, V = vocabulary
+size, S = sides (chosen, rejected).
 """
 
 from collections.abc import Iterator
@@ -49,9 +49,10 @@ class Head:
         bias_V: Its bias, or None.
         scale: Factor on the logits.
         softcap: Bound of the logits, or None.
-        chunk_tokens: Scored tokens whose logits are made together; at least 1. On a CPU, few enough for its caches.
-        max_chunk_tokens: Most of them, for the sake of a pair longer than `chunk_tokens`; a pair longer than this
-            takes two sweeps. At least `chunk_tokens`.
+        chunk_tokens: Scored tokens whose logits are made together; at least 1. On a CPU, few enough for its
+            caches.
+        max_chunk_tokens: Most of them, for the sake of a pair longer than `chunk_tokens`; a pair longer than
+            this takes two sweeps. At least `chunk_tokens`.
     """
 
     weight_VD: Tensor
@@ -93,8 +94,8 @@ def score_row(
         denominators: Counts of the whole optimizer step.
 
     Returns:
-        The loss, a float32 scalar that carries gradients to `hidden_ND`, `head.weight_VD` and `head.bias_V` where
-        gradients are enabled, and the pairs' sums. Losses of rows add up to the loss of the step.
+        The loss, a float32 scalar that carries gradients to `hidden_ND`, `head.weight_VD` and `head.bias_V`
+        where gradients are enabled, and the pairs' sums. Losses of rows add up to the loss of the step.
     """
     if torch.is_grad_enabled():
         loss, logprob_T = _FusedLoss.apply(
@@ -154,8 +155,10 @@ def _loss(logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominat
 def _loss_slopes(
     logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators, at: slice
 ) -> Tensor:
-    """Derivative of `_loss` in the log-probabilities of the scored tokens `at`, which are whole pairs. [T]."""
-    slope_T = -objective.nll_weight / max(denominators.nll, _TINY) * batch.nll_weight_T[at].to(logprob_T.dtype)
+    """Derivative of `_loss` in the log-probabilities of the scored tokens `at`, whole pairs. [T]."""
+    slope_T = (
+        -objective.nll_weight / max(denominators.nll, _TINY) * batch.nll_weight_T[at].to(logprob_T.dtype)
+    )
     if objective.beta == 0:
         return slope_T
     mean_PS, count_PS = _response_means(logprob_T[at], batch, at)
@@ -242,7 +245,9 @@ class _Gradients:
     ) -> "_Gradients":
         inputs = (hidden_ND, weight_VD, bias_V)
         grads = [
-            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if t is not None and need else None
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            if t is not None and need
+            else None
             for t, need in zip(inputs, needed[:3], strict=True)
         ]
         return cls(*grads, dtypes=tuple(None if t is None else t.dtype for t in inputs))

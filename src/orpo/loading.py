@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer as the settings ask: precision, quantisation, a new or an existing adapter."""
+"""Load a model and its tokenizer as the settings ask: precision, quantisation, a new or an old adapter."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from orpo.config import OrpoSettings
 from orpo.errors import ConfigError, ModelError
-
 
 _UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
 """What loading raises for a name or a folder that is not what it should be."""
@@ -33,9 +38,9 @@ def load_tokenizer(
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
     """Load `settings.model_name_or_path` for training, with an adapter where the settings ask for one.
 
-    A folder that holds an adapter loads its base model with that adapter on top. Full fine-tuning gets float32 master
-    weights, because a bfloat16 weight of 0.02 does not move under a learning rate of 5e-6; a frozen base is held in
-    bfloat16 where the hardware computes in it.
+    A folder that holds an adapter loads its base model with that adapter on top. Full fine-tuning gets
+    float32 master weights, because a bfloat16 weight of 0.02 does not move under a learning rate of 5e-6; a
+    frozen base is held in bfloat16 where the hardware computes in it.
 
     Raises:
         ConfigError: Settings that exclude each other.
@@ -102,9 +107,13 @@ def adapter_base(folder: str) -> str:
     Raises:
         ModelError: The folder does not say.
     """
-    base: str | None = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    base: str | None = json.loads((Path(folder) / "adapter_config.json").read_text()).get(
+        "base_model_name_or_path"
+    )
     if not base:
-        raise ModelError(f"{folder}: the adapter does not name its base model; set model_name_or_path to that model")
+        raise ModelError(
+            f"{folder}: the adapter does not name its base model; set model_name_or_path to that model"
+        )
     return base
 
 
@@ -124,7 +133,9 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
         arguments |= settings.model_init_kwargs
     if settings.load_in_4bit or settings.load_in_8bit:
         if not trains_adapter:
-            raise ConfigError("load_in_4bit and load_in_8bit freeze the weights; set use_peft: true to train LoRA on them")
+            raise ConfigError(
+                "load_in_4bit and load_in_8bit freeze the weights; set use_peft: true to train LoRA on them"
+            )
         arguments["quantization_config"] = _quantization(settings)
     try:
         if AutoConfig.from_pretrained(

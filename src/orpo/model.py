@@ -1,10 +1,10 @@
 """The model as the trainer sees it: packed row in, loss and per-pair sums out.
 
-`prepare_model` gives a causal language model two things, in place: our attention (registered with transformers, so
-no model code is touched) and a `forward` that scores a `PackedBatch`. Scoring happens inside `forward` because DDP,
-FSDP and DeepSpeed hook the call of the module they wrap. Called without a batch, the model is what it was. Because a
-model that cannot follow a packed row does so silently, a start-up probe compares each layout with the plain model
-and takes the fastest that is exact.
+`prepare_model` gives a causal language model two things, in place: our attention (registered with
+transformers, so no model code is touched) and a `forward` that scores a `PackedBatch`. Scoring happens inside
+`forward` because DDP, FSDP and DeepSpeed hook the call of the module they wrap. Called without a batch, the
+model is what it was. Because a model that cannot follow a packed row does so silently, a start-up probe
+compares each layout with the plain model and takes the fastest that is exact.
 """
 
 import inspect
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import ModelOutput
 
 from orpo.attention import Segments, attend
@@ -35,7 +34,7 @@ ATTENTION = "orpo_segments"
 
 
 CPU_CHUNK_TOKENS = 256
-"""Scored tokens per chunk on a CPU: measured fastest from V = 32,000 up, where more fall out of the caches."""
+"""Scored tokens per chunk on a CPU: measured fastest at V = 32,000, where more fall out of its caches."""
 
 
 @dataclass
@@ -90,7 +89,9 @@ def prepare_model(
     """
     inner = base_model(model)
     if inner.config.is_encoder_decoder:
-        raise ModelError(f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models")
+        raise ModelError(
+            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
+        )
     if inner.get_output_embeddings() is None:
         raise ModelError(f"{type(inner).__name__} has no language-model head to score tokens with")
     scorer = _Scorer(inner, objective, logits_memory_mib)
@@ -104,7 +105,9 @@ def prepare_model(
         scorer.use_layout(candidate)
         problem = _problem(model, scorer, candidate)
         if problem is None:
-            return Preparation(candidate, tuple(_fallback_notice(inner, candidate, problems)), scorer.attention)
+            return Preparation(
+                candidate, tuple(_fallback_notice(inner, candidate, problems)), scorer.attention
+            )
         problems.append(problem)
     raise ModelError(
         f"{type(inner).__name__}: rows with layout `{candidates[-1]}` do not reproduce the model's own loss "
@@ -114,7 +117,9 @@ def prepare_model(
 
 def _fallback_notice(model: PreTrainedModel, layout: LayoutName, problems: list[str]) -> Iterator[str]:
     if problems:
-        means = {"packed": "prompts are not shared", "padded": "rows are padded and prompts not shared"}[layout]
+        means = {"packed": "prompts are not shared", "padded": "rows are padded and prompts not shared"}[
+            layout
+        ]
         yield f"{type(model).__name__}: layout `{layout}`, {means}: {problems[0]}"
 
 
@@ -130,7 +135,9 @@ def base_model(model: nn.Module) -> PreTrainedModel:
         else:
             break
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"{type(model).__name__} is not a transformers model; pass a PreTrainedModel or its name")
+        raise ModelError(
+            f"{type(model).__name__} is not a transformers model; pass a PreTrainedModel or its name"
+        )
     return model
 
 
@@ -172,7 +179,7 @@ class _Scorer:
         self.num_attention_calls = None
 
     def attend_to(self, segments: Segments | None) -> None:
-        """Give the layers our attention over `segments`, or with None their own again: generation needs it."""
+        """Give the layers our attention over `segments`, or with None their own again, for generation."""
         _active.segments = segments
         for number, config in enumerate(self.configs):
             if segments is None:
@@ -211,7 +218,8 @@ class _Scorer:
         most = max(1, self.chunk_bytes // (4 * weight.shape[0]))
         return Head(
             weight, bias, scale, getattr(config, "final_logit_softcapping", None),
-            chunk_tokens=min(CPU_CHUNK_TOKENS, most) if weight.device.type == "cpu" else most, max_chunk_tokens=most,
+            chunk_tokens=min(CPU_CHUNK_TOKENS, most) if weight.device.type == "cpu" else most,
+            max_chunk_tokens=most,
         )  # fmt: skip
 
     def _check_layout(self, batch: PackedBatch) -> None:
@@ -242,14 +250,24 @@ class _Scorer:
         return {"output_router_logits": True} if _has_router_loss(self.model) else {}
 
     def _router_loss(self, outputs: Any, batch: PackedBatch, denominators: Denominators) -> Tensor | float:
-        """The load-balancing loss of a mixture of experts as the model defines it, on this row's share of pairs."""
-        if not (self.router_loss and _has_router_loss(self.model)) or batch.empty or not torch.is_grad_enabled():
+        """The load-balancing loss of a mixture of experts as the model defines it, for this row's share."""
+        if (
+            not (self.router_loss and _has_router_loss(self.model))
+            or batch.empty
+            or not torch.is_grad_enabled()
+        ):
             return 0.0
         config = self.model.config.get_text_config()
         balancing = sys.modules[type(self.model).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
         experts = getattr(config, "num_experts", None) or config.num_local_experts
-        loss: Tensor = balancing(outputs.router_logits, experts, config.num_experts_per_tok, batch.attention_mask_BN)
-        share = batch.num_preferences / denominators.pairs if denominators.pairs else batch.nll_weight / denominators.nll
+        loss: Tensor = balancing(
+            outputs.router_logits, experts, config.num_experts_per_tok, batch.attention_mask_BN
+        )
+        share = (
+            batch.num_preferences / denominators.pairs
+            if denominators.pairs
+            else batch.nll_weight / denominators.nll
+        )
         return config.router_aux_loss_coef * share * loss
 
 
@@ -258,18 +276,19 @@ class _NotOnTheInterfaceError(ModelError):
 
 
 def _joined_signature(plain: Callable[..., Any], ours: Callable[..., Any]) -> inspect.Signature:
-    """The parameters of both: generation reads there whether a model takes positions, a mask, or a last position."""
+    """The parameters of both: generation reads there what a model takes."""
     first, _, *added = inspect.signature(ours).parameters.values()
     named = [
         parameter
         for parameter in inspect.signature(plain).parameters.values()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in {new.name for new in added}
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.name not in {new.name for new in added}
     ]
     return inspect.Signature([first, *named, *added])
 
 
 class _AttendInBackward(torch.autograd.Function):
-    """Identity on the loss; during its backward, layers under gradient checkpointing attend to the row again."""
+    """Identity on the loss; in its backward, layers under gradient checkpointing attend to the row again."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, scorer: _Scorer, segments: Segments) -> Tensor:
@@ -292,7 +311,7 @@ class _Active:
 _active = _Active()
 
 
-def _segments_attention_forward(
+def _segments_attention_forward(  # noqa: PLR0913 - the signature transformers calls
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -344,7 +363,9 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     disabled: bool = getattr(module, "disable_adapters", False)
     if hasattr(module, "modules_to_save"):  # a copy of the module is trained in full
         module = module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
-    if hasattr(module, "unshard"):  # FSDP2: may be a unit whose own forward, which would gather it, is never called
+    if hasattr(
+        module, "unshard"
+    ):  # FSDP2: may be a unit whose own forward, which would gather it, is never called
         module.unshard()
     base, bias = module.weight, getattr(module, "bias", None)
     if disabled or not hasattr(module, "get_delta_weight") or module.merged:
@@ -352,7 +373,9 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight = base
     for adapter in module.active_adapters:
         delta = module.get_delta_weight(adapter)
-        if adapter in getattr(module, "lora_magnitude_vector", ()):  # DoRA, whose norm is a constant to its gradient
+        if adapter in getattr(
+            module, "lora_magnitude_vector", ()
+        ):  # DoRA, whose norm is a constant to its gradient
             moved = base + delta
             factor_V = module.lora_magnitude_vector[adapter].weight / moved.detach().norm(dim=1)
             delta = factor_V[:, None] * moved - base
@@ -372,8 +395,9 @@ MAX_PROBE_WINDOW = 512
 def _problem(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     """What a layout gets wrong: in full precision where the weights have it, and as training will run it.
 
-    Full precision is sharp enough to tell a wrong layout from rounding. It goes by segments, which need no compiler;
-    a kernel for whole rows is tried in the precision of training, and has its own test (backends.py).
+    Full precision is sharp enough to tell a wrong layout from rounding. It goes by segments, which need no
+    compiler; a kernel for whole rows is tried in the precision of training, and has its own test
+    (backends.py).
     """
     kind = next(model.parameters()).device.type
     if not torch.is_autocast_enabled(kind):
@@ -402,7 +426,7 @@ def _is_precise(model: nn.Module, device: torch.device) -> bool:
 
 
 def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
-    """Compare a layout with the plain model on two pairs, in loss and gradient; return what differs, or None."""
+    """Compare a layout with the plain model on two pairs, loss and gradient; return what differs, or None."""
     pairs = _probe_pairs(scorer.model)
     weights = _probe_weights(model, scorer.model)
     device = next(model.parameters()).device
@@ -426,7 +450,9 @@ def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
     difference = abs(ours.item() - plain.item()) / max(abs(plain.item()), 1e-12)
     if not difference <= loss_limit:
         return f"loss {ours.item():.6f} instead of {plain.item():.6f}"
-    floor = 1e-2 * max((grad.norm().item() for grad in plain_grads), default=0.0)  # a bias of keys has no gradient but rounding
+    floor = 1e-2 * max(
+        (grad.norm().item() for grad in plain_grads), default=0.0
+    )  # a bias of keys has no gradient but rounding
     for mine, theirs in zip(ours_grads, plain_grads, strict=True):
         difference = (mine - theirs).float().norm().item() / max(theirs.float().norm().item(), floor, 1e-12)
         if not difference <= grad_limit:
@@ -447,9 +473,11 @@ def _probe_pairs(model: PreTrainedModel) -> list[TokenizedPair]:
 
 
 def _probe_weights(model: nn.Module, inner: PreTrainedModel) -> list[nn.Parameter]:
-    """A few trained weights near the input, whose gradients have passed through everything above, and the head's."""
+    """A few trained weights near the input, whose gradients have passed everything above, and the head's."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    inside = [weight for name, weight in trained if "embed" not in name and "wte" not in name and "wpe" not in name]
+    inside = [
+        weight for name, weight in trained if "embed" not in name and "wte" not in name and "wpe" not in name
+    ]
     head = [weight for weight in inner.get_output_embeddings().parameters() if weight.requires_grad]
     return (inside or [weight for _, weight in trained])[:4] + head
 

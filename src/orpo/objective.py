@@ -1,11 +1,12 @@
-"""The two terms of the ORPO loss and their slopes (https://arxiv.org/abs/2403.07691), as functions of tensors.
+"""The two terms of the ORPO loss and their slopes (https://arxiv.org/abs/2403.07691), as functions of
+tensors.
 
     loss = nll_weight * NLL(chosen) + beta * L_OR
     L_OR = -log sigmoid(odds_scale * (log_odds(a_chosen) - log_odds(a_rejected)))
 
-where a(y) is the mean log-probability of a response's tokens and log_odds(a) = a - log(1 - e^a). Slopes are written
-out rather than left to autograd because the head needs them in the same sweep as the logits (head.py), and because
-autograd of the textbook form is NaN for an answer the model is certain of.
+where a(y) is the mean log-probability of a response's tokens and log_odds(a) = a - log(1 - e^a). Slopes are
+written out rather than left to autograd because the head needs them in the same sweep as the logits (head.py),
+and because autograd of the textbook form is NaN for an answer the model is certain of.
 
 Shape suffixes: P = pairs.
 """
@@ -48,7 +49,7 @@ def odds_ratio_loss(log_odds_ratio_P: Tensor, odds_scale: float = 1.0) -> Tensor
 
 
 def odds_ratio_slope(log_odds_ratio_P: Tensor, odds_scale: float = 1.0) -> Tensor:
-    """Derivative of `odds_ratio_loss`: -odds_scale * delta, delta = sigmoid(-odds_scale * log odds ratio) of Eq. 9.
+    """Derivative of `odds_ratio_loss`: -odds_scale * delta, with the delta of Eq. 9.
 
     The paper's appendix prints the opposite sign; this is the slope of the loss, which is never positive.
     """

@@ -1,13 +1,13 @@
 """Pack preference pairs into rows in which each prompt is stored, and attended to, once.
 
-A pair becomes one run of tokens, `prompt ++ chosen ++ rejected`, and a row is a list of such runs without padding.
-Both sides continue the same prompt: they share its positions and its attention, and never see each other
-(attention.py). What the loss reads is an explicit list of scored tokens, because the last prompt token predicts two
-targets, the first of each response, which a label aligned with the input could not say. Sharing the prefix follows
-https://arxiv.org/abs/2410.20305.
+A pair becomes one run of tokens, `prompt ++ chosen ++ rejected`, and a row is a list of such runs without
+padding. Both sides continue the same prompt: they share its positions and its attention, and never see each
+other (attention.py). What the loss reads is an explicit list of scored tokens, because the last prompt token
+predicts two targets, the first of each response, which a label aligned with the input could not say. Sharing
+the prefix follows https://arxiv.org/abs/2410.20305.
 
-Two slower layouts serve models that cannot share: `packed` (each side its own run) and `padded` (each side its own
-sequence, for models without a replaceable attention function).
+Two slower layouts serve models that cannot share: `packed` (each side its own run) and `padded` (each side
+its own sequence, for models without a replaceable attention function).
 
 Shape suffixes: B = sequences (1 unless padded), N = tokens in a sequence, T = scored tokens, P = pairs.
 """
@@ -34,7 +34,7 @@ class Role(IntEnum):
 
 
 class Run(NamedTuple):
-    """Token counts of one run: `prompt ++ chosen` is causal, `rejected` follows `prompt` unaware of `chosen`."""
+    """Tokens of one run: `prompt ++ chosen` is causal, `rejected` follows `prompt` unaware of `chosen`."""
 
     prompt: int
     chosen: int
@@ -45,8 +45,9 @@ class Run(NamedTuple):
 class PackedBatch:
     """What the model reads in one forward pass, and which predictions the loss scores.
 
-    Scored tokens come in two blocks: first the responses, pair by pair (chosen, then rejected), so that a chunk of
-    them can hold whole pairs; then the context tokens, whose weight in the loss needs no pair to be complete.
+    Scored tokens come in two blocks: first the responses, pair by pair (chosen, then rejected), so that a
+    chunk of them can hold whole pairs; then the context tokens, whose weight in the loss needs no pair to be
+    complete.
 
     Attributes:
         input_ids_BN: Token ids.
@@ -58,7 +59,8 @@ class PackedBatch:
         pair_T: Pair within this row, in [0, P).
         role_T: A `Role`.
         nll_weight_T: Weight of the token in the sum of the NLL; 0 for rejected tokens.
-        response_lengths: For each pair, its (chosen, rejected) scored tokens; rejected is 0 for an NLL-only pair.
+        response_lengths: For each pair, its (chosen, rejected) scored tokens; rejected is 0 for an NLL-only
+            pair.
         index: For each pair, its row in the data set.
         empty: Whether the row only keeps a rank in step with the others: it is computed and weighs nothing.
     """
@@ -268,7 +270,9 @@ class _ScoredTokens:
         return 1.0 if self.objective.nll_reduction == "token" else 1.0 / num_tokens
 
     @staticmethod
-    def _score(side: _Side, targets: np.ndarray, number: int, role: Role, weight: float) -> tuple[np.ndarray, ...]:
+    def _score(
+        side: _Side, targets: np.ndarray, number: int, role: Role, weight: float
+    ) -> tuple[np.ndarray, ...]:
         n = len(targets)
         return (
             side.place[targets - 1],
@@ -282,5 +286,6 @@ class _ScoredTokens:
         columns = zip(*self._responses, *self._context, strict=True)
         names = ("source_T", "target_T", "pair_T", "role_T", "nll_weight_T")
         return {
-            name: torch.from_numpy(np.concatenate(column)) for name, column in zip(names, columns, strict=True)
+            name: torch.from_numpy(np.concatenate(column))
+            for name, column in zip(names, columns, strict=True)
         }

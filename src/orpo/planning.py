@@ -1,9 +1,9 @@
 """Which pairs make up each optimizer step, and how a step's pairs are spread over ranks and rows.
 
-A step is a fixed number of pairs; a row is a number of tokens. The plan is computed alike on every rank from the
-lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the ranks by
-cost and filled into rows under a token budget, the same number of rows on every rank. Since the loss is divided by
-the counts of the whole step, nothing here can change the gradient.
+A step is a fixed number of pairs; a row is a number of tokens. The plan is computed alike on every rank from
+the lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the
+ranks by cost and filled into rows under a token budget, the same number of rows on every rank. Since the loss
+is divided by the counts of the whole step, nothing here can change the gradient.
 """
 
 import heapq
@@ -18,7 +18,7 @@ ATTENTION_COST = 1 / 4096
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """One row: the data-set indices of its pairs. An `empty` row is computed by a rank that has no pairs left."""
+    """One row: the data-set indices of its pairs. An `empty` row is for a rank that has no pairs left."""
 
     pairs: tuple[int, ...]
     empty: bool = False
@@ -29,13 +29,19 @@ StepPlan = tuple[tuple[RowPlan, ...], ...]
 
 
 def plan_epoch(
-    num_pairs: int, pairs_per_step: int, *, seed: int, epoch: int, shuffle: bool = True, drop_last: bool = False
+    num_pairs: int,
+    pairs_per_step: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    drop_last: bool = False,
 ) -> list[np.ndarray]:
     """Cut one epoch into optimizer steps.
 
     Returns:
-        For each step, the data-set indices of its pairs, `pairs_per_step` of them; the last step may have fewer
-        unless `drop_last`. A function of the arguments alone.
+        For each step, the data-set indices of its pairs, `pairs_per_step` of them; the last step may have
+        fewer unless `drop_last`. A function of the arguments alone.
     """
     order = np.random.default_rng((seed, epoch)).permutation(num_pairs) if shuffle else np.arange(num_pairs)
     steps = [order[start : start + pairs_per_step] for start in range(0, num_pairs, pairs_per_step)]
@@ -45,10 +51,11 @@ def plan_epoch(
 
 
 def pair_sizes(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
-    """Lines that each pair takes in a row, and their width; a row takes all its lines times the largest width.
+    """Lines that each pair takes in a row, and their width; a row takes all its lines times the largest
+    width.
 
-    A padded row has a line for each side, as wide as the longest side. Rows without padding are counted as lines of
-    one token. Shape [n, 3] -> [n, 2].
+    A padded row has a line for each side, as wide as the longest side. Rows without padding are counted as
+    lines of one token. Shape [n, 3] -> [n, 2].
     """
     prompt, chosen, rejected = lengths.T
     sides = 1 + (rejected > 0)

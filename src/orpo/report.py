@@ -168,7 +168,8 @@ def _overview(run: Run, others: list[Run]) -> str:
         + "".join(f"<td>{_with_error(metric, line)}</td>" for _, line in columns)
         + "</tr>"
         for metric in METRICS
-        if f"eval_{metric.name}" in last
+        # Runs of different objectives have different losses.
+        if f"eval_{metric.name}" in last and not (compared and metric.name == "loss")
     )
     when = f"step {_integer(first['step'])} and step {_integer(last['step'])}"
     return f"""

@@ -32,8 +32,9 @@ _HARMLESS = {
     "padding_value", "label_pad_token_id", "dataset_name", "dataset_config", "dataset_train_split",
     "dataset_test_split", "data_format", "columns", "sft_rows", "objective", "model_name_or_path", "dtype",
 }  # fmt: skip
-"""Settings that cannot change the mathematics, or that something else stands for: `pairs_per_step` for the cut
-of a step, a checksum of the tokens for the data, the weights for the model, resolved numbers for the preset."""
+"""Settings that cannot change the mathematics, or that something else stands for: `pairs_per_step` for the
+cut of a step, a checksum of the tokens for the data, the checkpoint's weights for the model, the resolved
+numbers for the preset."""
 
 
 def run_identity(args: ORPOConfig, pairs: Any) -> dict[str, Any]:
