@@ -18,13 +18,13 @@ LAYOUTS = ["shared", "packed", "padded"]
 @st.composite
 def steps(draw):
     """Lengths of a data set, the pairs of one step, and a way to spread them."""
-    triple = st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(0, 60))
-    lengths = np.array(draw(st.lists(triple, min_size=1, max_size=40)))
-    indices = draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, unique=True))
+    num_pairs = draw(st.integers(1, 40))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    longest = draw(st.sampled_from([2, 20, 60]))
     return {
-        "indices": np.array(indices),
-        "lengths": lengths,
-        "num_ranks": draw(st.integers(1, 6)),
+        "lengths": generator.integers([1, 1, 0], longest + 1, (num_pairs, 3)),
+        "indices": generator.permutation(num_pairs)[: draw(st.integers(1, num_pairs))],
+        "num_ranks": draw(st.integers(1, 5)),
         "tokens_per_row": draw(st.integers(2, 400)),
         "layout": draw(st.sampled_from(LAYOUTS)),
     }
