@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import dense_attention, visible
@@ -348,6 +349,22 @@ def test_the_known_problem_is_solved_under_autocast_and_without_gradients():
         assert disagreement(kernel, case) is None
     with torch.inference_mode():
         assert disagreement(kernel, case) is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_known_problem_is_solved_inside_a_checkpointed_layer(reentrant):
+    kernel = VarlenKernel("right", torch_2_12, anywhere=True)
+    found = []
+
+    def layer(x):
+        if not found:
+            found.append(disagreement(kernel, Case(CPU, torch.float32, 4, 4, 16, 16)))
+        return x.exp()
+
+    x = torch.ones(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert found == [None]
+    torch.testing.assert_close(x.grad, x.exp().detach())
 
 
 def test_a_cpu_attends_by_segment():

@@ -162,11 +162,7 @@ def disagreement(backend: Backend, case: Case) -> str | None:
     """What a backend gets wrong on a known problem, in output or gradients; None if nothing."""
     options = Options(1.5 * case.head_size**-0.5, KNOWN_WINDOW if case.windowed else None, case.softcap)
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(case.device.type, enabled=False),
-        ):
+        with _as_if_at_start(case.device):
             plan = plan_row(KNOWN_ROW, case.device)
             inputs = _known_inputs(case)
             exact = output_and_gradients(REFERENCE, inputs, plan, options)
@@ -180,6 +176,14 @@ def disagreement(backend: Backend, case: Case) -> str | None:
             what = name if name == "output" else f"gradient in the {name}"
             return f"its {what} on a known problem is off by {difference:.1e}"
     return None
+
+
+@contextmanager
+def _as_if_at_start(device: torch.device) -> Iterator[None]:
+    """Autograd as outside of everything: a layer may first be called in evaluation or under checkpointing."""
+    kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), kept:
+        yield
 
 
 def relative_error(tensor: Tensor, reference: Tensor) -> float:

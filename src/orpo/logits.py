@@ -32,11 +32,17 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def _keeps_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether matrices of `dtype` can be multiplied into float32; tried, since builds and devices differ."""
-    one = torch.ones(16, 16, device=device, dtype=dtype)
+    left = torch.linspace(-1, 1, 16 * 32, device=device).view(16, 32).to(dtype)
+    right = left.T[:, :8]
+    expected = left.float() @ right.float()
     try:
-        return bool((torch.mm(one, one.T, out_dtype=torch.float32) == 16).all())
+        products = [
+            torch.mm(left, right, out_dtype=torch.float32),
+            torch.mm(left.T.contiguous().T, right.contiguous(), out_dtype=torch.float32),
+        ]
     except (RuntimeError, TypeError):
         return False
+    return all(torch.allclose(product, expected, rtol=1e-3, atol=1e-3) for product in products)
 
 
 class OnePass:
