@@ -81,8 +81,14 @@ def _length(plan: Plan) -> str:
 
 
 def _example(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The first short pair, as an example."""
-    row = next(row for row in rows if max(map(len, row.values())) < 60 and "\n" not in "".join(row.values()))
+    """The first short pair of one-line texts whose rejected answer is the one with something added."""
+    row = next(
+        row
+        for row in rows
+        if max(map(len, row.values())) < 75
+        and len(row["rejected"]) > len(row["chosen"]) + 12
+        and "\n" not in "".join(row.values())
+    )
     grid = Table.grid(padding=(0, 1))
     for name, style in (("prompt", ""), ("chosen", CHOSEN), ("rejected", REJECTED)):
         grid.add_row(Text(name, "dim"), Text(row[name], style))
