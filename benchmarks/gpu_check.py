@@ -48,6 +48,7 @@ from gpu_steps import (
 from orpo.attention import Segments, attend
 from orpo.backends import CHOICE, REFERENCE, SEGMENTS, installed, output_and_gradients, relative_error
 from orpo.head import Denominators, Head, score_row
+from orpo.logits import logprob_slopes, token_logprobs
 from orpo.model import base_model, prepare_model
 from orpo.packing import pack
 from orpo.varlen import Case, Options, plan_row
@@ -358,15 +359,18 @@ def chunks_cell(shape: Shape, sizes: Sizes) -> dict[str, Any]:
     weight = (torch.randn(shape.vocab, shape.hidden, device=sizes.device) * 0.03).requires_grad_()
     counts = Denominators(batch.nll_weight, batch.num_preferences)
 
-    def run(mib: int) -> None:
+    def run(mib: int, compiled: bool) -> None:
+        token_logprobs.broken = logprob_slopes.broken = not compiled
         tokens = max(1, mib * 2**20 // (4 * shape.vocab))
+        head = Head(weight, chunk_tokens=tokens, max_chunk_tokens=tokens)
         with torch.autocast(sizes.device.type, torch.bfloat16):
-            loss, _ = score_row(
-                hidden, Head(weight, chunk_tokens=tokens, max_chunk_tokens=tokens), batch, OBJECTIVE, counts
-            )
+            loss, _ = score_row(hidden, head, batch, OBJECTIVE, counts)
         torch.autograd.grad(loss, (hidden, weight))
 
-    steps = interleaved({f"{mib} MiB": lambda mib=mib: run(mib) for mib in (128, 256, 1024, 4096)}, sizes)
+    calls = {f"{mib} MiB": functools.partial(run, mib, True) for mib in (128, 256, 1024, 4096)}
+    calls |= {f"{mib} MiB, eager": functools.partial(run, mib, False) for mib in (256, 1024)}
+    steps = interleaved(calls, sizes)
+    token_logprobs.broken = logprob_slopes.broken = False
     flops = 6 * shape.hidden * shape.vocab * len(batch.target_T)
     return {"scored": len(batch.target_T), "useful_flops": flops, "steps": steps}
 
