@@ -17,6 +17,7 @@ never. MFU is their rate over the data sheet's dense bf16 peak.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
