@@ -19,7 +19,7 @@ BIN = [sys.executable, "-m", "orpo"]
 def orpo_command(*words: str, **options) -> subprocess.CompletedProcess[str]:
     environment = os.environ | options.pop("env", {})
     return subprocess.run(
-        [*BIN, *words], capture_output=True, text=True, env=environment, timeout=60, **options
+        [*BIN, *words], capture_output=True, text=True, env=environment, timeout=110, **options
     )
 
 

@@ -24,6 +24,7 @@ from orpo.report import write_report
 from orpo.runs import base_model_name, model_folder, read_run
 
 BIN = [sys.executable, "-m", "orpo"]
+pytestmark = pytest.mark.timeout(300)  # a process imports everything anew, on a machine that may be busy
 
 
 def orpo_main(*words: object) -> tuple[int, str]:
@@ -94,7 +95,7 @@ def trained(world) -> tuple[Path, str]:
     """The run directory of a finished run, and what the run printed; a real process."""
     done = subprocess.run(
         [*BIN, "train", str(world / "recipe.yaml"), "--num_samples", "2", "--max_completion_length=8"],
-        capture_output=True, text=True, timeout=110, check=False,
+        capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return world / "run", done.stdout
