@@ -131,7 +131,7 @@ def write_model_card(folder: Path, recipe: Mapping[str, Any], history: Iterable[
     data_names = [data] if isinstance(data, str) else list(data or [])
     on_hub = [name for name in data_names if not Path(name).exists()]
     evaluations = [line for line in history if any(name.startswith("eval_") for name in line)]
-    shown_data = [_shown(name) for name in data_names]
+    on_data = f" on `{', '.join(_shown(name) for name in data_names)}`" if data_names else ""
     known = ModelCardData(
         base_model=base if base and not Path(base).exists() else None,
         datasets=on_hub or None,
@@ -152,7 +152,7 @@ def write_model_card(folder: Path, recipe: Mapping[str, Any], history: Iterable[
 
 # {folder.resolve().name}
 
-{f"`{_shown(base)}`" if base else "A language model"} trained{f" on `{', '.join(shown_data)}`" if data else ""}
+{f"`{_shown(base)}`" if base else "A language model"} trained{on_data}
 with ORPO ([Hong, Lee and Thorne, 2024](https://arxiv.org/abs/2403.07691)): one stage, no reference model.
 Made with `orpo` {orpo.__version__} and transformers {version("transformers")}.
 """
