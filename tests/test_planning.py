@@ -21,8 +21,10 @@ def steps(draw):
     num_pairs = draw(st.integers(1, 40))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     longest = draw(st.sampled_from([2, 20, 60]))
+    lengths = generator.integers([1, 1, 0], longest + 1, (num_pairs, 3))
+    lengths[:, 2] *= generator.random(num_pairs) < 0.7  # the others train the NLL alone
     return {
-        "lengths": generator.integers([1, 1, 0], longest + 1, (num_pairs, 3)),
+        "lengths": lengths,
         "indices": generator.permutation(num_pairs)[: draw(st.integers(1, num_pairs))],
         "num_ranks": draw(st.integers(1, 5)),
         "tokens_per_row": draw(st.integers(2, 400)),
@@ -74,6 +76,13 @@ def test_every_rank_runs_the_same_number_of_rows(step):
 def test_a_row_keeps_to_its_budget_unless_it_is_one_overlong_pair(step):
     for row in (row for rank in spread(step) for row in rank):
         assert len(row.pairs) == 1 or row_tokens(step, row.pairs) <= step["tokens_per_row"]
+
+
+def test_the_widest_side_sets_the_width_of_a_padded_row():
+    lengths = np.array([[1, 9, 9], [15, 5, 0]])  # two lines of 10 and one of 20: 60 tokens in one row
+    step = {"indices": np.arange(2), "lengths": lengths, "num_ranks": 1, "layout": "padded"}
+    assert len(spread({**step, "tokens_per_row": 59})[0]) == 2
+    assert len(spread({**step, "tokens_per_row": 60})[0]) == 1
 
 
 @given(steps())
