@@ -137,6 +137,7 @@ class ORPOTrainer(Trainer):
         self.stop_signal = StopSignal()
         self.stopped_by: str | None = None
         self._prepared: tuple[nn.Module, Preparation] | None = None
+        self._tokens_per_row = 0
         super().__init__(
             model=loaded,
             args=args,
@@ -188,18 +189,19 @@ class ORPOTrainer(Trainer):
         """Prepare the model for rows, once it is on its device and before it is wrapped."""
         inner = base_model(self.model)
         if self._prepared is None or self._prepared[0] is not inner:
-            # The first rank finds out which layout is exact for the model; the others take its word.
-            known: list[Preparation | None] = [None]
+            # The first rank finds out which layout is exact and how long rows may be; all must plan alike.
+            found: list[Any] = [None, None]
             if self.is_world_process_zero():
-                known = [self._prepare(self.args.layout, probe=True)]
+                budget = self.args.tokens_per_row or default_tokens_per_row(self.model, self.args.device)
+                found = [self._prepare(self.args.layout, probe=True), budget]
             if self.args.world_size > 1:
-                broadcast_object_list(known)
-            found = known[0] or Preparation("shared", ())
+                broadcast_object_list(found)
+            preparation, self._tokens_per_row = found
             if not self.is_world_process_zero():
-                self._prepare(found.layout, probe=False)
-            for line in found.notices:
+                self._prepare(preparation.layout, probe=False)
+            for line in preparation.notices:
                 self._say(line)
-            self._prepared = (inner, found)
+            self._prepared = (inner, preparation)
         return self._prepared[1]
 
     def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
@@ -215,10 +217,11 @@ class ORPOTrainer(Trainer):
     # ------------------------------------------------------------------------------------ data
 
     def _row_settings(self, *, evaluating: bool) -> RowSettings:
+        layout = self._preparation().layout
         return RowSettings(
             objective=self.objective,
-            layout=self._preparation().layout,
-            tokens_per_row=self.args.tokens_per_row or default_tokens_per_row(self.model, self.args.device),
+            layout=layout,
+            tokens_per_row=self._tokens_per_row,
             rank=self.args.process_index // self.get_tp_size(),
             num_ranks=self._num_ranks,
             score_rejected=True if evaluating else None,
@@ -309,7 +312,7 @@ class ORPOTrainer(Trainer):
             self.optimizer.train()
         losses = self._run_rows(model, step)
         loss = torch.stack(losses).sum()
-        self.window.add_step(loss, step.num_tokens, self.args.world_size)
+        self.window.add_step(loss, step.num_tokens, self._num_ranks)
         return loss * self._num_ranks
 
     def _run_rows(self, model: nn.Module, step: Step) -> list[Tensor]:
@@ -445,7 +448,8 @@ class ORPOTrainer(Trainer):
                 if not row.empty:
                     table[:, list(row.index)] = torch.stack([column.to(table) for column in _columns(output)])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        columns = list(self._reduce(table).cpu())
+        copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
+        columns = list((self._reduce(table) / copies).cpu())
         columns[4] = columns[4] > 0
         return PairScores(*columns)
 
@@ -567,8 +571,11 @@ class _StopBetweenSteps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last window, however few steps it has
-        received = torch.tensor(float(self.trainer.stop_signal.name is not None), device=args.device)
-        if self.trainer._reduce(received).item() > 0 and state.global_step < state.max_steps:
+        received = self.trainer.stop_signal.name is not None
+        if args.world_size > 1:
+            flag = torch.tensor(float(received), device=args.device)
+            received = self.trainer._reduce(flag).item() > 0
+        if received and state.global_step < state.max_steps:
             self.trainer.stopped_by = self.trainer.stop_signal.name or "another rank"
             control.should_save = control.should_training_stop = True
 
