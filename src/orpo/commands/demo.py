@@ -78,7 +78,7 @@ def _experiment(console: Console, plan: Plan, folder: Path) -> None:
         from orpo.demo.study import Judge, train, write_results
         from orpo.report import write_report
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     folders = {"SFT": folder / "sft", "ORPO": folder}
     betas = {"SFT": 0.0, "ORPO": plan.beta}
     with screen.watching(console, list(folders)) as watches:
