@@ -21,10 +21,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 OBJECTIVE = Objective(beta=0.1)
 
 VARIANTS = {
-    "ours": "ours, default chunk",
+    "ours": "ours, as it is on a CPU (256-token chunks)",
     "ours:64": "ours, 64-token chunks",
     "ours:128": "ours, 128-token chunks",
-    "ours:256": "ours, 256-token chunks",
     "ours:512": "ours, 512-token chunks",
     "ours:1024": "ours, 1024-token chunks",
     "full": "full logits of the scored tokens",
@@ -51,7 +50,7 @@ def make_head(
     loss: Loss
     if name == "ours":
         denominators = Denominators(batch.nll_weight, batch.num_preferences)
-        chunk = {"chunk_tokens": int(option)} if option else _default_chunk(spec.vocab)
+        chunk = {"chunk_tokens": int(option), "max_chunk_tokens": max(int(option), 1024)} if option else {}
 
         def loss(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
             return score_row(hidden_ND, Head(weight_VD, **chunk), batch, OBJECTIVE, denominators)[0]
@@ -66,16 +65,6 @@ def make_head(
     else:
         loss = _padded(batch, _liger(option) if name == "liger" else _trl)
     return loss, hidden_ND, weight_VD, batch
-
-
-def _default_chunk(vocab: int) -> dict[str, int]:
-    """What prepare_model takes from its default `logits_memory_mib`."""
-    import inspect
-
-    from orpo.model import prepare_model
-
-    mib = inspect.signature(prepare_model).parameters["logits_memory_mib"].default
-    return {"chunk_tokens": max(1, mib * 2**20 // (4 * vocab))}
 
 
 def _loss(logprob_T: Tensor, batch: PackedBatch) -> Tensor:
