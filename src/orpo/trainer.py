@@ -201,12 +201,17 @@ class ORPOTrainer(Trainer):
                 self._prepare(preparation.layout, probe=False)
             for line in preparation.notices:
                 self._say(line)
+            if self.args.device.type == "cuda":
+                self._say(f"attention: {preparation.attention}")
             self._prepared = (inner, preparation)
         return self._prepared[1]
 
     def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
         memory = self.args.logits_memory_mib
-        return prepare_model(self.model, self.objective, layout=layout, logits_memory_mib=memory, probe=probe)
+        with self.accelerator.autocast():  # so that the probe meets the precision and the kernels of training
+            return prepare_model(
+                self.model, self.objective, layout=layout, logits_memory_mib=memory, probe=probe
+            )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model that `model_init` gives, with the same checks as one that is passed."""
