@@ -443,7 +443,8 @@ def test_the_probe_refuses_a_model_with_other_gradients():
 
 
 def test_the_probe_refuses_an_adapter_on_the_vocabulary_matrix_that_we_do_not_know():
-    config = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj", "lm_head"], feedforward_modules=[])
+    targets = ["k_proj", "v_proj", "lm_head"]
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[])
     model = get_peft_model(tiny_models.build("Llama"), config)
     with pytest.raises(ModelError, match="a gradient differs"):
         prepare_model(model, OBJECTIVE)
