@@ -56,6 +56,20 @@ def test_accumulation_rows_and_ranks_do_not_change_the_training(tmp_path):
             assert_same(one, rank)
 
 
+def test_ranks_exchange_gradients_once_a_step(tmp_path):
+    """Exchanging them with each row gives the same weights, later."""
+
+    def run():
+        trainer = tiny_trainer(tmp_path, per_device_train_batch_size=2, tokens_per_row=2, max_steps=3)
+        plain, waiting = trainer.accelerator.no_sync, []
+        trainer.accelerator.no_sync = lambda model: waiting.append(model) or plain(model)
+        trainer.train()
+        return len(waiting), len(trainer._last_step.rows), trainer.state.global_step
+
+    for waiting, rows, steps in on_ranks(run):
+        assert rows == 2 and waiting == steps * (rows - 1)
+
+
 # ------------------------------------------------------------------------------------------ FSDP2
 
 
