@@ -46,13 +46,13 @@ from gpu_steps import (
     useful_flops,
 )  # fmt: skip
 
-from orpo.attention import Segments, attend
-from orpo.backends import CHOICE, REFERENCE, SEGMENTS, installed, output_and_gradients, relative_error
-from orpo.head import Denominators, Head, score_row
-from orpo.logits import logprob_slopes, token_logprobs
-from orpo.model import base_model, prepare_model
-from orpo.packing import pack
-from orpo.varlen import Case, Options, plan_row
+from orpo.engine.attention import Segments, attend
+from orpo.engine.backends import CHOICE, REFERENCE, SEGMENTS, installed, output_and_gradients, relative_error
+from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.logits import logprob_slopes, token_logprobs
+from orpo.engine.model import base_model, prepare_model
+from orpo.engine.packing import pack
+from orpo.engine.varlen import Case, Options, plan_row
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by the vendor's data sheets."""

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orpo.config import Objective
-from orpo.head import Denominators
-from orpo.model import base_model
-from orpo.packing import pack
-from orpo.planning import plan_step
-from orpo.tokenize import TokenizedPair
+from orpo.data.tokenize import TokenizedPair
+from orpo.engine.head import Denominators
+from orpo.engine.model import base_model
+from orpo.engine.packing import pack
+from orpo.engine.planning import plan_step
+from orpo.settings.config import Objective
 
 OBJECTIVE = Objective()
 

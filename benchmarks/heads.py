@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from workloads import SHAPES, make_pairs
 
-from orpo.config import Objective
-from orpo.head import Denominators, Head, score_row
-from orpo.objective import log_odds, odds_ratio_loss
-from orpo.packing import PackedBatch, Role, pack
+from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.objective import log_odds, odds_ratio_loss
+from orpo.engine.packing import PackedBatch, Role, pack
+from orpo.settings.config import Objective
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 OBJECTIVE = Objective(beta=0.1)

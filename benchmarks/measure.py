@@ -25,7 +25,7 @@ import transformers
 from transformers import PreTrainedModel
 from workloads import SHAPES, Shape, make_pairs, number_tokenizer, trl_rows, useful_flops
 
-from orpo.tokenize import TokenizedPair
+from orpo.data.tokenize import TokenizedPair
 
 BETA = 0.1
 TINY = Shape(64, 1, 256)
@@ -138,9 +138,9 @@ def rows_budget(shape: str, data: str, per_step: int, budgets: list[int], repeat
     """
     import ctypes
 
-    from orpo.config import Objective
-    from orpo.model import prepare_model
-    from orpo.steps import RowSettings, build_step
+    from orpo.engine.model import prepare_model
+    from orpo.settings.config import Objective
+    from orpo.training.steps import RowSettings, build_step
 
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
     objective = Objective(beta=BETA)
@@ -251,8 +251,8 @@ def _trainer(
     }  # fmt: skip
     tokenizer = number_tokenizer(model.config.vocab_size)
     if side == "ours":
-        from orpo.dataset import TokenizedDataset
-        from orpo.trainer import ORPOConfig, ORPOTrainer
+        from orpo.data.dataset import TokenizedDataset
+        from orpo.training.trainer import ORPOConfig, ORPOTrainer
 
         data = TokenizedDataset.from_pairs(pairs)
         args = ORPOConfig(**common, eval_split=0.0)
@@ -296,7 +296,7 @@ def _step_of(
             return loss.item()
 
         return run
-    from orpo.steps import build_step
+    from orpo.training.steps import build_step
 
     settings = trainer._row_settings(evaluating=False)
     ready = build_step(pairs, range(len(pairs)), settings)

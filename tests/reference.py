@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo.config import Objective
-from orpo.tokenize import TokenizedPair
+from orpo.data.tokenize import TokenizedPair
+from orpo.settings.config import Objective
 
 LogprobsOf = Callable[[Sequence[int]], Tensor]
 """Token ids -> the log-probability of every token but the first."""

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo.attention import Segments, attend
-from orpo.packing import Run
+from orpo.engine.attention import Segments, attend
+from orpo.engine.packing import Run
 
 HEADS, SIZE = 4, 8
 ROWS = {

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from orpo.commands.config import TRL_DIFFERENCES, check_recipe, json_schema, settings_markdown
-from orpo.config import PRESETS, Objective, OrpoSettings, check_settings, resolve_objective
 from orpo.errors import ConfigError
-from orpo.recipe import Recipe, dump_yaml, load_recipe
-from orpo.renamed import NO_EFFECT, RENAMED, current_entries
-from orpo.schema import _class_fields, _training_arguments, convert, known_settings
+from orpo.settings.config import PRESETS, Objective, OrpoSettings, check_settings, resolve_objective
+from orpo.settings.recipe import Recipe, dump_yaml, load_recipe
+from orpo.settings.renamed import NO_EFFECT, RENAMED, current_entries
+from orpo.settings.schema import _class_fields, _training_arguments, convert, known_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -413,7 +413,8 @@ def test_loading_a_recipe_imports_neither_torch_nor_transformers(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(ZEPHYR_141B)
     code = (
-        "import sys; from orpo.recipe import load_recipe; from orpo.commands.config import check_recipe; "
+        "import sys; from orpo.settings.recipe import load_recipe; "
+        "from orpo.commands.config import check_recipe; "
         f"check_recipe(load_recipe({str(path)!r}).settings); "
         "print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
     )

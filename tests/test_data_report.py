@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from orpo.data_report import inspect_pairs, length_bias
-from orpo.dataset import TokenizedDataset
-from orpo.preferences import PreferencePair
-from orpo.tokenize import TokenizedPair
+from orpo.data.data_report import inspect_pairs, length_bias
+from orpo.data.dataset import TokenizedDataset
+from orpo.data.preferences import PreferencePair
+from orpo.data.tokenize import TokenizedPair
 
 
 def pair(prompt, chosen, rejected, source):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny_tokenizer import tiny_tokenizer
 
-from orpo.dataset import TokenizedDataset, tokenize_pairs
+from orpo.data.dataset import TokenizedDataset, tokenize_pairs
+from orpo.data.preferences import PreferencePair, PreferenceSet, read_preferences
+from orpo.data.tokenize import PairTokenizer, TokenizedPair
 from orpo.errors import DataError
-from orpo.preferences import PreferencePair, PreferenceSet, read_preferences
-from orpo.tokenize import PairTokenizer, TokenizedPair
 
 
 def user(text):

@@ -15,16 +15,16 @@ from rich.console import Console
 
 from orpo.cli import main
 from orpo.commands.demo import free_directory
-from orpo.config import Objective
-from orpo.dataset import tokenize_pairs
+from orpo.data.dataset import tokenize_pairs
+from orpo.data.preferences import PreferencePair, read_preferences
 from orpo.demo import screen
 from orpo.demo.plan import FAST, PLANS
 from orpo.demo.study import Training, mean_over_prompts, shown_prompts
+from orpo.engine.loading import load_tokenizer
 from orpo.errors import ConfigError
-from orpo.evaluate import RowSettings
-from orpo.loading import load_tokenizer
-from orpo.preferences import PreferencePair, read_preferences
-from orpo.steps import StepDataset
+from orpo.results.evaluate import RowSettings
+from orpo.settings.config import Objective
+from orpo.training.steps import StepDataset
 
 SOURCE = Path(__file__).parents[1] / "src"
 FIGURES = {"chosen_logprob", "rejected_logprob", "log_odds_ratio", "accuracy", "nll"}

@@ -11,10 +11,10 @@ from reference import log_odds
 from tiny_models import mixed_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orpo.config import Objective
-from orpo.head import Denominators, Head, score_row
-from orpo.packing import Role, pack
-from orpo.tokenize import TokenizedPair
+from orpo.data.tokenize import TokenizedPair
+from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.packing import Role, pack
+from orpo.settings.config import Objective
 
 HIDDEN, VOCAB = 6, 97
 OBJECTIVE = Objective(beta=0.7, nll_weight=0.9, odds_scale=1.3)

@@ -10,10 +10,10 @@ import transformers
 from peft import PeftModel
 from tiny_tokenizer import tiny_tokenizer
 
-from orpo import loading
-from orpo.config import OrpoSettings
+from orpo.engine import loading
+from orpo.engine.loading import add_adapter, is_adapter, load_model, load_tokenizer, lora_config
 from orpo.errors import ConfigError, ModelError
-from orpo.loading import add_adapter, is_adapter, load_model, load_tokenizer, lora_config
+from orpo.settings.config import OrpoSettings
 
 
 @pytest.fixture(scope="module")

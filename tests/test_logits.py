@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 
-from orpo import head
-from orpo.config import Objective
-from orpo.head import Denominators, Head, score_row
-from orpo.logits import OnePass, logprob_slopes, product, token_logprobs
-from orpo.packing import pack
-from orpo.tokenize import TokenizedPair
+from orpo.data.tokenize import TokenizedPair
+from orpo.engine import head
+from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.logits import OnePass, logprob_slopes, product, token_logprobs
+from orpo.engine.packing import pack
+from orpo.settings.config import Objective
 
 
 def chunk(softcap):

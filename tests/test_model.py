@@ -12,11 +12,11 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from orpo.config import Objective
+from orpo.data.tokenize import TokenizedPair
+from orpo.engine.model import Denominators, prepare_model
+from orpo.engine.packing import pack
 from orpo.errors import ModelError
-from orpo.model import Denominators, prepare_model
-from orpo.packing import pack
-from orpo.tokenize import TokenizedPair
+from orpo.settings.config import Objective
 
 PAIRS = tiny_models.mixed_pairs()
 OBJECTIVE = Objective(beta=0.7)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo.config import PRESETS, Objective, OrpoSettings, resolve_objective
+from orpo.engine.objective import EPSILON, log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
 from orpo.errors import ConfigError
-from orpo.objective import EPSILON, log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
+from orpo.settings.config import PRESETS, Objective, OrpoSettings, resolve_objective
 
 NEAR_CERTAIN = [0.0, -1e-45, -1e-30, -1e-9, -3e-8, -1e-7, -1e-6]
 ORDINARY = [-1e-5, -1e-3, -0.1, -math.log(2), -1.0, -5.0, -20.0, -87.0, -104.0, -700.0, -1e4]

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from reference import nll_targets
 from tiny_models import mixed_pairs
 
-from orpo.config import Objective
-from orpo.packing import Role, pack
-from orpo.tokenize import TokenizedPair
+from orpo.data.tokenize import TokenizedPair
+from orpo.engine.packing import Role, pack
+from orpo.settings.config import Objective
 
 LAYOUTS = ["shared", "packed", "padded"]
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=5)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import mixed_pairs
 
-from orpo.config import Objective
-from orpo.packing import pack
-from orpo.planning import pair_cost, pair_tokens, plan_epoch, plan_step
+from orpo.engine.packing import pack
+from orpo.engine.planning import pair_cost, pair_tokens, plan_epoch, plan_step
+from orpo.settings.config import Objective
 
 LAYOUTS = ["shared", "packed", "padded"]
 

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo.errors import ConfigError, DataError
-from orpo.formats import READERS, common_words
-from orpo.preferences import (
+from orpo.data.formats import READERS, common_words
+from orpo.data.preferences import (
     PreferencePair,
     read_preferences,
     resample,
     split_holdout,
     stream_preferences,
 )
+from orpo.errors import ConfigError, DataError
 
 DATA = Path(__file__).parent / "data"
 
@@ -539,7 +539,7 @@ def test_importing_the_data_path_needs_neither_torch_nor_transformers():
     import subprocess
     import sys
 
-    code = "import sys, orpo.dataset, orpo.data_report; "
+    code = "import sys, orpo.data.dataset, orpo.data.data_report; "
     code += "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

@@ -16,9 +16,15 @@ import torch
 from tiny_training import random_pairs, tiny_trainer, weights
 from transformers import TrainerCallback
 
-from orpo.checkpoints import STATE_FILE, StopSignal, checkpoint_problem, last_checkpoint, written_whole
 from orpo.errors import RunError
-from orpo.resuming import refuse_changes
+from orpo.training.checkpoints import (
+    STATE_FILE,
+    StopSignal,
+    checkpoint_problem,
+    last_checkpoint,
+    written_whole,
+)
+from orpo.training.resuming import refuse_changes
 
 CLOCKS = ("seconds", "tokens_per_second")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "optim": "adamw_torch"}
@@ -131,7 +137,7 @@ def test_second_ctrl_c_does_not_wait():
 
 
 def test_streamed_run_resumes_exactly(tmp_path):
-    from orpo.training_data import TokenizedStream
+    from orpo.training.training_data import TokenizedStream
 
     def stream(folder, callbacks=(), **settings):
         trainer = tiny_trainer(
@@ -325,7 +331,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
             (tmp_path / "half written").touch()
             time.sleep(60)
 
-    monkeypatch.setattr("orpo.checkpoints._to_disk", hang)
+    monkeypatch.setattr("orpo.training.checkpoints._to_disk", hang)
     process = in_process(lambda: make(tmp_path, max_steps=3, eval_strategy="no").train())
     while not (tmp_path / "half written").exists() and process.is_alive():
         time.sleep(0.01)

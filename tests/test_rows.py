@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orpo.data.rows import read_rows
 from orpo.errors import DataError
-from orpo.rows import read_rows
 
 ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "é", "chosen": "f\ng", "rejected": None}]
 

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import SHAPES, tiny_tokenizer
 
-from orpo.counts import RowCounts
+from orpo.data.counts import RowCounts
+from orpo.data.preferences import PreferencePair, read_preferences
+from orpo.data.templates import NAMED, prepare_template
+from orpo.data.tokenize import PairTokenizer, shorter_prompts, stream_tokenized
 from orpo.errors import ConfigError, DataError, ModelError
-from orpo.preferences import PreferencePair, read_preferences
-from orpo.templates import NAMED, prepare_template
-from orpo.tokenize import PairTokenizer, shorter_prompts, stream_tokenized
 
 # What prompt and answer must be, written by hand from the families' published formats.
 EXPECTED = {

@@ -14,11 +14,19 @@ from tiny_training import logged, random_pairs, tiny_config, tiny_trainer, weigh
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
 from orpo import ORPOConfig, ORPOTrainer
-from orpo.config import Objective
+from orpo.data.tokenize import TokenizedPair
+from orpo.engine.packing import pack
 from orpo.errors import ConfigError, DataError, ModelError, RunError
-from orpo.packing import pack
-from orpo.steps import RowSettings, StepDataset, StepStream, build_step, num_nll_tokens, shuffled, split_rows
-from orpo.tokenize import TokenizedPair
+from orpo.settings.config import Objective
+from orpo.training.steps import (
+    RowSettings,
+    StepDataset,
+    StepStream,
+    build_step,
+    num_nll_tokens,
+    shuffled,
+    split_rows,
+)
 
 OBJECTIVES = [
     Objective(),

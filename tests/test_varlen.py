@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from test_attention import dense_attention, visible
 from tiny_models import build, mixed_pairs
 
-from orpo import attention, backends
-from orpo.attention import Segments, attend
-from orpo.backends import CHOICE, REFERENCE, attend_row, choose, disagreement, relative_error
-from orpo.config import Objective
+from orpo.engine import attention, backends
+from orpo.engine.attention import Segments, attend
+from orpo.engine.backends import CHOICE, REFERENCE, attend_row, choose, disagreement, relative_error
+from orpo.engine.flex import BLOCK, FlexKernel, block_mask, padded_length
+from orpo.engine.model import prepare_model
+from orpo.engine.packing import Run, pack
+from orpo.engine.varlen import Case, Options, VarlenKernel, gather_keys, plan_row, varlen_reference
 from orpo.errors import ModelError
-from orpo.flex import BLOCK, FlexKernel, block_mask, padded_length
-from orpo.model import prepare_model
-from orpo.packing import Run, pack
-from orpo.varlen import Case, Options, VarlenKernel, gather_keys, plan_row, varlen_reference
+from orpo.settings.config import Objective
 
 HEADS, SIZE = 4, 8
 MIXED = [Run(5, 4, 3), Run(4, 3, 0), Run(12, 10, 1), Run(1, 1, 9)]
@@ -399,6 +399,15 @@ def test_packages_found_are_tried_in_order(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     names = [backend.name for backend in backends._find()]
     assert names == ["flash_attn_3", "varlen", "varlen_repeat", "flash_attn", "flex"]
+
+
+def test_a_package_that_cannot_be_imported_is_named_and_passed_over(monkeypatch, caplog, tmp_path):
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        names = [backend.name for backend in backends._find()]
+    assert "flash_attn" not in names and names[-1] == "flex"
+    assert len(caplog.messages) == 1 and "undefined symbol" in caplog.messages[0]
 
 
 # Precision

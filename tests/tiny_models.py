@@ -4,7 +4,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from orpo.tokenize import TokenizedPair
+from orpo.data.tokenize import TokenizedPair
 
 VOCAB = 97
 WINDOW = 6

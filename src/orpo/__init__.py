@@ -6,12 +6,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orpo.arguments import ORPOConfig
-    from orpo.trainer import ORPOTrainer
+    from orpo.training.arguments import ORPOConfig
+    from orpo.training.trainer import ORPOTrainer
 
 __all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
 
-_WHERE = {"ORPOConfig": "orpo.arguments", "ORPOTrainer": "orpo.trainer"}
+_WHERE = {"ORPOConfig": "orpo.training.arguments", "ORPOTrainer": "orpo.training.trainer"}
 
 
 def __getattr__(name: str) -> Any:

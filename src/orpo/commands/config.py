@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 if TYPE_CHECKING:
-    from orpo.schema import Known
+    from orpo.settings.schema import Known
 
 TRL_DIFFERENCES: dict[str, tuple[Any, str]] = {
     "learning_rate": (
@@ -65,8 +65,8 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Print the settings; notices go to stderr, so that the output is a recipe."""
-    from orpo.recipe import dump_yaml, load_recipe
-    from orpo.schema import known_settings
+    from orpo.settings.recipe import dump_yaml, load_recipe
+    from orpo.settings.schema import known_settings
 
     if args.schema:
         print(json.dumps(json_schema(), indent=2))
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _is_writable(known: Known) -> bool:
     """Whether the default is a value, not an expression that only its module can compute."""
-    from orpo.schema import convert
+    from orpo.settings.schema import convert
 
     try:
         convert(known.default, known.kind)
@@ -105,9 +105,9 @@ def check_recipe(settings: dict[str, Any]) -> None:
     """Check ranges and combinations of a recipe's settings, inherited ones included.
 
     Raises:
-        ConfigError: As `orpo.config.check_settings`.
+        ConfigError: As `orpo.settings.config.check_settings`.
     """
-    from orpo.config import OrpoSettings, check_settings
+    from orpo.settings.config import OrpoSettings, check_settings
 
     checked = OrpoSettings()
     for name, value in ({"max_steps": -1} | settings).items():
@@ -117,7 +117,7 @@ def check_recipe(settings: dict[str, Any]) -> None:
 
 def json_schema() -> dict[str, Any]:
     """A JSON schema (draft 2020-12) that editors check recipes against."""
-    from orpo.schema import known_settings
+    from orpo.settings.schema import known_settings
 
     properties = {
         name: {"description": known.help} | _json_type(known.kind) for name, known in known_settings().items()
@@ -132,7 +132,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _json_type(kind: Any) -> dict[str, Any]:
-    from orpo.schema import members
+    from orpo.settings.schema import members
 
     names = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
     types: list[str] = []
@@ -153,7 +153,7 @@ def _json_type(kind: Any) -> dict[str, Any]:
 
 def settings_markdown() -> str:
     """The settings reference as Markdown: our own settings, and where defaults differ from TRL's and why."""
-    from orpo.schema import describe, known_settings
+    from orpo.settings.schema import describe, known_settings
 
     known = known_settings()
     lines = [

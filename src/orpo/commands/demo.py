@@ -76,7 +76,7 @@ def _experiment(console: Console, plan: Plan, folder: Path) -> None:
         from transformers.utils import logging
 
         from orpo.demo.study import Judge, train, write_results
-        from orpo.report import write_report
+        from orpo.results.report import write_report
 
     logging.disable_progress_bar()
     folders = {"SFT": folder / "sft", "ORPO": folder}

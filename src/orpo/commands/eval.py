@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from orpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orpo.config import OrpoSettings
-    from orpo.dataset import TokenizedDataset
-    from orpo.evaluate import Evaluation
+    from orpo.data.dataset import TokenizedDataset
+    from orpo.results.evaluate import Evaluation
+    from orpo.settings.config import OrpoSettings
 
 _SHOWN = {
     "accuracy": "preference accuracy",
@@ -56,8 +56,8 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print, save."""
-    from orpo.recipe import load_recipe
-    from orpo.runs import model_folder, read_recipe
+    from orpo.results.runs import model_folder, read_recipe
+    from orpo.settings.recipe import load_recipe
 
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size: {args.batch_size} is out of range; expected at least 1")
@@ -83,12 +83,12 @@ def evaluate_model(folder: str, args: argparse.Namespace, recipe: dict[str, Any]
         OrpoError: The model or the data cannot be used.
     """
     from orpo.commands.config import check_recipe
-    from orpo.config import OrpoSettings, resolve_objective
-    from orpo.evaluate import TOKENS_PER_ROW, evaluate
-    from orpo.inference import load_trained
-    from orpo.loading import load_tokenizer
-    from orpo.model import prepare_model
-    from orpo.steps import RowSettings
+    from orpo.engine.loading import load_tokenizer
+    from orpo.engine.model import prepare_model
+    from orpo.results.evaluate import TOKENS_PER_ROW, evaluate
+    from orpo.results.inference import load_trained
+    from orpo.settings.config import OrpoSettings, resolve_objective
+    from orpo.training.steps import RowSettings
 
     check_recipe(recipe)
     fields = OrpoSettings.__dataclass_fields__
@@ -109,8 +109,8 @@ def evaluate_model(folder: str, args: argparse.Namespace, recipe: dict[str, Any]
 
 
 def _read_pairs(args: argparse.Namespace, settings: OrpoSettings, tokenizer: Any) -> TokenizedDataset:
-    from orpo.dataset import tokenize_pairs
-    from orpo.preferences import ReadSettings, read_preferences
+    from orpo.data.dataset import tokenize_pairs
+    from orpo.data.preferences import ReadSettings, read_preferences
 
     reading = ReadSettings(
         split=args.split or settings.dataset_test_split or "test",

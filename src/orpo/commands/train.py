@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orpo.trainer import ORPOConfig, ORPOTrainer
+    from orpo.training.trainer import ORPOConfig, ORPOTrainer
 
 _USAGE = "orpo train [RECIPE] [--KEY VALUE ...] [KEY=VALUE ...]"
 _EPILOG = """examples:
@@ -47,7 +47,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def run(args: argparse.Namespace) -> int:
     """Check all that can be checked at once, then train."""
     from orpo.commands.config import check_recipe
-    from orpo.recipe import load_recipe
+    from orpo.settings.recipe import load_recipe
 
     recipe = load_recipe(overrides=args.settings)
     settings = recipe.settings
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
-    from orpo.trainer import ORPOConfig, ORPOTrainer
+    from orpo.training.trainer import ORPOConfig, ORPOTrainer
 
     # `gradient_checkpointing`, which everybody writes, will not have that name for ever.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -147,7 +147,7 @@ def _has_hub_token(settings: dict[str, Any]) -> bool:
 
 def plan_lines(trainer: ORPOTrainer) -> list[str]:
     """What is about to be trained, on what, and for how long."""
-    from orpo.dataset import TokenizedDataset
+    from orpo.data.dataset import TokenizedDataset
 
     config: Any = trainer.args
     model: Any = trainer.model
@@ -201,7 +201,7 @@ def _train(trainer: ORPOTrainer, config: ORPOConfig) -> int:
 
 def _checkpoint(config: ORPOConfig) -> str | None:
     """Where to go on from: as the settings say, else the newest whole checkpoint of the run directory."""
-    from orpo.checkpoints import last_checkpoint
+    from orpo.training.checkpoints import last_checkpoint
 
     asked = config.resume_from_checkpoint
     if asked and asked.lower() not in ("true", "false"):
@@ -216,8 +216,8 @@ def _is_finished(config: ORPOConfig) -> bool:
     Raises:
         RunError: It holds the result of another recipe.
     """
-    from orpo.resuming import refuse_changes, run_identity
-    from orpo.runs import holds_model, read_recipe
+    from orpo.results.runs import holds_model, read_recipe
+    from orpo.training.resuming import refuse_changes, run_identity
 
     run_dir = _run_dir(config)
     before = read_recipe(run_dir / "recipe.yaml")
@@ -246,8 +246,8 @@ def _is_evaluated(trainer: ORPOTrainer) -> bool:
 
 def _conclude(run_dir: Path) -> None:
     """Write the report, print held-out numbers before and after, and say where the model is."""
-    from orpo.report import METRICS, shown_number, write_report
-    from orpo.runs import read_run
+    from orpo.results.report import METRICS, shown_number, write_report
+    from orpo.results.runs import read_run
 
     run = read_run(run_dir)
     first, last = run.first_evaluation(), run.final_evaluation()

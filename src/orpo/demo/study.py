@@ -22,21 +22,21 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from orpo.arguments import ORPOConfig
-from orpo.config import Objective, OrpoSettings
-from orpo.dataset import TokenizedDataset, tokenize_pairs
+from orpo.data.dataset import TokenizedDataset, tokenize_pairs
+from orpo.data.messages import Message
+from orpo.data.preferences import PreferencePair, read_preferences
 from orpo.demo.plan import FORMATS, Plan, SplitName
-from orpo.evaluate import score_pairs
-from orpo.inference import Sampling, Speaker, load_trained
-from orpo.loading import load_tokenizer
-from orpo.messages import Message
-from orpo.metrics import PairScores
-from orpo.model import prepare_model
-from orpo.preferences import PreferencePair, read_preferences
-from orpo.progress import Progress
-from orpo.run_files import write_json
-from orpo.steps import RowSettings
-from orpo.trainer import ORPOTrainer
+from orpo.engine.loading import load_tokenizer
+from orpo.engine.model import prepare_model
+from orpo.results.evaluate import score_pairs
+from orpo.results.inference import Sampling, Speaker, load_trained
+from orpo.settings.config import Objective, OrpoSettings
+from orpo.training.arguments import ORPOConfig
+from orpo.training.metrics import PairScores
+from orpo.training.progress import Progress
+from orpo.training.run_files import write_json
+from orpo.training.steps import RowSettings
+from orpo.training.trainer import ORPOTrainer
 
 TOKENS_PER_ROW = 4096
 """Enough for the pairs of a step, and little memory when evaluating."""

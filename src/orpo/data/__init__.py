@@ -1,0 +1,1 @@
+"""From preference rows of any format to token ids."""

@@ -1,0 +1,137 @@
+"""What is odd about a set of pairs before it is trained on: duplicates, contradictions, leaks, length bias.
+
+Nothing is dropped here; these are findings about well-formed rows that a person should know of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from orpo.data.dataset import TokenizedDataset
+from orpo.data.messages import Message
+from orpo.data.preferences import PreferencePair
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """How far length alone tells the chosen answer from the rejected one.
+
+    Attributes:
+        mean_difference: Tokens of the chosen response minus those of the rejected one, averaged over pairs.
+        standard_error: Of that mean.
+        chosen_longer: Share of pairs whose chosen response is the longer one, in [0, 1]; equal lengths count
+            half.
+    """
+
+    mean_difference: float
+    standard_error: float
+    chosen_longer: float
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Findings about training pairs, and about evaluation pairs beside them.
+
+    Attributes:
+        pairs: Training pairs.
+        duplicates: Pairs that repeat an earlier one word for word.
+        contradictions: Pairs whose sides stand swapped in another pair with the same prompt.
+        shared_prompts: Evaluation pairs whose prompt is also trained on; None without evaluation data.
+        length_bias: Of the tokenized training pairs; None where they are not given.
+        examples: Finding -> the first few places of it.
+    """
+
+    pairs: int
+    duplicates: int
+    contradictions: int
+    shared_prompts: int | None = None
+    length_bias: LengthBias | None = None
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """One printable line per finding; none where nothing was found."""
+        found = [
+            (self.duplicates, "pairs repeat an earlier one word for word", "duplicates"),
+            (self.contradictions, "pairs contradict another: same prompt, sides swapped", "contradictions"),
+            (self.shared_prompts or 0, "evaluation pairs have a prompt that is trained on", "shared_prompts"),
+        ]
+        lines = [f"{count} {what} ({', '.join(self.examples[key])})" for count, what, key in found if count]
+        bias = self.length_bias
+        if bias is not None:
+            lines.append(
+                f"chosen answers are on average {bias.mean_difference:+.1f} ± {bias.standard_error:.1f} "
+                "tokens longer; "
+                f"the longer answer is the chosen one in {bias.chosen_longer:.0%} of the pairs"
+            )
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """For data_report.json."""
+        return asdict(self)
+
+
+def inspect_pairs(
+    train: Sequence[PreferencePair],
+    evaluation: Sequence[PreferencePair] | None = None,
+    tokenized: TokenizedDataset | None = None,
+) -> DataReport:
+    """Look for oddities that no single row shows.
+
+    Args:
+        train: Training pairs; a row that is there several times because of its weight is no duplicate.
+        evaluation: Held-out pairs.
+        tokenized: The training pairs' tokens, for the length bias.
+    """
+    examples: dict[str, list[str]] = {}
+
+    def count(finding: str, sources: list[str]) -> int:
+        if sources:
+            examples[finding] = sources[:3]
+        return len(sources)
+
+    keys = [(pair.prompt_key(), _key(pair.chosen), _key(pair.rejected)) for pair in train]
+    seen = set(keys)
+    first: dict[tuple[str, str, str], str] = {}
+    repeats = [
+        pair.source
+        for pair, key in zip(train, keys, strict=True)
+        if first.setdefault(key, pair.source) != pair.source
+    ]
+    swapped = [
+        pair.source
+        for pair, (prompt, chosen, rejected) in zip(train, keys, strict=True)
+        if pair.rejected is not None and (prompt, rejected, chosen) in seen
+    ]
+    shared = None
+    if evaluation is not None:
+        prompts = {key[0] for key in keys}
+        shared = count("shared_prompts", [pair.source for pair in evaluation if pair.prompt_key() in prompts])
+    return DataReport(
+        pairs=len(train),
+        duplicates=count("duplicates", repeats),
+        contradictions=count("contradictions", swapped),
+        shared_prompts=shared,
+        length_bias=None if tokenized is None else length_bias(tokenized),
+        examples=examples,
+    )
+
+
+def length_bias(pairs: TokenizedDataset) -> LengthBias | None:
+    """Response lengths compared over the pairs that have both; None where there is no such pair."""
+    lengths = pairs.lengths
+    responses = lengths[:, 1:] - pairs.contexts
+    differences = (responses[:, 0] - responses[:, 1])[lengths[:, 2] > 0].astype(np.float64)
+    if not len(differences):
+        return None
+    spread = differences.std(ddof=1) / np.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    longer = (differences > 0).mean() + (differences == 0).mean() / 2
+    return LengthBias(float(differences.mean()), float(spread), float(longer))
+
+
+def _key(side: list[Message] | str | None) -> str:
+    return side if isinstance(side, str) else json.dumps(side, sort_keys=True)

@@ -1,0 +1,306 @@
+"""A whole set of tokenized pairs: made in batches and in parallel, kept in flat arrays, cached on disk.
+
+Tokens lie in one int32 array with offsets, memory-mapped when they come from the cache, so that a data set
+larger than memory costs nothing to open. The cache is keyed by everything that can change a token: the pairs,
+the tokenizer, the template and the settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import marshal
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orpo.data.counts import RowCounts
+from orpo.data.preferences import PreferencePair, PreferenceSet
+from orpo.data.tokenize import BATCH, PairTokenizer, TokenizedPair
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+_ARRAYS = ("tokens", "offsets", "contexts", "spans", "span_offsets", "pair_index")
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedDataset:
+    """Tokenized pairs, by index.
+
+    Attributes:
+        tokens: All token ids, pair after pair: prompt, chosen, rejected.
+        offsets: `[3n + 1]`, where each of these parts starts.
+        contexts: `[n, 2]`, tokens of `chosen` and of `rejected` that belong to earlier turns.
+        spans: `[m, 2]`, all assistant spans.
+        span_offsets: `[n + 1]`, where each pair's spans start.
+        pair_index: `[n]`, place of each pair among those given to `tokenize_pairs`.
+        sources: Where each pair came from.
+        groups: Value of each pair's `source` column.
+        report: What became of the rows, reading included.
+        notices: Lines to print.
+        chat_template: The template to save with the model; None where all pairs were plain text.
+        end_token: The end-of-turn token of that template.
+        folder: Where the arrays are mapped from.
+    """
+
+    tokens: Int32
+    offsets: Int64
+    contexts: Int32
+    spans: Int32
+    span_offsets: Int64
+    pair_index: Int64
+    sources: list[str]
+    groups: list[str | None]
+    report: RowCounts
+    notices: list[str] = field(default_factory=list)
+    chat_template: str | None = None
+    end_token: str | None = None
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        index = range(len(self))[index]
+        a, b, c, d = (int(place) for place in self.offsets[3 * index : 3 * index + 4])
+        first, last = self.span_offsets[index : index + 2]
+        chosen_context, rejected_context = self.contexts[index].tolist()
+        return TokenizedPair(
+            prompt=self.tokens[a:b].tolist(),
+            chosen=self.tokens[b:c].tolist(),
+            rejected=self.tokens[c:d].tolist(),
+            chosen_context=chosen_context,
+            rejected_context=rejected_context,
+            assistant_spans=tuple((int(start), int(stop)) for start, stop in self.spans[first:last]),
+            source=self.sources[index],
+        )
+
+    @property
+    def lengths(self) -> Int64:
+        """Stored tokens of prompt, chosen and rejected, `[n, 3]`."""
+        return np.diff(self.offsets).reshape(-1, 3)
+
+    def __reduce__(self) -> Any:
+        if self.folder is not None:  # another process maps the same files
+            return load, (self.folder,)
+        return super().__reduce__()
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[TokenizedPair], **known: Any) -> TokenizedDataset:
+        """Lay pairs out in arrays; `known` are further fields."""
+        known.setdefault("pair_index", np.arange(len(pairs), dtype=np.int64))
+        known.setdefault("sources", [pair.source for pair in pairs])
+        known.setdefault("groups", [None] * len(pairs))
+        known.setdefault("report", RowCounts(total=len(pairs)))
+        return cls(**_arrays(pairs), **known)
+
+    def save(self, folder: Path) -> None:
+        """Write to a folder that must not exist, all or nothing.
+
+        Raises:
+            OSError: The disk is full or the folder cannot be written.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        try:
+            for name in _ARRAYS:
+                np.save(scratch / f"{name}.npy", getattr(self, name))
+            words = {
+                "sources": self.sources,
+                "groups": self.groups,
+                "report": self.report.to_dict(),
+                "notices": self.notices,
+                "chat_template": self.chat_template,
+                "end_token": self.end_token,
+            }
+            (scratch / "words.json").write_text(json.dumps(words), encoding="utf-8")
+            os.rename(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def load(folder: Path) -> TokenizedDataset:
+    """Map a saved data set into memory."""
+    words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+    words["report"] = RowCounts.from_dict(words["report"])
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+    return TokenizedDataset(**arrays, **words, folder=folder)
+
+
+def tokenize_pairs(
+    pairs: PreferenceSet | Sequence[PreferencePair],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    chat_template: str | None = None,
+    num_proc: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    drop_rejected: bool = False,
+    max_dropped: float = 1.0,
+) -> TokenizedDataset:
+    """Tokenize preference pairs.
+
+    Args:
+        pairs: As read; of a `PreferenceSet` the report goes on counting.
+        tokenizer: Of the model to train; it is not changed.
+        max_length: Longest prompt + response, in tokens; None: no limit.
+        chat_template: Jinja text, file or name of a template; None: the tokenizer's own, else the default.
+        num_proc: Processes (Linux); one already uses all cores for tokenizing, not for rendering templates.
+        cache_dir: Where results are kept; None: not kept.
+        drop_rejected: Leave the rejected sides out, once they have had their say about the length: SFT on the
+            same rows.
+        max_dropped: Largest share of rows that may be dropped, in [0, 1].
+
+    Raises:
+        DataError: No row is left, or too many rows were dropped.
+        ConfigError: The chat template cannot be used.
+    """
+    known, pairs = (pairs.report, pairs.pairs) if isinstance(pairs, PreferenceSet) else (None, pairs)
+    folder = None
+    if cache_dir is not None:
+        key = _key(pairs, tokenizer, known, (chat_template, max_length, drop_rejected))
+        folder = Path(cache_dir) / key
+        if folder.exists():
+            dataset = load(folder)
+            dataset.report.check(max_dropped)
+            return dataset
+    encoder = PairTokenizer(tokenizer, max_length=max_length, chat_template=chat_template)
+    if any(not pair.is_text for pair in pairs):
+        _ = encoder.renderer.template  # a template that cannot be used is said before any work
+    parts = _encode_all(encoder, pairs, drop_rejected, num_proc or 1)
+    dataset = _join(parts, pairs, encoder, known)
+    dataset.report.check(max_dropped)
+    if folder is None:
+        return dataset
+    try:
+        dataset.save(folder)
+    except OSError as error:
+        if not folder.exists():  # else another process was faster
+            dataset.notices.append(f"the tokenized data could not be cached ({error})")
+            return dataset
+    return load(folder)
+
+
+@dataclass
+class _Part:
+    """What one batch of the pairs became."""
+
+    arrays: dict[str, Any]
+    kept: list[int]
+    counts: RowCounts
+
+
+def _encode_range(
+    encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, start: int, stop: int
+) -> list[_Part]:
+    """Tokenize a stretch of the pairs, batch by batch: token lists take ten times the memory of arrays."""
+    parts = []
+    for first in range(start, stop, BATCH):
+        encoder.counts = RowCounts()
+        tokenized = encoder.encode(pairs[first : min(first + BATCH, stop)])
+        kept = [place for place, tokens in enumerate(tokenized, start=first) if tokens is not None]
+        arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
+        parts.append(_Part(arrays, kept, encoder.counts))
+    return parts
+
+
+_inherited: Any = None  # what forked workers work on, so that the pairs are not sent to them
+
+
+def _encode_inherited(bounds: tuple[int, int]) -> list[_Part]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    encoder, pairs, drop_rejected = _inherited
+    return _encode_range(encoder, pairs, drop_rejected, *bounds)
+
+
+def _encode_all(
+    encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, num_proc: int
+) -> list[_Part]:
+    global _inherited
+    if num_proc < 2 or len(pairs) <= BATCH or sys.platform != "linux":  # elsewhere a fork is not safe
+        return _encode_range(encoder, pairs, drop_rejected, 0, len(pairs))
+    bounds = [(start, min(start + BATCH, len(pairs))) for start in range(0, len(pairs), BATCH)]
+    _inherited = (encoder, pairs, drop_rejected)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            with multiprocessing.get_context("fork").Pool(num_proc) as pool:
+                return [part for parts in pool.imap(_encode_inherited, bounds) for part in parts]
+    finally:
+        _inherited = None
+
+
+def _arrays(pairs: Sequence[TokenizedPair], drop_rejected: bool = False) -> dict[str, Any]:
+    parts = [part for p in pairs for part in (p.prompt, p.chosen, [] if drop_rejected else p.rejected)]
+    flat = np.fromiter(chain.from_iterable(parts), dtype=np.int32)
+    spans = [span for pair in pairs for span in pair.assistant_spans]
+    contexts = [(p.chosen_context, 0 if drop_rejected else p.rejected_context) for p in pairs]
+    return {
+        "tokens": flat,
+        "offsets": _offsets([len(part) for part in parts]),
+        "contexts": np.array(contexts, dtype=np.int32).reshape(-1, 2),
+        "spans": np.array(spans, dtype=np.int32).reshape(-1, 2),
+        "span_offsets": _offsets([len(pair.assistant_spans) for pair in pairs]),
+    }
+
+
+def _offsets(lengths: Sequence[int]) -> Int64:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _join(
+    parts: list[_Part], pairs: Sequence[PreferencePair], encoder: PairTokenizer, known: RowCounts | None
+) -> TokenizedDataset:
+    report = RowCounts(total=len(pairs))
+    if known is not None:
+        report = RowCounts.from_dict(known.to_dict())
+    for part in parts:
+        report.add_reasons(part.counts)
+    joined: dict[str, Any] = {}
+    parts = parts or [_Part(_arrays([]), [], RowCounts())]
+    for name in ("tokens", "contexts", "spans"):
+        joined[name] = np.concatenate([part.arrays[name] for part in parts])
+    for name in ("offsets", "span_offsets"):
+        joined[name] = _offsets(np.concatenate([np.diff(part.arrays[name]) for part in parts]).tolist())
+    kept = [place for part in parts for place in part.kept]
+    template = encoder.renderer.template if any(not pair.is_text for pair in pairs) else None
+    return TokenizedDataset(
+        **joined,
+        pair_index=np.array(kept, dtype=np.int64),
+        sources=[pairs[place].source for place in kept],
+        groups=[pairs[place].group for place in kept],
+        report=report,
+        notices=list(template.notices) if template else [],
+        chat_template=template.text if template else None,
+        end_token=template.end_token if template else None,
+    )
+
+
+def _key(pairs: Sequence[PreferencePair], tokenizer: Any, known: RowCounts | None, settings: Any) -> str:
+    """A name for everything the result depends on."""
+    digest = hashlib.blake2b(digest_size=16)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = (
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    own = getattr(tokenizer, "chat_template", None)
+    report = None if known is None else known.to_dict()
+    about = [_VERSION, type(tokenizer).__name__, str(tokenizer.special_tokens_map), own, settings, report]
+    digest.update(json.dumps([*about, vocabulary]).encode())
+    for pair in pairs:
+        # Version 2 of the format writes no references, so that equal pairs give equal bytes.
+        parts = (pair.prompt, pair.chosen, pair.rejected, pair.tools, pair.source, pair.group)
+        digest.update(marshal.dumps(parts, 2))
+    return digest.hexdigest()

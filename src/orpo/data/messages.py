@@ -1,0 +1,151 @@
+"""The cells of a row as chat messages.
+
+Every project writes messages a little differently (`from`/`value`, tool calls as JSON text, content in parts,
+the empty keys an Arrow table adds); here they all become the `role`/`content` form that chat templates
+understand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orpo.data.rows import Row
+from orpo.errors import DataError
+
+Message = dict[str, Any]
+Turns = list[Message]
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+    "function_call": "function_call",
+}  # fmt: skip
+
+
+class BadRow(DataError):  # noqa: N818 - a verdict on a row, worded for the user
+    """A row that cannot be read as its format: which field, and what is wrong with it."""
+
+    def __init__(self, field: str, problem: str, remedy: str = "mend the row"):
+        super().__init__(f"'{field}' {problem}; {remedy}")
+        self.reason = f"'{field}' {problem}"
+
+
+def kind(value: object) -> str:
+    """What a cell holds: null, text, message, messages, texts, conversations, records or other."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Mapping):
+        return "message" if "role" in value or "from" in value else "other"
+    if isinstance(value, Sequence) and value:
+        kinds = {kind(item) for item in value}
+        if all(isinstance(item, Mapping) for item in value):
+            return "messages" if kinds == {"message"} else "records"
+        if kinds == {"text"}:
+            return "texts"
+        if kinds == {"messages"}:
+            return "conversations"
+    return "other"
+
+
+def text_of(row: Row, field: str) -> str:
+    """A cell that must be text."""
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise BadRow(field, "is missing" if value is None else f"is a {type(value).__name__}, not text")
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow tables give every struct all keys of the column; the ones a row did not set come back as None."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _message(value: object, field: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise BadRow(field, f"holds a {type(value).__name__} where a message was expected")
+    message = _without_nulls(value)
+    role = message.pop("role", None) or message.pop("from", None)
+    message.pop("from", None)
+    content = message.pop("content", None)
+    content = message.pop("value", None) if content is None else content
+    known = ROLES.get(str(role).lower())
+    if known is None:
+        raise BadRow(field, f"has a turn of unknown role {role!r}", "use system, user, assistant or tool")
+    if known == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(_json(content, field), field)}
+    if message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(_json(message["tool_calls"], field), field)
+    else:
+        message.pop("tool_calls", None)
+    content = "" if content is None and "tool_calls" in message else _content(content, field)
+    return {"role": known, "content": content, **message}
+
+
+def _content(content: object, field: str) -> str:
+    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
+        return "".join(str(part["text"]) for part in content)
+    if not isinstance(content, str):
+        problem = "no content" if content is None else f"content that is not text ({type(content).__name__})"
+        raise BadRow(field, f"has a turn with {problem}")
+    return content
+
+
+def _json(value: object, field: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        raise BadRow(field, "holds text that should be JSON") from None
+
+
+def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
+    """Tool calls in the form chat templates expect: arguments as an object, not as a JSON string."""
+    result = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow(field, "has a tool call without a name")
+        arguments = _json(function.get("arguments", {}), field)
+        outer = dict(call) if "function" in call else {"type": "function"}
+        result.append({**outer, "function": {**function, "arguments": arguments}})
+    return result
+
+
+def turns_of(value: object, field: str) -> Turns:
+    """A text is one assistant answer; a message is itself; a list is its messages."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if isinstance(value, Mapping):
+        return [_message(value, field)]
+    if isinstance(value, list | tuple):
+        return [_message(item, field) for item in value]
+    raise BadRow(field, "is missing" if value is None else f"is a {type(value).__name__}, not messages")
+
+
+def alternatives(value: object, field: str) -> list[Any]:
+    """The answers of a `rejected` cell, which may hold several."""
+    if kind(value) in ("texts", "conversations"):
+        return list(value)  # type: ignore[call-overload,no-any-return]
+    return [value]
+
+
+def with_system(row: Row, turns: Turns) -> Turns:
+    """The turns with the row's `system` column in front, unless they begin with a system turn."""
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise BadRow("system", f"is a {type(system).__name__}, not text")
+    if not system or (turns and turns[0]["role"] == "system"):
+        return turns
+    return [{"role": "system", "content": system}, *turns]

@@ -1,0 +1,351 @@
+"""Preference pairs -> token ids: chat template, prompt boundary, end of turn, length policy.
+
+Everything is settled in text the template wrote and then checked in tokens: the prompt ends where the
+template has written the header of the answer, its tokens must be a true prefix of the whole conversation's,
+and a response ends with the end-of-turn token, once. Masks come from these positions, never from token ids,
+so that padding may equal EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+from orpo.data.counts import RowCounts
+from orpo.data.messages import Message
+from orpo.data.preferences import PreferencePair
+from orpo.data.rendering import Dropped, Rendered, RenderedSide, Renderer, common
+from orpo.data.templates import adds_bos
+
+Tokens = list[int]
+BATCH = 512
+_APART = "a token crossed the boundary: the answer is tokenized apart from its prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """One preference pair as token ids.
+
+    Both sides are `prompt ++ side`. Usually a side is the response alone; where the two conversations part
+    before the last turn, a side starts with turns of its own, counted by `chosen_context` and
+    `rejected_context`.
+
+    Attributes:
+        prompt: Tokens both sides start with, cut at a message boundary; at least one.
+        chosen: The rest of the chosen side; its response is `chosen[chosen_context:]`, at least one token,
+            the end-of-turn token last.
+        rejected: The same for the rejected side; empty for a row that trains the NLL alone.
+        chosen_context: Leading tokens of `chosen` that belong to earlier turns.
+        rejected_context: The same for `rejected`.
+        assistant_spans: Half-open ranges of the earlier assistant turns in `prompt ++ chosen`.
+        source: Where the pair came from, for messages: `pairs.jsonl:118`.
+    """
+
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+    chosen_context: int = 0
+    rejected_context: int = 0
+    assistant_spans: tuple[tuple[int, int], ...] = ()
+    source: str = ""
+
+    def __len__(self) -> int:
+        """Tokens the pair occupies in a packed row, its prompt counted once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+class _Encoded(NamedTuple):
+    """A text's tokens, and the tokenizer's record of where in the text they came from (fast ones only)."""
+
+    ids: Tokens
+    record: Any
+
+
+class _Outcome(NamedTuple):
+    """What one pair became: its tokens, or why it is dropped."""
+
+    tokens: TokenizedPair | None
+    reason: str | None
+    notes: list[str]
+
+
+class _Tokens(NamedTuple):
+    """One side: prompt tokens, the prompt's encoding, answer tokens, whether these were tokenized apart."""
+
+    head: Tokens
+    prompt: _Encoded
+    answer: Tokens
+    apart: bool = False
+
+
+class PairTokenizer:
+    """Turns pairs into `TokenizedPair`s with one tokenizer, one template and one length limit.
+
+    Attributes:
+        counts: Reasons of dropped and changed pairs, filled by `encode`.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_length: int | None, chat_template: str | None = None):
+        """Keep the settings; the template is settled when the first conversation needs it.
+
+        Args:
+            tokenizer: Of the model to train (any object with the interface of a transformers tokenizer).
+            max_length: Longest prompt + response, in tokens; None: no limit.
+            chat_template: As for `prepare_template`.
+        """
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.renderer = Renderer(tokenizer, chat_template)
+        self.counts = RowCounts()
+        self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+
+    def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | None]:
+        """Tokenize pairs; None where a pair was dropped.
+
+        A pair longer than `max_length` loses the oldest turns of its prompt, the same on both sides, and no
+        more of them than it must.
+        """
+        outcomes = self._encode(pairs)
+        if self.max_length is not None:
+            self._shorten(pairs, outcomes, self.max_length)
+        for pair, outcome in zip(pairs, outcomes, strict=True):
+            if outcome.reason is not None:
+                self.counts.drop(outcome.reason, pair.source)
+            else:
+                for note in dict.fromkeys(outcome.notes):
+                    self.counts.change(note, pair.source)
+        return [outcome.tokens for outcome in outcomes]
+
+    def _encode(self, pairs: Sequence[PreferencePair]) -> list[_Outcome]:
+        """Tokenize pairs in one call of the tokenizer, whatever their length."""
+        rendered: list[Rendered | str] = []
+        for pair in pairs:
+            try:
+                rendered.append(self.renderer.render(pair))
+            except Dropped as dropped:
+                rendered.append(str(dropped))
+        sides = [side for one in rendered if not isinstance(one, str) for side in one.sides]
+        tokens = iter(self._tokenize(sides))
+        outcomes = []
+        for pair, one in zip(pairs, rendered, strict=True):
+            if isinstance(one, str):
+                outcomes.append(_Outcome(None, one, []))
+                continue
+            parts = [next(tokens) for _ in one.sides]
+            try:
+                apart = [_APART] if any(part is not None and part.apart for part in parts) else []
+                outcomes.append(_Outcome(self._assemble(pair, one, parts), None, one.notes + apart))
+            except Dropped as dropped:
+                outcomes.append(_Outcome(None, str(dropped), []))
+        return outcomes
+
+    # --------------------------------------------------------------------------------------- text to tokens
+
+    def _encode_texts(self, texts: list[str]) -> list[_Encoded]:
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        records = getattr(batch, "encodings", None) or [None] * len(texts)
+        return [_Encoded(ids, record) for ids, record in zip(batch["input_ids"], records, strict=True)]
+
+    def _tokenize(self, sides: list[RenderedSide]) -> list[_Tokens | None]:
+        """Prompt and answer of every side; None where the prompt's tokens do not begin the conversation's.
+
+        Tokenizers split text at added tokens first, so an answer reads the same from its anchor on as from
+        the start of its conversation; a prompt that both sides share is tokenized once.
+        """
+        prompts = [side.text[: side.boundary] for side in sides]
+        texts = list(dict.fromkeys([*prompts, *(side.text[side.anchor :] for side in sides)]))
+        known = dict(zip(texts, self._encode_texts(texts), strict=True))
+        result: list[_Tokens | None] = []
+        crossed: list[tuple[int, Tokens, Tokens]] = []
+        for place, (side, prompt) in enumerate(zip(sides, prompts, strict=True)):
+            head, tail = known[prompt].ids, known[side.text[side.anchor :]].ids
+            header = head if side.anchor == 0 else self._last_header(side, head, tail)
+            result.append(_Tokens(self._with_bos(head), known[prompt], tail[len(header) :]))
+            if tail[: len(header)] != header or len(tail) == len(header):
+                crossed.append((place, header, tail))
+        # A token lies across these boundaries. At inference the prompt is tokenized without its answer.
+        apart = self._encode_texts([sides[place].text[sides[place].boundary :] for place, _, _ in crossed])
+        for (place, header, tail), answer in zip(crossed, apart, strict=True):
+            same = self._decode(header + answer.ids) == self._decode(tail)
+            part = result[place]
+            result[place] = (
+                part._replace(answer=answer.ids, apart=True) if same and part is not None else None
+            )
+        return result
+
+    def _last_header(self, side: RenderedSide, head: Tokens, tail: Tokens) -> Tokens:
+        """The prompt's tokens from the anchor on."""
+        places = (place for place in range(len(head) - 1, -1, -1) if head[place] == tail[0])
+        return head[next(places, 0) :]
+
+    def _decode(self, ids: Tokens) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _with_bos(self, ids: Tokens) -> Tokens:
+        """BOS exactly once: not doubled where both the template and the text write it, never missing."""
+        bos = self.tokenizer.bos_token_id
+        while len(ids) > 1 and ids[0] == ids[1] == bos:
+            ids = ids[1:]
+        return [self._bos, *ids] if self._bos is not None and ids[:1] != [self._bos] else ids
+
+    # --------------------------------------------------------------------------------------- one pair
+
+    def _assemble(
+        self, pair: PreferencePair, rendered: Rendered, parts: list[_Tokens | None]
+    ) -> TokenizedPair:
+        whole = [part for part in parts if part is not None and part.head]
+        if len(whole) < len(parts):
+            raise Dropped("no boundary: the prompt's tokens are not a prefix of the conversation's")
+        for part in whole:
+            self._check(part.answer)
+        if len(whole) == 2 and whole[0].head + whole[0].answer == whole[1].head + whole[1].answer:
+            raise Dropped("chosen and rejected are identical once rendered")
+        shared = self._shared(rendered, whole)
+        sides = [part.head[shared:] + part.answer for part in whole]
+        contexts = [len(part.head) - shared for part in whole]
+        return TokenizedPair(
+            prompt=whole[0].head[:shared],
+            chosen=sides[0],
+            rejected=sides[1] if len(sides) == 2 else [],
+            chosen_context=contexts[0],
+            rejected_context=contexts[1] if len(sides) == 2 else 0,
+            assistant_spans=self._spans(rendered, whole[0]),
+            source=pair.source,
+        )
+
+    def _check(self, answer: Tokens) -> None:
+        if not answer or answer[-1] not in self.renderer.added:
+            raise Dropped("an answer does not end with an end-of-turn token")
+        if self.renderer.added.issuperset(answer):
+            raise Dropped("an answer is empty once rendered")
+        if answer[-1] in answer[:-1]:
+            raise Dropped("the end-of-turn token occurs inside an answer")
+
+    def _shared(self, rendered: Rendered, parts: list[_Tokens]) -> int:
+        """How many tokens both sides start with, cut back to a message boundary."""
+        if all(side.boundary == rendered.shared[0] for side in rendered.sides):
+            return len(parts[0].head)
+        for end in rendered.shared:
+            ids = self._with_bos(self._encode_texts([rendered.sides[0].text[:end]])[0].ids)
+            if ids and all(part.head[: len(ids)] == ids for part in parts):
+                return len(ids)
+        raise Dropped("no boundary: the sides share no whole message in tokens")
+
+    def _spans(self, rendered: Rendered, part: _Tokens) -> tuple[tuple[int, int], ...]:
+        shift = len(part.head) - len(part.prompt.ids)  # BOS put in front, or a doubled one taken away
+        text = rendered.sides[0].text[: rendered.sides[0].boundary]
+        return tuple(
+            (self._place(part.prompt, text, start) + shift, self._place(part.prompt, text, stop) + shift)
+            for start, stop in rendered.spans
+        )
+
+    def _place(self, encoded: _Encoded, text: str, position: int) -> int:
+        """Number of tokens before a character."""
+        if encoded.record is None:
+            return common(self._encode_texts([text[:position]])[0].ids, encoded.ids)
+        for place in range(position, len(text)):
+            token = encoded.record.char_to_token(place)
+            if token is not None:
+                return int(token)
+        return len(encoded.ids)
+
+    # --------------------------------------------------------------------------------------- length
+
+    def _shorten(self, pairs: Sequence[PreferencePair], outcomes: list[_Outcome], limit: int) -> None:
+        """Replace the outcomes that are too long, by bisection over the places where a prompt may be cut."""
+        searches = {
+            place: _Search(pairs[place], outcome)
+            for place, outcome in enumerate(outcomes)
+            if outcome.tokens is not None and _longest(outcome.tokens) > limit
+        }
+        while active := [search for search in searches.values() if search.low < search.high]:
+            tried = self._encode([search.next_pair() for search in active])
+            for search, outcome in zip(active, tried, strict=True):
+                search.take(outcome, limit)
+        for place, search in searches.items():
+            outcomes[place] = search.result(limit)
+
+
+class _Search:
+    """The fewest turns to leave out of one pair: a later cut gives a shorter prompt."""
+
+    def __init__(self, pair: PreferencePair, outcome: _Outcome):
+        self.pair = pair
+        self.cuts = shorter_prompts(pair.prompt)
+        self.low, self.high = 0, len(self.cuts)
+        self.best: _Outcome | None = None
+        self.shortest = outcome
+
+    def next_pair(self) -> PreferencePair:
+        return replace(self.pair, prompt=self.cuts[(self.low + self.high) // 2])
+
+    def take(self, outcome: _Outcome, limit: int) -> None:
+        middle = (self.low + self.high) // 2
+        if outcome.tokens is not None and _longest(outcome.tokens) <= limit:
+            self.high, self.best = middle, outcome
+        else:
+            self.low = middle + 1
+            self.shortest = outcome if outcome.tokens is not None else self.shortest
+
+    def result(self, limit: int) -> _Outcome:
+        if self.best is not None:
+            return self.best._replace(notes=[*self.best.notes, "oldest turns left out to fit max_length"])
+        tokens = self.shortest.tokens
+        assert tokens is not None
+        answer = max(
+            len(tokens.chosen) - tokens.chosen_context, len(tokens.rejected) - tokens.rejected_context
+        )
+        what = "an answer alone" if answer >= limit else "the last question with its answer"
+        return _Outcome(None, f"too long: {what} exceeds max_length {limit}", [])
+
+
+def _longest(tokens: TokenizedPair) -> int:
+    return len(tokens.prompt) + max(len(tokens.chosen), len(tokens.rejected))
+
+
+def shorter_prompts(prompt: list[Message] | str) -> list[list[Message]]:
+    """The prompts a long one may be cut to: the system turn kept, then from a later user turn on."""
+    if isinstance(prompt, str):
+        return []
+    start = 1 if prompt[:1] and prompt[0]["role"] == "system" else 0
+    users = [place for place in range(start + 1, len(prompt)) if prompt[place]["role"] == "user"]
+    return [prompt[:start] + prompt[place:] for place in users]
+
+
+def stream_tokenized(
+    pairs: Iterable[PreferencePair],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    chat_template: str | None = None,
+    counts: RowCounts | None = None,
+    drop_rejected: bool = False,
+) -> Iterator[TokenizedPair]:
+    """Tokenize pairs as they come, 512 at a time.
+
+    Args:
+        pairs: For instance of `stream_preferences`.
+        tokenizer: Of the model to train.
+        max_length: Longest prompt + response, in tokens; None: no limit.
+        chat_template: As for `prepare_template`.
+        counts: Gets the reasons as rows are dropped or changed; their total is the reader's to count.
+        drop_rejected: Leave the rejected sides out, once they have had their say about the length.
+    """
+    encoder = PairTokenizer(tokenizer, max_length=max_length, chat_template=chat_template)
+    if counts is not None:
+        encoder.counts = counts
+    remaining = iter(pairs)
+    while batch := list(islice(remaining, BATCH)):
+        for tokens in encoder.encode(batch):
+            if tokens is not None:
+                yield replace(tokens, rejected=[], rejected_context=0) if drop_rejected else tokens

@@ -1,0 +1,1 @@
+"""From token ids to loss and gradients: rows, attention, head, objective, and the model around them."""

@@ -1,0 +1,342 @@
+"""From hidden states to the ORPO loss and its gradients, without ever holding the logits of a row.
+
+Only scored tokens meet the vocabulary matrix, a chunk at a time. Once the step's denominators are known, the
+slope of the loss in each log-probability is known as soon as a chunk that holds whole pairs has its
+log-softmax, so the gradients of hidden states and vocabulary matrix are made in the same sweep: three matrix
+products per chunk, nothing recomputed. A pair that does not fit a chunk takes two sweeps, context tokens fit
+anywhere, and evaluation stops at the log-probabilities.
+
+Shape suffixes: N = hidden states of the row, T = scored tokens, P = pairs, D = hidden size, V = vocabulary
+size, S = sides (chosen, rejected).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo.engine.logits import logprob_slopes, product, token_logprobs
+from orpo.engine.objective import log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
+from orpo.engine.packing import PackedBatch, Role
+from orpo.settings.config import Objective
+
+CPU_BLOCK_TOKENS = 8
+"""Rows of logits a CPU takes through the softmax together: few enough for its second-level cache."""
+_ALL = slice(None)
+_TINY = 1e-12
+
+
+class Denominators(NamedTuple):
+    """What the sums of an optimizer step are divided by, over all its rows and ranks.
+
+    Attributes:
+        nll: Sum of the step's NLL weights: its NLL tokens, or its pairs under `nll_reduction: pair`.
+        pairs: Pairs with both sides.
+    """
+
+    nll: float
+    pairs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The vocabulary projection as the model applies it: softcap * tanh(scale * (h W^T + b) / softcap).
+
+    Attributes:
+        weight_VD: Vocabulary matrix.
+        bias_V: Its bias, or None.
+        scale: Factor on the logits.
+        softcap: Bound of the logits, or None.
+        chunk_tokens: Scored tokens whose logits are made together; at least 1. On a CPU, few enough for its
+            caches.
+        max_chunk_tokens: Most of them, for the sake of a pair longer than `chunk_tokens`; a pair longer than
+            this takes two sweeps. At least `chunk_tokens`.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    chunk_tokens: int = 256
+    max_chunk_tokens: int = 1024
+
+
+class PairSums(NamedTuple):
+    """What a row tells about each of its pairs; detached from the graph.
+
+    Attributes:
+        chosen_logprob_P: Mean log-probability of the chosen response's tokens, in nats.
+        rejected_logprob_P: The same of the rejected response; 0 where there is none.
+        nll_sum_P: Weighted sum of the negative log-probabilities of the pair's NLL tokens.
+        nll_weight_P: Sum of the weights of these tokens.
+        has_rejected_P: Whether the pair has both sides.
+    """
+
+    chosen_logprob_P: Tensor
+    rejected_logprob_P: Tensor
+    nll_sum_P: Tensor
+    nll_weight_P: Tensor
+    has_rejected_P: Tensor
+
+
+def score_row(
+    hidden_ND: Tensor, head: Head, batch: PackedBatch, objective: Objective, denominators: Denominators
+) -> tuple[Tensor, PairSums]:
+    """Return the row's share of the step's loss, and its per-pair sums.
+
+    Args:
+        hidden_ND: Final hidden states of the row, flattened over its sequences.
+        head: The vocabulary projection.
+        batch: The row.
+        objective: What is minimised.
+        denominators: Counts of the whole optimizer step.
+
+    Returns:
+        The loss, a float32 scalar that carries gradients to `hidden_ND`, `head.weight_VD` and `head.bias_V`
+        where gradients are enabled, and the pairs' sums. Losses of rows add up to the loss of the step.
+    """
+    if torch.is_grad_enabled():
+        loss, logprob_T = _FusedLoss.apply(
+            hidden_ND, head.weight_VD, head.bias_V, head, batch, objective, denominators
+        )
+    else:
+        sweep = _Sweep(hidden_ND, head, batch)
+        for piece in _pieces(slice(0, len(batch.target_T)), head.chunk_tokens):
+            sweep.forward(piece)
+        logprob_T = sweep.logprob_T
+        loss = _loss(logprob_T, batch, objective, denominators)
+    return loss, pair_sums(logprob_T, batch)
+
+
+def pair_sums(logprob_T: Tensor, batch: PackedBatch) -> PairSums:
+    """Reduce the log-probabilities of a row's scored tokens to its pairs."""
+    mean_PS, count_PS = _response_means(logprob_T, batch)
+    zero_P = logprob_T.new_zeros(len(batch.response_lengths))
+    return PairSums(
+        chosen_logprob_P=mean_PS[:, 0],
+        rejected_logprob_P=mean_PS[:, 1],
+        nll_sum_P=zero_P.index_add(0, batch.pair_T, -logprob_T * batch.nll_weight_T),
+        nll_weight_P=zero_P.index_add(0, batch.pair_T, batch.nll_weight_T.to(logprob_T.dtype)),
+        has_rejected_P=count_PS[:, 1] > 0,
+    )
+
+
+def _response_means(logprob_T: Tensor, batch: PackedBatch, at: slice = _ALL) -> tuple[Tensor, Tensor]:
+    """Mean log-probability and number of tokens of each pair's (chosen, rejected) response. Both [P, S].
+
+    `logprob_T` holds the scored tokens `at`; pairs with none of theirs among them come out as 0.
+    """
+    num_pairs = len(batch.response_lengths)
+    response_T = (batch.role_T[at] != Role.CONTEXT).to(logprob_T.dtype)
+    zero = logprob_T.new_zeros(2 * num_pairs)
+    count = zero.index_add(0, _side(batch, at), response_T)
+    mean = zero.index_add(0, _side(batch, at), logprob_T * response_T) / count.clamp_min(1)
+    return mean.view(num_pairs, 2), count.view(num_pairs, 2)
+
+
+def _side(batch: PackedBatch, at: slice) -> Tensor:
+    """Index of each scored token's (pair, side) in a flattened [P, S]."""
+    return 2 * batch.pair_T[at] + (batch.role_T[at] == Role.REJECTED)
+
+
+def _loss(logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators) -> Tensor:
+    mean_PS, count_PS = _response_means(logprob_T, batch)
+    ratio_P = log_odds(mean_PS[:, 0]) - log_odds(mean_PS[:, 1])
+    odds_P = odds_ratio_loss(ratio_P, objective.odds_scale) * (count_PS[:, 1] > 0)
+    nll = -(logprob_T * batch.nll_weight_T).sum()
+    return (
+        objective.nll_weight / max(denominators.nll, _TINY) * nll
+        + objective.beta / max(denominators.pairs, 1) * odds_P.sum()
+    )
+
+
+def _loss_slopes(
+    logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators, at: slice
+) -> Tensor:
+    """Derivative of `_loss` in the log-probabilities of the scored tokens `at`, whole pairs. [T]."""
+    slope_T = (
+        -objective.nll_weight / max(denominators.nll, _TINY) * batch.nll_weight_T[at].to(logprob_T.dtype)
+    )
+    if objective.beta == 0:
+        return slope_T
+    mean_PS, count_PS = _response_means(logprob_T[at], batch, at)
+    ratio_P = log_odds(mean_PS[:, 0]) - log_odds(mean_PS[:, 1])
+    outer_P = objective.beta / max(denominators.pairs, 1) * odds_ratio_slope(ratio_P, objective.odds_scale)
+    outer_P = outer_P * (count_PS[:, 1] > 0)
+    inner_PS = log_odds_slope(mean_PS) / count_PS.clamp_min(1)
+    slope_PS = torch.stack([outer_P, -outer_P], 1) * inner_PS
+    return slope_T + slope_PS.flatten()[_side(batch, at)] * (batch.role_T[at] != Role.CONTEXT)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Loss and log-probabilities forward, with the gradients already made; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        batch: PackedBatch,
+        objective: Objective,
+        denominators: Denominators,
+    ) -> tuple[Tensor, Tensor]:
+        sweep = _Sweep(hidden_ND, head, batch)
+        grads = _Gradients.for_inputs(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad)
+        for group in whole_pairs(batch, head.chunk_tokens):
+            pieces = list(_pieces(group, head.max_chunk_tokens))
+            chunk = None
+            for piece in pieces:
+                chunk = None  # before the next is made
+                chunk = sweep.forward(piece)
+            slope_T = _loss_slopes(sweep.logprob_T, batch, objective, denominators, group)
+            for piece in pieces:
+                if len(pieces) > 1:  # a pair longer than a chunk: its logits are made again
+                    chunk = None
+                    chunk = sweep.forward(piece)
+                at = slice(piece.start - group.start, piece.stop - group.start)
+                sweep.backward(piece, chunk, slope_T[at], grads)
+        ctx.grads = grads
+        ctx.mark_non_differentiable(sweep.logprob_T)
+        return _loss(sweep.logprob_T, batch, objective, denominators), sweep.logprob_T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads: _Gradients = ctx.grads
+        ctx.grads = None
+        return (*grads.scaled(grad_outputs[0]), None, None, None, None)
+
+
+def whole_pairs(batch: PackedBatch, chunk_tokens: int) -> Iterator[slice]:
+    """Cut the scored tokens into slices of whole pairs that fit a chunk, an overlong pair alone in its slice.
+
+    Context tokens come last and count as complete by themselves.
+    """
+    start = stop = 0
+    for chosen, rejected in batch.response_lengths:
+        if stop > start and stop - start + chosen + rejected > chunk_tokens:
+            yield slice(start, stop)
+            start = stop
+        stop += chosen + rejected
+    yield slice(start, stop)
+    yield from _pieces(slice(stop, len(batch.target_T)), chunk_tokens)
+
+
+def _pieces(at: slice, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(at.start, at.stop, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, at.stop))
+
+
+@dataclass(slots=True)
+class _Gradients:
+    """Gradients of the loss in the head's inputs, float32 while they add up; None where not needed."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+    dtypes: tuple[torch.dtype | None, ...]
+
+    @classmethod
+    def for_inputs(
+        cls, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needed: tuple[bool, ...]
+    ) -> "_Gradients":
+        inputs = (hidden_ND, weight_VD, bias_V)
+        grads = [
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            if t is not None and need
+            else None
+            for t, need in zip(inputs, needed[:3], strict=True)
+        ]
+        return cls(*grads, dtypes=tuple(None if t is None else t.dtype for t in inputs))
+
+    def scaled(self, factor: Tensor) -> Iterator[Tensor | None]:
+        for grad, dtype in zip((self.hidden_ND, self.weight_VD, self.bias_V), self.dtypes, strict=True):
+            yield None if grad is None else grad.mul_(factor.to(grad.dtype)).to(dtype)
+
+
+class _Sweep:
+    """Carries hidden states through the vocabulary matrix chunk by chunk, and gradients back."""
+
+    def __init__(self, hidden_ND: Tensor, head: Head, batch: PackedBatch) -> None:
+        kind = hidden_ND.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if autocast else head.weight_VD.dtype
+        self.precise = torch.promote_types(self.dtype, torch.float32)
+        self.hidden_ND = hidden_ND.detach().to(self.dtype)
+        self.weight_VD = head.weight_VD.detach().to(self.dtype)
+        self.bias_V = None if head.bias_V is None else head.bias_V.detach().to(self.precise)
+        self.head = head
+        self.batch = batch
+        self.compiled = hidden_ND.is_cuda and self.precise == torch.float32
+        self.logprob_T = torch.empty(len(batch.target_T), dtype=self.precise, device=hidden_ND.device)
+
+    def forward(self, at: slice) -> "_Chunk":
+        """Fill in the log-probabilities of the scored tokens `at`; return their softmax."""
+        with torch.autocast(self.hidden_ND.device.type, enabled=False):
+            logits_TV = product(self.hidden_ND[self.batch.source_T[at]], self.weight_VD.T, self.precise)
+            logits_TV = logits_TV.to(self.precise)
+        if self.bias_V is not None:
+            logits_TV += self.bias_V
+        if self.head.scale != 1:
+            logits_TV *= self.head.scale
+        damping_TV = None
+        if self.head.softcap is not None:
+            logits_TV.div_(self.head.softcap).tanh_()
+            damping_TV = None if self.compiled else 1 - logits_TV.square()
+            logits_TV.mul_(self.head.softcap)
+        if self.compiled:
+            self.logprob_T[at], logsumexp_T = token_logprobs(logits_TV, self.batch.target_T[at])
+            return _Chunk(logits_TV, logsumexp_T=logsumexp_T)
+        target_T1 = self.batch.target_T[at, None]
+        block = CPU_BLOCK_TOKENS if logits_TV.device.type == "cpu" else len(logits_TV)
+        logprobs = []
+        for rows, targets in zip(logits_TV.split(block), target_T1.split(block), strict=True):
+            torch.log_softmax(rows, 1, out=rows)
+            logprobs.append(rows.gather(1, targets))
+            rows.exp_()
+        self.logprob_T[at] = torch.cat(logprobs)[:, 0]
+        return _Chunk(logits_TV, damping_TV=damping_TV)
+
+    def backward(self, at: slice, chunk: "_Chunk", slope_T: Tensor, grads: _Gradients) -> None:
+        """Add the gradients that the scored tokens `at` cause; `chunk` is used up."""
+        source_T, target_T = self.batch.source_T[at], self.batch.target_T[at]
+        slope_T1 = (slope_T * self.head.scale)[:, None]
+        # d logp / d logits = onehot - p; the sign and the slope go onto the smaller matrices below.
+        if chunk.logsumexp_T is not None:
+            dtype = self.dtype if grads.bias_V is None else self.precise
+            grad_TV = logprob_slopes(chunk.values_TV, chunk.logsumexp_T, target_T, self.head.softcap, dtype)
+        else:
+            grad_TV = chunk.values_TV
+            grad_TV[torch.arange(len(target_T), device=target_T.device), target_T] -= 1
+            if chunk.damping_TV is not None:
+                grad_TV *= chunk.damping_TV
+        if grads.bias_V is not None:
+            grads.bias_V.addmv_(grad_TV.T, slope_T1[:, 0].to(grads.bias_V.dtype), alpha=-1)
+        grad_TV = grad_TV.to(self.dtype)
+        with torch.autocast(self.hidden_ND.device.type, enabled=False):
+            if grads.hidden_ND is not None:
+                grad_TD = product(grad_TV, self.weight_VD, self.precise).to(self.precise) * -slope_T1
+                grads.hidden_ND.index_add_(0, source_T, grad_TD.to(grads.hidden_ND.dtype))
+            if grads.weight_VD is not None:
+                hidden_TD = (self.hidden_ND[source_T].to(self.precise) * -slope_T1).to(self.dtype)
+                if self.dtype == grads.weight_VD.dtype:
+                    grads.weight_VD.addmm_(grad_TV.T, hidden_TD)
+                else:
+                    grads.weight_VD += product(grad_TV.T, hidden_TD, grads.weight_VD.dtype)
+
+
+class _Chunk(NamedTuple):
+    """A chunk between its log-probabilities and its gradients.
+
+    Attributes:
+        values_TV: Softmax of the logits; with `logsumexp_T` the logits, which compiled code reads again.
+        damping_TV: Slope of the soft-cap where there is one.
+        logsumexp_T: Log-sum-exp of the logits.
+    """
+
+    values_TV: Tensor
+    damping_TV: Tensor | None = None
+    logsumexp_T: Tensor | None = None

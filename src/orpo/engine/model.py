@@ -1,0 +1,498 @@
+"""The model as the trainer sees it: packed row in, loss and per-pair sums out.
+
+`prepare_model` gives a causal language model two things, in place: our attention (registered with
+transformers, so no model code is touched) and a `forward` that scores a `PackedBatch`. Scoring happens inside
+`forward` because DDP, FSDP and DeepSpeed hook the call of the module they wrap. Called without a batch, the
+model is what it was. Because a model that cannot follow a packed row does so silently, a start-up probe
+compares each layout with the plain model and takes the fastest that is exact.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from orpo.data.tokenize import TokenizedPair
+from orpo.engine.attention import Segments, attend
+from orpo.engine.backends import SEGMENTS, by_segments
+from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.objective import log_odds, odds_ratio_loss
+from orpo.engine.packing import PackedBatch, pack
+from orpo.errors import ModelError
+from orpo.settings.config import LayoutName, Objective
+
+ATTENTION = "orpo_segments"
+"""Name under which our attention is registered with transformers."""
+
+
+CPU_CHUNK_TOKENS = 256
+"""Scored tokens per chunk on a CPU: measured fastest at V = 32,000, where more fall out of its caches."""
+
+
+@dataclass
+class ORPOOutput(ModelOutput):
+    """What a scored row returns; a ModelOutput, so that FSDP and DDP find the tensors in it.
+
+    Attributes:
+        loss: This row's share of the step's loss; a scalar, the only tensor with a gradient.
+        chosen_logprob_P: Mean log-probability of each chosen response, in nats.
+        rejected_logprob_P: The same of the rejected responses; 0 where there is none.
+        nll_sum_P: Weighted sum of each pair's negative log-probabilities.
+        nll_weight_P: Sum of these weights.
+        has_rejected_P: Whether the pair has both sides.
+    """
+
+    loss: Tensor | None = None
+    chosen_logprob_P: Tensor | None = None
+    rejected_logprob_P: Tensor | None = None
+    nll_sum_P: Tensor | None = None
+    nll_weight_P: Tensor | None = None
+    has_rejected_P: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How a model was prepared: the layout its rows must have, lines to print, and what attends, by name."""
+
+    layout: LayoutName
+    notices: tuple[str, ...]
+    attention: str = SEGMENTS
+
+
+def prepare_model(
+    model: nn.Module,
+    objective: Objective,
+    *,
+    layout: LayoutName | None = None,
+    logits_memory_mib: int = 256,
+    probe: bool = True,
+) -> Preparation:
+    """Make `model(batch=..., denominators=...)` score packed rows, in place.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around one, on its device.
+        objective: What is minimised.
+        layout: Take this layout; by default the fastest that the probe finds exact.
+        logits_memory_mib: Largest chunk of logits alive, in MiB.
+        probe: Whether to compare with the plain model; without it the first layout allowed is trusted.
+
+    Raises:
+        ModelError: The model is no causal language model, or no layout reproduces its own log-probabilities.
+    """
+    inner = base_model(model)
+    if inner.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
+        )
+    if inner.get_output_embeddings() is None:
+        raise ModelError(f"{type(inner).__name__} has no language-model head to score tokens with")
+    scorer = _Scorer(inner, objective, logits_memory_mib)
+    scorer.install()
+    candidates: list[LayoutName] = [layout] if layout else ["shared", "packed", "padded"]
+    if not probe:
+        scorer.use_layout(candidates[0])
+        return Preparation(candidates[0], ())
+    problems: list[str] = []
+    for candidate in candidates:
+        scorer.use_layout(candidate)
+        problem = _problem(model, scorer, candidate)
+        if problem is None:
+            return Preparation(
+                candidate, tuple(_fallback_notice(inner, candidate, problems)), scorer.attention
+            )
+        problems.append(problem)
+    raise ModelError(
+        f"{type(inner).__name__}: rows with layout `{candidates[-1]}` do not reproduce the model's own loss "
+        f"({problems[-1]}); it does something to its hidden states or logits that this package does not know"
+    )
+
+
+def _fallback_notice(model: PreTrainedModel, layout: LayoutName, problems: list[str]) -> Iterator[str]:
+    if problems:
+        means = {"packed": "prompts are not shared", "padded": "rows are padded and prompts not shared"}[
+            layout
+        ]
+        yield f"{type(model).__name__}: layout `{layout}`, {means}: {problems[0]}"
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT, DDP and torch.compile wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            break
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"{type(model).__name__} is not a transformers model; pass a PreTrainedModel or its name"
+        )
+    return model
+
+
+class _Scorer:
+    """Holds what a prepared model needs beside its weights; one per model, reached from its `forward`."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective, logits_memory_mib: int) -> None:
+        self.model = model
+        self.objective = objective
+        self.chunk_bytes = logits_memory_mib * 2**20
+        self.layout: LayoutName = "shared"
+        self.plain_forward = model.forward
+        self.configs = _attention_configs(model)
+        self.plain_attention = [config._attn_implementation for config in self.configs]
+        self.num_attention_calls: int | None = None
+        self.router_loss = True
+        self.attention = SEGMENTS
+
+    def install(self) -> None:
+        scorer = self
+
+        def forward(
+            self: PreTrainedModel,
+            *args: Any,
+            batch: PackedBatch | None = None,
+            denominators: Denominators | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            if batch is None:
+                return scorer.plain_forward(*args, **kwargs)
+            return scorer.score(batch, denominators or Denominators(batch.nll_weight, batch.num_preferences))
+
+        forward.__signature__ = _joined_signature(self.plain_forward, forward)  # type: ignore[attr-defined]
+        self.model.forward = MethodType(forward, self.model)
+
+    def use_layout(self, layout: LayoutName) -> None:
+        """Switch to rows of `layout`; our attention serves all but the padded one."""
+        self.layout = layout
+        self.num_attention_calls = None
+
+    def attend_to(self, segments: Segments | None) -> None:
+        """Give the layers our attention over `segments`, or with None their own again, for generation."""
+        _active.segments = segments
+        for number, config in enumerate(self.configs):
+            if segments is None:
+                config._attn_implementation = self.plain_attention[number]
+            elif config._attn_implementation != ATTENTION:
+                self.plain_attention[number] = config._attn_implementation
+                config._attn_implementation = ATTENTION
+
+    def score(self, batch: PackedBatch, denominators: Denominators) -> ORPOOutput:
+        self._check_layout(batch)
+        segments = Segments(batch.runs)
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask_BN, "use_cache": False}
+        if self.layout != "padded":
+            inputs["position_ids"] = batch.position_ids_BN
+            self.attend_to(segments)
+        try:
+            outputs = _backbone(self.model)(batch.input_ids_BN, **inputs, **self._router_inputs())
+        finally:
+            self.attend_to(None)
+        self._check_attention(segments)
+        self.attention = segments.backend
+        hidden_ND = outputs.last_hidden_state.flatten(0, 1)
+        loss, pairs = score_row(hidden_ND, self.head(), batch, self.objective, denominators)
+        loss = loss + self._router_loss(outputs, batch, denominators)
+        if self.layout != "padded" and loss.requires_grad:
+            loss = _AttendInBackward.apply(loss, self, segments)
+        return ORPOOutput(loss, *pairs)
+
+    def head(self) -> Head:
+        """The vocabulary projection as the model applies it now (LoRA on it included)."""
+        module = self.model.get_output_embeddings()
+        weight, bias = _weight_and_bias(module)
+        config = self.model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        most = max(1, self.chunk_bytes // (4 * weight.shape[0]))
+        return Head(
+            weight, bias, scale, getattr(config, "final_logit_softcapping", None),
+            chunk_tokens=min(CPU_CHUNK_TOKENS, most) if weight.device.type == "cpu" else most,
+            max_chunk_tokens=most,
+        )  # fmt: skip
+
+    def _check_layout(self, batch: PackedBatch) -> None:
+        """A row that the model cannot follow would be scored wrongly, in silence."""
+        shares = any(run.rejected for run in batch.runs)
+        row: LayoutName = "padded" if not batch.runs else "shared" if shares else "packed"
+        if row != self.layout and (row, self.layout) != ("packed", "shared"):
+            raise ModelError(
+                f"the row has layout `{row}`, {type(self.model).__name__} was prepared for `{self.layout}`; "
+                f"pass layout={self.layout!r} to pack()"
+            )
+
+    def _check_attention(self, segments: Segments) -> None:
+        """Every row must pass through our attention as often as the probe's rows did."""
+        if self.layout == "padded":
+            return
+        if segments.num_calls == 0:
+            raise _NotOnTheInterfaceError("its attention cannot be replaced")
+        if self.num_attention_calls is None:
+            self.num_attention_calls = segments.num_calls
+        if segments.num_calls != self.num_attention_calls:
+            raise ModelError(
+                f"{type(self.model).__name__} called our attention {segments.num_calls} times in a row, "
+                f"{self.num_attention_calls} times in the one before; set layout: padded"
+            )
+
+    def _router_inputs(self) -> dict[str, bool]:
+        return {"output_router_logits": True} if _has_router_loss(self.model) else {}
+
+    def _router_loss(self, outputs: Any, batch: PackedBatch, denominators: Denominators) -> Tensor | float:
+        """The load-balancing loss of a mixture of experts as the model defines it, for this row's share."""
+        if (
+            not (self.router_loss and _has_router_loss(self.model))
+            or batch.empty
+            or not torch.is_grad_enabled()
+        ):
+            return 0.0
+        config = self.model.config.get_text_config()
+        balancing = sys.modules[type(self.model).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+        experts = getattr(config, "num_experts", None) or config.num_local_experts
+        loss: Tensor = balancing(
+            outputs.router_logits, experts, config.num_experts_per_tok, batch.attention_mask_BN
+        )
+        share = (
+            batch.num_preferences / denominators.pairs
+            if denominators.pairs
+            else batch.nll_weight / denominators.nll
+        )
+        return config.router_aux_loss_coef * share * loss
+
+
+class _NotOnTheInterfaceError(ModelError):
+    """The model never called our attention."""
+
+
+def _joined_signature(plain: Callable[..., Any], ours: Callable[..., Any]) -> inspect.Signature:
+    """The parameters of both: generation reads there what a model takes."""
+    first, _, *added = inspect.signature(ours).parameters.values()
+    named = [
+        parameter
+        for parameter in inspect.signature(plain).parameters.values()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.name not in {new.name for new in added}
+    ]
+    return inspect.Signature([first, *named, *added])
+
+
+class _AttendInBackward(torch.autograd.Function):
+    """Identity on the loss; in its backward, layers under gradient checkpointing attend to the row again."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scorer: _Scorer, segments: Segments) -> Tensor:
+        ctx.scorer, ctx.segments = scorer, segments
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.scorer.attend_to(ctx.segments)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: ctx.scorer.attend_to(None))
+        return grad_outputs[0], None, None
+
+
+class _Active:
+    """The segments of the row being computed; attention layers have no other way to learn them."""
+
+    segments: Segments | None = None
+
+
+_active = _Active()
+
+
+def _segments_attention_forward(  # noqa: PLR0913 - the signature transformers calls
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form transformers calls it: [1, H, N, D] in, [1, N, H, D] out."""
+    segments = _active.segments
+    if segments is None:
+        raise ModelError("the packed attention was called outside of a row")
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
+    if attention_mask is not None or unknown:
+        raise _NotOnTheInterfaceError(f"its attention needs {', '.join(unknown) or 'a mask'}")
+    segments.num_calls += 1
+    output = attend(
+        query, key, value, segments, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout
+    )
+    return output, None
+
+
+_HARMLESS = {
+    "position_ids", "cache_position", "is_causal", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "position_embeddings", "return_dict", "past_key_values",
+}  # fmt: skip
+
+# Compiled into a layer it would be compiled anew for the lengths of every row.
+AttentionInterface.register(ATTENTION, torch.compiler.disable(_segments_attention_forward))
+
+
+def _attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Every configuration object a layer may read its attention implementation from."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """The model below its vocabulary projection."""
+    backbone: nn.Module = getattr(model, model.base_model_prefix)
+    return backbone
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The vocabulary matrix and its bias as `module` applies them now, PEFT adapters included."""
+    disabled: bool = getattr(module, "disable_adapters", False)
+    if hasattr(module, "modules_to_save"):  # a copy of the module is trained in full
+        module = module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
+    if hasattr(
+        module, "unshard"
+    ):  # FSDP2: may be a unit whose own forward, which would gather it, is never called
+        module.unshard()
+    base, bias = module.weight, getattr(module, "bias", None)
+    if disabled or not hasattr(module, "get_delta_weight") or module.merged:
+        return base, bias
+    weight = base
+    for adapter in module.active_adapters:
+        delta = module.get_delta_weight(adapter)
+        if adapter in getattr(
+            module, "lora_magnitude_vector", ()
+        ):  # DoRA, whose norm is a constant to its gradient
+            moved = base + delta
+            factor_V = module.lora_magnitude_vector[adapter].weight / moved.detach().norm(dim=1)
+            delta = factor_V[:, None] * moved - base
+        weight = weight + delta
+    return weight, bias
+
+
+def _has_router_loss(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+PROBE_OBJECTIVE = Objective(beta=1.0)
+MAX_PROBE_WINDOW = 512
+"""Sliding windows up to this length are exceeded by the probe's first pair."""
+
+
+def _problem(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
+    """What a layout gets wrong: in full precision where the weights have it, and as training will run it.
+
+    Full precision is sharp enough to tell a wrong layout from rounding. It goes by segments, which need no
+    compiler; a kernel for whole rows is tried in the precision of training, and has its own test
+    (backends.py).
+    """
+    kind = next(model.parameters()).device.type
+    if not torch.is_autocast_enabled(kind):
+        with by_segments() if kind == "cuda" and _has_full_precision(model) else nullcontext():
+            return _probe(model, scorer, layout)
+    if _has_full_precision(model):
+        with torch.autocast(kind, enabled=False), by_segments():
+            problem = _probe(model, scorer, layout)
+        if problem is not None:
+            return problem
+    return _probe(model, scorer, layout)
+
+
+def _has_full_precision(model: nn.Module) -> bool:
+    return all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
+
+
+def _is_precise(model: nn.Module, device: torch.device) -> bool:
+    """Whether rounding is that of float32: no half precision, no TF32."""
+    if torch.is_autocast_enabled(device.type) or not _has_full_precision(model):
+        return False
+    try:
+        return device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through torch's newer switches, which the old question refuses to mix with
+        return False
+
+
+def _probe(model: nn.Module, scorer: _Scorer, layout: LayoutName) -> str | None:
+    """Compare a layout with the plain model on two pairs, loss and gradient; return what differs, or None."""
+    pairs = _probe_pairs(scorer.model)
+    weights = _probe_weights(model, scorer.model)
+    device = next(model.parameters()).device
+    training, objective = model.training, scorer.objective
+    model.eval()
+    scorer.objective, scorer.router_loss = PROBE_OBJECTIVE, False
+    try:
+        with torch.enable_grad():
+            ours = model(batch=pack(pairs, PROBE_OBJECTIVE, layout=layout).to(device)).loss
+            ours_grads = torch.autograd.grad(ours, weights, materialize_grads=True) if weights else ()
+            plain = _plain_loss(model, pairs, device)
+            plain_grads = torch.autograd.grad(plain, weights, materialize_grads=True) if weights else ()
+    except _NotOnTheInterfaceError as error:
+        return str(error)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    finally:
+        model.train(training)
+        scorer.objective, scorer.router_loss = objective, True
+    loss_limit, grad_limit = (2e-5, 1e-3) if _is_precise(model, device) else (2e-2, 0.2)
+    difference = abs(ours.item() - plain.item()) / max(abs(plain.item()), 1e-12)
+    if not difference <= loss_limit:
+        return f"loss {ours.item():.6f} instead of {plain.item():.6f}"
+    floor = 1e-2 * max(
+        (grad.norm().item() for grad in plain_grads), default=0.0
+    )  # a bias of keys has no gradient but rounding
+    for mine, theirs in zip(ours_grads, plain_grads, strict=True):
+        difference = (mine - theirs).float().norm().item() / max(theirs.float().norm().item(), floor, 1e-12)
+        if not difference <= grad_limit:
+            return f"a gradient differs by {difference:.1e} of its norm"
+    return None
+
+
+def _probe_pairs(model: PreTrainedModel) -> list[TokenizedPair]:
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(1, config.vocab_size, (length,), generator=generator).tolist()
+
+    prompt = 9 + (window if window <= MAX_PROBE_WINDOW else 0)
+    return [TokenizedPair(ids(prompt), ids(7), ids(5)), TokenizedPair(ids(3), ids(4), ids(6))]
+
+
+def _probe_weights(model: nn.Module, inner: PreTrainedModel) -> list[nn.Parameter]:
+    """A few trained weights near the input, whose gradients have passed everything above, and the head's."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    inside = [
+        weight for name, weight in trained if "embed" not in name and "wte" not in name and "wpe" not in name
+    ]
+    head = [weight for weight in inner.get_output_embeddings().parameters() if weight.requires_grad]
+    return (inside or [weight for _, weight in trained])[:4] + head
+
+
+def _plain_loss(model: nn.Module, pairs: list[TokenizedPair], device: torch.device) -> Tensor:
+    """`PROBE_OBJECTIVE` by the plain model, one response at a time."""
+    nll, means = [], []
+    for pair in pairs:
+        for side in (pair.chosen, pair.rejected):
+            ids = torch.tensor([[*pair.prompt, *side]], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            logprob_T = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            means.append(logprob_T[len(pair.prompt) - 1 :].mean())
+            if side is pair.chosen:
+                nll.append(-logprob_T)
+    chosen_P, rejected_P = torch.stack(means[::2]), torch.stack(means[1::2])
+    odds = odds_ratio_loss(log_odds(chosen_P) - log_odds(rejected_P)).mean()
+    return torch.cat(nll).mean() + PROBE_OBJECTIVE.beta * odds

@@ -1,0 +1,1 @@
+"""What comes of a run: evaluation, answers, the report page."""

@@ -1,0 +1,1 @@
+"""What a user may set: the settings, recipes that set them, and names from elsewhere."""

@@ -1,0 +1,268 @@
+"""A recipe: YAML file and command line -> checked settings, without importing torch or transformers.
+
+The command line beats the file; every value is converted to the type of its key (schema.py), names other
+tools use are understood (renamed.py), and an unknown key stops with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, get_origin
+
+import yaml
+
+from orpo.errors import ConfigError
+from orpo.settings.renamed import NO_EFFECT, current_entries
+from orpo.settings.schema import (
+    YamlLoader,
+    accepts_mapping,
+    convert,
+    describe,
+    is_boolean_word,
+    known_settings,
+    members,
+    only_boolean,
+    parse_yaml,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The explicit settings of a run.
+
+    Attributes:
+        settings: Flat key -> converted value, only what the file or the command line says.
+        notices: One line for each key that was renamed or has no effect.
+        name: Of the file, without its ending; None without a file.
+        environment: Variables of TRL's `env:` section, to be set before anything heavy is imported.
+    """
+
+    settings: dict[str, Any]
+    notices: tuple[str, ...] = ()
+    name: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+_TYPED = "command line"
+
+
+class Entry(NamedTuple):
+    """A key and its value as written, and where: `recipe.yaml:12` or `command line`."""
+
+    key: str
+    value: Any
+    where: str
+
+
+def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and put the command line's settings over it.
+
+    Args:
+        path: A YAML mapping of flat keys; None where `overrides` names it, or for a run without a file.
+        overrides: Arguments as typed: `recipe.yaml`, `--learning_rate 1e-5`, `--learning-rate=1e-5`,
+            `learning_rate=1e-5`, `--bf16`, `--no_bf16`, `--report_to tensorboard wandb`,
+            `--lr_scheduler_kwargs.num_cycles 2`.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or a value cannot be used; every such key is named.
+    """
+    files, typed = _read_arguments(overrides)
+    files = ([str(path)] if path is not None else []) + files
+    if len(files) > 1:
+        raise ConfigError(f"command line: {files[1]!r} is not a setting; write --key value, and one recipe")
+    settings: dict[str, Any] = {}
+    notices: list[str] = []
+    problems: list[str] = []
+    environment: dict[str, str] = {}
+    for source in (_read_recipe(Path(files[0])) if files else [], typed):
+        for entry in source:
+            if entry.key == "env" and isinstance(entry.value, dict):
+                environment |= {str(name): str(value) for name, value in entry.value.items()}
+                continue
+            try:
+                notice = _apply(entry, settings, {other.key for other in source})
+            except ValueError as error:
+                problems.append(f"{entry.where}: {error}")
+            else:
+                notices += [f"{entry.key} ({entry.where}): {notice}"] if notice else []
+    if problems:
+        raise ConfigError("; ".join(problems))
+    notices += _idle(settings)
+    return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
+
+
+def _idle(settings: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that waits for another one to be turned on."""
+    switches = {"hub_": ("push_to_hub",), "lora_": ("use_peft", "adapter_name_or_path")}
+    known = known_settings()
+    return [
+        f"{key}: no effect without {names[0]}: true"
+        for prefix, names in switches.items()
+        for key, value in settings.items()
+        if key.startswith(prefix)
+        and value != known[key].default
+        and not any(settings.get(name) for name in names)
+    ]
+
+
+def _apply(entry: Entry, settings: dict[str, Any], named: set[str]) -> str:
+    """Store an entry under today's names; a name in `named`, the keys of its source, beats its old name.
+
+    Returns:
+        What to tell the user about the key, or nothing.
+
+    Raises:
+        ValueError: The key is unknown, or its value cannot be used.
+    """
+    current, notice = current_entries(entry.key, entry.value)
+    for key, value in current.items():
+        if key != entry.key and key in named:
+            notice += f"; ignored, since {key} is set too"
+        else:
+            _set(settings, key, value, typed=entry.where == _TYPED)
+    return notice
+
+
+def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None:
+    """Convert and store one value; `name.inner` stores into the mapping `name`.
+
+    Raises:
+        ValueError: The key is unknown, or its value cannot be converted.
+    """
+    name, _, inner = key.partition(".")
+    known = known_settings().get(name)
+    if known is None or (inner and not accepts_mapping(known.kind)):
+        raise ValueError(f"unknown setting {key!r}{_nearest(key)}")
+    if inner:
+        previous = settings.get(name)
+        parsed = parse_yaml(value) if isinstance(value, str) else value
+        settings[name] = (previous if isinstance(previous, dict) else {}) | {inner: parsed}
+        return
+    try:
+        settings[name] = convert(value, known.kind, split_commas=typed)
+    except ValueError:
+        written = "nothing" if typed and value is True else _shown(value)
+        raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None
+
+
+def _nearest(key: str) -> str:
+    names = [*known_settings(), *NO_EFFECT]
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else "; `orpo config --help` says how to list them all"
+
+
+def _shown(value: Any) -> str:
+    hint = (
+        " (YAML reads a bare yes, no, on or off as true or false: quote it)"
+        if isinstance(value, bool)
+        else ""
+    )
+    return (json.dumps(value) if isinstance(value, (bool, str)) else repr(value)) + hint
+
+
+def _read_recipe(path: Path) -> list[Entry]:
+    """The entries of a recipe file; a run directory stands for its recipe, and is its `output_dir`."""
+    if not path.is_dir():
+        return _read_yaml(path)
+    entries = [entry for entry in _read_yaml(path / "recipe.yaml") if entry.key != "output_dir"]
+    return [*entries, Entry("output_dir", str(path), str(path))]
+
+
+def _read_yaml(path: Path) -> list[Entry]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file (a setting is written --key value or key=value)"
+        raise ConfigError(f"{path}: cannot read the recipe: {reason}") from None
+    loader = YamlLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(
+                f"{path}: a recipe is a mapping of settings (`learning_rate: 5e-6`), one on each line"
+            )
+        entries = []
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node, deep=True))
+            value = loader.construct_object(value_node, deep=True)
+            entries.append(Entry(key, value, f"{path.name}:{key_node.start_mark.line + 1}"))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+    seen: dict[str, str] = {}
+    for entry in entries:
+        if entry.key in seen:
+            raise ConfigError(f"{entry.where}: {entry.key!r} is set twice; first at {seen[entry.key]}")
+        seen[entry.key] = entry.where
+    return entries
+
+
+def dump_yaml(settings: Mapping[str, Any]) -> str:
+    """The settings as YAML in the order given, one key on each line."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read_arguments(words: Sequence[str]) -> tuple[list[str], list[Entry]]:
+    """Arguments as typed -> recipe files, and entries whose values are still text, or lists of texts.
+
+    A word ending in `.yaml` or `.yml` is a recipe wherever it stands; so is a word that is no option's value.
+    """
+    files: list[str] = []
+    entries: list[Entry] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") and not _is_assignment(word):
+            files.append(word)
+            continue
+        name, equals, text = word.partition("=")
+        head, dot, inner = name.removeprefix("--").partition(".")
+        key = head.replace("-", "_") + dot + inner
+        values = [text] if equals else _take_values(key, rest)
+        if key == "config":
+            files += values
+        elif not values and (positive := _negated(key)):
+            entries.append(Entry(positive, False, _TYPED))
+        else:
+            value: Any = values[0] if len(values) == 1 else values or True
+            entries.append(Entry(key, value, _TYPED))
+    return files, entries
+
+
+def _is_assignment(word: str) -> bool:
+    return re.match(r"^[A-Za-z_][\w.\-]*=", word) is not None
+
+
+def _negated(key: str) -> str | None:
+    """`no_bf16` -> `bf16`, where that is a setting that may be true or false."""
+    name = key.removeprefix("no_")
+    positive = known_settings().get(name)
+    is_boolean = name in NO_EFFECT or (positive is not None and bool in members(positive.kind))
+    return name if is_boolean and name != key and key not in known_settings() else None
+
+
+def _take_values(key: str, rest: list[str]) -> list[str]:
+    """Remove and return the words that belong to `--key`: several for a list, none for a lone boolean."""
+    known = known_settings().get(key.partition(".")[0])
+    several = known is not None and any(get_origin(member) is list for member in members(known.kind))
+    lone = _negated(key) is not None or (known is not None and only_boolean(known.kind))
+    values: list[str] = []
+    while rest and not rest[0].startswith("--") and (several or not values):
+        is_recipe = rest[0].endswith((".yaml", ".yml")) and key != "config"
+        if is_recipe or (lone and not is_boolean_word(rest[0])) or (values and _is_assignment(rest[0])):
+            break
+        values.append(rest.pop(0))
+    return values

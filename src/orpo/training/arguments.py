@@ -1,0 +1,218 @@
+"""`ORPOConfig`: our settings joined with `transformers.TrainingArguments`, and the defaults that differ.
+
+A recipe and a Python script set the same flat keys. A default that depends on the hardware or on other
+settings is written as None and filled in here, so that "not set" can be told from "set to the default".
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from orpo.engine.loading import supports_bf16
+from orpo.settings.config import Objective, OrpoSettings, check_settings, resolve_objective
+from orpo.settings.renamed import NO_EFFECT
+
+SHARE_OF_RUN = 0.1
+"""Default distance between checkpoints, and between evaluations, as a share of the run's steps."""
+
+
+@dataclass
+class ORPOConfig(OrpoSettings, TrainingArguments):
+    """Arguments of `ORPOTrainer`; every keyword of TRL's class of the same name is accepted.
+
+    Attributes:
+        notices: Lines about what was resolved or has no effect, for the trainer to print.
+    """
+
+    # Defaults that differ from those of TrainingArguments; the reasons are in docs/settings.md.
+    learning_rate: float = field(
+        default=5e-6, metadata={"help": "Peak learning rate; 1e-6, TRL's default, hardly moves a base model."}
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bfloat16 autocast. Unset: where the accelerator computes in it."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step by itself."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave off: it prints a loss of 0 where the loss is not a number."}
+    )
+    eval_strategy: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "no, steps or epoch. Unset: as often as checkpoints, where there is data for it."},
+    )
+    eval_on_start: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Evaluate before the first step. Unset: where evaluation is on."}
+    )
+    save_steps: float = field(
+        default=SHARE_OF_RUN, metadata={"help": "Steps between checkpoints; below 1: share of the run."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept: the best and the last ones."}
+    )
+    load_best_model_at_end: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "End with the best checkpoint. Unset: where each checkpoint is evaluated."},
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Resume the patience of early stopping too."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": NO_EFFECT["remove_unused_columns"]})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter takes part in every row."}
+    )
+    # Keywords of TRL's configuration that do nothing here.
+    max_prompt_length: int | None = field(default=None, metadata={"help": NO_EFFECT["max_prompt_length"]})
+    truncation_mode: str | None = field(default=None, metadata={"help": NO_EFFECT["truncation_mode"]})
+    padding_value: int | None = field(default=None, metadata={"help": NO_EFFECT["padding_value"]})
+    label_pad_token_id: int | None = field(default=None, metadata={"help": NO_EFFECT["label_pad_token_id"]})
+    is_encoder_decoder: bool | None = field(
+        default=None, metadata={"help": "Encoder-decoder models are refused."}
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        objective, notices = resolve_objective(self)
+        for key, value in dataclasses.asdict(objective).items():
+            setattr(self, key, value)
+        self.notices = notices + [
+            f"{key} has no effect: {NO_EFFECT[key]}"
+            for key in _NO_EFFECT_KEYS
+            if getattr(self, key) is not None
+        ]
+        if self.generate_during_eval and self.num_samples == 0:
+            self.num_samples = 4
+        if not self.use_cpu and not torch.accelerator.is_available():
+            self.use_cpu = True  # else torchrun would start independent runs, each with the whole data
+        if self.bf16 is None:
+            self.bf16 = supports_bf16() and not self.fp16 and not self.use_cpu
+        self.evaluation_is_open = self.eval_strategy is None
+        self._settle_evaluation()
+        check_settings(self)
+        super().__post_init__()
+
+    @property
+    def objective_settings(self) -> Objective:
+        """What is minimised."""
+        return resolve_objective(self)[0]
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs that one optimizer step sees, over all ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * int(self.world_size)
+
+    def evaluate_by_default(self) -> None:
+        """Turn evaluation on where the user left it open and there turns out to be data for it."""
+        if not self.evaluation_is_open or self.eval_strategy != IntervalStrategy.NO:
+            return
+        self.eval_strategy = None
+        self.eval_on_start = self.eval_on_start or None
+        self.load_best_model_at_end = self.load_best_model_at_end or None
+        self._settle_evaluation(has_data=True)
+        self.eval_strategy = IntervalStrategy(self.eval_strategy)
+        self.do_eval = True
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = "loss", False
+
+    def _settle_evaluation(self, has_data: bool | None = None) -> None:
+        """Fill in what depends on whether, and how often, there is evaluation."""
+        if self.eval_strategy is None:
+            named = (
+                self.eval_dataset_name or self.dataset_test_split or (self.dataset_name and self.eval_split)
+            )
+            if not (named if has_data is None else has_data):
+                self.eval_strategy = "no"
+            else:
+                saving = SaveStrategy(self.save_strategy)
+                self.eval_strategy = "epoch" if saving == SaveStrategy.EPOCH else "steps"
+                self.eval_steps = self.eval_steps or self.save_steps
+        evaluating = IntervalStrategy(self.eval_strategy)
+        if self.eval_on_start is None:
+            self.eval_on_start = evaluating != IntervalStrategy.NO
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self._evaluates_checkpoints()
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+
+    def _evaluates_checkpoints(self) -> bool:
+        """Whether every checkpoint is written right after an evaluation."""
+        evaluating, saving = IntervalStrategy(self.eval_strategy), SaveStrategy(self.save_strategy)
+        if evaluating == IntervalStrategy.NO:
+            return False
+        if saving == SaveStrategy.BEST:
+            return True
+        if evaluating.value != saving.value:
+            return False
+        if evaluating == IntervalStrategy.EPOCH:
+            return True
+        every = self.eval_steps or self.logging_steps
+        same_unit = (self.save_steps < 1) == (every < 1)
+        ratio = self.save_steps / every
+        return same_unit and ratio >= 1 and ratio == int(ratio)
+
+    def plain_settings(self) -> dict[str, Any]:
+        """Every setting as a value that YAML and JSON can hold; tokens and plug-in objects left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {
+            name: plain
+            for name, value in values.items()
+            if not name.endswith("_token") and (plain := _plain(value)) is not _OBJECT
+        }
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings for recipe.yaml: ours, the usual ones, and all that are not at their default."""
+        values = self.plain_settings()
+        defaults = ORPOConfig(output_dir=self.output_dir).plain_settings()
+        ours = [f.name for f in dataclasses.fields(OrpoSettings) if f.name not in ("dry_run", "force")]
+        changed = [name for name in values if values[name] != defaults[name] and name not in _DERIVED]
+        names = dict.fromkeys([*ours, "output_dir", *_USUAL, *changed])
+        return {name: values[name] for name in names if values[name] is not None}
+
+
+_USUAL = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay",
+    "max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16",
+)  # fmt: skip
+_DERIVED = ("do_eval", "activation_checkpointing", "activation_checkpointing_kwargs", "dataloader_pin_memory")
+_NO_EFFECT_KEYS = ("max_prompt_length", "truncation_mode", "padding_value", "label_pad_token_id")
+_OBJECT = object()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else _OBJECT
+
+
+def _help_only(described: dataclasses.Field[Any]) -> dataclasses.Field[Any]:
+    """The field without the ranges in its metadata, which HfArgumentParser hands on to argparse."""
+    plain = copy.copy(described)
+    plain.metadata = {
+        key: described.metadata[key] for key in ("help", "aliases") if key in described.metadata
+    }  # type: ignore[assignment]
+    return plain
+
+
+# HfArgumentParser takes the second type of a union, which must not be a generic one.
+ORPOConfig.__annotations__ |= {
+    "dataset_name": "list[str] | str | dict[str, float] | None",
+    "eval_dataset_name": "list[str] | str | None",
+}
+ORPOConfig.__dataclass_fields__ = {
+    name: _help_only(described) for name, described in ORPOConfig.__dataclass_fields__.items()
+}

@@ -1,0 +1,272 @@
+"""One item of a data loader = one optimizer step: the rows of this rank, and what the whole step is divided
+by.
+
+Every rank plans the same steps from the same pairs (planning.py) and packs its own rows, so a loader is rank-
+aware by itself, needs no communication, and must not be sharded again. Evaluation uses the same items, in the
+order of the data.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from orpo.data.tokenize import TokenizedPair
+from orpo.engine.head import Denominators
+from orpo.engine.packing import PackedBatch, pack
+from orpo.engine.planning import plan_epoch, plan_step
+from orpo.errors import DataError
+from orpo.settings.config import LayoutName, Objective
+
+EVALUATION_BLOCK = 512
+"""Pairs per rank that are spread over rows together when evaluating; only the speed depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """How pairs become the rows of one rank.
+
+    Attributes:
+        objective: What is minimised.
+        layout: Layout of the rows.
+        tokens_per_row: Most tokens in a row; a longer pair has a row to itself.
+        rank: This process, in [0, num_ranks).
+        num_ranks: Processes that share a step.
+        score_rejected: Whether rejected sides are run; None: where the objective has an odds term.
+    """
+
+    objective: Objective
+    layout: LayoutName
+    tokens_per_row: int
+    rank: int = 0
+    num_ranks: int = 1
+    score_rejected: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one rank does in one optimizer step.
+
+    Attributes:
+        rows: The rows of this rank; every rank has the same number.
+        pairs: The pairs of each row.
+        denominators: Counts over the rows of all ranks.
+    """
+
+    rows: tuple[PackedBatch, ...]
+    pairs: tuple[tuple[TokenizedPair, ...], ...]
+    denominators: Denominators
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens this rank reads."""
+        return sum(row.num_tokens for row in self.rows if not row.empty)
+
+    def pin_memory(self) -> "Step":
+        """Return the step in page-locked memory; the DataLoader calls this."""
+        return Step(tuple(row.pin_memory() for row in self.rows), self.pairs, self.denominators)
+
+
+def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: RowSettings) -> Step:
+    """Spread the pairs of one step over ranks and rows, and pack the rows of this rank.
+
+    Args:
+        pairs: All pairs of the step, of every rank; at least one.
+        index: Their rows in the data set.
+        settings: How they become rows.
+    """
+    runs_rejected = (
+        settings.objective.beta > 0 if settings.score_rejected is None else settings.score_rejected
+    )
+    lengths = np.array([(len(p.prompt), len(p.chosen), runs_rejected * len(p.rejected)) for p in pairs])
+    plan = plan_step(
+        range(len(pairs)),
+        lengths,
+        num_ranks=settings.num_ranks,
+        tokens_per_row=settings.tokens_per_row,
+        layout=settings.layout,
+    )
+    rows, rows_pairs = [], []
+    for row in plan[settings.rank]:
+        row_pairs = tuple(pairs[i] for i in row.pairs)
+        rows.append(
+            pack(
+                row_pairs,
+                settings.objective,
+                layout=settings.layout,
+                index=[index[i] for i in row.pairs],
+                empty=row.empty,
+                score_rejected=settings.score_rejected,
+            )
+        )
+        rows_pairs.append(row_pairs)
+    return Step(tuple(rows), tuple(rows_pairs), step_denominators(pairs, settings.objective))
+
+
+def split_rows(step: Step, settings: RowSettings) -> Step | None:
+    """The same step with the pairs of each row in two rows; None where every row is a single pair."""
+    if all(len(pairs) == 1 for pairs in step.pairs):
+        return None
+    rows, rows_pairs = [], []
+    for row, pairs in zip(step.rows, step.pairs, strict=True):
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            if pairs[half]:
+                rows_pairs.append(pairs[half])
+                rows.append(
+                    pack(
+                        pairs[half],
+                        settings.objective,
+                        layout=settings.layout,
+                        index=row.index[half],
+                        empty=row.empty,
+                        score_rejected=settings.score_rejected,
+                    )
+                )
+    return Step(tuple(rows), tuple(rows_pairs), step.denominators)
+
+
+def step_denominators(pairs: Iterable[TokenizedPair], objective: Objective) -> Denominators:
+    """What the sums of a step with these pairs are divided by; at least 1, so that an absent term is 0."""
+    nll, preferences = 0, 0
+    for pair in pairs:
+        nll += 1 if objective.nll_reduction == "pair" else num_nll_tokens(pair, objective)
+        preferences += len(pair.rejected) > 0
+    return Denominators(nll=float(max(nll, 1)), pairs=float(max(preferences, 1)))
+
+
+def num_nll_tokens(pair: TokenizedPair, objective: Objective) -> int:
+    """Tokens of a pair that the NLL is over, as `pack` scores them."""
+    response = len(pair.chosen) - pair.chosen_context
+    if objective.nll_on == "response" or objective.nll_weight == 0:
+        return response
+    if objective.nll_on == "full":
+        return len(pair.prompt) + len(pair.chosen) - 1  # nothing predicts the first token
+    return response + sum(stop - max(start, 1) for start, stop in pair.assistant_spans)
+
+
+class StepDataset(Dataset[Step]):
+    """The steps of one epoch, over pairs that can be indexed."""
+
+    def __init__(
+        self,
+        pairs: Sequence[TokenizedPair],
+        settings: RowSettings,
+        *,
+        pairs_per_step: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self.pairs = pairs
+        self.settings = settings
+        self._plan = functools.partial(
+            plan_epoch, len(pairs), pairs_per_step, seed=seed, shuffle=shuffle, drop_last=drop_last
+        )
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of `epoch`."""
+        self._steps = self._plan(epoch=epoch)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, step: int) -> Step:
+        index = self._steps[step].tolist()
+        return build_step([self.pairs[i] for i in index], index, self.settings)
+
+
+class StepStream(IterableDataset[Step]):
+    """Steps over pairs that come one after the other; begins anew where the stream ends, so it has no end.
+
+    Args:
+        stream: Called for each pass over the data.
+        settings: How pairs become rows.
+        pairs_per_step: Pairs of a step, over all ranks.
+        seed: Of the order.
+        shuffle_buffer: Pairs held back to draw the next one from; 1 keeps the order.
+    """
+
+    def __init__(
+        self,
+        stream: Callable[[], Iterable[TokenizedPair]],
+        settings: RowSettings,
+        *,
+        pairs_per_step: int,
+        seed: int = 0,
+        shuffle_buffer: int = 10_000,
+    ) -> None:
+        self.stream = stream
+        self.settings = settings
+        self.pairs_per_step = pairs_per_step
+        self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+
+    def __iter__(self) -> Iterator[Step]:
+        pairs = enumerate(self._pairs())
+        while True:
+            index, step = zip(*itertools.islice(pairs, self.pairs_per_step), strict=True)
+            yield build_step(step, index, self.settings)
+
+    def _pairs(self) -> Iterator[TokenizedPair]:
+        for epoch in itertools.count():
+            pair = None
+            for pair in shuffled(
+                self.stream(), self.shuffle_buffer, np.random.default_rng((self.seed, epoch))
+            ):
+                yield pair
+            if pair is None:
+                raise DataError("the stream has no row that can train")
+
+
+def shuffled(
+    pairs: Iterable[TokenizedPair], buffer_size: int, generator: np.random.Generator
+) -> Iterator[TokenizedPair]:
+    """Yield each pair once, in an order drawn from a buffer of the next `buffer_size` ones."""
+    buffer: list[TokenizedPair] = []
+    for pair in pairs:
+        buffer.append(pair)
+        if len(buffer) >= buffer_size:
+            yield _draw(buffer, generator)
+    while buffer:
+        yield _draw(buffer, generator)
+
+
+def _draw(buffer: list[TokenizedPair], generator: np.random.Generator) -> TokenizedPair:
+    drawn = int(generator.integers(len(buffer)))
+    buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+    return buffer.pop()
+
+
+def step_loader(
+    steps: StepDataset | StepStream, *, num_workers: int = 0, pin_memory: bool = False, **options: Any
+) -> DataLoader[dict[str, Step]]:
+    """A loader whose items are `{"step": Step}`: the Trainer wants mappings at its boundary.
+
+    The loader has a generator of its own. Otherwise each pass over it, an evaluation's too, would draw from
+    the global one and change the training's randomness.
+    """
+    if isinstance(steps, StepStream):
+        num_workers = min(num_workers, 1)  # several workers would each read all of the stream
+    if num_workers == 0:
+        options = {}
+    dataset: Any = steps
+    return DataLoader(
+        dataset,
+        # A batch of one, not none: the Trainer can skip the items of a batch sampler when it resumes.
+        batch_size=None if isinstance(steps, StepStream) else 1,
+        collate_fn=_as_mapping,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def _as_mapping(item: Step | list[Step]) -> dict[str, Step]:
+    return {"step": item[0] if isinstance(item, list) else item}

@@ -1,0 +1,786 @@
+"""`ORPOTrainer`: transformers.Trainer, taught what an ORPO step is.
+
+A loader item is a whole optimizer step (steps.py): `training_step` runs its rows one after the other and lets
+ranks exchange gradients in the last one. What the Trainer calls gradient accumulation therefore stays 1, and
+its step counts, schedules and epochs are those of optimizer steps. Everything else that is overridden is to
+measure over examples, to keep a run resumable, and to stop before a loss that is not a number moves a weight.
+"""
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate.utils import DistributedType, broadcast_object_list  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
+
+from orpo.engine.head import Denominators
+from orpo.engine.loading import add_adapter, load_model, load_tokenizer
+from orpo.engine.model import ORPOOutput, Preparation, base_model, prepare_model
+from orpo.engine.packing import PackedBatch
+from orpo.errors import ConfigError, DataError, ModelError, RunError
+from orpo.settings.config import LayoutName, Objective
+from orpo.training.arguments import ORPOConfig
+from orpo.training.checkpoints import (
+    StopSignal,
+    checkpoint_problem,
+    first_line,
+    last_checkpoint,
+    read_state,
+    remove_unfinished,
+    write_state,
+    written_whole,
+)
+from orpo.training.metrics import MetricWindow, PairScores, evaluation_metrics, trl_names
+from orpo.training.progress import Progress, Stopwatch
+from orpo.training.resuming import refuse_changes, run_identity
+from orpo.training.run_files import RunFiles, write_model_card
+from orpo.training.samples import SampleWriter
+from orpo.training.steps import (
+    EVALUATION_BLOCK,
+    RowSettings,
+    Step,
+    StepDataset,
+    StepStream,
+    split_rows,
+    step_loader,
+)
+from orpo.training.training_data import DataReader, TokenizedStream
+
+__all__ = ["ORPOConfig", "ORPOTrainer"]
+
+
+class ORPOTrainer(Trainer):
+    """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
+
+    Attributes:
+        objective: What is minimised.
+        pairs_per_step: Pairs of one optimizer step, over all ranks.
+        stopped_by: Name of the signal that ended `train` early, or None.
+    """
+
+    args: ORPOConfig
+    model: Any
+    optimizer: Any
+    deepspeed: Any
+    train_dataset: Any
+    eval_dataset: Any
+    objective: Objective
+    _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
+
+    def __init__(  # noqa: PLR0913 - TRL's signature
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+    ) -> None:
+        """Load what is given by name, tokenize the data, and check that they fit.
+
+        Args:
+            model: A model, a PEFT model to go on with, or a name; None with `model_init`, or to take the name
+                in `args`.
+            args: Settings; the defaults, if there are none.
+            data_collator: Accepted and not used: rows are packed.
+            train_dataset: `Dataset`, `IterableDataset` (needs `max_steps`), list of rows, file or hub name,
+                or tokenized pairs; None: what `args` names.
+            eval_dataset: The same, or a dict of them; None: what `args` names, or held-out prompts, or
+                nothing.
+            processing_class: Tokenizer; by default the model's.
+            model_init: Makes the model, anew in each `train`.
+            callbacks: Further callbacks.
+            optimizers: Optimizer and schedule instead of the settings'.
+            preprocess_logits_for_metrics: Accepted and not used: there are no logits.
+            peft_config: Train this adapter instead of the weights.
+            compute_metrics: Gets `predictions`, the mean log-probabilities [n, 2] of (chosen, rejected), and
+                `label_ids`, n zeros: the column that is preferred.
+
+        Raises:
+            OrpoError: Settings, model or data cannot be trained with.
+        """
+        args = _own_arguments(args)
+        set_seed(args.seed)  # an adapter's weights are drawn before Trainer sets the seed
+        loaded: Any = _resolve_model(model, args, model_init, peft_config)
+        tokenizer = _resolve_tokenizer(processing_class, args)
+        self._reader = DataReader(args, _text_tokenizer(tokenizer), args.seed)
+        with args.main_process_first(desc="tokenizing the data"):
+            data = self._reader.training(train_dataset, eval_dataset, evaluates=args.eval_strategy != "no")
+        if data.train is None and not data.evals:
+            raise DataError("there is no train_dataset, and `args` names none")
+        _settle_evaluation(args, data.evals)
+        _keep_template(self._reader, tokenizer, loaded)
+        self.objective = args.objective_settings
+        self.pairs_per_step = args.pairs_per_step
+        self._recipe = args.recipe()
+        self._identity = run_identity(args, data.train)
+        args.gradient_accumulation_steps = 1  # a loader item is a whole step already
+        self.stop_signal = StopSignal()
+        self.stopped_by: str | None = None
+        self._prepared: tuple[nn.Module, Preparation] | None = None
+        self._tokens_per_row = 0
+        super().__init__(
+            model=loaded,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.evals if set(data.evals) - {""} else data.evals.get(""),
+            processing_class=tokenizer,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.window = MetricWindow(self.objective, self.args.device)
+        self.stopwatch = Stopwatch()
+        self._add_callbacks(data.report)
+        unwrapped = base_model(self.model)
+        unwrapped.add_model_tags(list(self._tag_names))
+        for line in [
+            *args.notices,
+            *data.notices,
+            *_unused(
+                data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics
+            ),
+        ]:
+            self._say(line)
+
+    # ------------------------------------------------------------------------------------ setting up
+
+    def _add_callbacks(self, data_report: dict[str, Any]) -> None:
+        for printer in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printer)
+        self.add_callback(_EpochOrder())
+        self.add_callback(_StopBetweenSteps(self))
+        self.add_callback(RunFiles(self._recipe, data_report))
+        self.add_callback(Progress(bar=not self.args.disable_tqdm))
+        if self.args.num_samples > 0 and self.eval_dataset is not None:
+            self.add_callback(SampleWriter(self))
+        if self.args.early_stopping_patience is not None:
+            if self.args.eval_strategy == IntervalStrategy.NO:
+                raise ConfigError(
+                    "early_stopping_patience: there is no evaluation; set eval_strategy and give data"
+                )
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+
+    def _say(self, line: str) -> None:
+        if self.is_world_process_zero():
+            print(line, flush=True)
+
+    def _preparation(self) -> Preparation:
+        """Prepare the model for rows, once it is on its device and before it is wrapped."""
+        inner = base_model(self.model)
+        if self._prepared is None or self._prepared[0] is not inner:
+            # The first rank finds out which layout is exact and how long rows may be; all must plan alike.
+            found: list[Any] = [None, None]
+            if self.is_world_process_zero():
+                budget = self.args.tokens_per_row or default_tokens_per_row(self.model, self.args.device)
+                found = [self._prepare(self.args.layout, probe=True), budget]
+            if self.args.world_size > 1:
+                broadcast_object_list(found)
+            preparation, self._tokens_per_row = found
+            if not self.is_world_process_zero():
+                self._prepare(preparation.layout, probe=False)
+            for line in preparation.notices:
+                self._say(line)
+            if self.args.device.type == "cuda":
+                self._say(f"attention: {preparation.attention}")
+            self._prepared = (inner, preparation)
+        return self._prepared[1]
+
+    def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
+        memory = self.args.logits_memory_mib
+        with self.accelerator.autocast():  # so that the probe meets the precision and the kernels of training
+            return prepare_model(
+                self.model, self.objective, layout=layout, logits_memory_mib=memory, probe=probe
+            )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make the model that `model_init` gives, with the same checks as one that is passed."""
+        model: nn.Module = super().call_model_init(trial)
+        _check_model(model, self.args)
+        return model
+
+    # ------------------------------------------------------------------------------------ data
+
+    def _row_settings(self, *, evaluating: bool) -> RowSettings:
+        layout = self._preparation().layout
+        return RowSettings(
+            objective=self.objective,
+            layout=layout,
+            tokens_per_row=self._tokens_per_row,
+            rank=self.args.process_index // self.get_tp_size(),
+            num_ranks=self._num_ranks,
+            score_rejected=True if evaluating else None,
+        )
+
+    @property
+    def _num_ranks(self) -> int:
+        """Processes that see different pairs."""
+        return max(1, int(self.args.world_size) // int(self.get_tp_size()))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """A loader of optimizer steps, not passed through `accelerator.prepare`: it is rank-aware already."""
+        if self.train_dataset is None:
+            raise DataError("there is no train_dataset to train on")
+        settings = self._row_settings(evaluating=False)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        steps: StepDataset | StepStream
+        if isinstance(self.train_dataset, TokenizedStream):
+            steps = StepStream(
+                self.train_dataset.open,
+                settings,
+                pairs_per_step=self.pairs_per_step,
+                seed=seed,
+                shuffle_buffer=self.args.shuffle_buffer,
+            )
+        else:
+            steps = StepDataset(
+                self.train_dataset,
+                settings,
+                pairs_per_step=self.pairs_per_step,
+                seed=seed,
+                drop_last=self.args.dataloader_drop_last,
+            )
+        return step_loader(
+            steps,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """A loader of the evaluation pairs in their order; `eval_dataset` names one of ours, or is data."""
+        if (
+            isinstance(eval_dataset, str)
+            and isinstance(self.eval_dataset, dict)
+            and eval_dataset in self.eval_dataset
+        ):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        pairs: Any = (
+            self.eval_dataset if eval_dataset is None else self._reader.whole(eval_dataset, "eval", "train")
+        )
+        if pairs is None:
+            raise DataError("there is no eval_dataset to evaluate on")
+        settings = self._row_settings(evaluating=True)
+        return step_loader(
+            StepDataset(pairs, settings, pairs_per_step=EVALUATION_BLOCK * self._num_ranks, shuffle=False)
+        )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The same, for `predict`."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Pairs behind a loader, whose items are steps."""
+        steps = dataloader.dataset
+        return (
+            len(steps.pairs) if isinstance(steps, StepDataset) else self.args.max_steps * self.pairs_per_step
+        )
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Pairs of one optimizer step."""
+        return self.pairs_per_step
+
+    # ------------------------------------------------------------------------------------ a step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run the rows of one optimizer step, forward and backward.
+
+        Returns:
+            The step's loss as the Trainer expects it: its mean over the ranks is the loss.
+        """
+        step: Step = inputs["step"]
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        losses = self._run_rows(model, step)
+        loss = torch.stack(losses).sum()
+        self.window.add_step(loss, step.num_tokens, self._num_ranks)
+        return loss * self._num_ranks
+
+    def _run_rows(self, model: nn.Module, step: Step) -> list[Tensor]:
+        """Run all rows; where one does not fit into memory, begin again with every row split in two."""
+        self._last_step = step
+        window = self.window.copy()
+        try:
+            self._last_losses = []
+            for number, row in enumerate(step.rows):
+                with self._syncing(model, last=number == len(step.rows) - 1):
+                    self._last_losses.append(self._run_row(model, row, step.denominators))
+            return self._last_losses
+        except torch.OutOfMemoryError as error:
+            halves = (
+                None if self.args.world_size > 1 else split_rows(step, self._row_settings(evaluating=False))
+            )
+            if halves is None:
+                raise RunError(
+                    f"step {self.state.global_step + 1}: out of memory ({first_line(error)});"
+                    " lower tokens_per_row or max_length, or set gradient_checkpointing: true"
+                ) from error
+        # Gradients of the rows that did fit, or of half a backward, are dropped with everything else.
+        self.window = window
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        self._say(f"step {self.state.global_step + 1}: out of memory; again, with rows of half as many pairs")
+        return self._run_rows(model, halves)
+
+    def _run_row(self, model: nn.Module, row: PackedBatch, denominators: Denominators) -> Tensor:
+        """Forward and backward of one row; returns its share of the step's loss."""
+        with self.compute_loss_context_manager():
+            output = model(batch=row.to(self.args.device, non_blocking=True), denominators=denominators)
+        # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
+        scaled = output.loss * self._num_ranks
+        deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
+        self.accelerator.backward(scaled, **deepspeed)
+        if not row.empty:
+            self.window.add_row(_scores(output))
+        loss_share: Tensor = output.loss.detach()
+        return loss_share
+
+    @property
+    def _uses_deepspeed(self) -> bool:
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    @contextlib.contextmanager
+    def _syncing(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Let ranks exchange gradients in the last row of a step only."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        with contextlib.nullcontext() if last or self._uses_deepspeed else self.accelerator.no_sync(model):
+            yield
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm; stops where it or the loss is not finite, since the optimizer moves right after."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        finite = torch.isfinite(torch.stack(self._last_losses)).all()
+        skips_by_itself = self.accelerator.scaler is not None  # float16 begins with infinite gradients
+        if norm is not None and not skips_by_itself:
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+            finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
+        if not self._reduce(finite.float()).item() == self.args.world_size:
+            raise RunError(
+                f"step {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm"
+                f" {float(norm)}); no weight was changed. {self._guilty_rows()}. Look at these rows, or lower"
+                " learning_rate."
+            )
+        return norm
+
+    def _guilty_rows(self) -> str:
+        """Where the pairs in rows without a finite loss come from, of this rank; else all of its pairs."""
+        step = self._last_step
+        bad = [p for p, loss in zip(step.pairs, self._last_losses, strict=True) if not torch.isfinite(loss)]
+        sources = [pair.source for row in bad or step.pairs for pair in row]
+        more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
+        which = "Rows" if bad else "All rows"
+        return f"{which} of rank {self.args.process_index}: {', '.join(sources[:8])}{more}"
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        summed: Tensor = self.accelerator.reduce(tensor, "sum")
+        return summed
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put the window's numbers into a training line, and TRL's names for them."""
+        if "loss" in logs:
+            means = self.window.close(self._reduce)
+            means["tokens_per_second"] = means.pop("tokens") / self.stopwatch.restart()
+            logs |= means | trl_names(means, self.objective.beta)
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------ evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Score every pair once, and average over pairs."""
+        with self.stopwatch.paused():
+            scores = self._score(dataloader)
+        metrics = evaluation_metrics(scores, self.objective)
+        metrics |= trl_names(metrics, self.objective.beta)
+        chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
+        rejected = np.where(scores.has_rejected_P.numpy(), rejected, np.nan)
+        predictions, labels = np.stack([chosen, rejected], 1), np.zeros(len(chosen), dtype=np.int64)
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        metrics = {
+            name if name.startswith(f"{metric_key_prefix}_") else f"{metric_key_prefix}_{name}": value
+            for name, value in metrics.items()
+        }
+        return EvalLoopOutput(
+            predictions=predictions, label_ids=labels, metrics=metrics, num_samples=len(chosen)
+        )
+
+    @torch.no_grad()
+    def _score(self, dataloader: DataLoader[Any]) -> PairScores:
+        """Scores of all pairs of a loader, in the order of the data, alike on every rank."""
+        model = self._model_for_evaluation()
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        device = self.args.device
+        table = torch.zeros(5, self.num_examples(dataloader), dtype=self.window.dtype, device=device)
+        for item in dataloader:
+            for row in item["step"].rows:
+                with self.accelerator.autocast():
+                    output = model(
+                        batch=row.to(device, non_blocking=True), denominators=Denominators(1.0, 1.0)
+                    )
+                if not row.empty:
+                    table[:, list(row.index)] = torch.stack([column.to(table) for column in _columns(output)])
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
+        columns = list((self._reduce(table) / copies).cpu())
+        columns[4] = columns[4] > 0
+        return PairScores(*columns)
+
+    def _model_for_evaluation(self) -> Any:
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
+            raise RunError(
+                "a model is sharded together with its optimizer, so evaluate() has to come after train();"
+                " eval_on_start: true evaluates before the first step"
+            )
+        return self.model_wrapped if self.is_deepspeed_enabled else self.model
+
+    # ------------------------------------------------------------------------------------ never lose work
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the current step and return.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint of the run directory, or a folder.
+            trial: Of a hyperparameter search.
+            ignore_keys_for_eval: Not used.
+
+        Raises:
+            RunError: The checkpoint is damaged or of another recipe, the loss is not finite, the disk is
+                full.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if self.args.should_save:
+            remove_unfinished(str(self.args.output_dir))
+        self.stopped_by = None
+        set_seed(self.args.seed)  # nothing done before, an evaluation or another run, may change this one
+        settings: dict[str, Any] = {}
+        if checkpoint is not None:
+            self.window.restore(read_state(checkpoint).get("window"))
+            settings["eval_on_start"] = False
+        with self.stop_signal.caught(), _changed(self.args, **settings):
+            self.stopwatch.restart()
+            return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+
+    def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
+        if not resume:
+            return None
+        checkpoint = last_checkpoint(str(self.args.output_dir)) if resume is True else Path(resume)
+        if checkpoint is None:
+            raise RunError(f"{self.args.output_dir}: there is no whole checkpoint to resume from")
+        problem = checkpoint_problem(checkpoint)
+        if problem is not None:
+            raise RunError(f"{checkpoint}: cannot resume, {problem}; take an earlier checkpoint")
+        if not self.args.force:
+            refuse_changes(checkpoint, read_state(checkpoint).get("run"), self._identity)
+        return checkpoint
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as the Trainer does, but into a folder beside, renamed when whole; then delete old ones."""
+        run_dir = Path(self._get_output_dir(trial))
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        window = self.window.fold(self._reduce)
+        with (
+            self.stopwatch.paused(),
+            written_whole(
+                target, is_writer=self.args.should_save, wait=self.accelerator.wait_for_everyone
+            ) as folder,
+        ):
+            with _changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
+                super()._save_checkpoint(model, None)
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == target or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                write_state(folder, {"window": window, "run": self._identity})
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir),
+                self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint."""
+        with _no_bars():
+            super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card(output_dir=output_dir)
+
+    def create_model_card(self, *args: Any, output_dir: str | None = None, **kwargs: Any) -> None:
+        """Write README.md beside the model."""
+        if self.is_world_process_zero():
+            write_model_card(
+                Path(output_dir or str(self.args.output_dir)), self._recipe, self.state.log_history
+            )
+
+
+# ---------------------------------------------------------------------------------------- callbacks
+
+
+class _EpochOrder(TrainerCallback):
+    """Gives each epoch its order; a callback, since the loader of a resumed epoch shares only the steps."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = kwargs["train_dataloader"].dataset
+        if isinstance(steps, StepDataset):
+            steps.set_epoch(state.global_step // len(steps))
+
+
+class _StopBetweenSteps(TrainerCallback):
+    """Ends training where any rank has received a signal, at the same step on all, with a checkpoint."""
+
+    def __init__(self, trainer: ORPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last window, however few steps it has
+        received = self.trainer.stop_signal.name is not None
+        if args.world_size > 1:
+            flag = torch.tensor(float(received), device=args.device)
+            received = self.trainer._reduce(flag).item() > 0
+        if received and state.global_step < state.max_steps:
+            self.trainer.stopped_by = self.trainer.stop_signal.name or "another rank"
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopped_by is not None:
+            # The end of `train` would load the best checkpoint, and at save_total_limit=1 delete this one.
+            state.best_model_checkpoint = None
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def default_tokens_per_row(model: nn.Module, device: torch.device) -> int:
+    """Token budget of a row, where the settings give none.
+
+    On a GPU, half of the memory that is free once gradients and Adam's two moments have theirs is left to the
+    activations of a row, at 40 bytes per hidden unit and layer (measured shapes lie at 30 to 40 in bfloat16).
+    On a CPU longer rows are not faster: 8192.
+    """
+    if device.type != "cuda":
+        return 8192
+    config = base_model(model).config.get_text_config()
+    free, _ = torch.cuda.mem_get_info(device)
+    trained = sum(12 * weight.numel() for weight in model.parameters() if weight.requires_grad)
+    per_token = 40 * config.hidden_size * config.num_hidden_layers
+    return int(min(max((free - trained) / 2 / per_token, 1024), 65536)) // 256 * 256
+
+
+def _own_arguments(args: ORPOConfig | None) -> ORPOConfig:
+    """A copy of the arguments, checked against what the process has been started as."""
+    if args is None:
+        args = ORPOConfig(output_dir="orpo_output")
+    if not isinstance(args, ORPOConfig):
+        raise ConfigError(f"args is a {type(args).__name__}; ORPOTrainer needs an ORPOConfig")
+    args = copy.copy(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this process would train alone; "
+            "set use_cpu: true, or start it with torchrun on a machine with accelerators"
+        )
+    args.notices = list(args.notices)
+    if args.n_gpu > 1:
+        args.notices.append(
+            f"one of {args.n_gpu} GPUs is used; start with torchrun --nproc_per_node {args.n_gpu} for all"
+        )
+        args._n_gpu = 1
+    if args.auto_find_batch_size:
+        args.notices.append(
+            "auto_find_batch_size has no effect: tokens_per_row bounds the memory, not the batch size"
+        )
+        args.auto_find_batch_size = False
+    return args
+
+
+def _resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: Any) -> Any:
+    """The model to train, loaded where it is named, with the adapter asked for; None with `model_init`."""
+    if model is None and model_init is not None:
+        return None
+    if model is None or isinstance(model, str):
+        args.model_name_or_path = model or args.model_name_or_path
+        model = load_model(args)
+    elif args.model_init_kwargs is not None:
+        raise ConfigError("model_init_kwargs is set, but the model is loaded already; pass its name instead")
+    args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
+    _check_model(model, args)
+    if peft_config is not None:
+        if hasattr(model, "peft_config"):
+            raise ModelError(
+                "the model has an adapter already; leave peft_config out, or merge the adapter first"
+            )
+        model = add_adapter(model, peft_config)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
+    return model
+
+
+def _check_model(model: nn.Module, args: ORPOConfig) -> None:
+    """Refuse what cannot be trained, and turn dropout off where the settings say so."""
+    inner = base_model(model)
+    if inner.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
+        )
+    if args.disable_dropout:
+        _disable_dropout(model)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, but an adapter's own, which is asked for by name."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def _resolve_tokenizer(processing_class: Any, args: ORPOConfig) -> Any:
+    if processing_class is not None:
+        return processing_class
+    name = args.model_name_or_path
+    if not name:
+        raise ModelError("the model does not say where it comes from; pass its tokenizer as processing_class")
+    init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    revision = args.model_revision or init.get("revision")
+    return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def _text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a multimodal processor, or itself."""
+    tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
+    return tokenizer
+
+
+def _keep_template(reader: DataReader, processing_class: Any, model: Any) -> None:
+    """Keep the template the data was written with, and let generation stop at its end of turn."""
+    tokenizer = _text_tokenizer(processing_class)
+    if reader.chat_template is None:
+        return
+    processing_class.chat_template = tokenizer.chat_template = reader.chat_template
+    generation = None if model is None else getattr(base_model(model), "generation_config", None)
+    if generation is None or reader.end_token is None:
+        return
+    end = tokenizer.convert_tokens_to_ids(reader.end_token)
+    ends = generation.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if end not in ends:
+        generation.eos_token_id = [end, *ends]
+
+
+def _settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
+    """Turn evaluation on where it was left open and there is data, and off where there is none."""
+    if evals:
+        args.evaluate_by_default()
+    elif args.eval_strategy != IntervalStrategy.NO:
+        raise ConfigError(
+            f"eval_strategy is {args.eval_strategy}, but there is no evaluation data;"
+            " give some, or set eval_split above 0 to hold some out"
+        )
+    if set(evals) - {""} and args.metric_for_best_model in ("loss", "eval_loss"):
+        args.metric_for_best_model = f"eval_{next(iter(evals))}_loss"
+        args.notices.append(
+            f"the best checkpoint is chosen by {args.metric_for_best_model}; see metric_for_best_model"
+        )
+
+
+def _unused(**given: Any) -> list[str]:
+    reasons = {
+        "data_collator": "rows are packed without padding",
+        "preprocess_logits_for_metrics": "compute_metrics receives per-pair log-probs, there are no logits",
+    }
+    return [f"{name} has no effect: {reasons[name]}" for name, value in given.items() if value is not None]
+
+
+def _columns(output: ORPOOutput) -> tuple[Tensor, ...]:
+    columns = (
+        output.chosen_logprob_P,
+        output.rejected_logprob_P,
+        output.nll_sum_P,
+        output.nll_weight_P,
+        output.has_rejected_P,
+    )
+    assert all(column is not None for column in columns)
+    return columns  # type: ignore[return-value]
+
+
+def _scores(output: ORPOOutput) -> PairScores:
+    return PairScores(*_columns(output))
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars that transformers draws for each file it writes."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _changed(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes for a while."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
