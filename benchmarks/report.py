@@ -89,7 +89,7 @@ def write_report(path: Path, raw: Spec, _cells: Any = None) -> None:
     results, machine = Results(raw), raw["machine"]
     lines = [
         "# Measured against TRL 1.16", "",
-        f"Written by `{raw['command']}`, {machine['date']}, commit {machine['commit'] or 'unknown'}. "
+        f"Last run by `{raw['command']}`, {machine['date']}, commit {machine['commit'] or 'unknown'}. "
         "Method: [README.md](README.md). Raw numbers: [results.json](results.json).", "",
         f"Machine: {machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, "
         f"{machine['system']}; "
