@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from bench import FOLDER, Store, key_of, measure
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 Point = tuple[float, dict[str, Any]]
 H256 = {"shape": "h256", "per_step": 4}
@@ -61,7 +62,7 @@ def plot(store: Store, path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xticks([x for x, _ in sweep], [_short(x) for x, _ in sweep])
-            axis.minorticks_off()
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("CPU seconds per pair")
     axes[1][0].set_ylabel("peak MiB per pair")
