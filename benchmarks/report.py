@@ -139,9 +139,9 @@ def _train_table(results: Results) -> list[str]:
         "TRL length-grouped, CPU s", "ours is faster by (bar)", "by wall time", "runs",
     ]  # fmt: skip
     note = [
-        "The bar is on CPU time. Wall time depends on what else the machine did; so, with few runs under load, "
-        "does up to a fifth of the CPU time: where length-grouped TRL comes out slower than random order, that is "
-        "the likely reason.",
+        "The bar is on CPU time. Wall time depends on what else the machine did; so, with few runs under "
+        "load, does up to a fifth of the CPU time: where length-grouped TRL comes out slower than random "
+        "order, that is the likely reason.",
         "",
     ]
     return ["## Whole `train()` loop, one epoch", "", *note, *table(header, rows)]
