@@ -188,13 +188,13 @@ class _FusedLoss(torch.autograd.Function):
         grads = _Gradients.for_inputs(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad)
         for group in whole_pairs(batch, head.chunk_tokens):
             pieces = list(_pieces(group, head.max_chunk_tokens))
-            chunk = None
+            chunk: _Chunk | None = None
             for piece in pieces:
                 chunk = None  # before the next is made
                 chunk = sweep.forward(piece)
             slope_T = _loss_slopes(sweep.logprob_T, batch, objective, denominators, group)
             for piece in pieces:
-                if len(pieces) > 1:  # a pair longer than a chunk: its logits are made again
+                if chunk is None or len(pieces) > 1:  # a pair longer than a chunk: its logits are made again
                     chunk = None
                     chunk = sweep.forward(piece)
                 at = slice(piece.start - group.start, piece.stop - group.start)
@@ -250,7 +250,7 @@ class _Gradients:
             else None
             for t, need in zip(inputs, needed[:3], strict=True)
         ]
-        return cls(*grads, dtypes=tuple(None if t is None else t.dtype for t in inputs))
+        return cls(grads[0], grads[1], grads[2], tuple(None if t is None else t.dtype for t in inputs))
 
     def scaled(self, factor: Tensor) -> Iterator[Tensor | None]:
         for grad, dtype in zip((self.hidden_ND, self.weight_VD, self.bias_V), self.dtypes, strict=True):

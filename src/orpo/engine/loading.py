@@ -91,9 +91,10 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        return get_peft_model(model, peft_config)  # type: ignore[return-value]
+        adapted: PreTrainedModel = get_peft_model(model, peft_config)
     except ValueError as error:
         raise ModelError(f"the adapter does not fit {type(model).__name__}: {_first_line(error)}") from error
+    return adapted
 
 
 def is_adapter(name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from orpo.data.tokenize import TokenizedPair
 from orpo.engine.attention import Segments, attend
@@ -125,20 +125,21 @@ def _fallback_notice(model: PreTrainedModel, layout: LayoutName, problems: list[
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside PEFT, DDP and torch.compile wrappers."""
+    inner: Any = model
     while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif not isinstance(inner, PreTrainedModel) and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
         else:
             break
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(inner, PreTrainedModel):
         raise ModelError(
-            f"{type(model).__name__} is not a transformers model; pass a PreTrainedModel or its name"
+            f"{type(inner).__name__} is not a transformers model; pass a PreTrainedModel or its name"
         )
-    return model
+    return inner
 
 
 class _Scorer:
@@ -258,9 +259,9 @@ class _Scorer:
         ):
             return 0.0
         config = self.model.config.get_text_config()
-        balancing = sys.modules[type(self.model).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+        balancing = sys.modules[type(self.model).__module__].load_balancing_loss_func
         experts = getattr(config, "num_experts", None) or config.num_local_experts
-        loss: Tensor = balancing(
+        balance = balancing(
             outputs.router_logits, experts, config.num_experts_per_tok, batch.attention_mask_BN
         )
         share = (
@@ -268,7 +269,8 @@ class _Scorer:
             if denominators.pairs
             else batch.nll_weight / denominators.nll
         )
-        return config.router_aux_loss_coef * share * loss
+        loss: Tensor = config.router_aux_loss_coef * share * balance
+        return loss
 
 
 class _NotOnTheInterfaceError(ModelError):
@@ -358,7 +360,7 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
     return backbone
 
 
-def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
     """The vocabulary matrix and its bias as `module` applies them now, PEFT adapters included."""
     disabled: bool = getattr(module, "disable_adapters", False)
     if hasattr(module, "modules_to_save"):  # a copy of the module is trained in full

@@ -68,14 +68,16 @@ def pair_sizes(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
 def pair_tokens(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
     """Tokens each pair takes in a row of its own, padding included. Shape [n, 3] -> [n]."""
     sizes = pair_sizes(lengths, layout)
-    return sizes[:, 0] * sizes[:, 1]
+    tokens: np.ndarray = sizes[:, 0] * sizes[:, 1]
+    return tokens
 
 
 def pair_cost(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
     """Relative cost of each pair: its tokens, and the tokens these attend to. Shape [n, 3] -> [n]."""
     prompt, chosen, rejected = lengths.T.astype(float)
     attended = (prompt + chosen) ** 2 / 2 + rejected * (prompt + rejected / 2)
-    return pair_tokens(lengths, layout) + ATTENTION_COST * attended
+    cost: np.ndarray = pair_tokens(lengths, layout) + ATTENTION_COST * attended
+    return cost
 
 
 def plan_step(

@@ -1,6 +1,6 @@
 """Every setting's name, type and default, and the conversion of what users write to that type.
 
-Our own settings come from `orpo.settings.config`; those of `transformers.TrainingArguments` are read with `ast`
+Our own settings come from config.py; those of `transformers.TrainingArguments` are read with `ast`
 from the source of the installed version, so that a recipe is checked without importing torch or transformers.
 """
 
