@@ -249,3 +249,13 @@ def test_further_arguments_reach_from_pretrained(folder):
 def test_a_tokenizer_loads_with_its_template(folder):
     tokenizer = load_tokenizer(folder)
     assert tokenizer.chat_template == tiny_tokenizer("chatml").chat_template
+
+
+def test_resize_embeddings_adds_the_tokens_of_the_template_and_their_rows():
+    tokenizer = tiny_tokenizer(None, special_tokens=False)
+    model = tiny_models.build("Llama", vocab_size=len(tokenizer))
+    rows = len(tokenizer)
+    (line,) = loading.add_template_tokens(model, tokenizer, "chatml")
+    assert "<|im_start|>" in line and "<|im_end|>" in line
+    assert len(tokenizer) == model.get_input_embeddings().weight.shape[0] == rows + 2
+    assert loading.add_template_tokens(model, tokenizer, "chatml") == []

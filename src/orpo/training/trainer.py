@@ -35,7 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
 
 from orpo.engine.head import Denominators
-from orpo.engine.loading import add_adapter, load_model, load_tokenizer
+from orpo.engine.loading import add_adapter, add_template_tokens, load_model, load_tokenizer
 from orpo.engine.model import ORPOOutput, Preparation, base_model, prepare_model
 from orpo.engine.packing import PackedBatch
 from orpo.errors import ConfigError, DataError, ModelError, RunError
@@ -130,6 +130,8 @@ class ORPOTrainer(Trainer):
         set_seed(args.seed)  # an adapter's weights are drawn before Trainer sets the seed
         loaded: Any = _resolve_model(model, args, model_init, peft_config)
         tokenizer = _resolve_tokenizer(processing_class, args)
+        if args.resize_embeddings and model is not None:
+            args.notices += add_template_tokens(model, _text_tokenizer(tokenizer), args.chat_template)
         self._reader = DataReader(args, _text_tokenizer(tokenizer), args.seed)
         with args.main_process_first(desc="tokenizing the data"):
             data = self._reader.training(train_dataset, eval_dataset, evaluates=args.eval_strategy != "no")

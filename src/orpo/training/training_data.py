@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
+from orpo.data.data_report import inspect_pairs
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
 from orpo.data.preferences import (
     PreferencePair,
@@ -64,6 +65,7 @@ class DataReader:
         self.seed = seed
         self.report: dict[str, Any] = {}
         self.notices: list[str] = []
+        self._evaluated: list[PreferencePair] = []
         self.chat_template: str | None = None
         self.end_token: str | None = None
 
@@ -97,11 +99,12 @@ class DataReader:
             if evaluates and not sets and self.settings.eval_split > 0:
                 kept, held_out = self._hold_out(pairs.pairs)
                 data.evals[""] = self._tokenized(held_out, "eval")
+                self._evaluated = held_out
                 # What was dropped while reading is told with the training pairs.
                 counts = replace(pairs.report, total=pairs.report.total - len(held_out))
-                data.train = self._tokenized(replace(pairs, pairs=kept, report=counts), "train")
-            else:
-                data.train = self._tokenized(pairs, "train")
+                pairs = replace(pairs, pairs=kept, report=counts)
+            data.train = self._tokenized(pairs, "train")
+            self._inspect(pairs.pairs, data.train)
         return data
 
     def whole(self, rows: Any, name: str, split: str) -> TokenizedDataset:
@@ -109,7 +112,9 @@ class DataReader:
         if (tokenized := _as_tokenized(rows)) is not None:
             self._remember(tokenized)
             return tokenized
-        return self._tokenized(self._pairs(rows, name, split), name)
+        pairs = self._pairs(rows, name, split)
+        self._evaluated += pairs.pairs
+        return self._tokenized(pairs, name)
 
     @property
     def _eval_split(self) -> str:
@@ -166,6 +171,12 @@ class DataReader:
         self.report.setdefault(name, {})["rows"] = data.report.to_dict()
         self._remember(data)
         return data
+
+    def _inspect(self, train: Sequence[PreferencePair], tokenized: TokenizedDataset) -> None:
+        """Report what no single row shows: duplicates, contradictions, shared prompts, length bias."""
+        found = inspect_pairs(train, self._evaluated or None, tokenized)
+        self.report["train"]["findings"] = found.to_dict()
+        self.notices += [f"train: {line}" for line in found.lines()]
 
     def _remember(self, data: TokenizedDataset) -> None:
         """Keep the template that the data was written with, for saving with the model."""
