@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tiny_models
 import torch
 from tiny_training import random_pairs, tiny_trainer, weights
@@ -111,8 +112,8 @@ def test_fresh_run_in_an_old_directory_starts_new_files(uninterrupted, tmp_path)
 def test_signal_saves_after_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_path, number):
     """trap 8"""
     before = {s: signal.getsignal(s) for s in StopSignal.SIGNALS}
-    # Only the signal saves; a limit of one must not delete what it saved, nor the best one be loaded over it.
-    settings = {"save_steps": 100, "save_total_limit": 1}
+    # A limit of one must not delete what the signal saved, nor the best checkpoint be loaded over it.
+    settings = {"save_steps": 2, "save_total_limit": 1}
     trainer = make(
         tmp_path, **settings, load_best_model_at_end=True, arguments={"callbacks": [StopAt(3, number)]}
     )
@@ -120,6 +121,8 @@ def test_signal_saves_after_the_step_and_the_run_goes_on_exactly(uninterrupted, 
     assert trainer.stopped_by == signal.Signals(number).name and trainer.state.global_step == 3
     assert {s: signal.getsignal(s) for s in StopSignal.SIGNALS} == before
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    saved = safetensors.torch.load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(trainer.model.get_parameter(name), weight) for name, weight in saved.items())
     resumed = make(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.stopped_by is None
@@ -265,6 +268,12 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys, dama
     assert "checkpoint-3 is passed over: " in capsys.readouterr().out
     with pytest.raises(RunError, match="cannot resume"):
         make(tmp_path).train(resume_from_checkpoint=str(newest))
+
+
+def test_files_that_nobody_can_parse_are_known_by_their_size(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted["folder"] / "checkpoint-2", tmp_path / "checkpoint-2")
+    os.truncate(folder / "chat_template.jinja", 10)
+    assert "chat_template.jinja has 10 bytes instead of" in checkpoint_problem(folder)
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path):

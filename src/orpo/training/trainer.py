@@ -381,14 +381,14 @@ class ORPOTrainer(Trainer):
             yield
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm; stops where it or the loss is not finite, since the optimizer moves right after."""
+        """The norm; stops where it, which ranks share, or the loss is not finite: the optimizer moves next."""
         norm = super()._get_grad_norm(model, grad_norm)
         finite = torch.isfinite(torch.stack(self._last_losses)).all()
         skips_by_itself = self.accelerator.scaler is not None  # float16 begins with infinite gradients
         if norm is not None and not skips_by_itself:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
-        if not self._reduce(finite.float()).item() == self.args.world_size:
+        if not finite.item():
             raise RunError(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm"
                 f" {float(norm)}); no weight was changed. {self._guilty_rows()}. Look at these rows, or lower"
