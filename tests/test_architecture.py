@@ -15,7 +15,7 @@ GROUPS = ("settings", "data", "engine", "training", "results")
 # A module imports from layers above its own only. A new module gets its place here.
 LAYERS = (
     ("errors",),
-    ("config", "counts", "planning", "renamed", "rows"),
+    ("config", "counts", "near_duplicates", "planning", "renamed", "rows"),
     ("messages", "runs", "schema"),
     ("formats", "recipe", "templates"),
     ("detect",),

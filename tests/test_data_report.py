@@ -5,6 +5,7 @@ import pytest
 
 from orpo.data.data_report import inspect_pairs, length_bias
 from orpo.data.dataset import TokenizedDataset
+from orpo.data.near_duplicates import near_duplicates
 from orpo.data.preferences import PreferencePair
 from orpo.data.tokenize import TokenizedPair
 
@@ -55,3 +56,15 @@ def test_length_bias_counts_responses_only():
         "chosen answers are on average +0.3 ± 0.9 tokens longer; "
         "the longer answer is the chosen one in 50% of the pairs"
     ]
+
+
+def test_near_duplicates_are_prompts_with_most_word_runs_in_common():
+    words = [f"word{number}" for number in range(60)]
+    text = " ".join(words)
+    changed = " ".join([*words[:30], "other", *words[31:]])
+    half = " ".join([*words[:30], *(f"new{number}" for number in range(30))])
+    assert near_duplicates([text, changed, half, text, "two words"]) == [1]
+    report = inspect_pairs(
+        [pair(text, "a", "b", "t:0"), pair(changed, "a", "b", "t:1"), pair(half, "a", "b", "t:2")]
+    )
+    assert (report.near_duplicates, report.examples["near_duplicates"]) == (1, ["t:1"])

@@ -14,6 +14,7 @@ import numpy as np
 
 from orpo.data.dataset import TokenizedDataset
 from orpo.data.messages import Message
+from orpo.data.near_duplicates import near_duplicates
 from orpo.data.preferences import PreferencePair
 
 
@@ -40,6 +41,7 @@ class DataReport:
     Attributes:
         pairs: Training pairs.
         duplicates: Pairs that repeat an earlier one word for word.
+        near_duplicates: Prompts that nearly repeat an earlier, other one.
         contradictions: Pairs whose sides stand swapped in another pair with the same prompt.
         shared_prompts: Evaluation pairs whose prompt is also trained on; None without evaluation data.
         length_bias: Of the tokenized training pairs; None where they are not given.
@@ -48,6 +50,7 @@ class DataReport:
 
     pairs: int
     duplicates: int
+    near_duplicates: int
     contradictions: int
     shared_prompts: int | None = None
     length_bias: LengthBias | None = None
@@ -57,6 +60,7 @@ class DataReport:
         """One printable line per finding; none where nothing was found."""
         found = [
             (self.duplicates, "pairs repeat an earlier one word for word", "duplicates"),
+            (self.near_duplicates, "prompts nearly repeat an earlier one", "near_duplicates"),
             (self.contradictions, "pairs contradict another: same prompt, sides swapped", "contradictions"),
             (self.shared_prompts or 0, "evaluation pairs have a prompt that is trained on", "shared_prompts"),
         ]
@@ -107,6 +111,7 @@ def inspect_pairs(
         for pair, (prompt, chosen, rejected) in zip(train, keys, strict=True)
         if pair.rejected is not None and (prompt, rejected, chosen) in seen
     ]
+    near = [train[index].source for index in near_duplicates([key[0] for key in keys])]
     shared = None
     if evaluation is not None:
         prompts = {key[0] for key in keys}
@@ -114,6 +119,7 @@ def inspect_pairs(
     return DataReport(
         pairs=len(train),
         duplicates=count("duplicates", repeats),
+        near_duplicates=count("near_duplicates", near),
         contradictions=count("contradictions", swapped),
         shared_prompts=shared,
         length_bias=None if tokenized is None else length_bias(tokenized),
