@@ -381,7 +381,7 @@ class ORPOTrainer(Trainer):
             yield
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm; stops where it, which ranks share, or the loss is not finite: the optimizer moves next."""
+        """The norm; stops where it, or the loss, is not finite, before the optimizer moves."""
         norm = super()._get_grad_norm(model, grad_norm)
         finite = torch.isfinite(torch.stack(self._last_losses)).all()
         skips_by_itself = self.accelerator.scaler is not None  # float16 begins with infinite gradients
