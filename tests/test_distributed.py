@@ -23,6 +23,7 @@ def run(folder, **settings):
         "weights": weights(trainer),
         "losses": logged(trainer),
         "accuracies": logged(trainer, "accuracy"),
+        "chosen": logged(trainer, "chosen_logprob"),
         "tokens": logged(trainer, "tokens_per_second"),
         "evaluation": trainer.evaluate(),
         "world_size": trainer.args.world_size,
@@ -31,6 +32,7 @@ def run(folder, **settings):
 
 def assert_same(one, other):
     assert one["losses"] == pytest.approx(other["losses"], rel=1e-6)
+    assert one["chosen"] == pytest.approx(other["chosen"], rel=1e-5)
     assert one["accuracies"] == pytest.approx(other["accuracies"], rel=1e-6)
     torch.testing.assert_close(one["weights"], other["weights"], rtol=1e-6, atol=1e-6)
     for name, value in one["evaluation"].items():
