@@ -50,8 +50,9 @@ from orpo.engine.attention import Segments, attend
 from orpo.engine.backends import CHOICE, REFERENCE, SEGMENTS, installed, output_and_gradients, relative_error
 from orpo.engine.head import Denominators, Head, score_row
 from orpo.engine.logits import logprob_slopes, token_logprobs
-from orpo.engine.model import base_model, prepare_model
+from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
+from orpo.engine.scorer import base_model
 from orpo.engine.varlen import Case, Options, plan_row
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}

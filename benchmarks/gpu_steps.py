@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo.data.tokenize import TokenizedPair
 from orpo.engine.head import Denominators
-from orpo.engine.model import base_model
 from orpo.engine.packing import pack
 from orpo.engine.planning import plan_step
+from orpo.engine.scorer import base_model
 from orpo.settings.config import Objective
 
 OBJECTIVE = Objective()

@@ -101,11 +101,18 @@ class Muon:
                 parameter.grad = None
 
 
-def batches(documents: list[np.ndarray], batch: int, length: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches [batch, length + 1]; each epoch shuffles the documents and cuts the stream anew."""
+def batches(
+    documents: list[np.ndarray], weights: np.ndarray, batch: int, length: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """Endless batches [batch, length + 1]; each epoch shuffles the documents and cuts the stream anew.
+
+    A document of weight 1.5 is read once in each epoch, and a second time in half of them.
+    """
     rng = np.random.default_rng(seed)
     while True:
-        stream = np.concatenate([documents[i] for i in rng.permutation(len(documents))])
+        copies = np.floor(weights + rng.random(len(documents))).astype(int)
+        order = rng.permutation(np.repeat(np.arange(len(documents)), copies))
+        stream = np.concatenate([documents[i] for i in order])
         stream = stream[rng.integers(length) :]
         num_windows = (len(stream) - 1) // length
         for rows in np.array_split(rng.permutation(num_windows), max(1, num_windows // batch)):
@@ -174,8 +181,10 @@ def cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[np.ndarray], list[Document], PreTrainedTokenizerFast]:
-    """Training token ids by document, held-out documents, tokenizer."""
+def prepare(
+    args: argparse.Namespace,
+) -> tuple[list[np.ndarray], np.ndarray, list[Document], PreTrainedTokenizerFast]:
+    """Training token ids by document, the documents' weights, held-out documents, tokenizer."""
     documents, held_out = load_documents(args.corpus)
     if args.preferences:
         rows = json.loads(args.preferences.read_text())
@@ -185,10 +194,13 @@ def prepare(args: argparse.Namespace) -> tuple[list[np.ndarray], list[Document],
     tokenizer = train_tokenizer(documents, args.vocab)
     tokens = encode(documents, tokenizer)
     print(f"{sum(map(len, tokens)):,} tokens in {sum(d.num_bytes for d in documents):,} bytes")
-    return tokens, held_out, tokenizer
+    mix = dict(zip(SOURCES, args.mix, strict=True))
+    return tokens, np.array([mix[document.source] for document in documents]), held_out, tokenizer
 
 
-def fit(args: argparse.Namespace, model: LlamaForCausalLM, tokens: list[np.ndarray]) -> Progress:
+def fit(
+    args: argparse.Namespace, model: LlamaForCausalLM, tokens: list[np.ndarray], weights: np.ndarray
+) -> Progress:
     """Train from scratch, or from `checkpoint.pt` in the output folder, to the end of the budget."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim == 1)]
@@ -205,7 +217,7 @@ def fit(args: argparse.Namespace, model: LlamaForCausalLM, tokens: list[np.ndarr
         adam.load_state_dict(state["adam"])
         muon.momentum_buffers = state["muon"]
         progress = Progress(**state["progress"])
-    data = batches(tokens, args.batch, args.length, args.seed)
+    data = batches(tokens, weights, args.batch, args.length, args.seed)
     for _ in range(progress.step):
         next(data)
 
@@ -263,9 +275,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     folder = args.out / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, held_out, tokenizer = prepare(args)
+    tokens, weights, held_out, tokenizer = prepare(args)
     model = build_model(args, tokenizer)
-    progress = fit(args, model, tokens)
+    progress = fit(args, model, tokens, weights)
     write_curve(folder, progress.log)
 
     model.eval().to(torch.bfloat16)
@@ -318,12 +330,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--embedding_lr", type=float, default=0.005)
     parser.add_argument("--weight_decay", type=float, default=0.1)
     parser.add_argument("--decay", type=float, default=0.5, help="share of the run with a falling rate")
+    mix_help = f"weights of {', '.join(SOURCES)}"
+    parser.add_argument("--mix", type=float, nargs=len(SOURCES), default=[1.0] * len(SOURCES), help=mix_help)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log_every", type=int, default=20)
     parser.add_argument("--save_minutes", type=float, default=3.0)
     args = parser.parse_args()
     if not args.tokens and not args.minutes:
         parser.error("give --tokens, --minutes or both")
+    if not 0 < args.decay < 1:
+        parser.error("--decay is a share of the run, above 0 and below 1")
     return args
 
 

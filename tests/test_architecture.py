@@ -30,9 +30,11 @@ LAYERS = (
     ("head",),
     ("data_report", "metrics", "steps"),
     # transformers begins here
-    ("checkpoints", "loading", "model", "progress", "run_files"),
+    ("checkpoints", "loading", "progress", "run_files", "scorer"),
+    ("memory", "probe"),
+    ("model",),
     ("arguments", "inference", "samples", "training_data"),
-    ("resuming",),
+    ("resolve", "resuming"),
     ("evaluate", "trainer"),
     ("report",),
     ("demo",),
@@ -40,7 +42,7 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-FIRST_WITH_TRANSFORMERS = next(number for number, layer in enumerate(LAYERS) if "model" in layer)
+FIRST_WITH_TRANSFORMERS = next(number for number, layer in enumerate(LAYERS) if "scorer" in layer)
 MATHEMATICS = ("packing", "objective", "attention", "head", "logits", "varlen", "flex")
 LIGHT = ("errors", "config", "renamed", "schema", "recipe", "runs", "cli", "commands", "__init__")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}

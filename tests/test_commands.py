@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -463,7 +464,8 @@ def test_the_report_compares_runs_and_escapes_what_models_say(tmp_path):
     orpo_run = fake_run(tmp_path / "orpo", [evaluation(0, 0.5), evaluation(9, 0.777)])
     sft_run = fake_run(tmp_path / "sft", [evaluation(0, 0.5), evaluation(9, 0.666)])
     samples = [{"prompt": "<script>alert(1)</script>", "answers": {"SFT": "a & b", "ORPO": "<b>"}}]
-    page = Page(write_report(orpo_run, {"SFT": sft_run}, samples, note="AI-written pairs").read_text())
+    (orpo_run / "samples.json").write_text(json.dumps(samples))
+    page = Page(write_report(orpo_run, {"SFT": sft_run}, note="AI-written pairs").read_text())
     for expected in (
         "<script>alert(1)</script>",
         "a & b",
@@ -475,6 +477,36 @@ def test_the_report_compares_runs_and_escapes_what_models_say(tmp_path):
     ):
         assert expected in page.text
     assert page.count.get("script", 0) == 0
+
+
+def test_a_page_written_again_shows_what_it_showed(tmp_path):
+    orpo_run = fake_run(tmp_path / "orpo", [evaluation(0, 0.5), evaluation(9, 0.777)])
+    sft_run = fake_run(tmp_path / "orpo" / "sft", [evaluation(0, 0.5), evaluation(9, 0.666)])
+    test = {"base": {"accuracy": (0.411, 0.02)}, "ORPO": {"accuracy": (0.833, 0.02)}}
+    write_report(orpo_run, {"SFT": sft_run}, test=test, note="AI-written pairs")
+    moved = orpo_run.rename(tmp_path / "moved")
+    page = Page(write_report(moved).read_text())
+    for expected in ("66.6 %", "AI-written pairs", "41.1 %", "83.3 %", "+42.2 points", "Validation pairs"):
+        assert expected in page.text
+    shutil.rmtree(moved / "sft")
+    assert "66.6 %" not in Page(write_report(moved).read_text()).text
+
+
+def test_the_report_shows_what_eval_has_saved(tmp_path):
+    orpo_run = fake_run(tmp_path / "orpo", [evaluation(0, 0.5), evaluation(9, 0.777)])
+    sft_run = fake_run(tmp_path / "sft", [evaluation(0, 0.5), evaluation(9, 0.666)])
+    for folder, accuracy in ((orpo_run, 0.912), (sft_run, 0.623)):
+        saved = {
+            "data": "mine.jsonl",
+            "num_pairs": 1234,
+            "metrics": {"accuracy": accuracy, "accuracy_se": 0.01},
+        }
+        (folder / "eval-mine.json").write_text(json.dumps(saved))
+    page = Page(write_report(orpo_run).read_text()).text
+    assert "91.2 % ± 1.0" in page
+    assert "1,234 pairs of mine.jsonl" in page
+    assert "62.3 %" not in page
+    assert "62.3 %" in Page(write_report(orpo_run, {"SFT": sft_run}).read_text()).text
 
 
 def test_the_report_shows_the_best_weights_where_the_run_keeps_them(tmp_path):

@@ -147,7 +147,10 @@ def test_eval_chat_and_report_accept_the_run_directory(demo, capsys, monkeypatch
     ]
     assert main(command) == 0
     assert str(folder) in capsys.readouterr().out
-    assert main(["report", str(folder / "sft")]) == 0
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "SFT, rejected" in page  # still beside the other run
+    assert "Evaluation: test" in page
 
 
 def test_second_run_goes_to_a_new_directory(tmp_path):

@@ -13,7 +13,8 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from orpo.data.tokenize import TokenizedPair
-from orpo.engine.model import Denominators, prepare_model
+from orpo.engine.head import Denominators
+from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
 from orpo.errors import ModelError
 from orpo.settings.config import Objective
@@ -97,15 +98,17 @@ def test_logprobs_are_those_of_separate_rows():  # peers 16, 41
         for number, pair in enumerate(PAIRS):
             chosen = logprobs([*pair.prompt, *pair.chosen])
             response = chosen[len(pair.prompt) + pair.chosen_context - 1 :]
-            assert output.chosen_logprob_P[number].item() == pytest.approx(response.mean().item(), rel=1e-5)
-            assert output.nll_sum_P[number].item() == pytest.approx(-chosen.sum().item(), rel=1e-5)
-            assert output.nll_weight_P[number].item() == len(chosen)
+            assert output.pairs.chosen_logprob_P[number].item() == pytest.approx(
+                response.mean().item(), rel=1e-5
+            )
+            assert output.pairs.nll_sum_P[number].item() == pytest.approx(-chosen.sum().item(), rel=1e-5)
+            assert output.pairs.nll_weight_P[number].item() == len(chosen)
             expected = 0.0
             if pair.rejected:
                 rejected = logprobs([*pair.prompt, *pair.rejected])
                 expected = rejected[len(pair.prompt) + pair.rejected_context - 1 :].mean().item()
-            assert output.rejected_logprob_P[number].item() == pytest.approx(expected, rel=1e-5)
-    assert output.has_rejected_P.tolist() == [True, True, True, False, True]
+            assert output.pairs.rejected_logprob_P[number].item() == pytest.approx(expected, rel=1e-5)
+    assert output.pairs.has_rejected_P.tolist() == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def _experiment(console: Console, plan: Plan, folder: Path) -> None:
         verdicts = {name: judge.look(place) for name, place in ({"base": plan.base} | folders).items()}
         write_results(folder, plan, judge, verdicts, trainings)
         figures = {name: verdict.figures for name, verdict in verdicts.items()}
-        note = screen.note(plan, figures, len(judge))
-        write_report(folder, contrast={"SFT": folders["SFT"]}, note=note)
+        note = screen.note(plan, len(judge))
+        write_report(folder, contrast={"SFT": folders["SFT"]}, test=figures, note=note)
     screen.results(console, verdicts, trainings, len(judge))
     screen.samples(console, [str(prompt[-1]["content"]) for prompt in judge.prompts], verdicts)
 

@@ -84,8 +84,9 @@ def evaluate_model(folder: str, args: argparse.Namespace, recipe: dict[str, Any]
     """
     from orpo.commands.config import check_recipe
     from orpo.engine.loading import load_tokenizer
+    from orpo.engine.memory import default_logits_memory_mib, default_tokens_per_row
     from orpo.engine.model import prepare_model
-    from orpo.results.evaluate import TOKENS_PER_ROW, evaluate
+    from orpo.results.evaluate import evaluate
     from orpo.results.inference import load_trained
     from orpo.settings.config import OrpoSettings, resolve_objective
     from orpo.training.steps import RowSettings
@@ -97,12 +98,13 @@ def evaluate_model(folder: str, args: argparse.Namespace, recipe: dict[str, Any]
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     pairs = _read_pairs(args, settings, tokenizer)
     model = load_trained(folder, settings)
-    prepared = prepare_model(
-        model, objective, layout=settings.layout, logits_memory_mib=settings.logits_memory_mib
-    )
+    device = next(model.parameters()).device
+    memory = settings.logits_memory_mib or default_logits_memory_mib(device)
+    prepared = prepare_model(model, objective, layout=settings.layout, logits_memory_mib=memory)
     if not args.json:
         print(*prepared.notices, sep="\n", end="\n" if prepared.notices else "")
-    rows = RowSettings(objective, prepared.layout, settings.tokens_per_row or TOKENS_PER_ROW)
+    budget = settings.tokens_per_row or default_tokens_per_row(model, device, trains=False)
+    rows = RowSettings(objective, prepared.layout, budget)
     with _progress(len(pairs), silent=args.json) as progress:
         found = evaluate(model, pairs, rows, batch_size=args.batch_size, progress=progress)
     return _as_result(args, found, recipe, pairs)

@@ -21,7 +21,8 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         action="append",
         default=[],
         metavar="NAME=RUN",
-        help="draw another run in the same axes, for instance SFT=runs/sft; may be repeated",
+        help="draw another run in the same axes, for instance SFT=runs/sft; may be repeated "
+        "(default: those of the page before)",
     )
     parser.set_defaults(run=run)
 
@@ -30,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
     """Write the page and print where it is."""
     from orpo.results.report import write_report
 
-    contrast: dict[str, Path] = {}
+    contrast: dict[str, str | Path] = {}
     for text in args.contrast:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise ConfigError(f"--contrast {text}: write NAME=RUN, for instance SFT=runs/sft")
         contrast[name] = Path(folder)
-    print(write_report(args.run_dir, contrast))
+    print(write_report(args.run_dir, contrast or None))
     return 0

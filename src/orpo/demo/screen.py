@@ -280,15 +280,10 @@ def closing(console: Console, folder: Path, seconds: float) -> None:
     console.print(f"Done in {seconds:.0f} seconds. {where}")
 
 
-def note(plan: Plan, figures: Mapping[str, Figures], num_pairs: int) -> str:
+def note(plan: Plan, num_pairs: int) -> str:
     """The paragraph under the title of the report page."""
-
-    def over(key: str, scale: float = 1.0, digits: int = 2) -> str:
-        return ", ".join(f"{name} {scale * f[key][0]:.{digits}f}" for name, f in figures.items())
-
     fast = f"The fast version, {plan.max_steps} steps: too few to judge by. " if plan.max_steps > 0 else ""
     return (
-        f"{fast}On {num_pairs} test pairs that no training has seen: rejected log-prob "
-        f"{over('rejected_logprob')}; accuracy in % {over('accuracy', 100, 1)}. Figures and curves below are "
-        f"of the validation pairs. The pairs are {_PAIRS[plan.data]} {LIMITS}"
+        f"{fast}The headline figures are of {num_pairs} test pairs, the curves of the validation pairs. "
+        f"The pairs are {_PAIRS[plan.data]} {LIMITS}"
     )

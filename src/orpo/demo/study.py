@@ -26,13 +26,14 @@ from orpo.data.dataset import TokenizedDataset, tokenize_pairs
 from orpo.data.messages import Message
 from orpo.data.preferences import PreferencePair, read_preferences
 from orpo.demo.plan import FORMATS, Plan, SplitName
+from orpo.engine.head import PairScores
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.model import prepare_model
 from orpo.results.evaluate import score_pairs
 from orpo.results.inference import Sampling, Speaker, load_trained
 from orpo.settings.config import Objective, OrpoSettings
 from orpo.training.arguments import ORPOConfig
-from orpo.training.metrics import PairScores
+from orpo.training.metrics import preference_values
 from orpo.training.progress import Progress
 from orpo.training.run_files import write_json
 from orpo.training.steps import RowSettings
@@ -204,7 +205,7 @@ class Judge:
         return " ".join(speaker.answer(str(prompt[-1]["content"]), greedy).split())
 
     def _figures(self, scores: PairScores) -> Figures:
-        values = scores.preference_values(self.objective) | {"chosen_logprob": scores.chosen_logprob_P}
+        values = preference_values(scores, self.objective) | {"chosen_logprob": scores.chosen_logprob_P}
         names = ("chosen_logprob", "rejected_logprob", "log_odds_ratio", "accuracy")
         one_P = torch.ones(len(self))
         figures = {name: mean_over_prompts(values[name], one_P, self._prompt_P) for name in names}

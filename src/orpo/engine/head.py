@@ -63,8 +63,8 @@ class Head:
     max_chunk_tokens: int = 1024
 
 
-class PairSums(NamedTuple):
-    """What a row tells about each of its pairs; detached from the graph.
+class PairScores(NamedTuple):
+    """What a model says of some pairs; detached from the graph.
 
     Attributes:
         chosen_logprob_P: Mean log-probability of the chosen response's tokens, in nats.
@@ -83,8 +83,8 @@ class PairSums(NamedTuple):
 
 def score_row(
     hidden_ND: Tensor, head: Head, batch: PackedBatch, objective: Objective, denominators: Denominators
-) -> tuple[Tensor, PairSums]:
-    """Return the row's share of the step's loss, and its per-pair sums.
+) -> tuple[Tensor, PairScores]:
+    """Return the row's share of the step's loss, and the scores of its pairs.
 
     Args:
         hidden_ND: Final hidden states of the row, flattened over its sequences.
@@ -95,7 +95,7 @@ def score_row(
 
     Returns:
         The loss, a float32 scalar that carries gradients to `hidden_ND`, `head.weight_VD` and `head.bias_V`
-        where gradients are enabled, and the pairs' sums. Losses of rows add up to the loss of the step.
+        where gradients are enabled, and the pairs' scores. Losses of rows add up to the loss of the step.
     """
     if torch.is_grad_enabled():
         loss, logprob_T = _FusedLoss.apply(
@@ -107,14 +107,14 @@ def score_row(
             sweep.forward(piece)
         logprob_T = sweep.logprob_T
         loss = _loss(logprob_T, batch, objective, denominators)
-    return loss, pair_sums(logprob_T, batch)
+    return loss, pair_scores(logprob_T, batch)
 
 
-def pair_sums(logprob_T: Tensor, batch: PackedBatch) -> PairSums:
+def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
     """Reduce the log-probabilities of a row's scored tokens to its pairs."""
     mean_PS, count_PS = _response_means(logprob_T, batch)
     zero_P = logprob_T.new_zeros(len(batch.response_lengths))
-    return PairSums(
+    return PairScores(
         chosen_logprob_P=mean_PS[:, 0],
         rejected_logprob_P=mean_PS[:, 1],
         nll_sum_P=zero_P.index_add(0, batch.pair_T, -logprob_T * batch.nll_weight_T),

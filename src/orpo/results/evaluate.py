@@ -7,18 +7,16 @@ the end, so neither the batch size nor the token budget of a row changes a numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from orpo.data.dataset import TokenizedDataset
 from orpo.data.tokenize import TokenizedPair
-from orpo.training.metrics import PairScores, evaluation_metrics
+from orpo.engine.head import PairScores
+from orpo.training.metrics import evaluation_metrics
 from orpo.training.steps import EVALUATION_BLOCK, RowSettings, StepDataset
-
-TOKENS_PER_ROW = 8192
-"""Token budget of a row where none is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +85,7 @@ def score_pairs(
     all_sides = RowSettings(settings.objective, settings.layout, settings.tokens_per_row, score_rejected=True)
     steps = StepDataset(pairs, all_sides, pairs_per_step=batch_size, shuffle=False)  # type: ignore[arg-type]
     device = next(model.parameters()).device
-    names = [field.name for field in fields(PairScores)]
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    found: list[PairScores] = []
     order: list[int] = []
     training = model.training
     model.eval()
@@ -97,15 +94,14 @@ def score_pairs(
             for row in steps[number].rows:
                 output = model(batch=row.to(device))
                 order += row.index
-                for name in names:
-                    found[name].append(getattr(output, name).cpu())
+                found.append(PairScores(*(column.cpu() for column in output.pairs)))
             if progress:
                 progress(len(order))
     model.train(training)
     place = torch.argsort(torch.tensor(order))
-    return PairScores(**{name: torch.cat(parts)[place] for name, parts in found.items()})
+    return PairScores(*(torch.cat(columns)[place] for columns in zip(*found, strict=True)))
 
 
 def _select(scores: PairScores, index: Sequence[int]) -> PairScores:
     chosen = torch.tensor(index)
-    return PairScores(**{field.name: getattr(scores, field.name)[chosen] for field in fields(PairScores)})
+    return PairScores(*(column[chosen] for column in scores))

@@ -7,6 +7,8 @@ it follows the reader's light or dark mode. What the run directory lacks, the pa
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from orpo.results.runs import Run, Samples, is_number, read_run
+from orpo.results.runs import Run, Samples, is_number, read_json, read_run
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -68,19 +70,26 @@ _SINGLE_CURVES = (
 )
 
 
+Figures = Mapping[str, Sequence[float]]
+"""Name of a metric -> its mean and the standard error of that."""
+
+
 def write_report(
     run_dir: str | Path,
     contrast: Mapping[str, str | Path] | None = None,
-    samples: Samples | None = None,
-    note: str = "",
+    *,
+    test: Mapping[str, Figures] | None = None,
+    note: str | None = None,
 ) -> Path:
-    """Write `report.html` into a run directory.
+    """Write `report.html` into a run directory, and into `report.json` what the page was asked to show.
 
     Args:
         run_dir: The run; its name is `ORPO` in the page where there is a contrast.
         contrast: Name -> run directory of other runs to draw in the same axes, `{"SFT": ...}`.
-        samples: `{"prompt": ..., "answers": {name: text}}` for each prompt; None reads `samples.json`.
+        test: What pairs that no training has seen say, by model: before training, others, this run.
         note: A paragraph under the title, as plain text.
+
+    What is None is as it was when the page was last written.
 
     Returns:
         Path of the page.
@@ -89,19 +98,31 @@ def write_report(
         DataError: As `read_run`.
     """
     run_dir = Path(run_dir)
-    run = read_run(run_dir, "ORPO" if contrast else None)
-    others = [read_run(Path(other), name) for name, other in (contrast or {}).items()]
-    shown = run.samples if samples is None else samples
-    page = _page(run_dir.resolve().name, run, others, shown, note)
+    asked = read_json(run_dir / "report.json", {})
+    if contrast is not None:
+        asked["contrast"] = {name: os.path.relpath(other, run_dir) for name, other in contrast.items()}
+    else:  # a run that has gone since is left out
+        asked["contrast"] = {
+            name: other for name, other in asked.get("contrast", {}).items() if (run_dir / other).is_dir()
+        }
+    if test is not None:
+        asked["test"] = {model: dict(figures) for model, figures in test.items()}
+    if note is not None:
+        asked["note"] = note
+    others = [read_run(run_dir / other, name) for name, other in asked["contrast"].items()]
+    run = read_run(run_dir, "ORPO" if others else None)
+    page = _page(run_dir.resolve().name, run, others, asked.get("test", {}), asked.get("note", ""))
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
+    if any(asked.values()):
+        (run_dir / "report.json").write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 # Page
 
 
-def _page(title: str, run: Run, others: list[Run], samples: Samples, note: str) -> str:
+def _page(title: str, run: Run, others: list[Run], test: Mapping[str, Figures], note: str) -> str:
     css = files("orpo.results").joinpath("report.css").read_text(encoding="utf-8")
     model = str(run.recipe.get("model_name_or_path") or run.environment.get("model") or "")
     subtitle = " · ".join(
@@ -114,9 +135,10 @@ def _page(title: str, run: Run, others: list[Run], samples: Samples, note: str) 
         if part
     )
     sections = [
-        _overview(run, others),
+        _overview(run, others, test),
+        _saved_evaluations([run, *others]),
         _curves(run, others),
-        _samples(samples),
+        _samples(run.samples),
         _mapping_section("Data", "data", run.data, "What was read, and what was left out and why."),
         _mapping_section("Configuration", "configuration", run.recipe, "The resolved recipe."),
         _mapping_section("Environment", "environment", run.environment, "What it ran on."),
@@ -153,15 +175,58 @@ def _data_name(name: Any) -> str:
     return ", ".join(Path(str(one)).name for one in names)
 
 
-def _overview(run: Run, others: list[Run]) -> str:
-    """The headline numbers, and the table of held-out metrics before and after."""
+def _overview(run: Run, others: list[Run], test: Mapping[str, Figures]) -> str:
+    """The headline numbers, of test pairs where there are any, and the tables they are from."""
     first, last = run.first_evaluation(), run.final_evaluation()
     if first is None or last is None:
         return '<section><p class="empty">No evaluation has been logged yet.</p></section>'
     compared = [(other.name, line) for other in others if (line := other.final_evaluation())]
-    tiles = "".join(_tile(metric, first, last) for metric in METRICS[:2] + METRICS[3:5])
-    columns = [("Before", first), *compared]
-    columns.append((run.name if compared else "After", last))
+    columns = [("Before", first), *compared, (run.name if compared else "After", last)]
+    when = f"step {_integer(first['step'])} and step {_integer(last['step'])}"
+    errors = "± one standard error over examples. Log-probs are means per token of a response."
+    validation = _numbers_table(
+        "Held-out pairs, before and after" if not test else "Validation pairs, before and after",
+        columns,
+        f"Evaluated at {when}; {errors}",
+    )
+    tested = {name: _as_line(figures) for name, figures in test.items()}
+    shown = list(tested.values()) or [first, last]
+    tiles = "".join(_tile(metric, shown[0], shown[-1]) for metric in METRICS[:2] + METRICS[3:5])
+    caption = "No training and no choice of settings has seen these pairs; ± one standard error over prompts."
+    test_table = _numbers_table("Test pairs", list(tested.items()), caption) if tested else ""
+    return f'<section id="overview"><div class="tiles">{tiles}</div>{test_table}{validation}</section>'
+
+
+def _saved_evaluations(runs: list[Run]) -> str:
+    """What `orpo eval` has saved in the run directory, one table a data set; beside it the other runs."""
+    run = runs[0]
+    tables = []
+    for name, result in run.evaluations_saved.items():
+        columns = [
+            (
+                one.name,
+                {f"eval_{key}": value for key, value in one.evaluations_saved[name]["metrics"].items()},
+            )
+            for one in [*runs[1:], run]
+            if name in one.evaluations_saved
+        ]
+        caption = (
+            f"{_integer(result['num_pairs'])} pairs of {result['data']}; ± one standard error over examples."
+        )
+        tables.append(_numbers_table(f"Evaluation: {name}", columns, caption))
+    return f'<section id="evaluations">{"".join(tables)}</section>' if tables else ""
+
+
+def _as_line(figures: Figures) -> dict[str, float]:
+    """Figures in the form of a line of metrics.jsonl."""
+    line = {}
+    for name, (mean, error) in figures.items():
+        line |= {f"eval_{name}": mean, f"eval_{name}_se": error}
+    return line
+
+
+def _numbers_table(title: str, columns: Sequence[tuple[str, Mapping[str, Any]]], caption: str) -> str:
+    """A metric a row; those of the last column are shown."""
     head = "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
     rows = "".join(
         f'<tr><th scope="row">{metric.title}</th>'
@@ -169,20 +234,15 @@ def _overview(run: Run, others: list[Run]) -> str:
         + "</tr>"
         for metric in METRICS
         # Runs of different objectives have different losses.
-        if f"eval_{metric.name}" in last and not (compared and metric.name == "loss")
+        if f"eval_{metric.name}" in columns[-1][1] and not (len(columns) > 2 and metric.name == "loss")
     )
-    when = f"step {_integer(first['step'])} and step {_integer(last['step'])}"
     return f"""
-<section id="overview">
-<div class="tiles">{tiles}</div>
-<h2>Held-out pairs, before and after</h2>
+<h2>{escape(title)}</h2>
 <div class="scroll"><table class="numbers">
 <thead><tr><td></td>{head}</tr></thead>
 <tbody>{rows}</tbody>
 </table></div>
-<p class="caption">Evaluated at {when}; ± one standard error over examples. Log-probs are means per token of a
-response.</p>
-</section>
+<p class="caption">{escape(caption)}</p>
 """
 
 

@@ -28,6 +28,8 @@ class Run:
     data: dict[str, Any]
     environment: dict[str, Any]
     samples: Samples
+    evaluations_saved: dict[str, dict[str, Any]]
+    """By name, what `orpo eval` has found."""
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric over the lines that have it."""
@@ -72,6 +74,10 @@ def read_run(run_dir: Path, name: str | None = None) -> Run:
         data=read_json(run_dir / "data_report.json", {}),
         environment=read_json(run_dir / "environment.json", {}),
         samples=read_json(run_dir / "samples.json", []),
+        evaluations_saved={
+            path.stem.removeprefix("eval-"): read_json(path, {})
+            for path in sorted(run_dir.glob("eval-*.json"))
+        },
     )
 
 

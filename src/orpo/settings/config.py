@@ -185,8 +185,9 @@ class OrpoSettings:
         default=None,
         metadata={"help": "Unset: shared, or what the start-up probe finds exact for the model."},
     )
-    logits_memory_mib: int = field(
-        default=128, metadata={"at_least": 1, "help": "Largest chunk of logits alive, in MiB."}
+    logits_memory_mib: int | None = field(
+        default=None,
+        metadata={"at_least": 1, "help": "Largest chunk of logits alive, in MiB (1024 on CUDA, else 128)."},
     )
     # Watching
     early_stopping_patience: int | None = field(

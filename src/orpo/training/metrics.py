@@ -11,12 +11,12 @@ Shape suffixes: P = pairs.
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from orpo.engine.head import PairScores
 from orpo.engine.objective import log_odds, odds_ratio_loss
 from orpo.settings.config import Objective
 
@@ -31,35 +31,17 @@ _DIVISOR = {"loss": "steps", "nll": "nll_weight", "chosen_logprob": "pairs"} | d
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PairScores:
-    """What the model said of some pairs.
-
-    Attributes:
-        chosen_logprob_P: Mean log-probability of the chosen response's tokens, in nats.
-        rejected_logprob_P: The same of the rejected response; any number where there is none.
-        nll_sum_P: Weighted sum of the negative log-probabilities of the pair's NLL tokens.
-        nll_weight_P: Sum of these weights.
-        has_rejected_P: Whether the pair has both sides.
-    """
-
-    chosen_logprob_P: Tensor
-    rejected_logprob_P: Tensor
-    nll_sum_P: Tensor
-    nll_weight_P: Tensor
-    has_rejected_P: Tensor
-
-    def preference_values(self, objective: Objective) -> dict[str, Tensor]:
-        """What is told of a pair with both sides; shapes [P], to be masked by `has_rejected_P`."""
-        log_odds_ratio_P = log_odds(self.chosen_logprob_P) - log_odds(self.rejected_logprob_P)
-        margin_P = self.chosen_logprob_P - self.rejected_logprob_P
-        return {
-            "rejected_logprob": self.rejected_logprob_P,
-            "margin": margin_P,
-            "accuracy": (margin_P > 0).to(margin_P.dtype),
-            "log_odds_ratio": log_odds_ratio_P,
-            "odds_ratio_loss": odds_ratio_loss(log_odds_ratio_P, objective.odds_scale),
-        }
+def preference_values(scores: PairScores, objective: Objective) -> dict[str, Tensor]:
+    """What is told of a pair with both sides; shapes [P], to be masked by `has_rejected_P`."""
+    log_odds_ratio_P = log_odds(scores.chosen_logprob_P) - log_odds(scores.rejected_logprob_P)
+    margin_P = scores.chosen_logprob_P - scores.rejected_logprob_P
+    return {
+        "rejected_logprob": scores.rejected_logprob_P,
+        "margin": margin_P,
+        "accuracy": (margin_P > 0).to(margin_P.dtype),
+        "log_odds_ratio": log_odds_ratio_P,
+        "odds_ratio_loss": odds_ratio_loss(log_odds_ratio_P, objective.odds_scale),
+    }
 
 
 class MetricWindow:
@@ -80,7 +62,7 @@ class MetricWindow:
     def add_row(self, scores: PairScores) -> None:
         """Add the pairs of one row."""
         has = scores.has_rejected_P
-        values = scores.preference_values(self._objective)
+        values = preference_values(scores, self._objective)
         self._add(
             pairs=has.numel(),
             preferences=has.sum(),
@@ -127,7 +109,7 @@ def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, fl
     loss_P = objective.nll_weight * nll_P
     has = scores.has_rejected_P
     if bool(has.any()):
-        preferences = scores.preference_values(objective)
+        preferences = preference_values(scores, objective)
         values |= {name: value[has] for name, value in preferences.items()}
         # Without a rejected side a pair has no odds term, so the others' weigh more: means, then their sum.
         share = has.numel() / int(has.sum())

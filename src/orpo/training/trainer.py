@@ -7,8 +7,6 @@ measure over examples, to keep a run resumable, and to stop before a loss that i
 """
 
 import contextlib
-import copy
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -34,11 +31,13 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
 
-from orpo.engine.head import Denominators
-from orpo.engine.loading import add_adapter, add_template_tokens, load_model, load_tokenizer
-from orpo.engine.model import ORPOOutput, Preparation, base_model, prepare_model
+from orpo.engine.head import Denominators, PairScores
+from orpo.engine.loading import add_template_tokens
+from orpo.engine.memory import default_logits_memory_mib, default_tokens_per_row
+from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
-from orpo.errors import ConfigError, DataError, ModelError, RunError
+from orpo.engine.scorer import base_model
+from orpo.errors import ConfigError, DataError, RunError
 from orpo.settings.config import LayoutName, Objective
 from orpo.training.arguments import ORPOConfig
 from orpo.training.checkpoints import (
@@ -51,8 +50,18 @@ from orpo.training.checkpoints import (
     write_state,
     written_whole,
 )
-from orpo.training.metrics import MetricWindow, PairScores, evaluation_metrics, trl_names
+from orpo.training.metrics import MetricWindow, evaluation_metrics, trl_names
 from orpo.training.progress import Progress, Stopwatch
+from orpo.training.resolve import (
+    check_model,
+    keep_template,
+    own_arguments,
+    resolve_model,
+    resolve_tokenizer,
+    settle_evaluation,
+    text_tokenizer,
+    unused,
+)
 from orpo.training.resuming import refuse_changes, run_identity
 from orpo.training.run_files import RunFiles, write_model_card
 from orpo.training.samples import SampleWriter
@@ -126,19 +135,19 @@ class ORPOTrainer(Trainer):
         Raises:
             OrpoError: Settings, model or data cannot be trained with.
         """
-        args = _own_arguments(args)
+        args = own_arguments(args)
         set_seed(args.seed)  # an adapter's weights are drawn before Trainer sets the seed
-        loaded: Any = _resolve_model(model, args, model_init, peft_config)
-        tokenizer = _resolve_tokenizer(processing_class, args)
+        loaded: Any = resolve_model(model, args, model_init, peft_config)
+        tokenizer = resolve_tokenizer(processing_class, args)
         if args.resize_embeddings and model is not None:
-            args.notices += add_template_tokens(model, _text_tokenizer(tokenizer), args.chat_template)
-        self._reader = DataReader(args, _text_tokenizer(tokenizer), args.seed)
+            args.notices += add_template_tokens(model, text_tokenizer(tokenizer), args.chat_template)
+        self._reader = DataReader(args, text_tokenizer(tokenizer), args.seed)
         with args.main_process_first(desc="tokenizing the data"):
             data = self._reader.training(train_dataset, eval_dataset, evaluates=args.eval_strategy != "no")
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
-        _settle_evaluation(args, data.evals)
-        _keep_template(self._reader, tokenizer, loaded)
+        settle_evaluation(args, data.evals)
+        keep_template(self._reader, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
         self._recipe = args.recipe()
@@ -167,9 +176,7 @@ class ORPOTrainer(Trainer):
         for line in [
             *args.notices,
             *data.notices,
-            *_unused(
-                data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics
-            ),
+            *unused(data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics),
         ]:
             self._say(line)
 
@@ -202,7 +209,10 @@ class ORPOTrainer(Trainer):
             # The first rank finds out which layout is exact and how long rows may be; all must plan alike.
             found: list[Any] = [None, None]
             if self.is_world_process_zero():
-                budget = self.args.tokens_per_row or default_tokens_per_row(self.model, self.args.device)
+                with self.accelerator.autocast():
+                    budget = self.args.tokens_per_row or default_tokens_per_row(
+                        self.model, self.args.device, checkpointing=self.args.gradient_checkpointing
+                    )
                 found = [self._prepare(self.args.layout, probe=True), budget]
             if self.args.world_size > 1:
                 broadcast_object_list(found)
@@ -217,7 +227,7 @@ class ORPOTrainer(Trainer):
         return self._prepared[1]
 
     def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
-        memory = self.args.logits_memory_mib
+        memory = self.args.logits_memory_mib or default_logits_memory_mib(self.args.device)
         with self.accelerator.autocast():  # so that the probe meets the precision and the kernels of training
             return prepare_model(
                 self.model, self.objective, layout=layout, logits_memory_mib=memory, probe=probe
@@ -226,7 +236,7 @@ class ORPOTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model that `model_init` gives, with the same checks as one that is passed."""
         model: nn.Module = super().call_model_init(trial)
-        _check_model(model, self.args)
+        check_model(model, self.args)
         return model
 
     # ------------------------------------------------------------------------------------ data
@@ -365,7 +375,7 @@ class ORPOTrainer(Trainer):
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
         self.accelerator.backward(scaled, **deepspeed)
         if not row.empty:
-            self.window.add_row(_scores(output))
+            self.window.add_row(output.pairs)
         loss_share: Tensor = output.loss.detach()
         return loss_share
 
@@ -461,7 +471,7 @@ class ORPOTrainer(Trainer):
                         batch=row.to(device, non_blocking=True), denominators=Denominators(1.0, 1.0)
                     )
                 if not row.empty:
-                    table[:, list(row.index)] = torch.stack([column.to(table) for column in _columns(output)])
+                    table[:, list(row.index)] = torch.stack([column.to(table) for column in output.pairs])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
         columns = list((self._reduce(table) / copies).cpu())
@@ -598,169 +608,6 @@ class _StopBetweenSteps(TrainerCallback):
         if self.trainer.stopped_by is not None:
             # The end of `train` would load the best checkpoint, and at save_total_limit=1 delete this one.
             state.best_model_checkpoint = None
-
-
-# ---------------------------------------------------------------------------------------- arguments
-
-
-def default_tokens_per_row(model: nn.Module, device: torch.device) -> int:
-    """Token budget of a row, where the settings give none.
-
-    On a GPU, half of the memory that is free once gradients and Adam's two moments have theirs is left to the
-    activations of a row, at 40 bytes per hidden unit and layer (measured shapes lie at 30 to 40 in bfloat16).
-    On a CPU longer rows are not faster: 8192.
-    """
-    if device.type != "cuda":
-        return 8192
-    config = base_model(model).config.get_text_config()
-    free, _ = torch.cuda.mem_get_info(device)
-    trained = sum(12 * weight.numel() for weight in model.parameters() if weight.requires_grad)
-    per_token = 40 * config.hidden_size * config.num_hidden_layers
-    return int(min(max((free - trained) / 2 / per_token, 1024), 65536)) // 256 * 256
-
-
-def _own_arguments(args: ORPOConfig | None) -> ORPOConfig:
-    """A copy of the arguments, checked against what the process has been started as."""
-    if args is None:
-        args = ORPOConfig(output_dir="orpo_output")
-    if not isinstance(args, ORPOConfig):
-        raise ConfigError(f"args is a {type(args).__name__}; ORPOTrainer needs an ORPOConfig")
-    args = copy.copy(args)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this process would train alone; "
-            "set use_cpu: true, or start it with torchrun on a machine with accelerators"
-        )
-    args.notices = list(args.notices)
-    if args.n_gpu > 1:
-        args.notices.append(
-            f"one of {args.n_gpu} GPUs is used; start with torchrun --nproc_per_node {args.n_gpu} for all"
-        )
-        args._n_gpu = 1
-    if args.auto_find_batch_size:
-        args.notices.append(
-            "auto_find_batch_size has no effect: tokens_per_row bounds the memory, not the batch size"
-        )
-        args.auto_find_batch_size = False
-    return args
-
-
-def _resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: Any) -> Any:
-    """The model to train, loaded where it is named, with the adapter asked for; None with `model_init`."""
-    if model is None and model_init is not None:
-        return None
-    if model is None or isinstance(model, str):
-        args.model_name_or_path = model or args.model_name_or_path
-        model = load_model(args)
-    elif args.model_init_kwargs is not None:
-        raise ConfigError("model_init_kwargs is set, but the model is loaded already; pass its name instead")
-    args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
-    _check_model(model, args)
-    if peft_config is not None:
-        if hasattr(model, "peft_config"):
-            raise ModelError(
-                "the model has an adapter already; leave peft_config out, or merge the adapter first"
-            )
-        model = add_adapter(model, peft_config)
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
-    return model
-
-
-def _check_model(model: nn.Module, args: ORPOConfig) -> None:
-    """Refuse what cannot be trained, and turn dropout off where the settings say so."""
-    inner = base_model(model)
-    if inner.config.is_encoder_decoder:
-        raise ModelError(
-            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
-        )
-    if args.disable_dropout:
-        _disable_dropout(model)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, but an adapter's own, which is asked for by name."""
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            continue
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for attribute, value in vars(module).items():
-            if "dropout" in attribute and isinstance(value, float):
-                setattr(module, attribute, 0.0)
-
-
-def _resolve_tokenizer(processing_class: Any, args: ORPOConfig) -> Any:
-    if processing_class is not None:
-        return processing_class
-    name = args.model_name_or_path
-    if not name:
-        raise ModelError("the model does not say where it comes from; pass its tokenizer as processing_class")
-    init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    revision = args.model_revision or init.get("revision")
-    return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
-
-
-def _text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer inside a multimodal processor, or itself."""
-    tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
-    return tokenizer
-
-
-def _keep_template(reader: DataReader, processing_class: Any, model: Any) -> None:
-    """Keep the template the data was written with, and let generation stop at its end of turn."""
-    tokenizer = _text_tokenizer(processing_class)
-    if reader.chat_template is None:
-        return
-    processing_class.chat_template = tokenizer.chat_template = reader.chat_template
-    generation = None if model is None else getattr(base_model(model), "generation_config", None)
-    if generation is None or reader.end_token is None:
-        return
-    end = tokenizer.convert_tokens_to_ids(reader.end_token)
-    ends = generation.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if end not in ends:
-        generation.eos_token_id = [end, *ends]
-
-
-def _settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
-    """Turn evaluation on where it was left open and there is data, and off where there is none."""
-    if evals:
-        args.evaluate_by_default()
-    elif args.eval_strategy != IntervalStrategy.NO:
-        raise ConfigError(
-            f"eval_strategy is {args.eval_strategy}, but there is no evaluation data;"
-            " give some, or set eval_split above 0 to hold some out"
-        )
-    if set(evals) - {""} and args.metric_for_best_model in ("loss", "eval_loss"):
-        args.metric_for_best_model = f"eval_{next(iter(evals))}_loss"
-        args.notices.append(
-            f"the best checkpoint is chosen by {args.metric_for_best_model}; see metric_for_best_model"
-        )
-
-
-def _unused(**given: Any) -> list[str]:
-    reasons = {
-        "data_collator": "rows are packed without padding",
-        "preprocess_logits_for_metrics": "compute_metrics receives per-pair log-probs, there are no logits",
-    }
-    return [f"{name} has no effect: {reasons[name]}" for name, value in given.items() if value is not None]
-
-
-def _columns(output: ORPOOutput) -> tuple[Tensor, ...]:
-    columns = (
-        output.chosen_logprob_P,
-        output.rejected_logprob_P,
-        output.nll_sum_P,
-        output.nll_weight_P,
-        output.has_rejected_P,
-    )
-    assert all(column is not None for column in columns)
-    return columns  # type: ignore[return-value]
-
-
-def _scores(output: ORPOOutput) -> PairScores:
-    return PairScores(*_columns(output))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,88 @@
+"""How much memory there is, and what follows where the settings leave it open.
+
+The tokens of a row and the size of a chunk of logits change no loss and no gradient; they trade memory for
+speed.
+"""
+
+import os
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import nn
+
+from orpo.engine.scorer import base_model
+
+ACTIVATIONS_PER_UNIT = 24
+"""Numbers a layer keeps for backward, per token and hidden unit: by measured shapes (LOG.md)."""
+BYTES_PER_TRAINED_WEIGHT = 12
+"""A gradient and Adam's two moments, in float32."""
+MAX_TOKENS_PER_ROW, MAX_TOKENS_PER_CPU_ROW = 65536, 8192
+"""Longer rows are not faster."""
+
+
+def default_tokens_per_row(
+    model: nn.Module, device: torch.device, *, trains: bool = True, checkpointing: bool = False
+) -> int:
+    """Token budget of a row: what half of the memory left by gradients and moments has room for.
+
+    Args:
+        model: On its device.
+        device: Where it runs.
+        trains: Whether activations are kept for a backward, and the optimizer is still to come.
+        checkpointing: Whether layers keep their inputs only.
+
+    Returns:
+        A multiple of 256, at least 1024; at most 65536 on a CUDA device and 8192 elsewhere.
+    """
+    config = base_model(model).config.get_text_config()
+    kept = config.num_hidden_layers * ACTIVATIONS_PER_UNIT
+    if not trains or checkpointing:
+        kept = config.num_hidden_layers * trains + ACTIVATIONS_PER_UNIT
+    per_token = kept * config.hidden_size * _compute_dtype(model, device).itemsize
+    states = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) * trains
+    room = (free_memory(device) - BYTES_PER_TRAINED_WEIGHT * states) / 2
+    most = MAX_TOKENS_PER_ROW if device.type == "cuda" else MAX_TOKENS_PER_CPU_ROW
+    return int(min(max(room / per_token, 1024), most)) // 256 * 256
+
+
+def default_logits_memory_mib(device: torch.device) -> int:
+    """Largest chunk of logits; on a CUDA device the matrix products want many tokens."""
+    return 1024 if device.type == "cuda" else 128
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes this process may still take, on its GPU or of the memory it shares with its local ranks."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    room: int = min([psutil.virtual_memory().available, *_control_group_rooms()])
+    return room // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _control_group_rooms(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """What the limits of this process's control groups (version 2) leave, as in a container or batch job."""
+    try:
+        path = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    group = root / path.strip("/")
+    rooms = []
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(root):
+            break
+        try:
+            limit, used = (folder / "memory.max").read_text(), (folder / "memory.current").read_text()
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        if limit.strip() != "max":
+            rooms.append(int(limit) - int(used) + int(stat.get("inactive_file", 0)))
+    return rooms
+
+
+def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return next(model.parameters()).dtype

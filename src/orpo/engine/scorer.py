@@ -1,0 +1,314 @@
+"""A model that scores packed rows: row in, loss and the scores of its pairs out.
+
+A `Scorer` gives a causal language model two things, in place: our attention (registered with transformers,
+so no model code is touched) and a `forward` that scores a `PackedBatch`. Scoring happens inside `forward`
+because DDP, FSDP and DeepSpeed hook the call of the module they wrap. Called without a batch, the model is
+what it was.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from orpo.engine.attention import Segments, attend
+from orpo.engine.backends import SEGMENTS
+from orpo.engine.head import Denominators, Head, PairScores, score_row
+from orpo.engine.packing import PackedBatch
+from orpo.errors import ModelError
+from orpo.settings.config import LayoutName, Objective
+
+ATTENTION = "orpo_segments"
+"""Name under which our attention is registered with transformers."""
+
+
+CPU_CHUNK_TOKENS = 256
+"""Scored tokens per chunk on a CPU: measured fastest at V = 32,000, where more fall out of its caches."""
+
+
+@dataclass
+class ORPOOutput(ModelOutput):
+    """What a scored row returns; a ModelOutput, so that FSDP and DDP find the tensors in it.
+
+    Attributes:
+        loss: This row's share of the step's loss; a scalar, the only tensor with a gradient.
+        pairs: What the model says of the row's pairs.
+    """
+
+    loss: Tensor | None = None
+    pairs: PairScores | None = None
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT, DDP and torch.compile wrappers."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif not isinstance(inner, PreTrainedModel) and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            break
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(
+            f"{type(inner).__name__} is not a transformers model; pass a PreTrainedModel or its name"
+        )
+    return inner
+
+
+class Scorer:
+    """Holds what a prepared model needs beside its weights; one per model, reached from its `forward`."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective, logits_memory_mib: int) -> None:
+        self.model = model
+        self.objective = objective
+        self.chunk_bytes = logits_memory_mib * 2**20
+        self.layout: LayoutName = "shared"
+        self.plain_forward = model.forward
+        self.configs = _attention_configs(model)
+        self.plain_attention = [config._attn_implementation for config in self.configs]
+        self.num_attention_calls: int | None = None
+        self.router_loss = True
+        self.attention = SEGMENTS
+
+    def install(self) -> None:
+        """Give the model a `forward` that takes a packed row."""
+        scorer = self
+
+        def forward(
+            self: PreTrainedModel,
+            *args: Any,
+            batch: PackedBatch | None = None,
+            denominators: Denominators | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            if batch is None:
+                return scorer.plain_forward(*args, **kwargs)
+            return scorer.score(batch, denominators or Denominators(batch.nll_weight, batch.num_preferences))
+
+        forward.__signature__ = _joined_signature(self.plain_forward, forward)  # type: ignore[attr-defined]
+        self.model.forward = MethodType(forward, self.model)
+
+    def use_layout(self, layout: LayoutName) -> None:
+        """Switch to rows of `layout`; our attention serves all but the padded one."""
+        self.layout = layout
+        self.num_attention_calls = None
+
+    def attend_to(self, segments: Segments | None) -> None:
+        """Give the layers our attention over `segments`, or with None their own again, for generation."""
+        _active.segments = segments
+        for number, config in enumerate(self.configs):
+            if segments is None:
+                config._attn_implementation = self.plain_attention[number]
+            elif config._attn_implementation != ATTENTION:
+                self.plain_attention[number] = config._attn_implementation
+                config._attn_implementation = ATTENTION
+
+    def score(self, batch: PackedBatch, denominators: Denominators) -> ORPOOutput:
+        """Run a row through the model and its head."""
+        self._check_layout(batch)
+        segments = Segments(batch.runs)
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask_BN, "use_cache": False}
+        if self.layout != "padded":
+            inputs["position_ids"] = batch.position_ids_BN
+            self.attend_to(segments)
+        try:
+            outputs = _backbone(self.model)(batch.input_ids_BN, **inputs, **self._router_inputs())
+        finally:
+            self.attend_to(None)
+        self._check_attention(segments)
+        self.attention = segments.backend
+        hidden_ND = outputs.last_hidden_state.flatten(0, 1)
+        loss, pairs = score_row(hidden_ND, self.head(), batch, self.objective, denominators)
+        loss = loss + self._router_loss(outputs, batch, denominators)
+        if self.layout != "padded" and loss.requires_grad:
+            loss = _AttendInBackward.apply(loss, self, segments)
+        return ORPOOutput(loss, pairs)
+
+    def head(self) -> Head:
+        """The vocabulary projection as the model applies it now (LoRA on it included)."""
+        module = self.model.get_output_embeddings()
+        weight, bias = _weight_and_bias(module)
+        config = self.model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        most = max(1, self.chunk_bytes // (4 * weight.shape[0]))
+        return Head(
+            weight, bias, scale, getattr(config, "final_logit_softcapping", None),
+            chunk_tokens=min(CPU_CHUNK_TOKENS, most) if weight.device.type == "cpu" else most,
+            max_chunk_tokens=most,
+        )  # fmt: skip
+
+    def _check_layout(self, batch: PackedBatch) -> None:
+        """A row that the model cannot follow would be scored wrongly, in silence."""
+        shares = any(run.rejected for run in batch.runs)
+        row: LayoutName = "padded" if not batch.runs else "shared" if shares else "packed"
+        if row != self.layout and (row, self.layout) != ("packed", "shared"):
+            raise ModelError(
+                f"the row has layout `{row}`, {type(self.model).__name__} was prepared for `{self.layout}`; "
+                f"pass layout={self.layout!r} to pack()"
+            )
+
+    def _check_attention(self, segments: Segments) -> None:
+        """Every row must pass through our attention as often as the probe's rows did."""
+        if self.layout == "padded":
+            return
+        if segments.num_calls == 0:
+            raise NotOnTheInterfaceError("its attention cannot be replaced")
+        if self.num_attention_calls is None:
+            self.num_attention_calls = segments.num_calls
+        if segments.num_calls != self.num_attention_calls:
+            raise ModelError(
+                f"{type(self.model).__name__} called our attention {segments.num_calls} times in a row, "
+                f"{self.num_attention_calls} times in the one before; set layout: padded"
+            )
+
+    def _router_inputs(self) -> dict[str, bool]:
+        return {"output_router_logits": True} if _has_router_loss(self.model) else {}
+
+    def _router_loss(self, outputs: Any, batch: PackedBatch, denominators: Denominators) -> Tensor | float:
+        """The load-balancing loss of a mixture of experts as the model defines it, for this row's share."""
+        if (
+            not (self.router_loss and _has_router_loss(self.model))
+            or batch.empty
+            or not torch.is_grad_enabled()
+        ):
+            return 0.0
+        config = self.model.config.get_text_config()
+        balancing = sys.modules[type(self.model).__module__].load_balancing_loss_func
+        experts = getattr(config, "num_experts", None) or config.num_local_experts
+        balance = balancing(
+            outputs.router_logits, experts, config.num_experts_per_tok, batch.attention_mask_BN
+        )
+        share = (
+            batch.num_preferences / denominators.pairs
+            if denominators.pairs
+            else batch.nll_weight / denominators.nll
+        )
+        loss: Tensor = config.router_aux_loss_coef * share * balance
+        return loss
+
+
+class NotOnTheInterfaceError(ModelError):
+    """The model never called our attention."""
+
+
+def _joined_signature(plain: Callable[..., Any], ours: Callable[..., Any]) -> inspect.Signature:
+    """The parameters of both: generation reads there what a model takes."""
+    first, _, *added = inspect.signature(ours).parameters.values()
+    named = [
+        parameter
+        for parameter in inspect.signature(plain).parameters.values()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.name not in {new.name for new in added}
+    ]
+    return inspect.Signature([first, *named, *added])
+
+
+class _AttendInBackward(torch.autograd.Function):
+    """Identity on the loss; in its backward, layers under gradient checkpointing attend to the row again."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scorer: Scorer, segments: Segments) -> Tensor:
+        ctx.scorer, ctx.segments = scorer, segments
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.scorer.attend_to(ctx.segments)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: ctx.scorer.attend_to(None))
+        return grad_outputs[0], None, None
+
+
+class _Active:
+    """The segments of the row being computed; attention layers have no other way to learn them."""
+
+    segments: Segments | None = None
+
+
+_active = _Active()
+
+
+def _segments_attention_forward(  # noqa: PLR0913 - the signature transformers calls
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form transformers calls it: [1, H, N, D] in, [1, N, H, D] out."""
+    segments = _active.segments
+    if segments is None:
+        raise ModelError("the packed attention was called outside of a row")
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
+    if attention_mask is not None or unknown:
+        raise NotOnTheInterfaceError(f"its attention needs {', '.join(unknown) or 'a mask'}")
+    segments.num_calls += 1
+    output = attend(
+        query, key, value, segments, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout
+    )
+    return output, None
+
+
+_HARMLESS = {
+    "position_ids", "cache_position", "is_causal", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "position_embeddings", "return_dict", "past_key_values",
+}  # fmt: skip
+
+# Compiled into a layer it would be compiled anew for the lengths of every row.
+AttentionInterface.register(ATTENTION, torch.compiler.disable(_segments_attention_forward))
+
+
+def _attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Every configuration object a layer may read its attention implementation from."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """The model below its vocabulary projection."""
+    backbone: nn.Module = getattr(model, model.base_model_prefix)
+    return backbone
+
+
+def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+    """The vocabulary matrix and its bias as `module` applies them now, PEFT adapters included."""
+    disabled: bool = getattr(module, "disable_adapters", False)
+    if hasattr(module, "modules_to_save"):  # a copy of the module is trained in full
+        module = module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
+    if hasattr(
+        module, "unshard"
+    ):  # FSDP2: may be a unit whose own forward, which would gather it, is never called
+        module.unshard()
+    base, bias = module.weight, getattr(module, "bias", None)
+    if disabled or not hasattr(module, "get_delta_weight") or module.merged:
+        return base, bias
+    weight = base
+    for adapter in module.active_adapters:
+        delta = module.get_delta_weight(adapter)
+        if adapter in getattr(
+            module, "lora_magnitude_vector", ()
+        ):  # DoRA, whose norm is a constant to its gradient
+            moved = base + delta
+            factor_V = module.lora_magnitude_vector[adapter].weight / moved.detach().norm(dim=1)
+            delta = factor_V[:, None] * moved - base
+        weight = weight + delta
+    return weight, bias
+
+
+def _has_router_loss(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))

@@ -1,0 +1,145 @@
+"""What `ORPOTrainer` was given -> settings of its own, a model and a tokenizer that fit each other."""
+
+import copy
+import os
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
+
+from orpo.engine.loading import add_adapter, load_model, load_tokenizer
+from orpo.engine.scorer import base_model
+from orpo.errors import ConfigError, ModelError
+from orpo.training.arguments import ORPOConfig
+from orpo.training.training_data import DataReader
+
+
+def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
+    """A copy of the arguments, checked against what the process has been started as."""
+    if args is None:
+        args = ORPOConfig(output_dir="orpo_output")
+    if not isinstance(args, ORPOConfig):
+        raise ConfigError(f"args is a {type(args).__name__}; ORPOTrainer needs an ORPOConfig")
+    args = copy.copy(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this process would train alone; "
+            "set use_cpu: true, or start it with torchrun on a machine with accelerators"
+        )
+    args.notices = list(args.notices)
+    if args.n_gpu > 1:
+        args.notices.append(
+            f"one of {args.n_gpu} GPUs is used; start with torchrun --nproc_per_node {args.n_gpu} for all"
+        )
+        args._n_gpu = 1
+    if args.auto_find_batch_size:
+        args.notices.append(
+            "auto_find_batch_size has no effect: tokens_per_row bounds the memory, not the batch size"
+        )
+        args.auto_find_batch_size = False
+    return args
+
+
+def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: Any) -> Any:
+    """The model to train, loaded where it is named, with the adapter asked for; None with `model_init`."""
+    if model is None and model_init is not None:
+        return None
+    if model is None or isinstance(model, str):
+        args.model_name_or_path = model or args.model_name_or_path
+        model = load_model(args)
+    elif args.model_init_kwargs is not None:
+        raise ConfigError("model_init_kwargs is set, but the model is loaded already; pass its name instead")
+    args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
+    check_model(model, args)
+    if peft_config is not None:
+        if hasattr(model, "peft_config"):
+            raise ModelError(
+                "the model has an adapter already; leave peft_config out, or merge the adapter first"
+            )
+        model = add_adapter(model, peft_config)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
+    return model
+
+
+def check_model(model: nn.Module, args: ORPOConfig) -> None:
+    """Refuse what cannot be trained, and turn dropout off where the settings say so."""
+    inner = base_model(model)
+    if inner.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
+        )
+    if args.disable_dropout:
+        _disable_dropout(model)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, but an adapter's own, which is asked for by name."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def resolve_tokenizer(processing_class: Any, args: ORPOConfig) -> Any:
+    """The tokenizer or processor given, or the model's own."""
+    if processing_class is not None:
+        return processing_class
+    name = args.model_name_or_path
+    if not name:
+        raise ModelError("the model does not say where it comes from; pass its tokenizer as processing_class")
+    init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    revision = args.model_revision or init.get("revision")
+    return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a multimodal processor, or itself."""
+    tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
+    return tokenizer
+
+
+def keep_template(reader: DataReader, processing_class: Any, model: Any) -> None:
+    """Keep the template the data was written with, and let generation stop at its end of turn."""
+    tokenizer = text_tokenizer(processing_class)
+    if reader.chat_template is None:
+        return
+    processing_class.chat_template = tokenizer.chat_template = reader.chat_template
+    generation = None if model is None else getattr(base_model(model), "generation_config", None)
+    if generation is None or reader.end_token is None:
+        return
+    end = tokenizer.convert_tokens_to_ids(reader.end_token)
+    ends = generation.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if end not in ends:
+        generation.eos_token_id = [end, *ends]
+
+
+def settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
+    """Turn evaluation on where it was left open and there is data, and off where there is none."""
+    if evals:
+        args.evaluate_by_default()
+    elif args.eval_strategy != IntervalStrategy.NO:
+        raise ConfigError(
+            f"eval_strategy is {args.eval_strategy}, but there is no evaluation data;"
+            " give some, or set eval_split above 0 to hold some out"
+        )
+    if set(evals) - {""} and args.metric_for_best_model in ("loss", "eval_loss"):
+        args.metric_for_best_model = f"eval_{next(iter(evals))}_loss"
+        args.notices.append(
+            f"the best checkpoint is chosen by {args.metric_for_best_model}; see metric_for_best_model"
+        )
+
+
+def unused(**given: Any) -> list[str]:
+    """A line for each argument that was given and has no effect."""
+    reasons = {
+        "data_collator": "rows are packed without padding",
+        "preprocess_logits_for_metrics": "compute_metrics receives per-pair log-probs, there are no logits",
+    }
+    return [f"{name} has no effect: {reasons[name]}" for name, value in given.items() if value is not None]

@@ -1,0 +1,101 @@
+"""The token budget of a row follows the memory there is."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orpo.engine import memory
+from orpo.engine.memory import default_tokens_per_row, free_memory
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@pytest.fixture
+def model():
+    """A billion weights that take no memory: 16 layers of 2048."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        vocab_size=32000,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).float()
+
+
+def budget(monkeypatch, model, room, **kwargs):
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(room))
+    return default_tokens_per_row(model, CPU, **kwargs)
+
+
+def states(model):
+    return 12 * sum(weight.numel() for weight in model.parameters())
+
+
+def test_half_of_what_gradients_and_moments_leave_goes_to_the_row(monkeypatch, model):
+    per_token = 24 * 16 * 2048 * 4
+    assert budget(monkeypatch, model, states(model) + 2 * 4096 * per_token) == 4096
+    assert budget(monkeypatch, model, states(model) + 2 * 4095 * per_token) == 3840  # a multiple of 256
+    model.to(torch.bfloat16)
+    assert budget(monkeypatch, model, states(model) + 2 * 2048 * per_token) == 4096
+
+
+def test_frozen_weights_need_no_states(monkeypatch, model):
+    room = states(model) + 4 * GIB
+    model.requires_grad_(False)
+    assert budget(monkeypatch, model, room) > 4 * GIB // 2 // (24 * 16 * 2048 * 4)
+
+
+def test_checkpointed_layers_keep_their_inputs_only(monkeypatch, model):
+    room = states(model) + 2 * 2048 * (16 + 24) * 2048 * 4
+    assert budget(monkeypatch, model, room) == 1024
+    assert budget(monkeypatch, model, room, checkpointing=True) == 2048
+
+
+def test_evaluation_keeps_one_layer(monkeypatch, model):
+    assert budget(monkeypatch, model, 2 * 2048 * 24 * 2048 * 4, trains=False) == 2048
+
+
+def test_bounds(monkeypatch, model):
+    assert budget(monkeypatch, model, 0) == 1024
+    assert budget(monkeypatch, model, 10_000 * GIB) == 8192
+
+
+def test_half_precision_counts_where_training_will_use_it(monkeypatch, model):
+    room = states(model) + 2 * 2048 * 24 * 16 * 2048 * 4
+    assert budget(monkeypatch, model, room) == 2048
+    with torch.autocast("cpu", torch.bfloat16):
+        assert budget(monkeypatch, model, room) == 4096
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+def test_free_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch, machine):
+    monkeypatch.setattr(memory, "_control_group_rooms", list)
+    assert free_memory(CPU) == 8 * GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(CPU) == 2 * GIB
+
+
+def test_free_memory_ends_at_the_limit_of_a_control_group(monkeypatch, machine, tmp_path):
+    job = tmp_path / "slurm" / "job"
+    job.mkdir(parents=True)
+    for folder, limit, used, inactive in ((job.parent, "max", 0, 0), (job, 4 * GIB, 3 * GIB, GIB // 2)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\n")
+    own = tmp_path / "own"
+    own.write_text("4:memory:/elsewhere\n0::/slurm/job\n")
+    rooms = memory._control_group_rooms(tmp_path, own)
+    assert rooms == [3 * GIB // 2]
+    assert memory._control_group_rooms(tmp_path, tmp_path / "absent") == []
+    monkeypatch.setattr(memory, "_control_group_rooms", lambda: rooms)
+    assert free_memory(CPU) == 3 * GIB // 2
