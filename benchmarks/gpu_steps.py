@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+from workloads import count_work
 
 from orpo.data.tokenize import TokenizedPair
 from orpo.engine.head import Denominators
@@ -89,12 +90,7 @@ def useful_flops(pairs: list[TokenizedPair], shape: Shape, frozen: bool) -> floa
     """FLOPs that forward and backward of the pairs need; see the module's docstring."""
     size = shape.hidden // shape.heads
     layer = 2 * shape.hidden * size * (shape.heads + shape.key_heads) + 3 * shape.hidden * shape.inner
-    tokens = attended = scored = 0
-    for pair in pairs:
-        p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        tokens += p + c + r
-        attended += (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2
-        scored += p + c - 1 + r
+    tokens, attended, scored = count_work(pairs)
     attention = 4 * shape.hidden * shape.layers * attended
     products = 2 * layer * shape.layers * tokens + 2 * shape.hidden * shape.vocab * scored
     return 3 * attention + (2 if frozen else 3) * products

@@ -123,17 +123,23 @@ def useful_flops(pairs: list[TokenizedPair], shape: Shape, model: PreTrainedMode
     """
     embeddings = {id(p) for name, p in model.named_parameters() if "embed" in name or "lm_head" in name}
     layers = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings)
-    tokens = attended = scored = 0
-    for pair in pairs:
-        p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        tokens += p + c + r
-        attended += (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2
-        scored += p + c - 1 + r
+    tokens, attended, scored = count_work(pairs)
     return 3 * (
         2 * layers * tokens
         + 4 * shape.hidden * shape.layers * attended
         + 2 * shape.hidden * shape.vocab * scored
     )
+
+
+def count_work(pairs: list[TokenizedPair]) -> tuple[int, float, int]:
+    """Tokens, pairs of a token and one it attends to, and scored tokens, each counted once."""
+    tokens, attended, scored = 0, 0.0, 0
+    for pair in pairs:
+        p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        tokens += p + c + r
+        attended += (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2
+        scored += p + c - 1 + r
+    return tokens, attended, scored
 
 
 def number_tokenizer(vocab: int) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from turns import bot, system, user
 
 from orpo.data.formats import READERS, common_words
 from orpo.data.preferences import (
@@ -19,18 +20,6 @@ from orpo.data.preferences import (
 from orpo.errors import ConfigError, DataError
 
 DATA = Path(__file__).parent / "data"
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def bot(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 def read(*rows, **options):

@@ -8,6 +8,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import SHAPES, tiny_tokenizer
+from turns import bot, system, user
 
 from orpo.data.counts import RowCounts
 from orpo.data.preferences import PreferencePair, read_preferences
@@ -42,18 +43,6 @@ END = {
     "zephyr": "</s>",
     "alpaca": "</s>",
 }
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def bot(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 def chat(prompt, chosen, rejected, **known):

@@ -155,7 +155,10 @@ def _loss(logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominat
 def _loss_slopes(
     logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators, at: slice
 ) -> Tensor:
-    """Derivative of `_loss` in the log-probabilities of the scored tokens `at`, whole pairs. [T]."""
+    """Derivative of `_loss` in the log-probabilities of the scored tokens `at`. [T].
+
+    These are whole pairs, or context tokens alone, for which no odds are at stake here.
+    """
     slope_T = (
         -objective.nll_weight / max(denominators.nll, _TINY) * batch.nll_weight_T[at].to(logprob_T.dtype)
     )
@@ -167,7 +170,7 @@ def _loss_slopes(
     outer_P = outer_P * (count_PS[:, 1] > 0)
     inner_PS = log_odds_slope(mean_PS) / count_PS.clamp_min(1)
     slope_PS = torch.stack([outer_P, -outer_P], 1) * inner_PS
-    return slope_T + slope_PS.flatten()[_side(batch, at)] * (batch.role_T[at] != Role.CONTEXT)
+    return slope_T + slope_PS.flatten()[_side(batch, at)]
 
 
 class _FusedLoss(torch.autograd.Function):

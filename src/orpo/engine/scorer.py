@@ -177,11 +177,7 @@ class Scorer:
 
     def _router_loss(self, outputs: Any, batch: PackedBatch, denominators: Denominators) -> Tensor | float:
         """The load-balancing loss of a mixture of experts as the model defines it, for this row's share."""
-        if (
-            not (self.router_loss and _has_router_loss(self.model))
-            or batch.empty
-            or not torch.is_grad_enabled()
-        ):
+        if not (self.router_loss and _has_router_loss(self.model)) or not torch.is_grad_enabled():
             return 0.0
         config = self.model.config.get_text_config()
         balancing = sys.modules[type(self.model).__module__].load_balancing_loss_func
