@@ -219,7 +219,7 @@ def _saved_evaluations(runs: list[Run]) -> str:
 
 def _as_line(figures: Figures) -> dict[str, float]:
     """Figures in the form of a line of metrics.jsonl."""
-    line = {}
+    line: dict[str, float] = {}
     for name, (mean, error) in figures.items():
         line |= {f"eval_{name}": mean, f"eval_{name}_se": error}
     return line

@@ -211,7 +211,7 @@ class ORPOTrainer(Trainer):
             if self.is_world_process_zero():
                 with self.accelerator.autocast():
                     budget = self.args.tokens_per_row or default_tokens_per_row(
-                        self.model, self.args.device, checkpointing=self.args.gradient_checkpointing
+                        self.model, self.args.device, checkpointing=bool(self.args.gradient_checkpointing)
                     )
                 found = [self._prepare(self.args.layout, probe=True), budget]
             if self.args.world_size > 1:
