@@ -102,6 +102,18 @@ def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, tmp_path, step)
     assert trainer.state.global_step == 7
 
 
+def test_a_resumed_run_keeps_its_rows_though_memory_has_changed(tmp_path, monkeypatch):
+    """A row budget that nobody set follows the memory there is, when the run begins."""
+    for room, steps in ((40, 2), (10_000, 7)):
+        monkeypatch.setattr("orpo.training.trainer.default_tokens_per_row", lambda *_, room=room, **__: room)
+        trainer = make(
+            tmp_path, tokens_per_row=None, arguments={"callbacks": [StopAt(steps)] if steps < 7 else []}
+        )
+        trainer.train(resume_from_checkpoint=steps == 7)
+        assert trainer._row_settings(evaluating=False).tokens_per_row == 40
+        assert trainer.state.global_step == steps
+
+
 def test_fresh_run_in_an_old_directory_starts_new_files(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted["folder"], tmp_path, dirs_exist_ok=True)
     make(tmp_path, max_steps=2).train()

@@ -209,11 +209,7 @@ class ORPOTrainer(Trainer):
             # The first rank finds out which layout is exact and how long rows may be; all must plan alike.
             found: list[Any] = [None, None]
             if self.is_world_process_zero():
-                with self.accelerator.autocast():
-                    budget = self.args.tokens_per_row or default_tokens_per_row(
-                        self.model, self.args.device, checkpointing=bool(self.args.gradient_checkpointing)
-                    )
-                found = [self._prepare(self.args.layout, probe=True), budget]
+                found = [self._prepare(self.args.layout, probe=True), self._row_budget()]
             if self.args.world_size > 1:
                 broadcast_object_list(found)
             preparation, self._tokens_per_row = found
@@ -225,6 +221,16 @@ class ORPOTrainer(Trainer):
                 self._say(f"attention: {preparation.attention}")
             self._prepared = (inner, preparation)
         return self._prepared[1]
+
+    def _row_budget(self) -> int:
+        with self.accelerator.autocast():
+            return (
+                self.args.tokens_per_row
+                or self._tokens_per_row
+                or default_tokens_per_row(
+                    self.model, self.args.device, checkpointing=bool(self.args.gradient_checkpointing)
+                )
+            )
 
     def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
         memory = self.args.logits_memory_mib or default_logits_memory_mib(self.args.device)
@@ -512,7 +518,10 @@ class ORPOTrainer(Trainer):
         set_seed(self.args.seed)  # nothing done before, an evaluation or another run, may change this one
         settings: dict[str, Any] = {}
         if checkpoint is not None:
-            self.window.restore(read_state(checkpoint).get("window"))
+            state = read_state(checkpoint)
+            self.window.restore(state.get("window"))
+            if self.args.tokens_per_row is None:  # other rows would round otherwise than the run so far
+                self._tokens_per_row = state.get("tokens_per_row", self._tokens_per_row)
             settings["eval_on_start"] = False
         with self.stop_signal.caught(), _changed(self.args, **settings):
             self.stopwatch.restart()
@@ -550,7 +559,10 @@ class ORPOTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-                write_state(folder, {"window": window, "run": self._identity})
+                write_state(
+                    folder,
+                    {"window": window, "run": self._identity, "tokens_per_row": self._tokens_per_row},
+                )
         if self.args.should_save:
             rotate_checkpoints(
                 str(run_dir),
