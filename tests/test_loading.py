@@ -1,5 +1,6 @@
 """Models and tokenizers load as the settings say, and what cannot be loaded is said in one line."""
 
+import importlib
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 from tiny_tokenizer import tiny_tokenizer
+from tiny_training import tiny_trainer
 
 from orpo.engine import loading
 from orpo.engine.loading import add_adapter, is_adapter, load_model, load_tokenizer, lora_config
@@ -226,19 +228,26 @@ def test_quantised_weights_without_an_adapter_are_refused(folder):
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-def test_quantisation_asks_for_its_library_in_one_line(folder, bits):
-    if transformers.utils.is_bitsandbytes_available():
-        pytest.skip("bitsandbytes is installed")
+def test_quantisation_asks_for_its_library_in_one_line(folder, bits, monkeypatch):
+    module = importlib.import_module(f"transformers.quantizers.quantizer_bnb_{bits[8]}bit")
+    monkeypatch.setattr(module, "is_bitsandbytes_available", lambda *_, **__: False)
     with pytest.raises(ModelError, match="bitsandbytes") as error:
         load(folder, use_peft=True, **{bits: True})
     assert "\n" not in str(error.value)
 
 
-def test_qlora_trains_the_adapter_alone(folder):
-    pytest.importorskip("bitsandbytes")
-    model = load(folder, use_peft=True, load_in_4bit=True)
+def test_qlora_trains_the_adapter_alone(tmp_path):
+    wide = tiny_models.build("Llama", hidden_size=64, intermediate_size=128)  # 4 bits come in blocks of 64
+    wide.save_pretrained(tmp_path / "wide")
+    model = load(str(tmp_path / "wide"), use_peft=True, load_in_4bit=True)
     assert model.get_base_model().is_loaded_in_4bit
     assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    before = torch.cat([w.detach().flatten() for w in model.parameters() if w.requires_grad])
+    trainer = tiny_trainer(tmp_path, model=model, max_steps=2)
+    trainer.train()
+    assert trainer._preparation().layout == "shared", "the probe finds 4-bit layers exact"
+    after = torch.cat([w.detach().flatten() for w in model.parameters() if w.requires_grad])
+    assert (after != before).any() and after.isfinite().all()
 
 
 def test_further_arguments_reach_from_pretrained(folder):
