@@ -153,6 +153,12 @@ def test_the_same_command_on_a_finished_run_changes_nothing(trained, world):
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
 
 
+def test_other_data_or_steps_on_a_finished_run_are_refused(trained, world):
+    for words in (["--per_device_train_batch_size", 4], ["--dataset_name", world / "other.jsonl"]):
+        status, printed = orpo_main("train", world / "recipe.yaml", *words)
+        assert status == 2 and str(words[0])[2:] in printed
+
+
 def test_another_recipe_on_a_finished_run_is_refused_with_the_difference(trained, world):
     status, printed = orpo_main("train", world / "recipe.yaml", "--learning_rate", "1e-3")
     assert status == 2
@@ -477,6 +483,12 @@ def test_the_report_compares_runs_and_escapes_what_models_say(tmp_path):
     ):
         assert expected in page.text
     assert page.count.get("script", 0) == 0
+
+
+def test_an_evaluation_after_the_first_step_counts_as_a_checkpoint_where_none_came_before(tmp_path):
+    lines = [evaluation(5, 0.9), evaluation(9, 0.7)]
+    kept = fake_run(tmp_path / "kept", lines, load_best_model_at_end=True, metric_for_best_model="loss")
+    assert read_run(kept).final_evaluation()["step"] == 5
 
 
 def test_a_page_written_again_shows_what_it_showed(tmp_path):

@@ -56,6 +56,12 @@ def test_checkpointed_layers_keep_their_inputs_only(monkeypatch, model):
     assert budget(monkeypatch, model, room, checkpointing=True) == 2048
 
 
+def test_ranks_that_share_weights_and_states_each_hold_a_part(monkeypatch, model):
+    """Under FSDP the model is still whole, and not on its device, when the budget is asked for."""
+    held = states(model) + sum(weight.nbytes for weight in model.parameters())
+    assert budget(monkeypatch, model, held / 4 + 2 * 2048 * 24 * 16 * 2048 * 4, num_shards=4) == 2048
+
+
 def test_evaluation_keeps_one_layer(monkeypatch, model):
     assert budget(monkeypatch, model, 2 * 2048 * 24 * 2048 * 4, trains=False) == 2048
 

@@ -20,7 +20,12 @@ def scores(pairs):
     """From (chosen, rejected, NLL tokens, NLL of each, has a rejected side)."""
     chosen, rejected, tokens, nll, has = map(torch.tensor, zip(*pairs, strict=True))
     return PairScores(
-        chosen.float(), rejected.float(), (nll * tokens).float(), tokens.float(), torch.as_tensor(has)
+        chosen.float(),
+        rejected.float(),
+        (nll * tokens).float(),
+        tokens.float(),
+        tokens.float(),
+        torch.as_tensor(has),
     )
 
 
@@ -161,3 +166,13 @@ def test_trl_names_are_trl_s_numbers():
             "nll_loss": 4.0,
         }
     )
+
+
+def test_the_mean_over_tokens_counts_tokens_where_the_loss_weights_pairs_alike():
+    """A token of a pair of n has the weight 1 / n under `nll_reduction: pair`."""
+    sums, tokens = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 9.0])
+    whole = torch.ones(2)
+    found = PairScores(-whole, -whole, sums, whole, tokens, whole > 0)
+    metrics = evaluation_metrics(found, Objective(nll_reduction="pair"))
+    assert metrics["nll"] == pytest.approx(2.5)
+    assert metrics["nll_token_mean"] == pytest.approx((1 * 1.0 + 9 * 4.0) / 10)

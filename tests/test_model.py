@@ -18,6 +18,7 @@ from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
 from orpo.errors import ModelError
 from orpo.settings.config import Objective
+from orpo.training.steps import step_denominators
 
 PAIRS = tiny_models.mixed_pairs()
 OBJECTIVE = Objective(beta=0.7)
@@ -605,7 +606,7 @@ def test_router_losses_of_rows_are_weighted_by_their_pairs():
     model = prepared(mixture())
     plain = prepared(tiny_models.build("Mixtral"))
     rows = [pack(PAIRS[:1], OBJECTIVE), pack(PAIRS[1:3], OBJECTIVE)]
-    denominators = Denominators(sum(row.nll_weight for row in rows), 3)
+    denominators = Denominators(sum(row.nll_weight for row in rows), 3, 3)
     whole = [(model(batch=row).loss - plain(batch=row).loss).item() for row in rows]
     split = [
         (
@@ -615,6 +616,15 @@ def test_router_losses_of_rows_are_weighted_by_their_pairs():
         for row in rows
     ]
     assert split == pytest.approx([whole[0] / 3, 2 * whole[1] / 3], rel=1e-4)
+
+
+def test_router_loss_is_there_without_a_rejected_side():
+    """Where nothing is preferred, under `beta: 0` or for rows with a chosen answer alone."""
+    alone = [TokenizedPair(pair.prompt, pair.chosen, []) for pair in PAIRS[:3]]
+    model, plain = prepared(mixture()), prepared(tiny_models.build("Mixtral"))
+    row = pack(alone, OBJECTIVE)
+    counts = step_denominators(alone, OBJECTIVE)
+    assert (model(batch=row, denominators=counts).loss - plain(batch=row, denominators=counts).loss) > 0.1
 
 
 def test_router_loss_is_left_out_of_empty_rows_and_of_evaluation():

@@ -9,6 +9,7 @@ import reference
 import tiny_models
 import torch
 import yaml
+from peft import LoraConfig
 from tiny_tokenizer import tiny_tokenizer
 from tiny_training import logged, random_pairs, tiny_config, tiny_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
@@ -18,6 +19,7 @@ from orpo.data.tokenize import TokenizedPair
 from orpo.engine.packing import pack
 from orpo.errors import ConfigError, DataError, ModelError, RunError
 from orpo.settings.config import Objective
+from orpo.training.progress import Stopwatch
 from orpo.training.steps import (
     RowSettings,
     StepDataset,
@@ -649,3 +651,92 @@ def test_package_is_light_to_import():
 
     code = "import orpo, sys; orpo.__version__; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_new_run_in_an_old_directory_forgets_what_was_said_of_the_old_model(tmp_path):
+    for name in ("report.json", "eval-test.json", "mine.json"):
+        (tmp_path / name).write_text("{}")
+    tiny_trainer(tmp_path, max_steps=1).train()
+    assert [path.name for path in sorted(tmp_path.glob("*.json"))] == [
+        "data_report.json",
+        "environment.json",
+        "mine.json",
+    ]
+
+
+def test_the_card_has_the_figures_of_the_weights_beside_it(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        evaluation=random_pairs(20, seed=7),
+        learning_rate=20.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    trainer.save_model()
+    best = trainer.state.best_global_step
+    assert best < 4
+    loss = next(x["eval_loss"] for x in trainer.state.log_history if x["step"] == best and "eval_loss" in x)
+    card = (tmp_path / "README.md").read_text()
+    assert f"after {best} steps" in card and f"| loss | {loss:.4f}" in card
+    assert str(tmp_path) not in card, "cards are published"
+
+
+def test_samples_go_on_with_another_number_of_prompts(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    for number, steps in ((1, 1), (3, 2)):
+        trainer = tiny_trainer(
+            tmp_path,
+            model=tiny_models.build("Llama", vocab_size=len(tiny_tokenizer())),
+            evaluation={"mine": random_pairs(5, seed=2), "other": random_pairs(4, seed=3)},
+            num_samples=number,
+            max_completion_length=2,
+            max_steps=2,
+            **settings,
+        )
+        trainer.args.max_steps = steps
+        trainer.train(resume_from_checkpoint=steps == 2)
+    answers = [sample["answers"].keys() for sample in json.loads((tmp_path / "samples.json").read_text())]
+    assert answers == [{"chosen", "step 0", "step 1", "step 2"}, *[{"chosen", "step 2"}] * 2]
+
+
+def test_settings_of_loading_are_refused_for_a_model_that_is_loaded(tmp_path):
+    for settings in ({"use_peft": True}, {"use_peft": True, "load_in_4bit": True}):
+        with pytest.raises(ConfigError, match="the model is loaded already"):
+            tiny_trainer(tmp_path, **settings)
+    with pytest.raises(ConfigError, match="leave peft_config"):
+        ORPOTrainer(
+            model_init=lambda: tiny_models.build("Llama"),
+            args=tiny_config(tmp_path),
+            peft_config=LoraConfig(),
+            processing_class=tiny_tokenizer(),
+            train_dataset=random_pairs(),
+        )
+
+
+def test_zero_3_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("orpo.training.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match="ZeRO stage 1 or 2"):
+        tiny_trainer(tmp_path).train()
+
+
+def test_resize_embeddings_reaches_a_model_that_is_named(tmp_path):
+    tokenizer = tiny_tokenizer(None, special_tokens=False)
+    tiny_models.build("Llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    config = tiny_config(tmp_path, resize_embeddings=True, chat_template="chatml", max_steps=1)
+    trainer = ORPOTrainer(str(tmp_path / "base"), config, train_dataset=rows)
+    trainer.train()
+    assert trainer.model.get_input_embeddings().weight.shape[0] == len(tokenizer) + 2
+
+
+def test_a_stopwatch_goes_on_from_the_seconds_there_were():
+    stopwatch = Stopwatch()
+    stopwatch.restart(100.0)
+    assert 100 < stopwatch.seconds < 101
+    assert 100 < stopwatch.restart() < 101
+    assert stopwatch.seconds < 1

@@ -306,6 +306,15 @@ def test_streaming(model, tokenizer, tmp_path, name):
         )
 
 
+def test_a_stream_that_is_named_needs_no_held_out_data(model_folder, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(ROWS["standard_preference"](n)) + "\n" for n in NUMBERS))
+    settings = {"dataset_name": str(file), "streaming": True, "max_steps": 1}
+    trainer = ORPOTrainer(model_folder, ORPOConfig(output_dir=str(tmp_path / "run"), **settings))
+    trainer.train()
+    assert trainer.args.eval_strategy == "no"
+
+
 def test_named_data_and_model(model_folder, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(ROWS["conversational_preference"](n)) + "\n" for n in NUMBERS))

@@ -4,6 +4,11 @@ Any other exception is a bug in this package and keeps its traceback.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class OrpoError(Exception):
     """Base class. The message says what is wrong, where, and what to do about it."""
 

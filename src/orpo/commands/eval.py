@@ -84,7 +84,7 @@ def evaluate_model(folder: str, args: argparse.Namespace, recipe: dict[str, Any]
     """
     from orpo.commands.config import check_recipe
     from orpo.engine.loading import load_tokenizer
-    from orpo.engine.memory import default_logits_memory_mib, default_tokens_per_row
+    from orpo.engine.memory import default_tokens_per_row
     from orpo.engine.model import prepare_model
     from orpo.results.evaluate import evaluate
     from orpo.results.inference import load_trained
@@ -99,8 +99,9 @@ def evaluate_model(folder: str, args: argparse.Namespace, recipe: dict[str, Any]
     pairs = _read_pairs(args, settings, tokenizer)
     model = load_trained(folder, settings)
     device = next(model.parameters()).device
-    memory = settings.logits_memory_mib or default_logits_memory_mib(device)
-    prepared = prepare_model(model, objective, layout=settings.layout, logits_memory_mib=memory)
+    prepared = prepare_model(
+        model, objective, layout=settings.layout, logits_memory_mib=settings.logits_memory_mib
+    )
     if not args.json:
         print(*prepared.notices, sep="\n", end="\n" if prepared.notices else "")
     budget = settings.tokens_per_row or default_tokens_per_row(model, device, trains=False)

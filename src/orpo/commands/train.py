@@ -210,6 +210,13 @@ def _checkpoint(config: ORPOConfig) -> str | None:
     return str(newest) if newest else None
 
 
+_MAKE_ANOTHER_MODEL = {
+    "model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+"""Settings that a checkpoint answers for in other ways (resuming.py), and a finished run cannot."""
+
+
 def _is_finished(config: ORPOConfig) -> bool:
     """Whether the run directory holds the result of this very recipe; the model card is what is written last.
 
@@ -224,7 +231,7 @@ def _is_finished(config: ORPOConfig) -> bool:
     if config.force or not (before and holds_model(run_dir) and (run_dir / "README.md").is_file()):
         return False
     now = config.recipe()
-    names = run_identity(config, None).keys() & before.keys() & now.keys()
+    names = (run_identity(config, None).keys() | _MAKE_ANOTHER_MODEL) & before.keys() & now.keys()
     refuse_changes(run_dir, {name: before[name] for name in names}, {name: now[name] for name in names})
     return True
 

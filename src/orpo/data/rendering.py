@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from orpo.data.messages import Message
 from orpo.data.preferences import PreferencePair
-from orpo.data.templates import ChatTemplate, first_line, prepare_template
-from orpo.errors import ModelError
+from orpo.data.templates import ChatTemplate, prepare_template
+from orpo.errors import ModelError, first_line
 
 _MARKER = "ORPO turn marker"
 

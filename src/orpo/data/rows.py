@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orpo.errors import DataError
+from orpo.errors import DataError, first_line
 
 Row = dict[str, Any]
 
@@ -74,7 +74,7 @@ def _load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
     try:
         loaded: Iterable[Any] = datasets.load_dataset(name, config, split=split)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"{name}: neither a local file nor a hub data set that can be loaded ({reason}); "
             "check the name, dataset_config and the split"

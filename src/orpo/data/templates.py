@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo.data.messages import Message
-from orpo.errors import ConfigError, ModelError
+from orpo.errors import ConfigError, ModelError, first_line
 
 _ANSWER = "ORPO answer marker"
 _SYSTEM = "ORPO system marker"
@@ -303,8 +303,3 @@ def _writes(
         return marker in template.render(tokenizer, turns, tools, ask=False)
     except Exception:
         return False
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,10 +34,12 @@ class Denominators(NamedTuple):
     Attributes:
         nll: Sum of the step's NLL weights: its NLL tokens, or its pairs under `nll_reduction: pair`.
         pairs: Pairs with both sides.
+        examples: Pairs with or without a rejected side; only a mixture of experts asks.
     """
 
     nll: float
     pairs: float
+    examples: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class PairScores(NamedTuple):
         rejected_logprob_P: The same of the rejected response; 0 where there is none.
         nll_sum_P: Weighted sum of the negative log-probabilities of the pair's NLL tokens.
         nll_weight_P: Sum of the weights of these tokens.
+        nll_tokens_P: How many they are.
         has_rejected_P: Whether the pair has both sides.
     """
 
@@ -78,6 +81,7 @@ class PairScores(NamedTuple):
     rejected_logprob_P: Tensor
     nll_sum_P: Tensor
     nll_weight_P: Tensor
+    nll_tokens_P: Tensor
     has_rejected_P: Tensor
 
 
@@ -119,6 +123,7 @@ def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
         rejected_logprob_P=mean_PS[:, 1],
         nll_sum_P=zero_P.index_add(0, batch.pair_T, -logprob_T * batch.nll_weight_T),
         nll_weight_P=zero_P.index_add(0, batch.pair_T, batch.nll_weight_T.to(logprob_T.dtype)),
+        nll_tokens_P=zero_P.index_add(0, batch.pair_T, (batch.nll_weight_T > 0).to(logprob_T.dtype)),
         has_rejected_P=count_PS[:, 1] > 0,
     )
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from orpo.data.templates import DEFAULT, NAMED, missing_tokens
-from orpo.errors import ConfigError, ModelError
+from orpo.errors import ConfigError, ModelError, first_line
 from orpo.settings.config import OrpoSettings
 
 _UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
@@ -33,7 +33,7 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from error
 
 
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
@@ -62,7 +62,7 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
         try:
             return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[return-value]
         except _UNLOADABLE as error:
-            raise ModelError(f"{adapter}: the adapter could not be loaded ({_first_line(error)})") from error
+            raise ModelError(f"{adapter}: the adapter could not be loaded ({first_line(error)})") from error
     if settings.use_peft:
         return add_adapter(model, lora_config(settings))
     return model
@@ -94,7 +94,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
     try:
         adapted: PreTrainedModel = get_peft_model(model, peft_config)
     except ValueError as error:
-        raise ModelError(f"the adapter does not fit {type(model).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"the adapter does not fit {type(model).__name__}: {first_line(error)}") from error
     return adapted
 
 
@@ -174,7 +174,7 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
     except ModelError:
         raise
     except _UNLOADABLE as error:
-        raise ModelError(f"{name}: the model could not be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{name}: the model could not be loaded ({first_line(error)})") from error
 
 
 def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:
@@ -200,7 +200,3 @@ def _quantization(settings: OrpoSettings) -> Any:
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_quant_storage=compute,  # a float storage can be sharded by FSDP2, uint8 cannot
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -22,7 +22,12 @@ MAX_TOKENS_PER_ROW, MAX_TOKENS_PER_CPU_ROW = 65536, 8192
 
 
 def default_tokens_per_row(
-    model: nn.Module, device: torch.device, *, trains: bool = True, checkpointing: bool = False
+    model: nn.Module,
+    device: torch.device,
+    *,
+    trains: bool = True,
+    checkpointing: bool = False,
+    num_shards: int = 1,
 ) -> int:
     """Token budget of a row: what half of the memory left by gradients and moments has room for.
 
@@ -31,6 +36,7 @@ def default_tokens_per_row(
         device: Where it runs.
         trains: Whether activations are kept for a backward, and the optimizer is still to come.
         checkpointing: Whether layers keep their inputs only.
+        num_shards: Over how many devices weights and optimizer are yet to be cut.
 
     Returns:
         A multiple of 256, at least 1024; at most 65536 on a CUDA device and 8192 elsewhere.
@@ -41,7 +47,10 @@ def default_tokens_per_row(
         kept = config.num_hidden_layers * trains + ACTIVATIONS_PER_UNIT
     per_token = kept * config.hidden_size * _compute_dtype(model, device).itemsize
     states = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) * trains
-    room = (free_memory(device) - BYTES_PER_TRAINED_WEIGHT * states) / 2
+    to_come = BYTES_PER_TRAINED_WEIGHT * states
+    if num_shards > 1:
+        to_come = (to_come + sum(weight.nbytes for weight in model.parameters())) // num_shards
+    room = (free_memory(device) - to_come) / 2
     most = MAX_TOKENS_PER_ROW if device.type == "cuda" else MAX_TOKENS_PER_CPU_ROW
     return int(min(max(room / per_token, 1024), most)) // 256 * 256
 

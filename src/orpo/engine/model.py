@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from orpo.engine.backends import SEGMENTS
+from orpo.engine.memory import default_logits_memory_mib
 from orpo.engine.probe import layout_problem
 from orpo.engine.scorer import Scorer, base_model
 from orpo.errors import ModelError
@@ -27,7 +28,7 @@ def prepare_model(
     objective: Objective,
     *,
     layout: LayoutName | None = None,
-    logits_memory_mib: int = 128,
+    logits_memory_mib: int | None = None,
     probe: bool = True,
 ) -> Preparation:
     """Make `model(batch=..., denominators=...)` score packed rows, in place.
@@ -36,7 +37,7 @@ def prepare_model(
         model: A causal language model of transformers, or a PEFT model around one, on its device.
         objective: What is minimised.
         layout: Take this layout; by default the fastest that the probe finds exact.
-        logits_memory_mib: Largest chunk of logits alive, in MiB.
+        logits_memory_mib: Largest chunk of logits alive, in MiB; None: as the device likes it.
         probe: Whether to compare with the plain model; without it the first layout allowed is trusted.
 
     Raises:
@@ -49,7 +50,8 @@ def prepare_model(
         )
     if inner.get_output_embeddings() is None:
         raise ModelError(f"{type(inner).__name__} has no language-model head to score tokens with")
-    scorer = Scorer(inner, objective, logits_memory_mib)
+    memory = logits_memory_mib or default_logits_memory_mib(next(model.parameters()).device)
+    scorer = Scorer(inner, objective, memory)
     scorer.install()
     candidates: list[LayoutName] = [layout] if layout else ["shared", "packed", "padded"]
     if not probe:

@@ -15,6 +15,7 @@ from orpo.engine.backends import by_segments
 from orpo.engine.objective import log_odds, odds_ratio_loss
 from orpo.engine.packing import pack
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
+from orpo.errors import first_line
 from orpo.settings.config import LayoutName, Objective
 
 PROBE_OBJECTIVE = Objective(beta=1.0)
@@ -71,8 +72,10 @@ def _probe(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
             plain_grads = torch.autograd.grad(plain, weights, materialize_grads=True) if weights else ()
     except NotOnTheInterfaceError as error:
         return str(error)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.train(training)
         scorer.objective, scorer.router_loss = objective, True

@@ -93,7 +93,8 @@ class Scorer:
         ) -> Any:
             if batch is None:
                 return scorer.plain_forward(*args, **kwargs)
-            return scorer.score(batch, denominators or Denominators(batch.nll_weight, batch.num_preferences))
+            own = Denominators(batch.nll_weight, batch.num_preferences, max(batch.num_pairs, 1))
+            return scorer.score(batch, denominators or own)
 
         forward.__signature__ = _joined_signature(self.plain_forward, forward)  # type: ignore[attr-defined]
         self.model.forward = MethodType(forward, self.model)
@@ -185,11 +186,7 @@ class Scorer:
         balance = balancing(
             outputs.router_logits, experts, config.num_experts_per_tok, batch.attention_mask_BN
         )
-        share = (
-            batch.num_preferences / denominators.pairs
-            if denominators.pairs
-            else batch.nll_weight / denominators.nll
-        )
+        share = batch.num_pairs / denominators.examples
         loss: Tensor = config.router_aux_loss_coef * share * balance
         return loss
 

@@ -124,7 +124,7 @@ def write_report(
 
 def _page(title: str, run: Run, others: list[Run], test: Mapping[str, Figures], note: str) -> str:
     css = files("orpo.results").joinpath("report.css").read_text(encoding="utf-8")
-    model = str(run.recipe.get("model_name_or_path") or run.environment.get("model") or "")
+    model = str(run.recipe.get("model_name_or_path") or "")
     subtitle = " · ".join(
         part
         for part in (
@@ -188,12 +188,14 @@ def _overview(run: Run, others: list[Run], test: Mapping[str, Figures]) -> str:
         "Held-out pairs, before and after" if not test else "Validation pairs, before and after",
         columns,
         f"Evaluated at {when}; {errors}",
+        one_objective=not compared,
     )
     tested = {name: _as_line(figures) for name, figures in test.items()}
     shown = list(tested.values()) or [first, last]
     tiles = "".join(_tile(metric, shown[0], shown[-1]) for metric in METRICS[:2] + METRICS[3:5])
     caption = "No training and no choice of settings has seen these pairs; ± one standard error over prompts."
-    test_table = _numbers_table("Test pairs", list(tested.items()), caption) if tested else ""
+    columns = list(tested.items())
+    test_table = _numbers_table("Test pairs", columns, caption, one_objective=False) if tested else ""
     return f'<section id="overview"><div class="tiles">{tiles}</div>{test_table}{validation}</section>'
 
 
@@ -213,7 +215,9 @@ def _saved_evaluations(runs: list[Run]) -> str:
         caption = (
             f"{_integer(result['num_pairs'])} pairs of {result['data']}; ± one standard error over examples."
         )
-        tables.append(_numbers_table(f"Evaluation: {name}", columns, caption))
+        tables.append(
+            _numbers_table(f"Evaluation: {name}", columns, caption, one_objective=len(columns) == 1)
+        )
     return f'<section id="evaluations">{"".join(tables)}</section>' if tables else ""
 
 
@@ -225,16 +229,17 @@ def _as_line(figures: Figures) -> dict[str, float]:
     return line
 
 
-def _numbers_table(title: str, columns: Sequence[tuple[str, Mapping[str, Any]]], caption: str) -> str:
-    """A metric a row; those of the last column are shown."""
+def _numbers_table(
+    title: str, columns: Sequence[tuple[str, Mapping[str, Any]]], caption: str, *, one_objective: bool
+) -> str:
+    """A metric a row; those of the last column are shown, the loss only where all minimise the same."""
     head = "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
     rows = "".join(
         f'<tr><th scope="row">{metric.title}</th>'
         + "".join(f"<td>{_with_error(metric, line)}</td>" for _, line in columns)
         + "</tr>"
         for metric in METRICS
-        # Runs of different objectives have different losses.
-        if f"eval_{metric.name}" in columns[-1][1] and not (len(columns) > 2 and metric.name == "loss")
+        if f"eval_{metric.name}" in columns[-1][1] and (one_objective or metric.name != "loss")
     )
     return f"""
 <h2>{escape(title)}</h2>
@@ -366,14 +371,9 @@ def _samples(samples: Samples) -> str:
         return ""
     cards = []
     for sample in samples:
-        answers = sample.get("answers")
-        if not isinstance(answers, Mapping):
-            answers = {
-                key: value for key, value in sample.items() if key != "prompt" and isinstance(value, str)
-            }
         columns = "".join(
             f"<div><h4>{escape(str(name))}</h4><p>{escape(str(text).strip()) or '<em>(empty)</em>'}</p></div>"
-            for name, text in _few(answers).items()
+            for name, text in _few(sample["answers"]).items()
         )
         prompt = sample.get("prompt", "")
         text = prompt if isinstance(prompt, str) else "\n".join(str(m.get("content", m)) for m in prompt)

@@ -49,7 +49,7 @@ class Run:
         lines = self.evaluations()
         metric = str(self.recipe.get("metric_for_best_model") or "loss")
         name = metric if metric.startswith("eval_") else f"eval_{metric}"
-        scored = [line for line in lines[1:] if is_number(line.get(name))]
+        scored = [line for line in lines if line["step"] > 0 and is_number(line.get(name))]
         if self.recipe.get("load_best_model_at_end") and scored:
             sign = 1 if self.recipe.get("greater_is_better") else -1
             return max(scored, key=lambda line: sign * line[name])

@@ -126,9 +126,8 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
     def _settle_evaluation(self, has_data: bool | None = None) -> None:
         """Fill in what depends on whether, and how often, there is evaluation."""
         if self.eval_strategy is None:
-            named = (
-                self.eval_dataset_name or self.dataset_test_split or (self.dataset_name and self.eval_split)
-            )
+            held_out = self.dataset_name and self.eval_split and not self.streaming
+            named = self.eval_dataset_name or self.dataset_test_split or held_out
             if not (named if has_data is None else has_data):
                 self.eval_strategy = "no"
             else:

@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from orpo.errors import RunError
+from orpo.errors import RunError, first_line
 
 STATE_FILE = "orpo_state.json"
 """What this package adds to a checkpoint: manifest, settings, sums of the open log window."""
@@ -158,11 +158,6 @@ def read_state(folder: str | Path) -> dict[str, Any]:
         return {}
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return state
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message, its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -119,7 +119,8 @@ def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, fl
         metrics[name] = value.double().mean().item()
         if value.numel() > 1:
             metrics[f"{name}_se"] = value.double().std().item() / math.sqrt(value.numel())
-    metrics["nll_token_mean"] = (scores.nll_sum_P.double().sum() / scores.nll_weight_P.double().sum()).item()
+    tokens_P = scores.nll_tokens_P.double()
+    metrics["nll_token_mean"] = ((nll_P.double() * tokens_P).sum() / tokens_P.sum()).item()
     return metrics
 
 

@@ -15,10 +15,16 @@ class Stopwatch:
     def __init__(self) -> None:
         self._started = time.perf_counter()
 
-    def restart(self) -> float:
-        """Start anew; returns the seconds since the last start, pauses left out."""
-        seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
-        return max(seconds, 1e-9)
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start, pauses left out."""
+        return max(time.perf_counter() - self._started, 1e-9)
+
+    def restart(self, already: float = 0.0) -> float:
+        """Start anew, as if `already` seconds had passed; returns the seconds since the last start."""
+        seconds = self.seconds
+        self._started = time.perf_counter() - already
+        return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -81,8 +87,8 @@ class Progress(TrainerCallback):
         else:
             self._bar.console.print(f"step {state.global_step}  {numbers}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the terminal as it was."""
+    def close(self) -> None:
+        """Leave the terminal as it was, however training has ended."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

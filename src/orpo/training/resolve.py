@@ -44,12 +44,16 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
 def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: Any) -> Any:
     """The model to train, loaded where it is named, with the adapter asked for; None with `model_init`."""
     if model is None and model_init is not None:
+        if peft_config is not None or args.resize_embeddings:
+            raise ConfigError(
+                "model_init makes the model as it is trained; leave peft_config and resize_embeddings to it"
+            )
         return None
     if model is None or isinstance(model, str):
         args.model_name_or_path = model or args.model_name_or_path
         model = load_model(args)
-    elif args.model_init_kwargs is not None:
-        raise ConfigError("model_init_kwargs is set, but the model is loaded already; pass its name instead")
+    else:
+        _refuse_loading_settings(model, args)
     args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
     check_model(model, args)
     if peft_config is not None:
@@ -61,6 +65,16 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
     return model
+
+
+def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
+    """Settings of how a model is loaded would be passed over in silence where it is loaded already."""
+    names = ["model_init_kwargs"]
+    if not hasattr(model, "peft_config"):
+        names += ["use_peft", "adapter_name_or_path", "load_in_4bit", "load_in_8bit"]
+    for name in names:
+        if getattr(args, name):
+            raise ConfigError(f"{name} is set, but the model is loaded already; pass its name instead")
 
 
 def check_model(model: nn.Module, args: ORPOConfig) -> None:
@@ -126,7 +140,7 @@ def settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
         args.evaluate_by_default()
     elif args.eval_strategy != IntervalStrategy.NO:
         raise ConfigError(
-            f"eval_strategy is {args.eval_strategy}, but there is no evaluation data;"
+            f"eval_strategy is {IntervalStrategy(args.eval_strategy).value}, but there is no evaluation data;"
             " give some, or set eval_split above 0 to hold some out"
         )
     if set(evals) - {""} and args.metric_for_best_model in ("loss", "eval_loss"):

@@ -50,6 +50,9 @@ class RunFiles(TrainerCallback):
         write_json(folder / "data_report.json", self.data_report)
         write_json(folder / "environment.json", environment(args))
         kept = keep_lines(folder / METRICS, state.global_step)
+        if state.global_step == 0:  # what was said of the model that was here before
+            for stale in (folder / "report.json", *folder.glob("eval-*.json")):
+                stale.unlink(missing_ok=True)
         self._started = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -123,8 +126,27 @@ def _shown(name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def write_model_card(folder: Path, recipe: Mapping[str, Any], history: Iterable[Mapping[str, Any]]) -> None:
-    """Write README.md: from what, on what, how, and with what result on held-out pairs."""
+def _public(value: Any) -> Any:
+    """A setting without the folders of this machine."""
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    return _shown(value) if isinstance(value, str) and "/" in value else value
+
+
+def write_model_card(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    history: Iterable[Mapping[str, Any]],
+    best_step: int | None = None,
+) -> None:
+    """Write README.md: from what, on what, how, and with what result on held-out pairs.
+
+    Args:
+        folder: Where the model is.
+        recipe: The resolved settings.
+        history: Lines of metrics.
+        best_step: The step whose weights these are; None: the last one.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     base, data = recipe.get("model_name_or_path"), recipe.get("dataset_name")
@@ -139,13 +161,15 @@ def write_model_card(folder: Path, recipe: Mapping[str, Any], history: Iterable[
         tags=["orpo", "trl", "preference-optimization"],
         pipeline_tag="text-generation",
     )
-    last = evaluations[-1] if evaluations else {}
+    ours = [line for line in evaluations if best_step is None or line.get("step") == best_step]
+    last = ours[-1] if ours else {}
     rows = "\n".join(
         f"| {name.removeprefix('eval_')} | {value:.4f}{_error(last, name)} |"
         for name, value in last.items()
         if name.startswith("eval_") and _is_ours(name) and not name.endswith("_se")
     )
-    settings = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    public = {key: _public(value) for key, value in recipe.items()}
+    settings = yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
     text = f"""---
 {known.to_yaml()}
 ---
@@ -157,9 +181,7 @@ with ORPO ([Hong, Lee and Thorne, 2024](https://arxiv.org/abs/2403.07691)): one 
 Made with `orpo` {orpo.__version__} and transformers {version("transformers")}.
 """
     if rows:
-        text += (
-            f"\n## On held-out pairs, after {evaluations[-1].get('step')} steps\n\n| | |\n|---|---|\n{rows}\n"
-        )
+        text += f"\n## On held-out pairs, after {last.get('step')} steps\n\n| | |\n|---|---|\n{rows}\n"
     text += f"\n## Recipe\n\n```yaml\n{settings}```\n"
     folder.mkdir(parents=True, exist_ok=True)
     ModelCard(text).save(folder / "README.md")

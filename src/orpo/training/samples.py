@@ -23,9 +23,11 @@ class SampleWriter(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self._answered = -1  # the step of the last answers; each named evaluation set calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take back what an earlier attempt has written after the checkpoint this one starts from."""
+        self._answered = -1
         path = Path(args.output_dir) / SAMPLES
         if state.is_world_process_zero and path.exists():
             samples = read_json(path, []) if state.global_step > 0 else []
@@ -36,6 +38,9 @@ class SampleWriter(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Generate on every rank, since a sharded model needs all of them; the first one writes."""
+        if self._answered == state.global_step:
+            return
+        self._answered = state.global_step
         pairs = self.trainer.eval_dataset
         pairs = next(iter(pairs.values())) if isinstance(pairs, dict) else pairs
         shown = [pairs[index] for index in range(min(args.num_samples, len(pairs)))]
@@ -44,16 +49,13 @@ class SampleWriter(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / SAMPLES
-        samples = read_json(path, []) or [
-            {
-                "source": pair.source,
-                "prompt": self._text(prompt),
-                "answers": {"chosen": self._text(pair.chosen[pair.chosen_context :])},
-            }
-            for pair, prompt in zip(shown, prompts, strict=True)
-        ]
-        for sample, answer in zip(samples, answers, strict=True):
-            sample["answers"][f"step {state.global_step}"] = self._text(answer)
+        before = {sample["prompt"]: sample["answers"] for sample in read_json(path, [])}
+        samples = []
+        for pair, prompt, answer in zip(shown, prompts, answers, strict=True):
+            text = self._text(prompt)
+            said = before.get(text) or {"chosen": self._text(pair.chosen[pair.chosen_context :])}
+            said = said | {f"step {state.global_step}": self._text(answer)}
+            samples.append({"source": pair.source, "prompt": text, "answers": said})
         write_json(path, samples)
 
     def _text(self, tokens: Sequence[int]) -> str:

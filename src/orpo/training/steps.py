@@ -132,11 +132,12 @@ def split_rows(step: Step, settings: RowSettings) -> Step | None:
 
 def step_denominators(pairs: Iterable[TokenizedPair], objective: Objective) -> Denominators:
     """What the sums of a step with these pairs are divided by; at least 1, so that an absent term is 0."""
-    nll, preferences = 0, 0
+    nll = preferences = examples = 0
     for pair in pairs:
+        examples += 1
         nll += 1 if objective.nll_reduction == "pair" else num_nll_tokens(pair, objective)
         preferences += len(pair.rejected) > 0
-    return Denominators(nll=float(max(nll, 1)), pairs=float(max(preferences, 1)))
+    return Denominators(float(max(nll, 1)), float(max(preferences, 1)), float(max(examples, 1)))
 
 
 def num_nll_tokens(pair: TokenizedPair, objective: Objective) -> int:

@@ -28,22 +28,22 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
 
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.loading import add_template_tokens
-from orpo.engine.memory import default_logits_memory_mib, default_tokens_per_row
+from orpo.engine.memory import default_tokens_per_row
 from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
 from orpo.engine.scorer import base_model
-from orpo.errors import ConfigError, DataError, RunError
+from orpo.errors import ConfigError, DataError, RunError, first_line
 from orpo.settings.config import LayoutName, Objective
 from orpo.training.arguments import ORPOConfig
 from orpo.training.checkpoints import (
     StopSignal,
     checkpoint_problem,
-    first_line,
     last_checkpoint,
     read_state,
     remove_unfinished,
@@ -139,8 +139,8 @@ class ORPOTrainer(Trainer):
         set_seed(args.seed)  # an adapter's weights are drawn before Trainer sets the seed
         loaded: Any = resolve_model(model, args, model_init, peft_config)
         tokenizer = resolve_tokenizer(processing_class, args)
-        if args.resize_embeddings and model is not None:
-            args.notices += add_template_tokens(model, text_tokenizer(tokenizer), args.chat_template)
+        if args.resize_embeddings:
+            args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
         self._reader = DataReader(args, text_tokenizer(tokenizer), args.seed)
         with args.main_process_first(desc="tokenizing the data"):
             data = self._reader.training(train_dataset, eval_dataset, evaluates=args.eval_strategy != "no")
@@ -188,7 +188,8 @@ class ORPOTrainer(Trainer):
         self.add_callback(_EpochOrder())
         self.add_callback(_StopBetweenSteps(self))
         self.add_callback(RunFiles(self._recipe, data_report))
-        self.add_callback(Progress(bar=not self.args.disable_tqdm))
+        self._progress = Progress(bar=not self.args.disable_tqdm)
+        self.add_callback(self._progress)
         if self.args.num_samples > 0 and self.eval_dataset is not None:
             self.add_callback(SampleWriter(self))
         if self.args.early_stopping_patience is not None:
@@ -205,6 +206,11 @@ class ORPOTrainer(Trainer):
     def _preparation(self) -> Preparation:
         """Prepare the model for rows, once it is on its device and before it is wrapped."""
         inner = base_model(self.model)
+        if is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                "DeepSpeed ZeRO-3 gathers weights within layers only, and the head is scored outside of one;"
+                " use ZeRO stage 1 or 2, or fsdp"
+            )
         if self._prepared is None or self._prepared[0] is not inner:
             # The first rank finds out which layout is exact and how long rows may be; all must plan alike.
             found: list[Any] = [None, None]
@@ -217,7 +223,7 @@ class ORPOTrainer(Trainer):
                 self._prepare(preparation.layout, probe=False)
             for line in preparation.notices:
                 self._say(line)
-            if self.args.device.type == "cuda":
+            if self.model.device.type == "cuda":
                 self._say(f"attention: {preparation.attention}")
             self._prepared = (inner, preparation)
         return self._prepared[1]
@@ -228,12 +234,15 @@ class ORPOTrainer(Trainer):
                 self.args.tokens_per_row
                 or self._tokens_per_row
                 or default_tokens_per_row(
-                    self.model, self.args.device, checkpointing=bool(self.args.gradient_checkpointing)
+                    self.model,
+                    self.args.device,
+                    checkpointing=bool(self.args.gradient_checkpointing),
+                    num_shards=self.args.world_size if self.is_fsdp_enabled else 1,
                 )
             )
 
     def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
-        memory = self.args.logits_memory_mib or default_logits_memory_mib(self.args.device)
+        memory = self.args.logits_memory_mib
         with self.accelerator.autocast():  # so that the probe meets the precision and the kernels of training
             return prepare_model(
                 self.model, self.objective, layout=layout, logits_memory_mib=memory, probe=probe
@@ -405,9 +414,12 @@ class ORPOTrainer(Trainer):
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
         if not finite.item():
+            weights = "no weight was changed"
+            if self._uses_deepspeed:  # its optimizer steps within backward
+                weights = "go back to the last checkpoint"
             raise RunError(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm"
-                f" {float(norm)}); no weight was changed. {self._guilty_rows()}. Look at these rows, or lower"
+                f" {float(norm)}); {weights}. {self._guilty_rows()}. Look at these rows, or lower"
                 " learning_rate."
             )
         return norm
@@ -469,7 +481,8 @@ class ORPOTrainer(Trainer):
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         device = self.args.device
-        table = torch.zeros(5, self.num_examples(dataloader), dtype=self.window.dtype, device=device)
+        shape = len(PairScores._fields), self.num_examples(dataloader)
+        table = torch.zeros(shape, dtype=self.window.dtype, device=device)
         for item in dataloader:
             for row in item["step"].rows:
                 with self.accelerator.autocast():
@@ -481,7 +494,7 @@ class ORPOTrainer(Trainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
         columns = list((self._reduce(table) / copies).cpu())
-        columns[4] = columns[4] > 0
+        columns[-1] = columns[-1] > 0
         return PairScores(*columns)
 
     def _model_for_evaluation(self) -> Any:
@@ -517,15 +530,20 @@ class ORPOTrainer(Trainer):
         self.stopped_by = None
         set_seed(self.args.seed)  # nothing done before, an evaluation or another run, may change this one
         settings: dict[str, Any] = {}
+        state: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint)
+        self.window.restore(state.get("window"))
         if checkpoint is not None:
-            state = read_state(checkpoint)
-            self.window.restore(state.get("window"))
             if self.args.tokens_per_row is None:  # other rows would round otherwise than the run so far
                 self._tokens_per_row = state.get("tokens_per_row", self._tokens_per_row)
             settings["eval_on_start"] = False
         with self.stop_signal.caught(), _changed(self.args, **settings):
-            self.stopwatch.restart()
-            return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+            self.stopwatch.restart(state.get("window_seconds", 0.0))
+            try:
+                return super().train(
+                    None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval
+                )
+            finally:
+                self._progress.close()
 
     def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
         if not resume:
@@ -561,7 +579,12 @@ class ORPOTrainer(Trainer):
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                 write_state(
                     folder,
-                    {"window": window, "run": self._identity, "tokens_per_row": self._tokens_per_row},
+                    {
+                        "window": window,
+                        "window_seconds": self.stopwatch.seconds,
+                        "run": self._identity,
+                        "tokens_per_row": self._tokens_per_row,
+                    },
                 )
         if self.args.should_save:
             rotate_checkpoints(
@@ -583,7 +606,10 @@ class ORPOTrainer(Trainer):
         """Write README.md beside the model."""
         if self.is_world_process_zero():
             write_model_card(
-                Path(output_dir or str(self.args.output_dir)), self._recipe, self.state.log_history
+                Path(output_dir or str(self.args.output_dir)),
+                self._recipe,
+                self.state.log_history,
+                self.state.best_global_step if self.args.load_best_model_at_end else None,
             )
 
 
