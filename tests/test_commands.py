@@ -491,6 +491,28 @@ def test_an_evaluation_after_the_first_step_counts_as_a_checkpoint_where_none_ca
     assert read_run(kept).final_evaluation()["step"] == 5
 
 
+def test_the_report_shows_each_named_evaluation_set(tmp_path):
+    def line(step, name, accuracy):
+        return {"step": step, f"eval_{name}_accuracy": accuracy, f"eval_{name}_nll_token_mean": 1.0}
+
+    lines = [
+        line(0, "mine", 0.51),
+        line(0, "the_other", 0.52),
+        line(9, "mine", 0.83),
+        line(9, "the_other", 0.74),
+    ]
+    page = Page(write_report(fake_run(tmp_path / "run", lines)).read_text())
+    for expected in (
+        "mine, before and after",
+        "the_other, before and after",
+        "83.0 %",
+        "74.0 %",
+        "+32.0 points",
+    ):
+        assert expected in page.text
+    assert page.count["svg"] == 1
+
+
 def test_a_page_written_again_shows_what_it_showed(tmp_path):
     orpo_run = fake_run(tmp_path / "orpo", [evaluation(0, 0.5), evaluation(9, 0.777)])
     sft_run = fake_run(tmp_path / "orpo" / "sft", [evaluation(0, 0.5), evaluation(9, 0.666)])

@@ -257,6 +257,7 @@ def _conclude(run_dir: Path) -> None:
     from orpo.results.runs import read_run
 
     run = read_run(run_dir)
+    run = run.of_set(run.evaluation_sets()[0])
     first, last = run.first_evaluation(), run.final_evaluation()
     if first is not None and last is not None:
         from rich.console import Console

@@ -177,18 +177,14 @@ def _data_name(name: Any) -> str:
 
 def _overview(run: Run, others: list[Run], test: Mapping[str, Figures]) -> str:
     """The headline numbers, of test pairs where there are any, and the tables they are from."""
+    rest = "".join(_before_and_after(run.of_set(name), [], name) for name in run.evaluation_sets()[1:])
+    shown_set = run.evaluation_sets()[0]
+    run, others = run.of_set(shown_set), [other.of_set(shown_set) for other in others]
     first, last = run.first_evaluation(), run.final_evaluation()
     if first is None or last is None:
         return '<section><p class="empty">No evaluation has been logged yet.</p></section>'
-    compared = [(other.name, line) for other in others if (line := other.final_evaluation())]
-    columns = [("Before", first), *compared, (run.name if compared else "After", last)]
-    when = f"step {_integer(first['step'])} and step {_integer(last['step'])}"
-    errors = "± one standard error over examples. Log-probs are means per token of a response."
-    validation = _numbers_table(
-        "Held-out pairs, before and after" if not test else "Validation pairs, before and after",
-        columns,
-        f"Evaluated at {when}; {errors}",
-        one_objective=not compared,
+    validation = _before_and_after(
+        run, others, shown_set or ("Validation pairs" if test else "Held-out pairs")
     )
     tested = {name: _as_line(figures) for name, figures in test.items()}
     shown = list(tested.values()) or [first, last]
@@ -196,7 +192,21 @@ def _overview(run: Run, others: list[Run], test: Mapping[str, Figures]) -> str:
     caption = "No training and no choice of settings has seen these pairs; ± one standard error over prompts."
     columns = list(tested.items())
     test_table = _numbers_table("Test pairs", columns, caption, one_objective=False) if tested else ""
-    return f'<section id="overview"><div class="tiles">{tiles}</div>{test_table}{validation}</section>'
+    return f'<section id="overview"><div class="tiles">{tiles}</div>{test_table}{validation}{rest}</section>'
+
+
+def _before_and_after(run: Run, others: list[Run], title: str) -> str:
+    first, last = run.first_evaluation(), run.final_evaluation()
+    if first is None or last is None:
+        return ""
+    compared = [(other.name, line) for other in others if (line := other.final_evaluation())]
+    return _numbers_table(
+        f"{title}, before and after",
+        [("Before", first), *compared, (run.name if compared else "After", last)],
+        f"Evaluated at step {_integer(first['step'])} and step {_integer(last['step'])}; ± one standard error"
+        " over examples. Log-probs are means per token of a response.",
+        one_objective=not compared,
+    )
 
 
 def _saved_evaluations(runs: list[Run]) -> str:
@@ -302,6 +312,8 @@ def _with_error(metric: Metric, line: Mapping[str, Any]) -> str:
 
 
 def _curves(run: Run, others: list[Run]) -> str:
+    shown_set = run.evaluation_sets()[0]
+    run, others = run.of_set(shown_set), [other.of_set(shown_set) for other in others]
     figures = [_logprob_figure(run, others)]
     for name, title, caption in _SINGLE_CURVES:
         figures.append(_held_out_figure(name, title, caption, run, others))

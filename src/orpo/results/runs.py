@@ -6,8 +6,9 @@ Every file may be missing: a run that has only begun, or was made by another too
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,29 @@ class Run:
     samples: Samples
     evaluations_saved: dict[str, dict[str, Any]]
     """By name, what `orpo eval` has found."""
+
+    def evaluation_sets(self) -> list[str]:
+        """Names of the evaluation sets, in the order met; the only one of a run is named ""."""
+        pattern = re.compile(r"eval_(?:(.+)_)?nll_token_mean")
+        found = [match[1] or "" for line in self.metrics for key in line if (match := pattern.fullmatch(key))]
+        return list(dict.fromkeys(found)) or [""]
+
+    def of_set(self, name: str) -> Run:
+        """The run as if it had been evaluated on this set alone."""
+        if not name:
+            return self
+
+        def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+            mine = {key: key.replace(f"eval_{name}_", "eval_") for key in values}
+            return {
+                mine[key]: value
+                for key, value in values.items()
+                if mine[key] != key or not key.startswith("eval_")
+            }
+
+        metric = str(self.recipe.get("metric_for_best_model") or "loss").removeprefix(f"eval_{name}_")
+        recipe = self.recipe | {"metric_for_best_model": metric}
+        return replace(self, metrics=[renamed(line) for line in self.metrics], recipe=recipe)
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric over the lines that have it."""
@@ -131,7 +155,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A jsonl file; a last line cut short by a crash is left out, and later lines win over replayed steps."""
+    """A jsonl file; a last line cut short by a crash is left out."""
     if not path.exists():
         return []
     lines: list[dict[str, Any]] = []
