@@ -13,8 +13,8 @@ from torch import nn
 
 from orpo.engine.scorer import base_model
 
-ACTIVATIONS_PER_UNIT = 24
-"""Numbers a layer keeps for backward, per token and hidden unit: by measured shapes (LOG.md)."""
+BYTES_PER_UNIT = {4: 96, 2: 66}
+"""Bytes a layer keeps for backward per token and hidden unit, by bytes of a number: Llama shapes (LOG.md)."""
 BYTES_PER_TRAINED_WEIGHT = 12
 """A gradient and Adam's two moments, in float32."""
 MAX_TOKENS_PER_ROW, MAX_TOKENS_PER_CPU_ROW = 65536, 8192
@@ -42,10 +42,13 @@ def default_tokens_per_row(
         A multiple of 256, at least 1024; at most 65536 on a CUDA device and 8192 elsewhere.
     """
     config = base_model(model).config.get_text_config()
-    kept = config.num_hidden_layers * ACTIVATIONS_PER_UNIT
-    if not trains or checkpointing:
-        kept = config.num_hidden_layers * trains + ACTIVATIONS_PER_UNIT
-    per_token = kept * config.hidden_size * _compute_dtype(model, device).itemsize
+    size = _compute_dtype(model, device).itemsize
+    layer = BYTES_PER_UNIT.get(size, 24 * size)
+    if trains and not checkpointing:
+        per_unit = config.num_hidden_layers * layer
+    else:  # one layer at a time; checkpoints keep the inputs of the others
+        per_unit = layer + config.num_hidden_layers * size * trains
+    per_token = per_unit * config.hidden_size
     states = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) * trains
     to_come = BYTES_PER_TRAINED_WEIGHT * states
     if num_shards > 1:
