@@ -237,6 +237,7 @@ def test_quantisation_asks_for_its_library_in_one_line(folder, bits, monkeypatch
 
 
 def test_qlora_trains_the_adapter_alone(tmp_path):
+    pytest.importorskip("bitsandbytes")
     wide = tiny_models.build("Llama", hidden_size=64, intermediate_size=128)  # 4 bits come in blocks of 64
     wide.save_pretrained(tmp_path / "wide")
     model = load(str(tmp_path / "wide"), use_peft=True, load_in_4bit=True)
