@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 DEMO = Path(__file__).parents[1] / "src" / "orpo" / "demo"
 COUNTS = {"politeness": (767, 109, 218), "harmless": (825, 117, 235)}
 
-# Written for this test. Measured: 1.209 bits per byte.
+# Written for this test. Measured: 1.205 bits per byte.
 UNSEEN_TEXT = (
     "The old woman closed the door behind her and walked slowly down the hill. It had rained all night, and "
     'the road was full of mud. "I shall be late," she said to the dog, who did not seem to mind. When they '
