@@ -21,7 +21,7 @@ from pathlib import Path
 from orpo.demo.plan import PLANS, Plan
 from orpo.demo.study import Judge, train
 
-RATES, EPOCHS, BETAS = (1e-3, 2e-3, 4e-3), (2.0, 4.0, 6.0), (0.5, 1.0, 2.0, 3.0)
+RATES, EPOCHS, BETAS = (1e-3, 2e-3, 4e-3), (2.0, 3.0, 4.0, 6.0), (0.5, 1.0, 2.0, 3.0)
 NLL_MARGIN = 0.2
 Figures = dict[str, float]
 

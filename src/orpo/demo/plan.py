@@ -40,10 +40,10 @@ class Plan:
     data: DataName = "politeness"
     base: Path = BASE
     seed: int = 0
-    learning_rate: float = 2e-3
-    num_epochs: float = 4.0
+    learning_rate: float = 1e-3
+    num_epochs: float = 3.0
     max_steps: int = -1
-    beta: float = 1.0
+    beta: float = 2.0
     pairs_per_step: int = 16
     max_length: int = 512
     num_evaluations: int = 8
