@@ -38,7 +38,9 @@ class Cell:
         shape, data: Keys of workloads.py.
         per_step: Pairs of an optimizer step, TRL's batch size.
         pairs: Pairs of the epoch that `train()` runs; 0: single steps only.
+        steps: Whose single steps are timed: `both`, `ours` (for the share of the FLOP limit) or nobody's.
         memory: Also measure peaks, under the allocator's defaults.
+        agreement: Also compare loss and gradients.
     """
 
     shape: str
@@ -47,8 +49,9 @@ class Cell:
     pairs: int = 0
     dtype: str = "fp32"
     checkpointing: bool = False
-    steps: bool = True
+    steps: str = "both"
     memory: bool = True
+    agreement: bool = True
 
     def runs(self) -> Iterator[tuple[Spec, bool]]:
         """What to measure, in order, and whether with the heap kept (time) or as it comes (memory)."""
@@ -59,23 +62,24 @@ class Cell:
             yield {**whole, "side": "ours"}, True
             yield {**whole, "side": "trl", "order": "grouped"}, True
         single = {"task": "step", **cell, "checkpointing": self.checkpointing}
-        if self.steps:
+        if self.steps == "both":
             yield {**single, "side": "trl", "repeats": 2}, True
+        if self.steps:
             yield {**single, "side": "ours", "repeats": 5}, True
         if self.memory:
             yield {**single, "side": "trl", "repeats": 1}, False
             yield {**single, "side": "ours", "repeats": 1}, False
-        if not self.checkpointing:
+        if self.agreement and not self.checkpointing:
             yield {"task": "agreement", **cell}, True
 
 
 BAR = [
-    Cell("h256", "hh", 8, pairs=64),
-    Cell("opt", "hh", 4, pairs=16),
-    Cell("h256", "uf", 4, pairs=16),
-    Cell("h256", "long", 4, pairs=16),
-    Cell("h512", "hh", 8),
-    Cell("h256", "hh", 8, checkpointing=True, steps=False),
+    Cell("h256", "hh", 8, pairs=64, steps=""),
+    Cell("opt", "hh", 4, pairs=16, steps="ours", memory=False),
+    Cell("h256", "uf", 4, pairs=16, steps="", memory=False, agreement=False),
+    Cell("h256", "long", 4, pairs=16, steps="", memory=False, agreement=False),
+    Cell("h512", "hh", 8, steps="ours", memory=False, agreement=False),
+    Cell("h256", "hh", 8, checkpointing=True, steps=""),
 ]
 PAIRS = {"hh": 8, "uf": 4, "long": 4}
 SMALLER = {"opt": {"hh": 4, "uf": 2, "long": 2}, "v152k": {"hh": 2, "uf": 1, "long": 1}}
@@ -96,6 +100,7 @@ GRID = [
 HEADS: list[Spec] = [
     {"task": "head", "variant": v, "shape": "h256", "data": "hh", "pairs": 8} for v in VARIANTS
 ]
+MAIN_HEADS = [s for s in HEADS if s["variant"] in ("ours", "full", "torch", "torch:256", "liger", "trl")]
 BUDGETS: list[Spec] = [
     {"task": "rows", "shape": shape, "data": "hh", "per_step": 32, "budgets": [512, 1024, 2048, 4096, 8192]}
     for shape in ("h256", "h512")
@@ -197,7 +202,8 @@ def main() -> None:
 def _measure_all(store: Store, arguments: argparse.Namespace) -> None:
     command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     cells = GRID if arguments.full else BAR
-    runs = [run for cell in cells for run in cell.runs()] + [(spec, True) for spec in HEADS + BUDGETS]
+    others = HEADS + BUDGETS if arguments.full else MAIN_HEADS
+    runs = [run for cell in cells for run in cell.runs()] + [(spec, True) for spec in others]
     runs = [
         run for run in dict((key_of(*run), run) for run in runs).values() if arguments.only in key_of(*run)
     ]
