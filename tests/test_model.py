@@ -104,6 +104,7 @@ def test_logprobs_are_those_of_separate_rows():  # peers 16, 41
             )
             assert output.pairs.nll_sum_P[number].item() == pytest.approx(-chosen.sum().item(), rel=1e-5)
             assert output.pairs.nll_weight_P[number].item() == len(chosen)
+            assert output.pairs.nll_tokens_P[number].item() == len(chosen)
             expected = 0.0
             if pair.rejected:
                 rejected = logprobs([*pair.prompt, *pair.rejected])
@@ -393,13 +394,15 @@ def test_without_gradients_a_row_gives_the_same_numbers():
         output = model(batch=batch)
     assert expected.loss.requires_grad
     assert not output.loss.requires_grad
-    for ours, theirs in zip(output.to_tuple(), expected.to_tuple(), strict=True):
-        torch.testing.assert_close(ours, theirs.detach())
+    torch.testing.assert_close(output.loss, expected.loss.detach())
+    for ours, theirs in zip(output.pairs, expected.pairs, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_only_the_loss_carries_a_gradient():
     output = prepared(tiny_models.build("Llama"))(batch=pack(PAIRS, OBJECTIVE))
-    assert [value.requires_grad for value in output.to_tuple()] == [True] + [False] * 5
+    assert output.loss.requires_grad
+    assert not any(column.requires_grad for column in output.pairs)
 
 
 # Guards
