@@ -147,16 +147,6 @@ def _train_table(results: Results) -> list[str]:
     return ["## Whole `train()` loop, one epoch", "", *note, *table(header, rows)]
 
 
-def _rate(found: list[Spec]) -> float | None:
-    """Best GEMM rate of all the runs given."""
-    return max((r["gemm"] for r in found), default=None)
-
-
-def _share(found: list[Spec], rate: float | None) -> float | None:
-    cpu = median(found, "cpu")
-    return None if cpu is None or rate is None else found[0]["flops"] / rate / cpu
-
-
 def _step_table(results: Results) -> list[str]:
     rows = []
     for cell in results.cells("step"):
@@ -164,13 +154,13 @@ def _step_table(results: Results) -> list[str]:
         trl = results.find(task="step", side="trl", **cell)
         if not ours and not trl:
             continue
-        rate = _rate(ours + trl)
+        rate = median(ours + trl, "gemm")
         cpu = median(ours, "cpu")
         update = median(ours, "optimizer_cpu")
         rows.append([
             label(cell), str(cell["per_step"]), show(cpu, ".2f"), show(median(trl, "cpu"), ".2f"),
             f"**{show(ratio(median(trl, 'cpu'), cpu), '.2f', 'x')}**",
-            percent(_share(ours, rate)), percent(_share(trl, rate)), show(rate and rate / 1e9, ".0f"),
+            percent(median(ours, "share")), percent(median(trl, "share")), show(rate and rate / 1e9, ".0f"),
             percent(ratio(update, (cpu or 0) + (update or 0))),
         ])  # fmt: skip
     header = [
@@ -179,8 +169,8 @@ def _step_table(results: Results) -> list[str]:
     ]  # fmt: skip
     note = [
         "Forward and backward of one batch. FLOP limit: the floating-point operations the loss needs (each "
-        "token and key once, matrix products only) at the best GEMM rate timed in the same processes, in the "
-        "same precision. "
+        "token and key once, matrix products only) at the best GEMM rate timed right before and after each step, "
+        "in the same precision; medians. "
         "Bar: 70 % for h512 and OPT in fp32.", "",
     ]  # fmt: skip
     return ["## One step", "", *note, *table(header, rows)]
