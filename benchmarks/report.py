@@ -169,8 +169,8 @@ def _step_table(results: Results) -> list[str]:
     ]  # fmt: skip
     note = [
         "Forward and backward of one batch. FLOP limit: the floating-point operations the loss needs (each "
-        "token and key once, matrix products only) at the best GEMM rate timed right before and after each step, "
-        "in the same precision; medians. "
+        "token and key once, matrix products only) at the best GEMM rate timed right before and after each "
+        "step, in the same precision; medians. "
         "Bar: 70 % for h512 and OPT in fp32.", "",
     ]  # fmt: skip
     return ["## One step", "", *note, *table(header, rows)]
