@@ -24,7 +24,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "demo",
         help="see ORPO at work: a real run on shipped data, offline, on a CPU",
         description="Train a small shipped model with ORPO, and with SFT for contrast, and compare them on "
-        "pairs neither has seen. Takes about three minutes on two CPU cores and needs no network.",
+        "pairs neither has seen. Takes about two minutes on a CPU and needs no network.",
     )
     parser.add_argument("--fast", action="store_true", help="a few steps only: to see that everything works")
     parser.add_argument(
