@@ -227,7 +227,7 @@ def _measure_all(store: Store, arguments: argparse.Namespace) -> None:
 def _say(spec: Spec, result: Spec, minutes: float) -> None:
     what = " ".join(str(v) for k, v in spec.items() if v is not False and k not in ("repeats", "budgets"))
     names = ("cpu", "wall", "peak_mib", "loss_difference", "gradient_error")
-    shown = {name: float(f"{result[name]:.4g}") for name in names if name in result}
+    shown = {name: float(f"{result[name]:.4g}") for name in names if isinstance(result.get(name), float)}
     print(f"{minutes:5.1f} min  {what:60s} {result.get('error') or shown}", flush=True)
 
 
