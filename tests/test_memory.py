@@ -27,7 +27,8 @@ def model():
         return LlamaForCausalLM(config).float()
 
 
-def budget(monkeypatch, model, room, **kwargs):
+def budget(monkeypatch, model, room, most=8192, **kwargs):
+    monkeypatch.setattr(memory, "MAX_TOKENS_PER_CPU_ROW", most)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(room))
     return default_tokens_per_row(model, CPU, **kwargs)
 
@@ -67,8 +68,9 @@ def test_evaluation_keeps_one_layer(monkeypatch, model):
 
 
 def test_bounds(monkeypatch, model):
-    assert budget(monkeypatch, model, 0) == 1024
-    assert budget(monkeypatch, model, 10_000 * GIB) == 8192
+    most = memory.MAX_TOKENS_PER_CPU_ROW
+    assert budget(monkeypatch, model, 10_000 * GIB, most) == most == 2048
+    assert budget(monkeypatch, model, 0, most) == 1024
 
 
 def test_half_precision_counts_where_training_will_use_it(monkeypatch, model):

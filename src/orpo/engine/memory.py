@@ -17,8 +17,8 @@ BYTES_PER_UNIT = {4: 96, 2: 66}
 """Bytes a layer keeps for backward per token and hidden unit, by bytes of a number: Llama shapes (LOG.md)."""
 BYTES_PER_TRAINED_WEIGHT = 12
 """A gradient and Adam's two moments, in float32."""
-MAX_TOKENS_PER_ROW, MAX_TOKENS_PER_CPU_ROW = 65536, 8192
-"""Longer rows are not faster."""
+MAX_TOKENS_PER_ROW, MAX_TOKENS_PER_CPU_ROW = 65536, 2048
+"""Longer rows are not faster (on a CPU: benchmarks/RESULTS.md)."""
 
 
 def default_tokens_per_row(
@@ -39,7 +39,7 @@ def default_tokens_per_row(
         num_shards: Over how many devices weights and optimizer are yet to be cut.
 
     Returns:
-        A multiple of 256, at least 1024; at most 65536 on a CUDA device and 8192 elsewhere.
+        A multiple of 256, at least 1024; at most 65536 on a CUDA device and 2048 elsewhere.
     """
     config = base_model(model).config.get_text_config()
     size = _compute_dtype(model, device).itemsize
