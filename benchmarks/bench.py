@@ -100,7 +100,7 @@ GRID = [
 HEADS: list[Spec] = [
     {"task": "head", "variant": v, "shape": "h256", "data": "hh", "pairs": 8} for v in VARIANTS
 ]
-MAIN_HEADS = [s for s in HEADS if s["variant"] in ("ours", "full", "torch", "torch:256", "liger", "trl")]
+MAIN_HEADS = [s for s in HEADS if s["variant"] in ("ours", "full", "torch", "liger")]
 BUDGETS: list[Spec] = [
     {"task": "rows", "shape": shape, "data": "hh", "per_step": 32, "budgets": [512, 1024, 2048, 4096, 8192]}
     for shape in ("h256", "h512")

@@ -90,7 +90,7 @@ def step(
     flops = useful_flops(workload, SHAPES[shape], model)
     base = _memory("VmRSS")
     _reset_peak()
-    times, updates, losses, shares = [], [], [], []
+    times, updates, losses, shares, peak = [], [], [], [], 0.0
     for _ in range(repeats + 1):
         timer = _Timer()
         losses.append(run())
@@ -99,9 +99,10 @@ def step(
         optimizer.step()
         optimizer.zero_grad()
         updates.append(timer.stop()["cpu"])
+        peak = max(peak, _memory("VmHWM") - base)
         gemm.append(gemm_rate(dtype, SHAPES[shape].hidden))
+        _reset_peak()
         shares.append(flops / times[-1]["cpu"] / statistics.mean(gemm[-2:]))
-    peak = _memory("VmHWM") - base
     return {
         "cpu": statistics.median(t["cpu"] for t in times[1:]),
         "cpu_all": [t["cpu"] for t in times[1:]],
