@@ -298,7 +298,7 @@ def _step_of(
         batch = trainer.data_collator(list(trainer.train_dataset))
 
         def run() -> float:
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():
                 loss = trainer.compute_loss(model, batch)
             loss.backward()
             return loss.item()
@@ -312,7 +312,7 @@ def _step_of(
     def run() -> float:
         total = 0.0
         for row in ready.rows:
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():
                 loss = model(batch=row, denominators=ready.denominators).loss
             loss.backward()
             total += loss.item()
