@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -60,6 +61,7 @@ def test_overridden_hooks_are_these():
     }
     private = {
         "_get_grad_norm": "the only place after backward and before the optimizer that may raise",
+        "_issue_warnings_after_load": "tied weights are not missing",
         "_save_checkpoint": "written beside and renamed; with the open log window and a manifest",
     }
     overridden = {
@@ -413,6 +415,30 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     best = min(evaluated, key=evaluated.get)
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], rel=1e-5)
+
+
+def test_loading_the_best_checkpoint_misses_no_tied_weight(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda *words: said.append(words))
+    trainer = tiny_trainer(
+        tmp_path,
+        model=tiny_models.build("Llama", tie_word_embeddings=True),
+        evaluation=random_pairs(5, seed=7),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    assert not any("missing" in str(words) for words in said)
+    embedding = trainer.model.get_input_embeddings().weight
+    assert trainer.model.get_output_embeddings().weight is embedding
+    trainer._issue_warnings_after_load(
+        SimpleNamespace(missing_keys=["a", "lm_head.weight"], unexpected_keys=[])
+    )
+    assert "['a']" in str(said[-1])
 
 
 def test_early_stopping(tmp_path):

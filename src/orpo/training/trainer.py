@@ -595,6 +595,12 @@ class ORPOTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say what a checkpoint lacks; a weight that is tied to another has no place of its own there."""
+        tied = getattr(base_model(self.model), "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint."""
         with _no_bars():
