@@ -15,6 +15,7 @@ from tiny_training import tiny_trainer
 from orpo.engine import loading
 from orpo.engine.loading import add_adapter, is_adapter, load_model, load_tokenizer, lora_config
 from orpo.errors import ConfigError, ModelError
+from orpo.results.inference import this_device
 from orpo.settings.config import OrpoSettings
 
 
@@ -249,6 +250,13 @@ def test_qlora_trains_the_adapter_alone(tmp_path):
     assert trainer._preparation().layout == "shared", "the probe finds 4-bit layers exact"
     after = torch.cat([w.detach().flatten() for w in model.parameters() if w.requires_grad])
     assert (after != before).any() and after.isfinite().all()
+
+
+def test_a_build_for_gpus_on_a_machine_without_one_uses_the_cpu(monkeypatch):
+    """What `pip install torch` gives on a laptop."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert this_device() == torch.device("cpu")
 
 
 def test_further_arguments_reach_from_pretrained(folder):

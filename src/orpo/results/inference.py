@@ -27,8 +27,9 @@ from orpo.settings.config import OrpoSettings
 
 
 def this_device() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """The accelerator, or the CPU where there is none, whatever torch was built for."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def load_trained(name: str, settings: OrpoSettings) -> nn.Module:
