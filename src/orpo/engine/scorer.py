@@ -129,6 +129,10 @@ class Scorer:
         self._check_attention(segments)
         self.attention = segments.backend
         hidden_ND = outputs.last_hidden_state.flatten(0, 1)
+        head_module = self.model.get_output_embeddings()
+        if hasattr(head_module, "unshard"):
+            with torch.no_grad():  # to FSDP2 a unit of norm and head has run when both were called
+                head_module(hidden_ND[:1])
         loss, pairs = score_row(hidden_ND, self.head(), batch, self.objective, denominators)
         loss = loss + self._router_loss(outputs, batch, denominators)
         if self.layout != "padded" and loss.requires_grad:
