@@ -40,6 +40,9 @@ OBJECTIVES = [
 ]
 
 
+EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+"""An evaluation and a checkpoint after each step."""
+
 # ------------------------------------------------------------------------------------------ the overrides
 
 
@@ -403,10 +406,7 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
         tmp_path,
         evaluation=random_pairs(20, seed=7),
         learning_rate=3.0,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
+        **EACH_STEP,
         save_total_limit=1,
     )
     trainer.train()
@@ -424,10 +424,7 @@ def test_loading_the_best_checkpoint_misses_no_tied_weight(tmp_path, monkeypatch
         tmp_path,
         model=tiny_models.build("Llama", tie_word_embeddings=True),
         evaluation=random_pairs(5, seed=7),
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
+        **EACH_STEP,
         load_best_model_at_end=True,
     )
     trainer.train()
@@ -696,10 +693,7 @@ def test_the_card_has_the_figures_of_the_weights_beside_it(tmp_path):
         tmp_path,
         evaluation=random_pairs(20, seed=7),
         learning_rate=20.0,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
+        **EACH_STEP,
         load_best_model_at_end=True,
     )
     trainer.train()
@@ -713,7 +707,6 @@ def test_the_card_has_the_figures_of_the_weights_beside_it(tmp_path):
 
 
 def test_samples_go_on_with_another_number_of_prompts(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     for number, steps in ((1, 1), (3, 2)):
         trainer = tiny_trainer(
             tmp_path,
@@ -722,7 +715,7 @@ def test_samples_go_on_with_another_number_of_prompts(tmp_path):
             num_samples=number,
             max_completion_length=2,
             max_steps=2,
-            **settings,
+            **EACH_STEP,
         )
         trainer.args.max_steps = steps
         trainer.train(resume_from_checkpoint=steps == 2)

@@ -129,20 +129,15 @@ class Scorer:
         self._check_attention(segments)
         self.attention = segments.backend
         hidden_ND = outputs.last_hidden_state.flatten(0, 1)
-        head_module = self.model.get_output_embeddings()
-        if hasattr(head_module, "unshard"):
-            with torch.no_grad():  # to FSDP2 a unit of norm and head has run when both were called
-                head_module(hidden_ND[:1])
-        loss, pairs = score_row(hidden_ND, self.head(), batch, self.objective, denominators)
+        loss, pairs = score_row(hidden_ND, self._head(hidden_ND), batch, self.objective, denominators)
         loss = loss + self._router_loss(outputs, batch, denominators)
         if self.layout != "padded" and loss.requires_grad:
             loss = _AttendInBackward.apply(loss, self, segments)
         return ORPOOutput(loss, pairs)
 
-    def head(self) -> Head:
-        """The vocabulary projection as the model applies it now (LoRA on it included)."""
-        module = self.model.get_output_embeddings()
-        weight, bias = _weight_and_bias(module)
+    def _head(self, hidden_ND: Tensor) -> Head:
+        """The vocabulary projection as the model applies it now (LoRA on it included) to these states."""
+        weight, bias = _weight_and_bias(self.model.get_output_embeddings(), hidden_ND)
         config = self.model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
@@ -282,14 +277,14 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
     return backbone
 
 
-def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(module: Any, hidden_ND: Tensor) -> tuple[Tensor, Tensor | None]:
     """The vocabulary matrix and its bias as `module` applies them now, PEFT adapters included."""
     disabled: bool = getattr(module, "disable_adapters", False)
     if hasattr(module, "modules_to_save"):  # a copy of the module is trained in full
         module = module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
-    if hasattr(
-        module, "unshard"
-    ):  # FSDP2: may be a unit whose own forward, which would gather it, is never called
+    if hasattr(module, "unshard"):  # FSDP2, which gathers it for its own forward; scoring has no use for that
+        with torch.no_grad():  # but a unit of norm and head has run only when both were called
+            module(hidden_ND[:1])
         module.unshard()
     base, bias = module.weight, getattr(module, "bias", None)
     if disabled or not hasattr(module, "get_delta_weight") or module.merged:

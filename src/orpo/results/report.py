@@ -134,10 +134,13 @@ def _page(title: str, run: Run, others: list[Run], test: Mapping[str, Figures], 
         )
         if part
     )
+    main_set, *more_sets = run.evaluation_sets()
+    more_tables = "".join(_before_and_after(run.of_set(name), [], name) for name in more_sets)
+    shown, beside = run.of_set(main_set), [other.of_set(main_set) for other in others]
     sections = [
-        _overview(run, others, test),
+        _overview(shown, beside, test, main_set, more_tables),
         _saved_evaluations([run, *others]),
-        _curves(run, others),
+        _curves(shown, beside),
         _samples(run.samples),
         _mapping_section("Data", "data", run.data, "What was read, and what was left out and why."),
         _mapping_section("Configuration", "configuration", run.recipe, "The resolved recipe."),
@@ -175,16 +178,15 @@ def _data_name(name: Any) -> str:
     return ", ".join(Path(str(one)).name for one in names)
 
 
-def _overview(run: Run, others: list[Run], test: Mapping[str, Figures]) -> str:
+def _overview(
+    run: Run, others: list[Run], test: Mapping[str, Figures], set_name: str, more_tables: str
+) -> str:
     """The headline numbers, of test pairs where there are any, and the tables they are from."""
-    rest = "".join(_before_and_after(run.of_set(name), [], name) for name in run.evaluation_sets()[1:])
-    shown_set = run.evaluation_sets()[0]
-    run, others = run.of_set(shown_set), [other.of_set(shown_set) for other in others]
     first, last = run.first_evaluation(), run.final_evaluation()
     if first is None or last is None:
         return '<section><p class="empty">No evaluation has been logged yet.</p></section>'
     validation = _before_and_after(
-        run, others, shown_set or ("Validation pairs" if test else "Held-out pairs")
+        run, others, set_name or ("Validation pairs" if test else "Held-out pairs")
     )
     tested = {name: _as_line(figures) for name, figures in test.items()}
     shown = list(tested.values()) or [first, last]
@@ -192,7 +194,8 @@ def _overview(run: Run, others: list[Run], test: Mapping[str, Figures]) -> str:
     caption = "No training and no choice of settings has seen these pairs; ± one standard error over prompts."
     columns = list(tested.items())
     test_table = _numbers_table("Test pairs", columns, caption, one_objective=False) if tested else ""
-    return f'<section id="overview"><div class="tiles">{tiles}</div>{test_table}{validation}{rest}</section>'
+    tables = test_table + validation + more_tables
+    return f'<section id="overview"><div class="tiles">{tiles}</div>{tables}</section>'
 
 
 def _before_and_after(run: Run, others: list[Run], title: str) -> str:
@@ -312,8 +315,6 @@ def _with_error(metric: Metric, line: Mapping[str, Any]) -> str:
 
 
 def _curves(run: Run, others: list[Run]) -> str:
-    shown_set = run.evaluation_sets()[0]
-    run, others = run.of_set(shown_set), [other.of_set(shown_set) for other in others]
     figures = [_logprob_figure(run, others)]
     for name, title, caption in _SINGLE_CURVES:
         figures.append(_held_out_figure(name, title, caption, run, others))
