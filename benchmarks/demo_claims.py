@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from orpo.demo.plan import PLANS, Plan
+from orpo.demo.experiment import PLANS, Plan
 from orpo.demo.study import Judge, train
 
 RATES, EPOCHS, BETAS = (1e-3, 2e-3, 4e-3), (2.0, 3.0, 4.0, 6.0), (0.5, 1.0, 2.0, 3.0)

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from workloads import count_work
 
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine.head import Denominators
 from orpo.engine.packing import pack
 from orpo.engine.planning import plan_step
 from orpo.engine.scorer import base_model
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
 OBJECTIVE = Objective()

@@ -25,7 +25,7 @@ import transformers
 from transformers import PreTrainedModel
 from workloads import SHAPES, Shape, make_pairs, number_tokenizer, trl_rows, useful_flops
 
-from orpo.data.tokenize import TokenizedPair
+from orpo.pairs import TokenizedPair
 
 BETA = 0.1
 TINY = Shape(64, 1, 256)
@@ -147,8 +147,8 @@ def rows_budget(shape: str, data: str, per_step: int, budgets: list[int], repeat
     import ctypes
 
     from orpo.engine.model import prepare_model
+    from orpo.engine.steps import RowSettings, build_step
     from orpo.settings.config import Objective
-    from orpo.training.steps import RowSettings, build_step
 
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
     objective = Objective(beta=BETA)
@@ -304,7 +304,7 @@ def _step_of(
             return loss.item()
 
         return run
-    from orpo.training.steps import build_step
+    from orpo.engine.steps import build_step
 
     settings = trainer._row_settings(evaluating=False)
     ready = build_step(pairs, range(len(pairs)), settings)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from orpo.data.tokenize import TokenizedPair
+from orpo.pairs import TokenizedPair
 
 EOS = 2
 FIRST_ID = 4

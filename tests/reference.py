@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo.data.tokenize import TokenizedPair
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
 LogprobsOf = Callable[[Sequence[int]], Tensor]

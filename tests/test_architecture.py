@@ -1,6 +1,8 @@
-"""The shape of the package: imports go one way, light things stay light, every module says what it is for."""
+"""The shape of the package: folders in one order, no cycles, one owner for each fact, light things light."""
 
 import ast
+import graphlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,52 +10,45 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "orpo"
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Folders that only group modules; the others (commands, demo) are one place each.
-GROUPS = ("settings", "data", "engine", "training", "results")
-
-# A module imports from layers above its own only. A new module gets its place here.
-LAYERS = (
-    ("errors",),
-    ("config", "counts", "near_duplicates", "planning", "renamed", "rows"),
-    ("messages", "runs", "schema"),
-    ("formats", "recipe", "templates"),
-    ("detect",),
-    ("preferences",),
-    ("rendering",),
-    ("tokenize",),
-    ("dataset", "packing"),
-    ("logits", "objective", "varlen"),
-    ("flex",),
-    ("backends",),
-    ("attention",),
-    ("head",),
-    ("data_report", "metrics", "steps"),
-    # transformers begins here
-    ("checkpoints", "loading", "progress", "run_files", "scorer"),
-    ("memory", "probe"),
-    ("model",),
-    ("arguments", "inference", "samples", "training_data"),
-    ("resolve", "resuming"),
-    ("evaluate", "trainer"),
+# A folder, or a file beside the folders, imports only from those before it; those on one line stand side by
+# side and do not import each other.
+ORDER = (
+    ("errors", "pairs"),
+    ("settings",),
+    ("run",),
+    ("data", "engine"),
+    ("evaluation",),
     ("report",),
+    ("training",),
     ("demo",),
     ("commands",),
     ("cli",),
     ("__main__",),
 )
-FIRST_WITH_TRANSFORMERS = next(number for number, layer in enumerate(LAYERS) if "scorer" in layer)
-MATHEMATICS = ("packing", "objective", "attention", "head", "logits", "varlen", "flex")
-LIGHT = ("errors", "config", "renamed", "schema", "recipe", "runs", "cli", "commands", "__init__")
+FLOOR = {name: number for number, names in enumerate(ORDER) for name in names}
+
+MATHEMATICS = ("packing", "objective", "attention", "head", "logits", "varlen")
+WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory"}
+"""Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
+LIGHT = ("errors", "pairs", "settings", "run", "cli", "commands", "__init__")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
+
+def name_of(path: Path) -> str:
+    """`src/orpo/engine/head.py` -> `orpo.engine.head`."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def unit(path: Path) -> str:
-    """`commands/train.py` -> `commands`, `engine/head.py` -> `head`, `cli.py` -> `cli`."""
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 and parts[0] not in GROUPS else path.stem
+def folder_of(name: str) -> str:
+    """`orpo.engine.head` -> `engine`; a file beside the folders is its own."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
 
 
 def imported(tree: ast.AST, *, top_only: bool = False) -> set[str]:
@@ -79,35 +74,39 @@ def runtime_tree(path: Path) -> ast.Module:
     return tree
 
 
+NAMES = {name_of(path): path for path in MODULES}
+
+
 def own_imports(path: Path) -> set[str]:
-    parts = [name.split(".") for name in imported(runtime_tree(path)) if name.startswith("orpo.")]
-    names = {part[2] if part[1] in GROUPS else part[1] for part in parts}
-    return names - {"__version__"}
+    """Modules of this package that a module imports, wherever in it the import stands."""
+    found = set()
+    for name in imported(runtime_tree(path)):
+        module = name if name in NAMES else name.rpartition(".")[0]
+        if module in NAMES and module != "orpo":
+            found.add(module)
+    return found - {name_of(path)}
 
 
-def layer_of(name: str) -> int:
-    places = [number for number, layer in enumerate(LAYERS) if name in layer]
-    assert places, f"{name} has no place in LAYERS"
-    return places[0]
-
-
-def test_every_module_has_its_place_and_no_place_is_empty():
-    units = {unit(path) for path in MODULES} - {"__init__"}
-    assert units == {name for layer in LAYERS for name in layer}
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    if unit(path) == "__init__":
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_folders_import_in_one_order(path):
+    if path == PACKAGE / "__init__.py":
         return
-    place = layer_of(unit(path))
-    for name in own_imports(path) - {unit(path)}:
-        assert layer_of(name) < place, f"{path.name} imports {name}, which is not above it"
+    own = folder_of(name_of(path))
+    assert own in FLOOR, f"{own} has no place in ORDER"
+    for module in own_imports(path):
+        other = folder_of(module)
+        assert other == own or FLOOR[other] < FLOOR[own], f"{ids(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_transformers_is_not_imported_below_the_model(path):
-    if unit(path) == "__init__" or layer_of(unit(path)) >= FIRST_WITH_TRANSFORMERS:
+def test_no_modules_import_each_other():
+    graph = {name: own_imports(path) for name, path in NAMES.items() if name != "orpo"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_transformers_is_known_from_the_model_upwards_only(path):
+    folder = folder_of(name_of(path))
+    if FLOOR.get(folder, 99) >= FLOOR["evaluation"] or path.stem in WITH_TRANSFORMERS:
         return
     roots = {name.split(".")[0] for name in imported(runtime_tree(path))}
     assert not roots & {"transformers", "peft", "accelerate"}
@@ -120,23 +119,23 @@ def test_the_mathematics_knows_torch_only():
         assert not foreign, f"{name} imports {foreign}"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in MODULES if unit(p) in LIGHT], ids=lambda p: str(p.relative_to(PACKAGE))
-)
+@pytest.mark.parametrize("path", [p for p in MODULES if folder_of(name_of(p)) in LIGHT], ids=ids)
 def test_light_modules_import_nothing_heavy_when_they_are_imported(path):
     roots = {name.split(".")[0] for name in imported(runtime_tree(path), top_only=True)}
     assert not roots & HEAVY
 
 
 def test_importing_the_light_modules_loads_nothing_heavy():
-    light = [path.relative_to(PACKAGE.parent).with_suffix("") for path in MODULES if unit(path) in LIGHT]
-    names = [".".join(path.parts) for path in light if path.name != "__init__"]
+    names = [name for name in NAMES if folder_of(name) in LIGHT]
     code = f"import sys\nfor name in {names}: __import__(name)\nprint({HEAVY} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", MODULES, ids=ids)
 def test_every_module_opens_with_what_it_is_for(path):
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring
@@ -144,15 +143,8 @@ def test_every_module_opens_with_what_it_is_for(path):
 
 
 def test_no_module_is_a_drawer_for_odds_and_ends():
-    assert not {path.stem for path in MODULES} & {
-        "utils",
-        "util",
-        "common",
-        "helpers",
-        "helper",
-        "misc",
-        "core",
-    }
+    drawers = {"utils", "util", "common", "helpers", "helper", "misc", "core"}
+    assert not {path.stem for path in MODULES} & drawers
 
 
 def test_no_negative_hundred_marks_a_token():

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from orpo import cli
 from orpo.errors import DataError
-from orpo.results.report import write_report
-from orpo.results.runs import base_model_name, model_folder, read_run
+from orpo.report.page import write_report
+from orpo.run.directory import base_model_name, model_folder, read_run
 
 BIN = [sys.executable, "-m", "orpo"]
 pytestmark = pytest.mark.timeout(300)  # a process imports everything anew, on a machine that may be busy

@@ -9,9 +9,10 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
-from orpo.data.preferences import PreferencePair, PreferenceSet, read_preferences
-from orpo.data.tokenize import PairTokenizer, TokenizedPair
+from orpo.data.preferences import PreferenceSet, read_preferences
+from orpo.data.tokenize import PairTokenizer
 from orpo.errors import DataError
+from orpo.pairs import PreferencePair, TokenizedPair
 
 
 def user(text):

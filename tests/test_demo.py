@@ -16,15 +16,16 @@ from rich.console import Console
 from orpo.cli import main
 from orpo.commands.demo import free_directory
 from orpo.data.dataset import tokenize_pairs
-from orpo.data.preferences import PreferencePair, read_preferences
+from orpo.data.preferences import read_preferences
 from orpo.demo import screen
-from orpo.demo.plan import FAST, PLANS
+from orpo.demo.experiment import FAST, PLANS
 from orpo.demo.study import Training, mean_over_prompts, shown_prompts
 from orpo.engine.loading import load_tokenizer
+from orpo.engine.steps import StepDataset
 from orpo.errors import ConfigError
-from orpo.results.evaluate import RowSettings
+from orpo.evaluation.preferences import RowSettings
+from orpo.pairs import PreferencePair
 from orpo.settings.config import Objective
-from orpo.training.steps import StepDataset
 
 SOURCE = Path(__file__).parents[1] / "src"
 FIGURES = {"chosen_logprob", "rejected_logprob", "log_odds_ratio", "accuracy", "nll"}

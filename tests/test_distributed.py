@@ -11,9 +11,9 @@ from peft import LoraConfig
 from tiny_training import logged, on_ranks, random_pairs, tiny_trainer, weights
 from transformers import TrainerCallback
 
-from orpo.data.tokenize import TokenizedPair
 from orpo.errors import RunError
-from orpo.training.checkpoints import last_checkpoint
+from orpo.pairs import TokenizedPair
+from orpo.run.checkpoints import last_checkpoint
 
 
 def run(folder, **settings):
@@ -210,7 +210,7 @@ def test_streams_and_files_of_two_ranks(tmp_path):
     """peers 19: what is written is written by the first rank, once."""
 
     def stream(**settings):
-        from orpo.training.training_data import TokenizedStream
+        from orpo.data.source import TokenizedStream
 
         trainer = tiny_trainer(tmp_path, **settings)
         trainer.train_dataset = TokenizedStream(lambda: iter(random_pairs()))

@@ -11,9 +11,9 @@ from reference import log_odds
 from tiny_models import mixed_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine.head import Denominators, Head, score_row
 from orpo.engine.packing import Role, pack
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
 HIDDEN, VOCAB = 6, 97

@@ -15,8 +15,9 @@ from tiny_training import tiny_trainer
 from orpo.engine import loading
 from orpo.engine.loading import add_adapter, is_adapter, load_model, load_tokenizer, lora_config
 from orpo.errors import ConfigError, ModelError
-from orpo.results.inference import this_device
+from orpo.evaluation.generation import this_device
 from orpo.settings.config import OrpoSettings
+from orpo.training.resolve import add_template_tokens
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,7 @@ def test_resize_embeddings_adds_the_tokens_of_the_template_and_their_rows():
     tokenizer = tiny_tokenizer(None, special_tokens=False)
     model = tiny_models.build("Llama", vocab_size=len(tokenizer))
     rows = len(tokenizer)
-    (line,) = loading.add_template_tokens(model, tokenizer, "chatml")
+    (line,) = add_template_tokens(model, tokenizer, "chatml")
     assert "<|im_start|>" in line and "<|im_end|>" in line
     assert len(tokenizer) == model.get_input_embeddings().weight.shape[0] == rows + 2
-    assert loading.add_template_tokens(model, tokenizer, "chatml") == []
+    assert add_template_tokens(model, tokenizer, "chatml") == []

@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine import head
 from orpo.engine.head import Denominators, Head, score_row
 from orpo.engine.logits import OnePass, logprob_slopes, product, token_logprobs
 from orpo.engine.packing import pack
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
 

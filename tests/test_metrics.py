@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo.engine.head import PairScores
+from orpo.engine.metrics import SUMS, MetricWindow, evaluation_metrics, trl_names
 from orpo.settings.config import Objective
-from orpo.training.metrics import SUMS, MetricWindow, evaluation_metrics, trl_names
 
 CPU = torch.device("cpu")
 logprob = st.floats(-20, 0, width=32)

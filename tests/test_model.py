@@ -12,13 +12,13 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine.head import Denominators
 from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
+from orpo.engine.steps import step_denominators
 from orpo.errors import ModelError
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
-from orpo.training.steps import step_denominators
 
 PAIRS = tiny_models.mixed_pairs()
 OBJECTIVE = Objective(beta=0.7)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from reference import nll_targets
 from tiny_models import mixed_pairs
 
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine.packing import Role, pack
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
 LAYOUTS = ["shared", "packed", "padded"]

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from tiny_training import logged, random_pairs, tiny_trainer, weights
 
-from orpo.data.tokenize import TokenizedPair
+from orpo.pairs import TokenizedPair
 
 
 def test_one_very_long_prompt_leaves_the_others_alone(tmp_path):

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from turns import bot, system, user
 
 from orpo.data.formats import READERS, common_words
-from orpo.data.preferences import (
-    PreferencePair,
-    read_preferences,
-    resample,
-    split_holdout,
-    stream_preferences,
-)
+from orpo.data.preferences import read_preferences, resample, split_holdout, stream_preferences
 from orpo.errors import ConfigError, DataError
+from orpo.pairs import PreferencePair
 
 DATA = Path(__file__).parent / "data"
 
@@ -528,7 +523,7 @@ def test_importing_the_data_path_needs_neither_torch_nor_transformers():
     import subprocess
     import sys
 
-    code = "import sys, orpo.data.dataset, orpo.data.data_report; "
+    code = "import sys, orpo.data.dataset, orpo.data.findings; "
     code += "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

@@ -18,7 +18,7 @@ from tiny_training import random_pairs, tiny_trainer, weights
 from transformers import TrainerCallback
 
 from orpo.errors import RunError
-from orpo.training.checkpoints import (
+from orpo.run.checkpoints import (
     STATE_FILE,
     StopSignal,
     checkpoint_problem,
@@ -152,7 +152,7 @@ def test_second_ctrl_c_does_not_wait():
 
 
 def test_streamed_run_resumes_exactly(tmp_path):
-    from orpo.training.training_data import TokenizedStream
+    from orpo.data.source import TokenizedStream
 
     def stream(folder, callbacks=(), **settings):
         trainer = tiny_trainer(
@@ -352,7 +352,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
             (tmp_path / "half written").touch()
             time.sleep(60)
 
-    monkeypatch.setattr("orpo.training.checkpoints._to_disk", hang)
+    monkeypatch.setattr("orpo.run.checkpoints._to_disk", hang)
     process = in_process(lambda: make(tmp_path, max_steps=3, eval_strategy="no").train())
     while not (tmp_path / "half written").exists() and process.is_alive():
         time.sleep(0.01)

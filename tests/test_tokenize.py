@@ -11,10 +11,11 @@ from tiny_tokenizer import SHAPES, tiny_tokenizer
 from turns import bot, system, user
 
 from orpo.data.counts import RowCounts
-from orpo.data.preferences import PreferencePair, read_preferences
+from orpo.data.preferences import read_preferences
 from orpo.data.templates import NAMED, prepare_template
 from orpo.data.tokenize import PairTokenizer, shorter_prompts, stream_tokenized
 from orpo.errors import ConfigError, DataError, ModelError
+from orpo.pairs import PreferencePair
 
 # What prompt and answer must be, written by hand from the families' published formats.
 EXPECTED = {

@@ -16,12 +16,8 @@ from tiny_training import logged, random_pairs, tiny_config, tiny_trainer, weigh
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
 from orpo import ORPOConfig, ORPOTrainer
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine.packing import pack
-from orpo.errors import ConfigError, DataError, ModelError, RunError
-from orpo.settings.config import Objective
-from orpo.training.progress import Stopwatch
-from orpo.training.steps import (
+from orpo.engine.steps import (
     RowSettings,
     StepDataset,
     StepStream,
@@ -30,6 +26,10 @@ from orpo.training.steps import (
     shuffled,
     split_rows,
 )
+from orpo.errors import ConfigError, DataError, ModelError, RunError
+from orpo.pairs import TokenizedPair
+from orpo.settings.config import Objective
+from orpo.training.progress import Stopwatch
 
 OBJECTIVES = [
     Objective(),

@@ -4,7 +4,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from orpo.data.tokenize import TokenizedPair
+from orpo.pairs import TokenizedPair
 
 VOCAB = 97
 WINDOW = 6

@@ -12,7 +12,7 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 from orpo import ORPOConfig, ORPOTrainer
-from orpo.data.tokenize import TokenizedPair
+from orpo.pairs import TokenizedPair
 
 
 def random_pairs(number=13, seed=0, vocabulary=tiny_models.VOCAB):

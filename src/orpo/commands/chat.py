@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from orpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orpo.results.inference import Sampling, Speaker
+    from orpo.evaluation.generation import Sampling, Speaker
 
 _COMMANDS = "/reset begins anew, /system TEXT sets the system prompt, /quit ends"
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, then answer each line of the terminal, or of stdin where that is no terminal."""
     _check(args)
     beside = _beside(args)
-    from orpo.results.inference import Sampling, load_speaker
+    from orpo.evaluation.generation import Sampling, load_speaker
     from orpo.settings.config import OrpoSettings
 
     settings = OrpoSettings(dtype=args.dtype, trust_remote_code=args.trust_remote_code)
@@ -78,7 +78,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _beside(args: argparse.Namespace) -> str | None:
-    from orpo.results.runs import base_model_name
+    from orpo.run.directory import base_model_name
 
     if args.beside != "":
         return str(args.beside) if args.beside is not None else None

@@ -15,7 +15,7 @@ from orpo.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orpo.demo.plan import Plan
+    from orpo.demo.experiment import Plan
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from orpo.demo import screen
-    from orpo.demo.plan import FAST, PLANS
+    from orpo.demo.experiment import FAST, PLANS
 
     if args.seed < 0:
         raise ConfigError(f"--seed: {args.seed} is out of range; expected at least 0")
@@ -76,7 +76,7 @@ def _experiment(console: Console, plan: Plan, folder: Path) -> None:
         from transformers.utils import logging
 
         from orpo.demo.study import Judge, train, write_results
-        from orpo.results.report import write_report
+        from orpo.report.page import write_report
 
     logging.disable_progress_bar()
     folders = {"SFT": folder / "sft", "ORPO": folder}

@@ -14,7 +14,7 @@ from orpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from orpo.data.dataset import TokenizedDataset
-    from orpo.results.evaluate import Evaluation
+    from orpo.evaluation.preferences import Evaluation
     from orpo.settings.config import OrpoSettings
 
 _SHOWN = {
@@ -56,7 +56,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print, save."""
-    from orpo.results.runs import model_folder, read_recipe
+    from orpo.run.directory import model_folder, read_recipe
     from orpo.settings.recipe import load_recipe
 
     if args.batch_size < 1:
@@ -86,10 +86,10 @@ def evaluate_model(folder: str, args: argparse.Namespace, recipe: dict[str, Any]
     from orpo.engine.loading import load_tokenizer
     from orpo.engine.memory import default_tokens_per_row
     from orpo.engine.model import prepare_model
-    from orpo.results.evaluate import evaluate
-    from orpo.results.inference import load_trained
+    from orpo.engine.steps import RowSettings
+    from orpo.evaluation.generation import load_trained
+    from orpo.evaluation.preferences import evaluate
     from orpo.settings.config import OrpoSettings, resolve_objective
-    from orpo.training.steps import RowSettings
 
     check_recipe(recipe)
     fields = OrpoSettings.__dataclass_fields__

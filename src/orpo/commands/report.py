@@ -29,7 +29,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and print where it is."""
-    from orpo.results.report import write_report
+    from orpo.report.page import write_report
 
     contrast: dict[str, str | Path] = {}
     for text in args.contrast:

@@ -201,7 +201,7 @@ def _train(trainer: ORPOTrainer, config: ORPOConfig) -> int:
 
 def _checkpoint(config: ORPOConfig) -> str | None:
     """Where to go on from: as the settings say, else the newest whole checkpoint of the run directory."""
-    from orpo.training.checkpoints import last_checkpoint
+    from orpo.run.checkpoints import last_checkpoint
 
     asked = config.resume_from_checkpoint
     if asked and asked.lower() not in ("true", "false"):
@@ -223,7 +223,7 @@ def _is_finished(config: ORPOConfig) -> bool:
     Raises:
         RunError: It holds the result of another recipe.
     """
-    from orpo.results.runs import holds_model, read_recipe
+    from orpo.run.directory import holds_model, read_recipe
     from orpo.training.resuming import refuse_changes, run_identity
 
     run_dir = _run_dir(config)
@@ -253,8 +253,8 @@ def _is_evaluated(trainer: ORPOTrainer) -> bool:
 
 def _conclude(run_dir: Path) -> None:
     """Write the report, print held-out numbers before and after, and say where the model is."""
-    from orpo.results.report import METRICS, shown_number, write_report
-    from orpo.results.runs import read_run
+    from orpo.report.page import METRICS, shown_number, write_report
+    from orpo.run.directory import read_run
 
     run = read_run(run_dir)
     run = run.of_set(run.evaluation_sets()[0])

@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo.data.counts import RowCounts
-from orpo.data.preferences import PreferencePair, PreferenceSet
-from orpo.data.tokenize import BATCH, PairTokenizer, TokenizedPair
+from orpo.data.preferences import PreferenceSet
+from orpo.data.tokenize import BATCH, PairTokenizer
+from orpo.pairs import PreferencePair, TokenizedPair
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

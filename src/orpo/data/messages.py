@@ -13,8 +13,8 @@ from typing import Any
 
 from orpo.data.rows import Row
 from orpo.errors import DataError
+from orpo.pairs import Message
 
-Message = dict[str, Any]
 Turns = list[Message]
 
 ROLES = {

@@ -18,44 +18,10 @@ from typing import Any, Literal
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Format, detect, rename
 from orpo.data.formats import READERS, Sides
-from orpo.data.messages import BadRow, Message
+from orpo.data.messages import BadRow
 from orpo.data.rows import RawRow, Row, read_rows
 from orpo.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """A prompt and two ways to go on.
-
-    Either all three parts are messages (`{"role": ..., "content": ...}`, for the chat template) or all three
-    are text.
-
-    Attributes:
-        prompt: What both sides share: system turn, earlier turns, the last question.
-        chosen: What follows on the preferred side; its last message is the response. More than one message
-            where the conversations part before the last turn.
-        rejected: The same for the other side; None in a row that has no rejected answer (trains the NLL
-            alone).
-        tools: Schemas of the tools the conversation may call.
-        source: `pairs.jsonl:118`.
-        group: Value of the row's `source` or `dataset` column, for reports by source.
-    """
-
-    prompt: list[Message] | str
-    chosen: list[Message] | str
-    rejected: list[Message] | str | None
-    tools: list[Any] | None = None
-    source: str = ""
-    group: str | None = None
-
-    @property
-    def is_text(self) -> bool:
-        """Plain text: no chat template is used."""
-        return isinstance(self.prompt, str)
-
-    def prompt_key(self) -> str:
-        """Equal for pairs with the same prompt."""
-        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
+from orpo.pairs import Message, PreferencePair
 
 
 @dataclass(frozen=True)

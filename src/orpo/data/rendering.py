@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from orpo.data.messages import Message
-from orpo.data.preferences import PreferencePair
 from orpo.data.templates import ChatTemplate, prepare_template
 from orpo.errors import ModelError, first_line
+from orpo.pairs import Message, PreferencePair
 
 _MARKER = "ORPO turn marker"
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo.data.messages import Message
 from orpo.errors import ConfigError, ModelError, first_line
+from orpo.pairs import Message
 
 _ANSWER = "ORPO answer marker"
 _SYSTEM = "ORPO system marker"

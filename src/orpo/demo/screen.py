@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from orpo.demo.plan import Plan
+from orpo.demo.experiment import Plan
 
 if TYPE_CHECKING:
     from orpo.demo.study import Figures, Training, Verdict

@@ -23,20 +23,20 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
-from orpo.data.messages import Message
-from orpo.data.preferences import PreferencePair, read_preferences
-from orpo.demo.plan import FORMATS, Plan, SplitName
+from orpo.data.preferences import read_preferences
+from orpo.demo.experiment import FORMATS, Plan, SplitName
 from orpo.engine.head import PairScores
 from orpo.engine.loading import load_tokenizer
+from orpo.engine.metrics import preference_values
 from orpo.engine.model import prepare_model
-from orpo.results.evaluate import score_pairs
-from orpo.results.inference import Sampling, Speaker, load_trained
+from orpo.engine.steps import RowSettings
+from orpo.evaluation.generation import Sampling, Speaker, load_trained
+from orpo.evaluation.preferences import score_pairs
+from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import Objective, OrpoSettings
 from orpo.training.arguments import ORPOConfig
-from orpo.training.metrics import preference_values
 from orpo.training.progress import Progress
-from orpo.training.run_files import write_json
-from orpo.training.steps import RowSettings
+from orpo.training.recorder import write_json
 from orpo.training.trainer import ORPOTrainer
 
 TOKENS_PER_ROW = 4096

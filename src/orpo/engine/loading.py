@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from orpo.data.templates import DEFAULT, NAMED, missing_tokens
 from orpo.errors import ConfigError, ModelError, first_line
 from orpo.settings.config import OrpoSettings
 
@@ -96,32 +95,6 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
     except ValueError as error:
         raise ModelError(f"the adapter does not fit {type(model).__name__}: {first_line(error)}") from error
     return adapted
-
-
-def add_template_tokens(model: Any, tokenizer: Any, template: str | None) -> list[str]:
-    """Add the tokens of a named chat template that the vocabulary lacks, with new rows in the embeddings.
-
-    Args:
-        model: Trained in full; its embeddings are resized in place.
-        tokenizer: Gets the tokens, in place.
-        template: Name of a template; None: the one a tokenizer without a template is given.
-
-    Returns:
-        A line to print where tokens were added.
-
-    Raises:
-        ConfigError: The model trains an adapter, which would leave the new rows as they were drawn.
-    """
-    name = template or (None if tokenizer.chat_template else DEFAULT)
-    missing = missing_tokens(tokenizer, name) if name in NAMED else []
-    if not missing:
-        return []
-    if hasattr(model, "peft_config"):
-        raise ConfigError("resize_embeddings adds rows that an adapter does not train; train all weights")
-    tokenizer.add_tokens(missing, special_tokens=True)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-    return [f"resize_embeddings: {', '.join(missing)} added to the vocabulary; their rows are trained"]
 
 
 def is_adapter(name: str) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orpo.data.tokenize import TokenizedPair
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine.backends import by_segments
 from orpo.engine.objective import log_odds, odds_ratio_loss
 from orpo.engine.packing import pack
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
 from orpo.errors import first_line
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
 
 PROBE_OBJECTIVE = Objective(beta=1.0)

@@ -8,11 +8,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
+from orpo.data.source import DataReader
+from orpo.data.templates import DEFAULT, NAMED, missing_tokens
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.errors import ConfigError, ModelError
 from orpo.training.arguments import ORPOConfig
-from orpo.training.training_data import DataReader
 
 
 def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
@@ -110,6 +111,32 @@ def resolve_tokenizer(processing_class: Any, args: ORPOConfig) -> Any:
     init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     revision = args.model_revision or init.get("revision")
     return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def add_template_tokens(model: Any, tokenizer: Any, template: str | None) -> list[str]:
+    """Add the tokens of a named chat template that the vocabulary lacks, with new rows in the embeddings.
+
+    Args:
+        model: Trained in full; its embeddings are resized in place.
+        tokenizer: Gets the tokens, in place.
+        template: Name of a template; None: the one a tokenizer without a template is given.
+
+    Returns:
+        A line to print where tokens were added.
+
+    Raises:
+        ConfigError: The model trains an adapter, which would leave the new rows as they were drawn.
+    """
+    name = template or (None if tokenizer.chat_template else DEFAULT)
+    missing = missing_tokens(tokenizer, name) if name in NAMED else []
+    if not missing:
+        return []
+    if hasattr(model, "peft_config"):
+        raise ConfigError("resize_embeddings adds rows that an adapter does not train; train all weights")
+    tokenizer.add_tokens(missing, special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return [f"resize_embeddings: {', '.join(missing)} added to the vocabulary; their rows are trained"]
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:

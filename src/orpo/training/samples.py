@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from orpo.results.runs import read_json
-from orpo.training.run_files import write_json
+from orpo.run.directory import read_json
+from orpo.training.recorder import write_json
 
 SAMPLES = "samples.json"
 DEFAULT_LENGTH = 128

@@ -32,16 +32,24 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
 
+from orpo.data.source import DataReader, TokenizedStream
 from orpo.engine.head import Denominators, PairScores
-from orpo.engine.loading import add_template_tokens
 from orpo.engine.memory import default_tokens_per_row
+from orpo.engine.metrics import MetricWindow, evaluation_metrics, trl_names
 from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
 from orpo.engine.scorer import base_model
+from orpo.engine.steps import (
+    EVALUATION_BLOCK,
+    RowSettings,
+    Step,
+    StepDataset,
+    StepStream,
+    split_rows,
+    step_loader,
+)
 from orpo.errors import ConfigError, DataError, RunError, first_line
-from orpo.settings.config import LayoutName, Objective
-from orpo.training.arguments import ORPOConfig
-from orpo.training.checkpoints import (
+from orpo.run.checkpoints import (
     StopSignal,
     checkpoint_problem,
     last_checkpoint,
@@ -50,9 +58,12 @@ from orpo.training.checkpoints import (
     write_state,
     written_whole,
 )
-from orpo.training.metrics import MetricWindow, evaluation_metrics, trl_names
+from orpo.settings.config import LayoutName, Objective
+from orpo.training.arguments import ORPOConfig
 from orpo.training.progress import Progress, Stopwatch
+from orpo.training.recorder import RunFiles, write_model_card
 from orpo.training.resolve import (
+    add_template_tokens,
     check_model,
     keep_template,
     own_arguments,
@@ -63,18 +74,7 @@ from orpo.training.resolve import (
     unused,
 )
 from orpo.training.resuming import refuse_changes, run_identity
-from orpo.training.run_files import RunFiles, write_model_card
 from orpo.training.samples import SampleWriter
-from orpo.training.steps import (
-    EVALUATION_BLOCK,
-    RowSettings,
-    Step,
-    StepDataset,
-    StepStream,
-    split_rows,
-    step_loader,
-)
-from orpo.training.training_data import DataReader, TokenizedStream
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
 

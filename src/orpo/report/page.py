@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from orpo.results.runs import Run, Samples, is_number, read_json, read_run
+from orpo.run.directory import Run, Samples, is_number, read_json, read_run
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -123,7 +123,7 @@ def write_report(
 
 
 def _page(title: str, run: Run, others: list[Run], test: Mapping[str, Figures], note: str) -> str:
-    css = files("orpo.results").joinpath("report.css").read_text(encoding="utf-8")
+    css = files("orpo.report").joinpath("report.css").read_text(encoding="utf-8")
     model = str(run.recipe.get("model_name_or_path") or "")
     subtitle = " · ".join(
         part

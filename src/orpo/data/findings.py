@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from orpo.data.dataset import TokenizedDataset
-from orpo.data.messages import Message
 from orpo.data.near_duplicates import near_duplicates
-from orpo.data.preferences import PreferencePair
+from orpo.pairs import Message, PreferencePair
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from orpo.data.data_report import inspect_pairs, length_bias
 from orpo.data.dataset import TokenizedDataset
+from orpo.data.findings import inspect_pairs, length_bias
 from orpo.data.near_duplicates import near_duplicates
-from orpo.data.preferences import PreferencePair
-from orpo.data.tokenize import TokenizedPair
+from orpo.pairs import PreferencePair, TokenizedPair
 
 
 def pair(prompt, chosen, rejected, source):

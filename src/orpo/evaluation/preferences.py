@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from orpo.data.dataset import TokenizedDataset
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine.head import PairScores
-from orpo.training.metrics import evaluation_metrics
-from orpo.training.steps import EVALUATION_BLOCK, RowSettings, StepDataset
+from orpo.engine.metrics import evaluation_metrics
+from orpo.engine.steps import EVALUATION_BLOCK, RowSettings, StepDataset
+from orpo.pairs import TokenizedPair
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HOME
-from transformers import PreTrainedTokenizerBase
 
-from orpo.data.data_report import inspect_pairs
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
+from orpo.data.findings import inspect_pairs
 from orpo.data.preferences import (
-    PreferencePair,
     PreferenceSet,
     ReadSettings,
     read_preferences,
@@ -21,8 +19,9 @@ from orpo.data.preferences import (
     stream_preferences,
 )
 from orpo.data.templates import prepare_template
-from orpo.data.tokenize import TokenizedPair, stream_tokenized
+from orpo.data.tokenize import stream_tokenized
 from orpo.errors import ConfigError, DataError
+from orpo.pairs import PreferencePair, TokenizedPair
 from orpo.settings.config import OrpoSettings
 
 CACHED_FROM = 5000
@@ -59,7 +58,7 @@ class TrainingData:
 class DataReader:
     """Reads and tokenizes data as the settings say."""
 
-    def __init__(self, settings: OrpoSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def __init__(self, settings: OrpoSettings, tokenizer: Any, seed: int) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.seed = seed

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from orpo.data.tokenize import TokenizedPair
 from orpo.engine.head import Denominators
 from orpo.engine.packing import PackedBatch, pack
 from orpo.engine.planning import plan_epoch, plan_step
 from orpo.errors import DataError
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
 
 EVALUATION_BLOCK = 512

@@ -18,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
-from orpo.data.messages import Message
 from orpo.data.templates import ChatTemplate, prepare_template
 from orpo.engine.loading import load_model, load_tokenizer
 from orpo.errors import ModelError
-from orpo.results.runs import model_folder
+from orpo.pairs import Message
+from orpo.run.directory import model_folder
 from orpo.settings.config import OrpoSettings
 
 

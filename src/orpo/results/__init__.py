@@ -1,1 +1,0 @@
-"""What comes of a run: evaluation, answers, the report page."""

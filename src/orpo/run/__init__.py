@@ -1,0 +1,1 @@
+"""The run directory: every file in it, by name, written and read."""
