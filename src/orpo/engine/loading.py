@@ -1,7 +1,5 @@
 """Load a model and its tokenizer as the settings ask: precision, quantisation, a new or an old adapter."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from transformers import (
 )
 
 from orpo.errors import ConfigError, ModelError, first_line
+from orpo.run.directory import adapter_base, is_adapter
 from orpo.settings.config import OrpoSettings
 
 _UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
@@ -51,7 +50,11 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
         raise ConfigError("model_name_or_path is not set; name a hub model or a local folder")
     adapter = settings.adapter_name_or_path or (name if is_adapter(name) else None)
     if adapter == name:
-        name = adapter_base(name)
+        name = adapter_base(name) or ""
+        if not name:
+            raise ModelError(
+                f"{adapter}: the adapter does not name its base model; set model_name_or_path to that model"
+            )
     if adapter and settings.use_peft:
         raise ConfigError(f"use_peft asks for a new adapter, but {adapter} is one already; drop use_peft")
     model = _load_base(name, settings, trains_adapter=bool(adapter or settings.use_peft))
@@ -95,27 +98,6 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
     except ValueError as error:
         raise ModelError(f"the adapter does not fit {type(model).__name__}: {first_line(error)}") from error
     return adapted
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a local folder holds a PEFT adapter rather than a model."""
-    return (Path(name) / "adapter_config.json").is_file()
-
-
-def adapter_base(folder: str) -> str:
-    """Name of the model that an adapter folder was trained on.
-
-    Raises:
-        ModelError: The folder does not say.
-    """
-    base: str | None = json.loads((Path(folder) / "adapter_config.json").read_text()).get(
-        "base_model_name_or_path"
-    )
-    if not base:
-        raise ModelError(
-            f"{folder}: the adapter does not name its base model; set model_name_or_path to that model"
-        )
-    return base
 
 
 def supports_bf16() -> bool:
