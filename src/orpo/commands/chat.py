@@ -33,21 +33,13 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="answer with a second model too; without a name, the one RUN was trained from",
     )
     parser.add_argument("--system", help="system prompt")
-    parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0 takes the likeliest token (default 0.7)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: most likely token (default 0.7)")
     parser.add_argument("--top_p", "--top-p", type=float, default=0.95, help="in (0, 1] (default 0.95)")
-    parser.add_argument(
-        "--max_tokens", "--max-tokens", type=int, default=256, help="longest answer (default 256)"
-    )
+    parser.add_argument("--max_tokens", "--max-tokens", type=int, default=256, help="default 256")
     parser.add_argument("--seed", type=int, help="random seed, for the same answers each time")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
-    parser.add_argument(
-        "--trust_remote_code",
-        "--trust-remote-code",
-        action="store_true",
-        help="allow code from the model's repository",
-    )
+    code = "allow code from the model's repository"
+    parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=code)
     parser.set_defaults(run=run)
 
 

@@ -67,9 +67,9 @@ class Findings:
         bias = self.length_bias
         if bias is not None:
             lines.append(
-                f"chosen answers are on average {bias.mean_difference:+.1f} ± {bias.standard_error:.1f} "
-                "tokens longer; "
-                f"the longer answer is the chosen one in {bias.chosen_longer:.0%} of the pairs"
+                f"chosen answers are {bias.mean_difference:+.1f} tokens longer on average"
+                f" (standard error {bias.standard_error:.1f});"
+                f" the longer answer is the chosen one in {bias.chosen_longer:.0%} of the pairs"
             )
         return lines
 

@@ -147,7 +147,6 @@ def read_pairs(
     *,
     split: str = "train",
     name: str = EVALUATION,
-    seed: int = 0,
 ) -> ReadPairs:
     """Read one set into memory, a stream too.
 
@@ -157,7 +156,6 @@ def read_pairs(
         tokenizer: Of the model.
         split: Split of a hub data set.
         name: Of the set, for messages.
-        seed: Where only a part of a data set is taken.
 
     Raises:
         DataError: The data cannot be read, or too many rows are dropped.
@@ -165,11 +163,11 @@ def read_pairs(
     tokenized = _as_tokenized(data)
     if tokenized is not None:
         return ReadPairs(name=name, pairs=tokenized)
-    return _tokenized(_preferences(data, settings, split, name, seed), settings, tokenizer, name)
+    return _tokenized(_preferences(data, settings, split, name), settings, tokenizer, name)
 
 
 def read_training(
-    train: Any, evals: Any, settings: OrpoSettings, tokenizer: Any, *, seed: int, evaluates: bool
+    train: Any, evals: Any, settings: OrpoSettings, tokenizer: Any, *, evaluates: bool
 ) -> TrainingData:
     """Read the data of a run.
 
@@ -178,7 +176,6 @@ def read_training(
         evals: The same, or a mapping of names to such; None: what the settings name, or held-out prompts.
         settings: How to read and tokenize.
         tokenizer: Of the model.
-        seed: Of the choice of prompts that are held out.
         evaluates: Whether prompts are to be held out where there is no evaluation data.
 
     Raises:
@@ -190,17 +187,17 @@ def read_training(
     sets = {} if evals is None else dict(evals) if _is_named(evals) else {"": evals}
     if train is not None and _as_tokenized(train) is None and _is_stream(train, settings):
         stream = _stream(train, settings, tokenizer)
-        return TrainingData(train=stream, evals=_read_evals(sets, settings, tokenizer, seed))
+        return TrainingData(train=stream, evals=_read_evals(sets, settings, tokenizer))
     if train is None or (tokenized := _as_tokenized(train)) is not None:
         known = None if train is None else ReadPairs(name=TRAINING, pairs=tokenized)  # type: ignore[arg-type]
-        return TrainingData(train=known, evals=_read_evals(sets, settings, tokenizer, seed))
-    read = _preferences(train, settings, settings.dataset_train_split, TRAINING, seed)
+        return TrainingData(train=known, evals=_read_evals(sets, settings, tokenizer))
+    read = _preferences(train, settings, settings.dataset_train_split, TRAINING)
     notices: tuple[str, ...] = ()
     if evaluates and not sets and settings.eval_split > 0:
-        read, held_out, notices = _hold_out(read, settings, seed)
+        read, held_out, notices = _hold_out(read, settings)
         known_evals = {"": _tokenized(held_out, settings, tokenizer, EVALUATION)}
     else:
-        known_evals = _read_evals(sets, settings, tokenizer, seed, trained={pair_key(p) for p in read.pairs})
+        known_evals = _read_evals(sets, settings, tokenizer, trained={pair_key(p) for p in read.pairs})
     tokenized_train = _tokenized(read, settings, tokenizer, TRAINING)
     evaluated = [pair for one in known_evals.values() for pair in one.preferences]
     findings = find(read.pairs, evaluated or None, tokenized_train.pairs)
@@ -211,7 +208,6 @@ def _read_evals(
     sets: Mapping[str, Any],
     settings: OrpoSettings,
     tokenizer: Any,
-    seed: int,
     trained: frozenset[Any] | set[Any] = frozenset(),
 ) -> dict[str, ReadPairs]:
     """Read the evaluation sets; pairs that are trained on are left out of them, and counted."""
@@ -223,7 +219,7 @@ def _read_evals(
         if tokenized is not None:
             found[key] = ReadPairs(name=name, pairs=tokenized)
             continue
-        read = _without(_preferences(data, settings, split, name, seed), trained)
+        read = _without(_preferences(data, settings, split, name), trained)
         found[key] = _tokenized(read, settings, tokenizer, name)
     return found
 
@@ -239,11 +235,9 @@ def _without(read: PreferenceSet, trained: frozenset[Any] | set[Any]) -> Prefere
     return replace(read, pairs=kept)
 
 
-def _hold_out(
-    read: PreferenceSet, settings: OrpoSettings, seed: int
-) -> tuple[PreferenceSet, PreferenceSet, tuple[str]]:
+def _hold_out(read: PreferenceSet, settings: OrpoSettings) -> tuple[PreferenceSet, PreferenceSet, tuple[str]]:
     """Training pairs, held-out pairs, and a line; what was dropped while reading stays with the former."""
-    train, held_out = split_holdout(read.pairs, settings.eval_split, seed)
+    train, held_out = split_holdout(read.pairs, settings.eval_split, _seed(settings))
     if not held_out:
         raise DataError("too few prompts to hold some out; give evaluation data or set eval_strategy: no")
     line = (
@@ -275,9 +269,11 @@ def _read_settings(settings: OrpoSettings, split: str) -> ReadSettings:
     )  # fmt: skip
 
 
-def _preferences(data: Any, settings: OrpoSettings, split: str, name: str, seed: int) -> PreferenceSet:
+def _preferences(data: Any, settings: OrpoSettings, split: str, name: str) -> PreferenceSet:
     try:
-        return read_preferences(data, max_dropped=1.0, seed=seed, settings=_read_settings(settings, split))
+        return read_preferences(
+            data, max_dropped=1.0, seed=_seed(settings), settings=_read_settings(settings, split)
+        )
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
 
@@ -320,6 +316,11 @@ def _stream(data: Any, settings: OrpoSettings, tokenizer: Any) -> TokenizedStrea
         )
 
     return TokenizedStream(tokens, text, end_token)
+
+
+def _seed(settings: OrpoSettings) -> int:
+    """The seed of a run; 0 for settings that are not those of a training."""
+    return int(getattr(settings, "seed", 0))
 
 
 def _is_named(evals: Any) -> bool:

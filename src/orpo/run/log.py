@@ -1,7 +1,7 @@
-"""metrics.jsonl: one typed record a line.
+"""The log of a run, metrics.jsonl: one typed record a line.
 
     {"step": 10, "kind": "train", "epoch": 0.5, "seconds": 3.1, "metrics": {"loss": 2.3, "accuracy": 0.5}}
-    {"step": 10, "kind": "eval", "set": "hh", "num_pairs": 109, ..., "metrics": {"nll": {"mean": 2, "se": 0.1}}}
+    {"step": 10, "kind": "eval", "set": "hh", "num_pairs": 9, ..., "metrics": {"nll": {"mean": 2, "se": 0.1}}}
     {"step": 40, "kind": "saved", "model_step": 30, ...}
 
 A training record covers the steps since the last one. An evaluation record is one evaluation of one set, so a

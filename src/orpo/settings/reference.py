@@ -93,7 +93,7 @@ def settings_markdown() -> str:
     for name, facts in FACTS.items():
         if facts.trl is not None:
             theirs, why = facts.trl
-            # What TRL turns on and we inherit unset or false, depending on the version of transformers, is off.
+            # What TRL turns on and we inherit unset or false, by version of transformers, is off.
             ours = known[name].default or False if theirs is True else known[name].default
             lines.append(f"| `{name}` | {_cell(ours)} | {_cell(theirs)} | {_escape(why)} |")
     return "\n".join(lines) + "\n"

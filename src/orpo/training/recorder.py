@@ -1,4 +1,4 @@
-"""What a run leaves in its directory besides weights: recipe, environment, data report, and a log as it goes."""
+"""What a run leaves in its directory besides weights: recipe, environment, data report, and its log."""
 
 import platform
 import time

@@ -158,13 +158,9 @@ class ORPOTrainer(Trainer):
         if args.resize_embeddings:
             args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
         with args.main_process_first(desc="tokenizing the data"):
+            text = text_tokenizer(tokenizer)
             data = read_training(
-                train_dataset,
-                eval_dataset,
-                args,
-                text_tokenizer(tokenizer),
-                seed=args.seed,
-                evaluates=args.eval_strategy != "no",
+                train_dataset, eval_dataset, args, text, evaluates=args.eval_strategy != "no"
             )
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
@@ -195,13 +191,11 @@ class ORPOTrainer(Trainer):
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
         self.recorder = self._add_callbacks(data)
-        unwrapped = base_model(self.model)
-        unwrapped.add_model_tags(list(self._tag_names))
-        for line in [
-            *args.notices,
-            *data.lines(),
-            *unused(data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics),
-        ]:
+        base_model(self.model).add_model_tags(list(self._tag_names))
+        ignored = unused(
+            data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics
+        )
+        for line in [*args.notices, *data.lines(), *ignored]:
             say(line)
 
     # ------------------------------------------------------------------------------------ setting up
@@ -345,7 +339,7 @@ class ORPOTrainer(Trainer):
 
     def _read(self, rows: Any) -> TokenizedDataset:
         """Read rows that were given to be evaluated, and say what became of them."""
-        read = read_pairs(rows, self.args, text_tokenizer(self.processing_class), seed=self.args.seed)
+        read = read_pairs(rows, self.args, text_tokenizer(self.processing_class))
         for line in read.lines():
             say(line)
         return read.pairs
@@ -553,7 +547,7 @@ class ORPOTrainer(Trainer):
         custom = {name.removeprefix(f"{prefix}_"): value for name, value in found.items()}
         for name, value in custom.items():
             if not is_number(value):
-                self._say_once(f"compute_metrics: {name!r} is no number, so it is not in metrics.jsonl")
+                self._say_once(f"compute_metrics: {name!r} is no number, so it is not recorded")
             elif metric_named(name).title != name:
                 self._say_once(f"compute_metrics: {name!r} replaces the metric of that name")
         return custom
