@@ -115,6 +115,26 @@ _TENSORS = (
 )  # fmt: skip
 
 
+def nll_ranges(pair: TokenizedPair, objective: Objective) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of `prompt ++ chosen` that the NLL is over: of the context, then the response."""
+    response = len(pair.prompt) + pair.chosen_context
+    context: list[tuple[int, int]] = []
+    if objective.nll_on != "response" and objective.nll_weight > 0:
+        spans = [(0, response)] if objective.nll_on == "full" else pair.assistant_spans
+        context = [(max(start, 1), stop) for start, stop in spans]  # nothing predicts the first token
+    return [*context, (response, len(pair.prompt) + len(pair.chosen))]
+
+
+def num_nll_tokens(pair: TokenizedPair, objective: Objective) -> int:
+    """Tokens of a pair that the NLL is over."""
+    return sum(stop - start for start, stop in nll_ranges(pair, objective))
+
+
+def runs_rejected(objective: Objective, score_rejected: bool | None) -> bool:
+    """Whether rejected sides are run: as asked, or by default where the objective has an odds term."""
+    return objective.beta > 0 if score_rejected is None else score_rejected
+
+
 class _Side(NamedTuple):
     """One side of a pair as laid out: its ids, and where each of them stands in the flattened row."""
 
@@ -142,8 +162,7 @@ def pack(
         empty: Build a row that is computed but weighs nothing.
         score_rejected: Whether the rejected sides are run; by default, where the objective has an odds term.
     """
-    with_rejected = (objective.beta > 0 if score_rejected is None else score_rejected) and not empty
-    sides = _lay_out(pairs, layout, with_rejected)
+    sides = _lay_out(pairs, layout, not empty and runs_rejected(objective, score_rejected))
     rows = _ScoredTokens(objective, empty)
     for number, (pair, (chosen, rejected)) in enumerate(zip(pairs, sides.of_pair, strict=True)):
         rows.add(number, pair, chosen, rejected)
@@ -242,8 +261,8 @@ class _ScoredTokens:
         self._context: list[tuple[np.ndarray, ...]] = []
 
     def add(self, number: int, pair: TokenizedPair, chosen: _Side, rejected: _Side | None) -> None:
-        context = self._context_targets(pair, chosen)
-        response = np.arange(chosen.response_start, len(chosen.ids))
+        *spans, response = (np.arange(*span) for span in nll_ranges(pair, self.objective))
+        context = np.concatenate(spans) if spans and not self.empty else np.arange(0)
         weight = self._token_weight(len(context) + len(response))
         self.nll_weight += weight * (len(context) + len(response))
         self._responses.append(self._score(chosen, response, number, Role.CHOSEN, weight))
@@ -255,14 +274,6 @@ class _ScoredTokens:
         if len(context):
             self._context.append(self._score(chosen, context, number, Role.CONTEXT, weight))
         self.lengths.append((len(response), num_rejected))
-
-    def _context_targets(self, pair: TokenizedPair, chosen: _Side) -> np.ndarray:
-        if self.objective.nll_on == "response" or self.objective.nll_weight == 0 or self.empty:
-            return np.arange(0)
-        if self.objective.nll_on == "full":
-            return np.arange(1, chosen.response_start)  # nothing predicts the first token
-        spans = [np.arange(max(start, 1), stop) for start, stop in pair.assistant_spans]
-        return np.concatenate(spans) if spans else np.arange(0)
 
     def _token_weight(self, num_tokens: int) -> float:
         if self.empty:
