@@ -20,7 +20,7 @@ from orpo.engine import attention
 from orpo.engine.attention import attend, attend_row, disagreement, relative_error
 from orpo.engine.model import prepare_model
 from orpo.engine.packing import Run, pack
-from orpo.engine.segments import Options, Segments
+from orpo.engine.segments import Options, Segments, attend_segments
 from orpo.engine.varlen import Case, VarlenKernel, gather_keys, plan_row
 from orpo.settings.config import Objective
 
@@ -78,7 +78,7 @@ def torch_2_12(
         ahead_QK = torch.arange(len(k)) - own_Q[:, None]
         score_HQK = score_HQK.masked_fill((ahead_QK > right) | (ahead_QK < -left), float("-inf"))
         outputs.append((score_HQK.softmax(-1) @ v_HKD).transpose(0, 1).to(query.dtype))
-    return torch.cat(outputs)
+    return torch.empty_like(query).copy_(torch.cat(outputs))  # with the strides of the query, as in torch
 
 
 def torch_2_11(
@@ -163,6 +163,25 @@ def test_attend_is_the_same_by_kernel_and_by_segment(monkeypatch, options):
     assert_same(attend(*inputs, by_kernel, **options), expected, inputs)
     assert by_segment.backend == "segments"
     assert ("varlen_attn" in by_kernel.backend) == ("softcap" not in options)
+
+
+def test_the_output_of_the_kernel_is_contiguous():
+    output = row_by(anywhere(torch_2_12), heads(MIXED), MIXED)
+    assert output.shape == (1, 53, HEADS, SIZE)
+    assert output.is_contiguous()
+
+
+def test_a_window_as_long_as_the_longest_segment_is_none(monkeypatch):
+    seen = []
+
+    def recording(*args, window_size=(-1, -1), **options):
+        seen.append(window_size)
+        return torch_2_12(*args, window_size=window_size, **options)
+
+    monkeypatch.setattr(attention, "KERNEL", anywhere(with_signature(recording)))
+    for window in (22, 21):  # the longest segment has 12 + 10 tokens
+        attend(*heads(MIXED), Segments(MIXED), window=window)
+        assert seen[-1] == ((-1, 0) if window == 22 else (20, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -365,6 +384,15 @@ def test_the_probe_tells_the_rounding_of_autocast_from_a_wrong_layout(monkeypatc
     )
     with torch.autocast("cpu", torch.bfloat16):
         assert prepare_model(model, Objective()).layout == "padded"
+
+
+def test_under_autocast_a_slightly_wrong_layout_is_found_in_full_precision(monkeypatch):
+    def slightly_larger(*args):
+        return 1.001 * attend_segments(*args)
+
+    monkeypatch.setattr(attention, "attend_segments", slightly_larger)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prepare_model(build("Llama"), Objective()).layout == "padded"
 
 
 # Whole models

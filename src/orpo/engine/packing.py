@@ -262,7 +262,7 @@ class _ScoredTokens:
 
     def add(self, number: int, pair: TokenizedPair, chosen: _Side, rejected: _Side | None) -> None:
         *spans, response = (np.arange(*span) for span in nll_ranges(pair, self.objective))
-        context = np.concatenate(spans) if spans and not self.empty else np.arange(0)
+        context = np.concatenate([np.arange(0), *spans])
         weight = self._token_weight(len(context) + len(response))
         self.nll_weight += weight * (len(context) + len(response))
         self._responses.append(self._score(chosen, response, number, Role.CHOSEN, weight))
