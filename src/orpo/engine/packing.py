@@ -139,7 +139,7 @@ class _Side(NamedTuple):
     """One side of a pair as laid out: its ids, and where each of them stands in the flattened row."""
 
     ids: np.ndarray
-    place: np.ndarray
+    row_index: np.ndarray
     response_start: int
 
 
@@ -198,8 +198,8 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
         rejected = np.asarray(pair.rejected if with_rejected else (), np.int64)
         p, c, r = len(prompt), len(chosen), len(rejected)
         side_ids = np.concatenate([prompt, chosen])
-        place = np.arange(offset, offset + p + c)
-        first = _Side(side_ids, place, p + pair.chosen_context)
+        row_index = np.arange(offset, offset + p + c)
+        first = _Side(side_ids, row_index, p + pair.chosen_context)
         second = None
         ids.append(side_ids)
         positions.append(np.arange(p + c))
@@ -207,7 +207,7 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
             runs.append(Run(p, c, r))
             offset += p + c
             if r:
-                place = np.concatenate([place[:p], np.arange(offset, offset + r)])
+                row_index = np.concatenate([row_index[:p], np.arange(offset, offset + r)])
                 ids.append(rejected)
                 positions.append(np.arange(p, p + r))
                 offset += r
@@ -215,13 +215,13 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
             runs.append(Run(p, c, 0))
             offset += p + c
             if r:
-                place = np.arange(offset, offset + p + r)
+                row_index = np.arange(offset, offset + p + r)
                 ids.append(np.concatenate([prompt, rejected]))
                 positions.append(np.arange(p + r))
                 runs.append(Run(p, r, 0))
                 offset += p + r
         if r:
-            second = _Side(np.concatenate([prompt, rejected]), place, p + pair.rejected_context)
+            second = _Side(np.concatenate([prompt, rejected]), row_index, p + pair.rejected_context)
         of_pair.append((first, second))
     if layout == "padded":
         return _pad(ids, of_pair)
@@ -242,7 +242,7 @@ def _pad(ids: list[np.ndarray], of_pair: list[tuple[_Side, _Side | None]]) -> _L
         sides = []
         for side in (first, second):
             if side is not None:
-                sides.append(side._replace(place=line * width + np.arange(len(side.ids))))
+                sides.append(side._replace(row_index=line * width + np.arange(len(side.ids))))
                 line += 1
         placed.append((sides[0], sides[1] if len(sides) > 1 else None))
     positions_BN = np.broadcast_to(np.arange(width), input_ids_BN.shape).copy()
@@ -286,7 +286,7 @@ class _ScoredTokens:
     ) -> tuple[np.ndarray, ...]:
         n = len(targets)
         return (
-            side.place[targets - 1],
+            side.row_index[targets - 1],
             side.ids[targets],
             np.full(n, number),
             np.full(n, int(role)),

@@ -1,7 +1,7 @@
 """Which pairs make up each optimizer step, and how a step's pairs are spread over ranks and rows.
 
-A step is a fixed number of pairs; a row is a number of tokens. The plan is computed alike on every rank from
-the lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the
+A step is a fixed number of pairs; a row is a number of tokens. Every rank computes the same plan from the
+lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the
 ranks by cost and filled into rows under a token budget, the same number of rows on every rank. Since the loss
 is divided by the counts of the whole step, nothing here can change the gradient.
 """

@@ -77,7 +77,7 @@ def refuse_encoder_decoder(config: Any, name: str) -> None:
 
 
 class Scorer:
-    """Holds what a prepared model needs beside its weights; one per model, reached from its `forward`."""
+    """Holds what a prepared model needs besides its weights; one per model, reached from its `forward`."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective, logits_memory_mib: int) -> None:
         self.model = model
@@ -272,7 +272,7 @@ _HARMLESS = {
     "output_router_logits", "position_embeddings", "return_dict", "past_key_values",
 }  # fmt: skip
 
-# Compiled into a layer it would be compiled anew for the lengths of every row.
+# Compiled into a layer it would be compiled again for the lengths of every row.
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_segments_attention_forward))
 
 

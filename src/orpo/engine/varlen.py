@@ -34,9 +34,9 @@ class Plan:
         max_queries: Queries of the longest segment.
         max_keys: Keys of the longest segment.
         gather_K: Token of the row behind each gathered key, or None where that is the identity.
-        place_N: First place of each token among the gathered keys.
+        first_N: Index of each token among the gathered keys, where it is read first.
         prompt_M: Prompt tokens that a second segment reads.
-        again_M: Their second place among the gathered keys.
+        again_M: Index of these among the gathered keys, where they are read again.
     """
 
     query_starts: Tensor
@@ -44,7 +44,7 @@ class Plan:
     max_queries: int
     max_keys: int
     gather_K: Tensor | None
-    place_N: Tensor
+    first_N: Tensor
     prompt_M: Tensor
     again_M: Tensor
 
@@ -65,14 +65,14 @@ class Case(NamedTuple):
 
 def plan_row(runs: Sequence[Run], device: torch.device | str) -> Plan:
     """Plan the attention of a row of `runs`, which together have at least one token."""
-    queries, keys, gather, place, prompt, again = [], [], [], [], [], []
+    queries, keys, gather, first, prompt, again = [], [], [], [], [], []
     token = key = 0
     for run in runs:
         own = run.prompt + run.chosen
         queries.append(own)
         keys.append(own)
         gather.append(np.arange(token, token + own))
-        place.append(np.arange(key, key + own))
+        first.append(np.arange(key, key + own))
         key += own
         if run.rejected:
             queries.append(run.rejected)
@@ -80,15 +80,15 @@ def plan_row(runs: Sequence[Run], device: torch.device | str) -> Plan:
             prompt.append(np.arange(token, token + run.prompt))
             again.append(np.arange(key, key + run.prompt))
             gather += [prompt[-1], np.arange(token + own, token + own + run.rejected)]
-            place.append(np.arange(key + run.prompt, key + run.prompt + run.rejected))
+            first.append(np.arange(key + run.prompt, key + run.prompt + run.rejected))
             key += run.prompt + run.rejected
         token += own + run.rejected
     starts = [np.cumsum([0, *queries]), np.cumsum([0, *keys])]
-    places = [np.concatenate([np.arange(0), *parts]) for parts in (gather, place, prompt, again)]
-    query_starts, key_starts, gather_K, place_N, prompt_M, again_M = _to_device([*starts, *places], device)
+    indices = [np.concatenate([np.arange(0), *parts]) for parts in (gather, first, prompt, again)]
+    query_starts, key_starts, gather_K, first_N, prompt_M, again_M = _to_device([*starts, *indices], device)
     return Plan(
         query_starts.int(), key_starts.int(), max(queries), max(keys),
-        gather_K if prompt else None, place_N, prompt_M, again_M,
+        gather_K if prompt else None, first_N, prompt_M, again_M,
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_KHD: Tensor) -> tuple[Tensor, None]:
         plan: Plan = ctx.plan
-        grad_NHD = grad_KHD.index_select(0, plan.place_N)
+        grad_NHD = grad_KHD.index_select(0, plan.first_N)
         both_MHD = grad_NHD.index_select(0, plan.prompt_M) + grad_KHD.index_select(0, plan.again_M)
         return grad_NHD.index_copy_(0, plan.prompt_M, both_MHD), None
 
@@ -133,8 +133,8 @@ def gather_keys(row_NHD: Tensor, plan: Plan) -> Tensor:
 class VarlenKernel:
     """Torch's `varlen_attn`: one call for a whole row.
 
-    Torch 2.11 has its `scale` and its `window_size`, whose (-1, 0) means causal, and takes fewer key heads as
-    they are. From 2.12 on it wants to be told of them by `enable_gqa`.
+    Its `window_size` of (-1, 0) means causal. Torch 2.11 takes fewer key heads than query heads as they are,
+    2.12 and later ask for `enable_gqa` with them.
 
     Source: https://docs.pytorch.org/docs/2.12/nn.attention.varlen.html.
     """
