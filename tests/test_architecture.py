@@ -34,7 +34,7 @@ ORDER = (
 )
 FLOOR = {name: number for number, names in enumerate(ORDER) for name in names}
 
-MATHEMATICS = ("packing", "objective", "attention", "head", "logits", "varlen")
+MATHEMATICS = ("packing", "objective", "attention", "segments", "varlen", "head", "logits", "precision")
 WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory"}
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
 LIGHT = ("errors", "pairs", "console", "settings", "run", "cli", "commands", "__init__")

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from orpo.engine.scorer import refuse_encoder_decoder
 from orpo.errors import ConfigError, ModelError, first_line
 from orpo.run.directory import adapter_base, is_adapter
 from orpo.settings.config import OrpoSettings
@@ -121,10 +122,10 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
             )
         arguments["quantization_config"] = _quantization(settings)
     try:
-        if AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
-        ).is_encoder_decoder:
-            raise ModelError(f"{name} is an encoder-decoder model; ORPO here trains causal language models")
+        )
+        refuse_encoder_decoder(config, name)
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
     except ModelError:
         raise

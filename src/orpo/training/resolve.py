@@ -80,11 +80,7 @@ def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
 
 def check_model(model: nn.Module, args: ORPOConfig) -> None:
     """Refuse what cannot be trained, and turn dropout off where the settings say so."""
-    inner = base_model(model)
-    if inner.config.is_encoder_decoder:
-        raise ModelError(
-            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
-        )
+    base_model(model)  # refuses
     if args.disable_dropout:
         _disable_dropout(model)
 
