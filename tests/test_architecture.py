@@ -162,7 +162,7 @@ def test_no_negative_hundred_marks_a_token():
 
 
 def texts(path: Path) -> list[str]:
-    """The text constants of a module, f-strings' parts included; docstrings and texts alone on a line are not."""
+    """The text constants of a module, parts of f-strings included, docstrings not."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     return [

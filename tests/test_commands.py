@@ -24,6 +24,7 @@ from orpo.errors import DataError
 from orpo.report.page import write_report
 from orpo.run.checkpoints import base_model_name, model_folder
 from orpo.run.directory import read_run
+from orpo.run.log import Figure
 
 BIN = [sys.executable, "-m", "orpo"]
 pytestmark = pytest.mark.timeout(300)  # a process imports everything anew, on a machine that may be busy
@@ -113,9 +114,9 @@ def test_a_run_tells_format_counts_plan_and_result(trained):
         "data       40 pairs",
         "held out   15 pairs",
         "steps      15 of 8 pairs: 3 epochs of 5 steps",
-        "Preference accuracy",
+        "accuracy",
         "after (step 15)",
-        "--beside",
+        "--compare",
     ):
         assert expected in printed
 
@@ -251,10 +252,12 @@ def evaluate(run: object, data: Path, *words: object) -> dict:
 def test_eval_of_a_run_equals_the_run_s_own_last_evaluation(trained, world):
     run_dir, _ = trained
     result = evaluate(run_dir, world / "test.jsonl")
-    logged = read_run(run_dir).final_evaluation()
+    logged = read_run(run_dir).final_evaluation("").metrics
     for name in ("accuracy", "margin", "log_odds_ratio", "chosen_logprob", "rejected_logprob", "nll", "loss"):
-        assert result["metrics"][name] == pytest.approx(logged[f"eval_{name}"], rel=1e-5, abs=1e-6)
-        assert result["metrics"][f"{name}_se"] == pytest.approx(logged[f"eval_{name}_se"], rel=1e-4, abs=1e-6)
+        found = result["metrics"][name]
+        assert (found["mean"], found["se"]) == pytest.approx(
+            (logged[name].mean, logged[name].se), rel=1e-4, abs=1e-6
+        )
     assert result == json.loads((run_dir / "eval-test.json").read_text())
 
 
@@ -264,20 +267,20 @@ def test_eval_does_not_depend_on_the_batch_size(trained, world):
     whole = evaluate(run_dir, world / "test.jsonl")
     for words in (["--batch_size", 1], ["--batch_size", 4], ["--tokens_per_row", 64], ["--layout", "padded"]):
         other = evaluate(run_dir, world / "test.jsonl", *words)
-        assert other["metrics"] == pytest.approx(whole["metrics"], rel=1e-5, abs=1e-6), words
-        assert other["groups"]["odd"]["metrics"] == pytest.approx(
-            whole["groups"]["odd"]["metrics"], rel=1e-5, abs=1e-6
-        )
+        for one, two in ((other, whole), (other["groups"]["odd"], whole["groups"]["odd"])):
+            for name, figure in two["metrics"].items():
+                assert one["metrics"][name] == pytest.approx(figure, rel=1e-4, abs=1e-6), (words, name)
 
 
 def test_eval_names_groups_and_takes_any_model_and_any_objective(world):
     result = evaluate(world / "base", world / "test.jsonl", "--objective", "response", "--name", "base")
     assert {name: group["num_pairs"] for name, group in result["groups"].items()} == {"even": 8, "odd": 7}
-    weighted = sum(g["num_pairs"] * g["metrics"]["margin"] for g in result["groups"].values()) / 15
-    assert weighted == pytest.approx(result["metrics"]["margin"], rel=1e-5)
-    assert (world / "base" / "eval-base.json").exists()
+    weighted = sum(g["num_pairs"] * g["metrics"]["margin"]["mean"] for g in result["groups"].values()) / 15
+    assert weighted == pytest.approx(result["metrics"]["margin"]["mean"], rel=1e-5)
+    assert not (world / "base" / "eval-base.json").exists(), "nothing is written into a model that is no run"
     # On the response alone, the NLL over examples is minus the mean log-prob of the chosen responses.
-    assert result["metrics"]["nll"] == pytest.approx(-result["metrics"]["chosen_logprob"], rel=1e-5)
+    figures = result["metrics"]
+    assert figures["nll"]["mean"] == pytest.approx(-figures["chosen_logprob"]["mean"], rel=1e-5)
 
 
 def test_eval_prints_a_table(trained, world):
@@ -286,7 +289,7 @@ def test_eval_prints_a_table(trained, world):
     assert status == 0
     for expected in (
         "using 15 of 15 rows",
-        "preference accuracy",
+        "accuracy",
         "all pairs (15)",
         "even (8)",
         "±",
@@ -298,7 +301,7 @@ def test_eval_prints_a_table(trained, world):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--batch_size", "0"], "--batch_size: 0 is out of range"),
+        (["--batch_size", "0"], "batch_size: 0 is out of range"),
         (["--betta", "1"], "did you mean 'beta'"),
     ],
 )
@@ -311,7 +314,7 @@ def test_eval_refuses_settings_it_cannot_use(world, words, expected):
 def test_eval_of_a_folder_without_a_model_says_so(tmp_path, world):
     status, printed = orpo_main("eval", tmp_path, "--data", world / "test.jsonl")
     assert status == 2
-    assert "no model in this folder" in printed
+    assert "holds no model, no adapter and no whole checkpoint" in printed
 
 
 def test_a_mistyped_run_directory_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
@@ -353,11 +356,10 @@ def test_an_adapter_is_trained_evaluated_and_talked_to_beside_its_base(world, mo
     assert (run_dir / "adapter_model.safetensors").exists()
     assert not (run_dir / "model.safetensors").exists()
     result = evaluate(run_dir, world / "test.jsonl")
-    assert result["metrics"]["loss"] == pytest.approx(
-        read_run(run_dir).final_evaluation()["eval_loss"], rel=1e-5
-    )
+    final = read_run(run_dir).final_evaluation("")
+    assert result["metrics"]["loss"]["mean"] == pytest.approx(final.metrics["loss"].mean, rel=1e-5)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 1 plus 1?\n"))
-    status, printed = orpo_main("chat", run_dir, "--beside", "--max_tokens", 3, "--temperature", 0)
+    status, printed = orpo_main("chat", run_dir, "--compare", "--max_tokens", 3, "--temperature", 0)
     assert status == 0, printed
     assert f"[{run_dir}]" in printed
     assert f"[{world / 'base'}]" in printed
@@ -395,9 +397,9 @@ def test_chat_forgets_the_oldest_turns_when_the_model_can_read_no_more(trained, 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--temperature", "-1"], "--temperature: -1.0 is out of range"),
-        (["--top_p", "0"], "--top_p: 0.0 is out of range"),
-        (["--max_tokens", "0"], "--max_tokens: 0 is out of range"),
+        (["--temperature", "-1"], "temperature: -1.0 is out of range"),
+        (["--top_p", "0"], "top_p: 0.0 is out of range"),
+        (["--max_tokens", "0"], "max_tokens: 0 is out of range"),
         (["--beside"], "does not say what it was trained from"),
     ],
 )
@@ -447,7 +449,7 @@ def test_the_report_is_one_page_that_loads_nothing(trained):
     assert all(link.startswith("#") for link in page.links)
     assert page.count.get("script", 0) == page.count.get("img", 0) == page.count.get("link", 0) == 0
     for expected in (
-        "Preference accuracy",
+        "Accuracy",
         "Chosen and rejected answers",
         "What is",
         "learning_rate",
@@ -463,8 +465,13 @@ def fake_run(folder: Path, lines: list[dict], **recipe: object) -> Path:
     return folder
 
 
-def evaluation(step: int, accuracy: float) -> dict:
-    return {"step": step, "eval_accuracy": accuracy, "eval_accuracy_se": 0.01, "eval_loss": 1 - accuracy}
+def evaluation(step: int, accuracy: float, name: str = "") -> dict:
+    metrics = {"accuracy": {"mean": accuracy, "se": 0.01}, "loss": {"mean": 1 - accuracy, "se": 0.01}}
+    return {"step": step, "kind": "eval", "set": name, "num_pairs": 20, "metrics": metrics}
+
+
+def saved(step: int, model_step: int) -> dict:
+    return {"step": step, "kind": "saved", "model_step": model_step}
 
 
 def test_the_report_compares_runs_and_escapes_what_models_say(tmp_path):
@@ -486,38 +493,27 @@ def test_the_report_compares_runs_and_escapes_what_models_say(tmp_path):
     assert page.count.get("script", 0) == 0
 
 
-def test_an_evaluation_after_the_first_step_counts_as_a_checkpoint_where_none_came_before(tmp_path):
-    lines = [evaluation(5, 0.9), evaluation(9, 0.7)]
-    kept = fake_run(tmp_path / "kept", lines, load_best_model_at_end=True, metric_for_best_model="loss")
-    assert read_run(kept).final_evaluation()["step"] == 5
-
-
-def test_the_report_shows_each_named_evaluation_set(tmp_path):
-    def line(step, name, accuracy):
-        return {"step": step, f"eval_{name}_accuracy": accuracy, f"eval_{name}_nll_token_mean": 1.0}
-
+@pytest.mark.parametrize(
+    "names",
+    [("hh", "hh_harmless"), ("eval_", "eval_hh"), ("my/set", "with blanks"), ("nll", "a_nll_token_mean")],
+)
+def test_the_report_shows_each_evaluation_set_whatever_its_name(tmp_path, names):
+    first, second = names
     lines = [
-        line(0, "mine", 0.51),
-        line(0, "the_other", 0.52),
-        line(9, "mine", 0.83),
-        line(9, "the_other", 0.74),
-    ]
+        evaluation(0, 0.51, first), evaluation(0, 0.52, second),
+        evaluation(9, 0.83, first), evaluation(9, 0.74, second),
+    ]  # fmt: skip
     page = Page(write_report(fake_run(tmp_path / "run", lines)).read_text())
-    for expected in (
-        "mine, before and after",
-        "the_other, before and after",
-        "83.0 %",
-        "74.0 %",
-        "+32.0 points",
-    ):
+    for expected in (*(f"{name}, before and after" for name in names), "83.0 %", "74.0 %", "+32.0 points"):
         assert expected in page.text
+    assert page.text.count("51.0 % ± 1.0") == page.text.count("52.0 % ± 1.0") == 1
     assert page.count["svg"] == 1
 
 
 def test_a_page_written_again_shows_what_it_showed(tmp_path):
     orpo_run = fake_run(tmp_path / "orpo", [evaluation(0, 0.5), evaluation(9, 0.777)])
     sft_run = fake_run(tmp_path / "orpo" / "sft", [evaluation(0, 0.5), evaluation(9, 0.666)])
-    test = {"base": {"accuracy": (0.411, 0.02)}, "ORPO": {"accuracy": (0.833, 0.02)}}
+    test = {"base": {"accuracy": Figure(0.411, 0.02)}, "ORPO": {"accuracy": Figure(0.833, 0.02)}}
     write_report(orpo_run, {"SFT": sft_run}, test=test, note="AI-written pairs")
     moved = orpo_run.rename(tmp_path / "moved")
     page = Page(write_report(moved).read_text())
@@ -531,12 +527,12 @@ def test_the_report_shows_what_eval_has_saved(tmp_path):
     orpo_run = fake_run(tmp_path / "orpo", [evaluation(0, 0.5), evaluation(9, 0.777)])
     sft_run = fake_run(tmp_path / "sft", [evaluation(0, 0.5), evaluation(9, 0.666)])
     for folder, accuracy in ((orpo_run, 0.912), (sft_run, 0.623)):
-        saved = {
+        found = {
             "data": "mine.jsonl",
             "num_pairs": 1234,
-            "metrics": {"accuracy": accuracy, "accuracy_se": 0.01},
+            "metrics": {"accuracy": {"mean": accuracy, "se": 0.01}},
         }
-        (folder / "eval-mine.json").write_text(json.dumps(saved))
+        (folder / "eval-mine.json").write_text(json.dumps(found))
     page = Page(write_report(orpo_run).read_text()).text
     assert "91.2 % ± 1.0" in page
     assert "1,234 pairs of mine.jsonl" in page
@@ -544,15 +540,25 @@ def test_the_report_shows_what_eval_has_saved(tmp_path):
     assert "62.3 %" in Page(write_report(orpo_run, {"SFT": sft_run}).read_text()).text
 
 
-def test_the_report_shows_the_best_weights_where_the_run_keeps_them(tmp_path):
+def test_the_final_evaluation_is_that_of_the_weights_that_were_saved(tmp_path):
     lines = [evaluation(0, 0.5), evaluation(5, 0.9), evaluation(9, 0.7)]
-    kept = fake_run(tmp_path / "kept", lines, load_best_model_at_end=True, metric_for_best_model="loss")
-    assert read_run(kept).final_evaluation()["step"] == 5
-    assert read_run(fake_run(tmp_path / "last", lines)).final_evaluation()["step"] == 9
+    kept = fake_run(tmp_path / "kept", [*lines, saved(9, 5)])
+    assert read_run(kept).final_evaluation("").step == 5
+    assert read_run(fake_run(tmp_path / "last", lines)).final_evaluation("").step == 9, "not saved yet"
+    again = fake_run(tmp_path / "again", [*lines[:2], saved(5, 5), lines[2], saved(9, 9)])
+    assert read_run(again).final_evaluation("").step == 9
+
+
+def test_numbers_that_the_user_measures_are_in_the_tables(tmp_path):
+    line = evaluation(0, 0.5)
+    line["metrics"]["helpful/score_nll_loss"] = {"mean": 0.625}
+    page = Page(write_report(fake_run(tmp_path / "run", [line])).read_text())
+    assert "Helpful/score_nll_loss" in page.text and "0.625" in page.text
 
 
 def test_the_report_of_a_run_that_was_cut_off_is_still_made(tmp_path):
-    run_dir = fake_run(tmp_path / "cut", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    lines = [{"step": step, "kind": "train", "metrics": {"loss": 2.0 / step}} for step in (1, 2)]
+    run_dir = fake_run(tmp_path / "cut", lines)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     page = Page(write_report(run_dir).read_text())

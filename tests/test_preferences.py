@@ -407,11 +407,11 @@ def test_more_than_max_dropped_stops_with_the_table():
     rows = [GOOD] * 8 + [{**GOOD, "rejected": ""}] * 2
     with pytest.raises(
         DataError,
-        match=r"the data: 2 of 10 rows \(20%\) cannot be used, more than max_dropped allows \(10%\): dropped 2: empty rejected answer",
+        match=r"the data: 2 of 10 rows \(20%\) cannot be used, .* dropped 2: empty rejected answer",
     ):
         read_preferences(rows)
     assert len(read_preferences(rows, max_dropped=0.2)) == 8
-    with pytest.raises(DataError, match="no row can train"):
+    with pytest.raises(DataError, match="no row can be used"):
         read({**GOOD, "rejected": ""})
     with pytest.raises(DataError, match="empty"):
         read()

@@ -5,6 +5,7 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import reference
 import tiny_models
@@ -28,6 +29,7 @@ from orpo.engine.steps import (
 )
 from orpo.errors import ConfigError, DataError, ModelError, RunError
 from orpo.pairs import TokenizedPair
+from orpo.run.directory import read_run
 from orpo.settings.config import Objective
 from orpo.training.progress import Stopwatch
 
@@ -401,6 +403,73 @@ def test_compute_metrics_gets_log_probs_of_both_sides(tmp_path):
     assert output.metrics["test_accuracy"] == metrics["eval_accuracy"]
 
 
+def test_whatever_compute_metrics_calls_its_numbers_they_are_recorded(tmp_path, capsys):
+    def compute(prediction):
+        return {
+            "helpful/accuracy": np.float32(0.5), "my_nll_loss": 1, "eval_prefixed": 2.0, "margin": 7.0,
+            "table": [1, 2],
+        }  # fmt: skip
+
+    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(3), arguments={"compute_metrics": compute})
+    flat = trainer.evaluate()
+    assert flat["eval_prefixed"] == 2.0 and flat["eval_table"] == [1, 2] and flat["eval_margin"] == 7.0
+    (record,) = read_run(tmp_path).records
+    found = {name: record.metrics[name].mean for name in ("helpful/accuracy", "my_nll_loss", "prefixed")}
+    assert found == {"helpful/accuracy": 0.5, "my_nll_loss": 1, "prefixed": 2.0}
+    trainer.evaluate()
+    printed = capsys.readouterr().out
+    assert printed.count("compute_metrics: 'table' is no number, so it is not recorded") == 1
+    assert printed.count("compute_metrics: 'margin' replaces the metric of that name") == 1
+
+
+def test_numbers_that_a_user_logs_are_recorded(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.log({"judge/score": 0.25})
+    (record,) = read_run(tmp_path).records
+    assert record.metrics["judge/score"].mean == 0.25
+
+
+SETS = ("hh", "hh_harmless", "my/set", "two words", "eval_hh", "nll")
+
+
+def test_evaluation_sets_of_any_name_have_their_own_records(tmp_path):
+    sets = {name: random_pairs(3 + number, seed=number) for number, name in enumerate(SETS)}
+    trainer = tiny_trainer(
+        tmp_path, evaluation=sets, eval_strategy="steps", eval_steps=2, max_steps=2, save_strategy="steps",
+        save_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    run = read_run(tmp_path)
+    assert run.evaluation_sets() == list(SETS)
+    last = trainer.state.log_history
+    for name, pairs in sets.items():
+        first, final = run.first_evaluation(name), run.final_evaluation(name)
+        assert (first.step, final.step, final.num_pairs) == (0, 2, len(pairs))
+        flat = [line[f"eval_{name}_loss"] for line in last if f"eval_{name}_loss" in line]
+        assert flat[-1] == final.metrics["loss"].mean
+    assert trainer.state.best_metric == run.final_evaluation("hh").metrics["loss"].mean
+    assert "| accuracy, two words |" in (tmp_path / "README.md").read_text()
+
+
+def test_rows_given_to_evaluate_are_counted_and_recorded_apart(tmp_path, capsys):
+    """Nothing is dropped without a counted line, on every way in."""
+    rows = [{"prompt": "P", "chosen": "a b", "rejected": "c"}] * 15 + [
+        {"prompt": "P", "chosen": " ", "rejected": "c"}
+    ]
+    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(3))
+    capsys.readouterr()
+    trainer.evaluate(eval_dataset=rows)
+    trainer.evaluate(eval_dataset={"mine": rows})
+    trainer.predict(rows)
+    printed = capsys.readouterr().out
+    assert printed.count("eval: using 15 of 16 rows") == 3
+    assert printed.count("dropped 1: empty chosen answer (first: row:15)") == 3
+    assert [(record.set, record.num_pairs) for record in read_run(tmp_path).records] == [
+        ("given rows", 15), ("mine", 15)
+    ]  # fmt: skip
+
+
 def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     """Training too fast, so that the first checkpoint is the best; a limit of one keeps it and the last."""
     trainer = tiny_trainer(
@@ -501,8 +570,10 @@ def test_run_directory(tmp_path):
     names = ["loss", "nll", "odds_ratio_loss", "log_odds_ratio", "accuracy", "margin", "chosen_logprob"]
     training, evaluating = lines[1], lines[0]
     assert {"epoch", "seconds", "metrics"} <= training.keys()
-    assert {"grad_norm", "learning_rate", "tokens_per_second", *names} == training["metrics"].keys()
-    assert (evaluating["set"], evaluating["num_pairs"]) == ("", 8)
+    assert {"grad_norm", "learning_rate", "tokens_per_second", "rejected_logprob", *names} == training[
+        "metrics"
+    ].keys()
+    assert (evaluating["set"], evaluating["num_pairs"]) == ("", 2)
     assert evaluating["metrics"].keys() == {*names, "rejected_logprob", "nll_token_mean"}
     assert all(figure.keys() == {"mean", "se"} for figure in evaluating["metrics"].values())
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())

@@ -123,6 +123,11 @@ def metric_named(name: str) -> Metric:
     return _BY_NAME.get(name) or Metric(name, name)
 
 
+def is_ours(name: str) -> bool:
+    """Whether there is a metric of that name in `METRICS`."""
+    return name in _BY_NAME
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of metrics as tables show them: ours first, in our order, then others as they come."""
     given = list(names)

@@ -64,7 +64,8 @@ def write_report(
         asked["note"] = note
     others = [read_run(run_dir / other, name) for name, other in asked["contrast"].items()]
     run = read_run(run_dir, "ORPO" if others else None)
-    tested = {model: figures_from_json(values) for model, values in asked.get("test", {}).items()}
+    where = run_files.page_request
+    tested = {model: figures_from_json(values, where) for model, values in asked.get("test", {}).items()}
     page = _page(run_dir.resolve().name, run, others, tested, asked.get("note", ""))
     run_files.page.write_text(page, encoding="utf-8")
     if any(asked.values()):
@@ -160,7 +161,7 @@ def _saved_evaluations(runs: list[Run]) -> str:
     tables = []
     for name, result in run.saved_evaluations.items():
         columns = [
-            (one.name, figures_from_json(one.saved_evaluations[name]["metrics"]))
+            (one.name, figures_from_json(one.saved_evaluations[name]["metrics"], f"{one.name}: {name}"))
             for one in [*runs[1:], run]
             if name in one.saved_evaluations
         ]

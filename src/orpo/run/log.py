@@ -48,9 +48,20 @@ def figures_to_json(figures: Figures) -> dict[str, Any]:
     return {name: figure.to_json() for name, figure in figures.items()}
 
 
-def figures_from_json(values: Mapping[str, Any]) -> dict[str, Figure]:
-    """Inverse of `figures_to_json`."""
+def figures_from_json(values: Mapping[str, Any], where: object) -> dict[str, Figure]:
+    """Inverse of `figures_to_json`.
+
+    Raises:
+        DataError: A value is no figure: damaged, or of version 0.1 of this package; `where` is named.
+    """
+    flat_errors = any(name.endswith("_se") for name in values)
+    if flat_errors or not all(is_number(_mean(value)) for value in values.values()):
+        raise DataError(f"{where}: not the figures of this version of orpo; delete the file and make it again")
     return {name: Figure.from_json(value) for name, value in values.items()}
+
+
+def _mean(value: Any) -> Any:
+    return value.get("mean") if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +99,9 @@ class Record:
         return line | ({"metrics": figures_to_json(self.metrics)} if self.metrics else {})
 
     @classmethod
-    def from_json(cls, line: Mapping[str, Any]) -> Record:
+    def from_json(cls, line: Mapping[str, Any], where: object = "record") -> Record:
         """Inverse of `to_json`."""
-        return cls(**(dict(line) | {"metrics": figures_from_json(line.get("metrics", {}))}))
+        return cls(**(dict(line) | {"metrics": figures_from_json(line.get("metrics", {}), where)}))
 
 
 def flat_name(metric: str, set_name: str = "") -> str:
@@ -135,10 +146,10 @@ def _record(line: Any, where: str) -> Record:
     if not isinstance(line, dict) or line.get("kind") not in get_args(Kind):
         raise DataError(
             f"{where}: not a record of this version of orpo (0.1 wrote flat lines);"
-            " move the file away to go on without its curves"
+            " move the file away to continue without its curves"
         )
     try:
-        return Record.from_json(line)
+        return Record.from_json(line, where)
     except (TypeError, KeyError) as error:
         raise DataError(f"{where}: damaged record ({error}); delete this line") from None
 

@@ -43,7 +43,7 @@ from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import TokenizedStream, TrainingData, read_pairs, read_training
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_row
-from orpo.engine.metrics import MetricWindow, metric_named, trl_names, write_figure
+from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
 from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
 from orpo.engine.score import score
@@ -463,12 +463,12 @@ class ORPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record a line of training numbers; dashboards see TRL's names for them too."""
-        is_ours = self._evaluated_set is None and "train_runtime" not in logs
-        if is_ours and "loss" in logs:
+        of_training = self._evaluated_set is None and "train_runtime" not in logs
+        if of_training and "loss" in logs:
             means = self.window.close(self._reduce)
             means["tokens_per_second"] = means.pop("tokens") / self.stopwatch.restart()
             logs |= means
-        if is_ours:
+        if of_training:
             figures = {name: Figure(value) for name, value in logs.items() if is_number(value)}
             self.recorder.trained(self.state.global_step, self.state.epoch or 0.0, figures)
             logs |= trl_names(logs, self.objective.beta)
@@ -548,7 +548,7 @@ class ORPOTrainer(Trainer):
         for name, value in custom.items():
             if not is_number(value):
                 self._say_once(f"compute_metrics: {name!r} is no number, so it is not recorded")
-            elif metric_named(name).title != name:
+            elif is_ours(name):
                 self._say_once(f"compute_metrics: {name!r} replaces the metric of that name")
         return custom
 
