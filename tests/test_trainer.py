@@ -457,7 +457,8 @@ def test_rows_given_to_evaluate_are_counted_and_recorded_apart(tmp_path, capsys)
     rows = [{"prompt": "P", "chosen": "a b", "rejected": "c"}] * 15 + [
         {"prompt": "P", "chosen": " ", "rejected": "c"}
     ]
-    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(3))
+    model = tiny_models.build("Llama", vocab_size=len(tiny_tokenizer()))
+    trainer = tiny_trainer(tmp_path, model=model, evaluation=random_pairs(3))
     capsys.readouterr()
     trainer.evaluate(eval_dataset=rows)
     trainer.evaluate(eval_dataset={"mine": rows})
