@@ -151,10 +151,11 @@ def current_keywords(
     Raises:
         ConfigError: A keyword asks for what cannot be done.
     """
-    settings = {key: value for key, value in given.items() if key in accepted}
+    own = {key for key in given if key in accepted and key not in other_tools.TRANSLATED}
+    settings = {key: given[key] for key in own}
     lines = []
     for key, value in given.items():
-        if key in accepted and key not in other_tools.TRANSLATED:
+        if key in own:
             continue
         try:
             current, notice = current_entries(key, _plain_dtype(value), given)
