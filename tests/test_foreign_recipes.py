@@ -130,6 +130,7 @@ def test_an_axolotl_recipe_loads_unchanged(load):
         "eval_steps": 0.125,
         "save_strategy": "epoch",
     }
+    assert not any("ignored" in notice for notice in recipe.notices)
     named = {notice.split()[0].rstrip(":") for notice in recipe.notices}
     same = {"load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "learning_rate"}
     assert named == {line.split(":")[0] for line in AXOLOTL.splitlines() if line[:1].strip()} - same - {
@@ -408,6 +409,16 @@ def test_a_broken_dataset_info_is_named(load, tmp_path):
     assert "cannot read data/dataset_info.json" in refusal(load, "dataset: mine")
 
 
+def test_a_file_that_is_there_is_read_whatever_its_name(load, tmp_path):
+    for name in ("a:b.jsonl", "pairs"):
+        (tmp_path / name).touch()
+        assert load(f"stage: dpo\ndataset: '{name}'").settings == {"dataset_name": name}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"one": SHAREGPT}))
+    assert load("stage: dpo\ndataset: pairs").settings == {"dataset_name": "pairs"}
+    assert load("datasets: [{path: data, data_files: [x.json]}]").settings == {"dataset_name": "data/x.json"}
+
+
 def test_names_with_a_subset_or_a_count(load):
     assert load("", "--dataset some/pairs:en").settings == {
         "dataset_name": "some/pairs",
@@ -434,6 +445,8 @@ def test_names_with_a_subset_or_a_count(load):
                 "chat_template": "chatml",
             },
         ),
+        ("{path: a, chat_template: tokenizer_default}", {"dataset_name": "a"}),
+        ("{path: a, chat_template: chatml}", {"dataset_name": "a", "chat_template": "chatml"}),
         ("{path: a, type: llama3.ultra}", {"dataset_name": "a", "chat_template": "llama3"}),
         ("{path: a, type: chat_template.argilla_chat}", {"dataset_name": "a"}),
         (
@@ -447,7 +460,7 @@ def test_names_with_a_subset_or_a_count(load):
             },
         ),
         (
-            "{path: a, type: {field_prompt: q, field_chosen: y, prompt_format: '{prompt}'}}",
+            "{path: a, type: {field_prompt: q, field_chosen: y, field_system: s, prompt_format: '{prompt}'}}",
             {"dataset_name": "a", "data_format": "standard", "columns": {"prompt": "q", "chosen": "y"}},
         ),
     ],
@@ -492,6 +505,25 @@ def test_data_on_the_command_line_replaces_all_that_the_file_says_of_its_own(loa
     assert not any(notice.startswith("dataset ") for notice in recipe.notices)
     assert load("dataset_name: a.jsonl", "--dataset b.jsonl").settings == {"dataset_name": "b.jsonl"}
     assert load("dataset_name: a.jsonl\ndataset: b.jsonl").settings == {"dataset_name": "a.jsonl"}
+
+
+def test_a_description_next_to_the_name_of_other_data_has_no_effect(load):
+    described = {"one": SHAREGPT}
+    recipe = load("dataset_name: a.jsonl\ndataset: one", described=described)
+    assert recipe.settings == {"dataset_name": "a.jsonl"}
+    assert recipe.notices == ("dataset (recipe.yaml:2): no effect: dataset_name is set too",)
+    recipe = load("eval_dataset_name: a.jsonl\neval_dataset: one")
+    assert recipe.settings == {"eval_dataset_name": "a.jsonl"}
+    assert recipe.notices == ("eval_dataset (recipe.yaml:2): no effect: eval_dataset_name is set too",)
+
+
+def test_two_names_of_one_thing_that_agree_are_not_reported_as_ignored(load):
+    text = "model_name_or_path: some/7b\nbase_model: some/7b\n"
+    text += "chat_template: jinja\nchat_template_jinja: '{{ x }}'"
+    recipe = load(text)
+    assert recipe.settings == {"model_name_or_path": "some/7b", "chat_template": "{{ x }}"}
+    assert not any("ignored" in notice for notice in recipe.notices)
+    assert "ignored" in load("model_name_or_path: some/7b\nbase_model: other").notices[0]
 
 
 def test_a_name_on_the_command_line_beats_other_names_of_the_same_in_the_file(load):

@@ -118,6 +118,7 @@ REFUSED = {
     "interleave_prob": "give the sets weights: dataset_name: {a.jsonl: 0.7, b.jsonl: 0.3}",
     "tokenizer_config": "the tokenizer is read from model_name_or_path; save yours there",
     "tokenizer_name_or_path": "the tokenizer is read from model_name_or_path; save yours there",
+    "tokenizer": "the tokenizer is read from model_name_or_path; save yours there",
     "tokenizer_name": "the tokenizer is read from model_name_or_path; save yours there",
     "rope_scaling": "write it into the model's config.json",
     "max_model_len": "write the model's window into its config.json; max_length is that of a side of a pair",
@@ -207,9 +208,7 @@ def _tuner(key: str, value: Any, written: Written) -> Translation:
         return {}, "no effect: all weights train unless use_peft is set"
     if kind not in ("lora", "qlora", "full"):
         raise ValueError(f"{key}: {value} is not trained here; lora, qlora and full are")
-    entries: dict[str, Any] = {"use_peft": kind != "full"}
-    if kind == "qlora" and "load_in_4bit" not in written:
-        entries["load_in_4bit"] = True
+    entries = {"use_peft": kind != "full"} | ({"load_in_4bit": True} if kind == "qlora" else {})
     return entries, written_as(entries) + "; what the recipe leaves open keeps the defaults of orpo"
 
 
