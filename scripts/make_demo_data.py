@@ -118,7 +118,7 @@ def write(folder: Path, parts: dict[str, list[Row]], compress: bool) -> None:
 
 
 def main() -> None:
-    """Both sets, and the counts on screen; the licences beside them are not touched."""
+    """Both sets, and the counts on screen; the licences next to them are not touched."""
     parser = sources.Parser("Write the demo's preference data.")
     parser.add_argument("--out", type=Path, default=DEMO_DATA)
     args = parser.parse_args()

@@ -273,7 +273,7 @@ def _lora_targets(key: str, value: Any, written: Written) -> Translation:
 
 
 def _every_linear(key: str, value: Any, written: Written) -> Translation:
-    """Axolotl's lora_target_linear: every linear layer, whatever lora_target_modules lists beside it."""
+    """Axolotl's lora_target_linear: every linear layer, whatever lora_target_modules lists next to it."""
     if is_off(value):
         return {}, "no effect: it is off"
     if "lora_target_modules" in written:
