@@ -4,7 +4,7 @@ Three parts, each a list of cells. A cell that fails is recorded with its error,
 Results are written after every cell, as DIR/gpu.json and as tables, DIR/gpu.md. Cells already there are not
 run again, so a short lease can be used in several calls:
 
-    --parts exactness                    attention backends, head and model against references (3 minutes)
+    --parts exactness                    attention, head and model against references (3 minutes)
     --parts steps --models 0.5B          one optimizer step beside TRL's and Liger's (5 minutes a model)
     --parts tuning --models 0.5B,1.5B    compiled layers, row and chunk sizes, fused AdamW, a profile
 
@@ -21,12 +21,10 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,14 +44,14 @@ from gpu_steps import (
     useful_flops,
 )  # fmt: skip
 
-from orpo.engine.attention import Segments, attend
-from orpo.engine.backends import CHOICE, REFERENCE, SEGMENTS, installed, output_and_gradients, relative_error
+from orpo.engine.attention import KERNEL, attend_row, output_and_gradients, relative_error
 from orpo.engine.head import Denominators, Head, score_row
 from orpo.engine.logits import logprob_slopes, token_logprobs
 from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
 from orpo.engine.scorer import base_model
-from orpo.engine.varlen import Case, Options, plan_row
+from orpo.engine.segments import SEGMENTS, Options, Segments, attend_segments
+from orpo.engine.varlen import Case
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by the vendor's data sheets."""
@@ -142,16 +140,6 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> float | No
     return round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
 
 
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Take an attention backend by name."""
-    os.environ[CHOICE] = backend
-    try:
-        yield
-    finally:
-        del os.environ[CHOICE]
-
-
 # Part 1: exactness
 
 
@@ -164,38 +152,29 @@ LAYERS = {
 
 
 def attention_cell(layer: str, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
-    """Errors against float64, and seconds forward + backward, of every backend and of plain segments."""
+    """Errors against float64, and seconds forward + backward, by the kernel and by segments."""
     heads, key_heads, size, window, softcap = LAYERS[layer]
-    pairs = make_pairs(*sizes.data["ultrafeedback"], 1000)[:16]
-    runs = pack(pairs, OBJECTIVE).runs
+    runs = pack(make_pairs(*sizes.data["ultrafeedback"], 1000)[:16], OBJECTIVE).runs
     num_tokens = sum(map(sum, runs))
     torch.manual_seed(1)
-    shapes = [(heads, size), (key_heads, size), (key_heads, size), (heads, size)]
-    inputs = [torch.randn(num_tokens, *s, device=sizes.device).to(dtype) for s in shapes]
-    options = Options(window=window, softcap=softcap)
-    plan = plan_row(runs, sizes.device)
-    exact = output_and_gradients(REFERENCE, [x.double() for x in inputs], plan, options)
-    case = Case(sizes.device, dtype, heads, key_heads, size, size, window is not None, softcap)
+    shapes = [(heads, num_tokens), (key_heads, num_tokens), (key_heads, num_tokens), (num_tokens, heads)]
+    inputs = [torch.randn(1, *shape, size, device=sizes.device).to(dtype) for shape in shapes]
+    segments, options = Segments(runs), Options(window=window, softcap=softcap)
+    case = Case(sizes.device, dtype, heads, key_heads, size, size, window is not None, softcap is not None)
+
+    def by_segments(*heads: torch.Tensor) -> torch.Tensor:
+        return attend_segments(*heads, segments, options)
+
+    def by_kernel(*heads: torch.Tensor) -> torch.Tensor:
+        return attend_row(KERNEL, *heads, segments, options)
+
+    exact = output_and_gradients(by_segments, [x.double() for x in inputs])
     result: dict[str, Any] = {"tokens": num_tokens}
-    calls: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {}
-
-    def segments() -> tuple[torch.Tensor, ...]:
-        rows = [x.detach().requires_grad_() for x in inputs[:3]]
-        with forced(SEGMENTS):
-            output = attend(
-                *(x.transpose(0, 1)[None] for x in rows), Segments(runs), window=window, softcap=softcap
-            )[0]
-        return output.detach(), *torch.autograd.grad(output, rows, inputs[3])
-
-    calls[SEGMENTS] = segments
-    for name, backend in [
-        *installed().items(),
-        *([] if sizes.device.type == "cuda" else [("reference", REFERENCE)]),
-    ]:
-        if (refusal := backend.refusal(case)) is None:
-            calls[name] = lambda b=backend: output_and_gradients(b, inputs, plan, options)
-        else:
-            result[name] = {"refuses": refusal}
+    calls = {SEGMENTS: functools.partial(output_and_gradients, by_segments, inputs)}
+    if (refusal := KERNEL.refusal(case)) is None:
+        calls["kernel"] = functools.partial(output_and_gradients, by_kernel, inputs)
+    else:
+        result["kernel"] = {"refuses": refusal}
     timings = interleaved(calls, sizes)
     for name, call in calls.items():
         result[name] = timings[name]
@@ -255,8 +234,8 @@ def model_cell(shape: Shape, sizes: Sizes) -> dict[str, Any]:
     weights = [p for n, p in model.named_parameters() if "layers.0" in n]
     prepare_model(model, OBJECTIVE, layout="shared")
 
-    def run(loss: Callable[[], torch.Tensor], half: bool, backend: str = "auto") -> list[torch.Tensor]:
-        with torch.autocast(sizes.device.type, torch.bfloat16, enabled=half), forced(backend):
+    def run(loss: Callable[[], torch.Tensor], half: bool) -> list[torch.Tensor]:
+        with torch.autocast(sizes.device.type, torch.bfloat16, enabled=half):
             value = loss()
             return [value.detach(), *torch.autograd.grad(value, weights)]
 
@@ -268,13 +247,12 @@ def model_cell(shape: Shape, sizes: Sizes) -> dict[str, Any]:
 
     truth = run(plain, half=False)
     runs = {
-        "float32, by segments": run(ours, half=False, backend=SEGMENTS),
         "float32": run(ours, half=False),
         "bfloat16": run(ours, half=True),
         "bfloat16, padded": run(plain, half=True),
     }
     worst = {name: max(map(relative_error, values, truth)) for name, values in runs.items()}
-    limits = {"float32, by segments": 1e-4, "float32": 1e-3, "bfloat16": 2 * worst["bfloat16, padded"]}
+    limits = {"float32": 1e-4, "bfloat16": 2 * worst["bfloat16, padded"]}
     exact = all(worst[name] <= limit for name, limit in limits.items())
     return {"worst_errors": {name: float(f"{e:.2e}") for name, e in worst.items()}, "exact": exact}
 

@@ -196,7 +196,7 @@ def our_step(
 ) -> Callable[[], None]:
     """Our step over rows of at most `tokens` tokens."""
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
-    plan = plan_step(range(len(pairs)), lengths, num_ranks=1, tokens_per_row=tokens)[0]
+    plan = plan_step(lengths, num_ranks=1, tokens_per_row=tokens)[0]
     rows = [pack([pairs[i] for i in row.pairs], OBJECTIVE) for row in plan]
     counts = Denominators(sum(r.nll_weight for r in rows), sum(r.num_preferences for r in rows))
     losses = [lambda r=row: model(batch=r.to(sizes.device), denominators=counts).loss for row in rows]

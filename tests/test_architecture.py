@@ -9,15 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from orpo.run.directory import ADAPTER_CONFIG, RECIPE, RunDirectory
+from orpo.settings.renamed import understood_names
+from orpo.settings.schema import known_settings
+
 PACKAGE = Path(__file__).parent.parent / "src" / "orpo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+LONGEST = 84
+"""Lines of the longest function, `ORPOTrainer.__init__` with TRL's signature; it may only shrink."""
 
 # A folder, or a file beside the folders, imports only from those before it; those on one line stand side by
 # side and do not import each other.
 ORDER = (
-    ("errors", "pairs"),
-    ("settings",),
+    ("errors", "pairs", "console"),
     ("run",),
+    ("settings",),
     ("data", "engine"),
     ("evaluation",),
     ("report",),
@@ -29,10 +35,10 @@ ORDER = (
 )
 FLOOR = {name: number for number, names in enumerate(ORDER) for name in names}
 
-MATHEMATICS = ("packing", "objective", "attention", "head", "logits", "varlen")
+MATHEMATICS = ("packing", "objective", "attention", "segments", "varlen", "head", "logits", "precision")
 WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory"}
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
-LIGHT = ("errors", "pairs", "settings", "run", "cli", "commands", "__init__")
+LIGHT = ("errors", "pairs", "console", "settings", "run", "cli", "commands", "__init__")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}
 
 
@@ -154,3 +160,85 @@ def test_no_negative_hundred_marks_a_token():
             assert not (
                 is_negative and isinstance(node.operand, ast.Constant) and node.operand.value == 100
             ), path
+
+
+def texts(path: Path) -> list[str]:
+    """The text constants of a module, f-strings' parts included; docstrings and texts alone on a line are not."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone
+    ]
+
+
+def run_files() -> set[str]:
+    """Names of the files of a run directory, as `RunDirectory` has them."""
+    run = RunDirectory(Path("/run"))
+    values = (getattr(run, name) for name, value in vars(RunDirectory).items() if isinstance(value, property))
+    return {path.name for path in values} | {ADAPTER_CONFIG, "eval-", "checkpoint-"}
+
+
+def test_no_file_of_a_run_directory_is_named_outside_run():
+    names = run_files() - {RECIPE}  # every example in a help text has a recipe.yaml
+    assert len(names) > 10
+    for path in MODULES:
+        if folder_of(name_of(path)) != "run":
+            named = {
+                name for name in names for text in texts(path) if name in text.split("/")[-1].split()[-1:]
+            }
+            assert not named, f"{ids(path)} names {named}"
+
+
+def test_the_prefix_of_evaluated_metrics_is_put_on_in_one_place():
+    settings = {name for name in {*known_settings(), *understood_names()} if name.startswith("eval_")}
+    for path in MODULES:
+        if name_of(path) not in ("orpo.run.log", "orpo.training.trainer"):
+            found = [text for text in texts(path) for word in text.split() if word.startswith("eval_")]
+            assert not [text for text in found if not any(name in text for name in settings)], ids(path)
+
+
+def test_no_command_imports_another():
+    for path in MODULES:
+        if folder_of(name_of(path)) == "commands" and path.stem != "__init__":
+            assert not {module for module in own_imports(path) if module.startswith("orpo.commands")}, ids(
+                path
+            )
+
+
+def test_commands_are_short():
+    for path in MODULES:
+        if folder_of(name_of(path)) == "commands":
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 125, ids(path)
+
+
+def test_nothing_reads_the_source_of_this_package():
+    """The recipe reader parses the source of transformers, and no other module parses any."""
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        assert "__file__" not in text, ids(path)
+        assert "inspect.getsource" not in text, ids(path)
+        assert name_of(path) == "orpo.settings.schema" or "import ast" not in text.splitlines(), ids(path)
+
+
+def test_one_function_writes_figures_with_their_errors():
+    for path in MODULES:
+        if name_of(path) != "orpo.engine.metrics":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+            parts = [part for text in joined for part in zip(text.values, text.values[1:], strict=False)]
+            written = [
+                first.value
+                for first, then in parts
+                if isinstance(first, ast.Constant) and str(first.value).endswith("± ")
+                and isinstance(then, ast.FormattedValue) and then.format_spec is not None
+            ]  # fmt: skip
+            assert not written, ids(path)
+
+
+def test_no_function_is_longer_than_the_longest_was():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < LONGEST, f"{ids(path)}: {node.name}"

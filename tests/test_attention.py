@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo.engine.attention import Segments, attend
+from orpo.engine.attention import attend
 from orpo.engine.packing import Run
+from orpo.engine.segments import Segments
 
 HEADS, SIZE = 4, 8
 ROWS = {

@@ -11,7 +11,7 @@ import pytest
 
 import orpo.commands.config
 from orpo import cli
-from orpo.commands.train import check_needs
+from orpo.settings.needs import check_needs
 
 BIN = [sys.executable, "-m", "orpo"]
 

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from orpo import cli
 from orpo.errors import DataError
 from orpo.report.page import write_report
-from orpo.run.directory import base_model_name, model_folder, read_run
+from orpo.run.checkpoints import base_model_name, model_folder
+from orpo.run.directory import read_run
 
 BIN = [sys.executable, "-m", "orpo"]
 pytestmark = pytest.mark.timeout(300)  # a process imports everything anew, on a machine that may be busy
@@ -189,7 +190,7 @@ def test_a_killed_run_goes_on_and_a_stopped_one_too(world):
     reached = max(int(path.name[11:]) for path in run_dir.glob("checkpoint-*"))
     status, printed = start_and_signal(signal.SIGINT, reached + 2)
     assert status == 128 + signal.SIGINT, printed
-    assert f"going on from {run_dir}/checkpoint-" in printed
+    assert f"resuming from {run_dir}/checkpoint-" in printed
     assert "stopped by SIGINT" in printed
     assert "Traceback" not in printed
     newest = model_folder(str(run_dir))
@@ -197,7 +198,7 @@ def test_a_killed_run_goes_on_and_a_stopped_one_too(world):
     last = int(newest.rpartition("-")[2]) + 2
     status, printed = orpo_main(*words, "--save_steps", 1000, "--force", "--max_steps", last)
     assert status == 0, printed
-    assert f"going on from {newest}" in printed
+    assert f"resuming from {newest}" in printed
     assert model_folder(str(run_dir)) == str(run_dir)
 
 
@@ -284,7 +285,7 @@ def test_eval_prints_a_table(trained, world):
     status, printed = orpo_main("eval", run_dir, "--data", world / "test.jsonl")
     assert status == 0
     for expected in (
-        "15 of 15 rows train",
+        "using 15 of 15 rows",
         "preference accuracy",
         "all pairs (15)",
         "even (8)",

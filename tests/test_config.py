@@ -11,10 +11,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orpo.commands.config import TRL_DIFFERENCES, check_recipe, json_schema, settings_markdown
 from orpo.errors import ConfigError
-from orpo.settings.config import PRESETS, Objective, OrpoSettings, check_settings, resolve_objective
-from orpo.settings.recipe import Recipe, dump_yaml, load_recipe
+from orpo.run.directory import dump_yaml
+from orpo.settings.config import (
+    FACTS,
+    PRESETS,
+    Objective,
+    OrpoSettings,
+    check_recipe,
+    check_settings,
+    inherited_by_evaluation,
+    resolve_objective,
+)
+from orpo.settings.inherited import INHERITED
+from orpo.settings.recipe import Recipe, load_recipe
+from orpo.settings.reference import json_schema, settings_markdown
 from orpo.settings.renamed import NO_EFFECT, RENAMED, current_entries
 from orpo.settings.schema import _class_fields, _training_arguments, convert, known_settings
 
@@ -395,8 +406,20 @@ def test_every_key_of_trl_is_known_and_each_different_default_has_its_reason():
         assert current.keys() <= ours.keys(), name
         if name in ours and ours[name].default != setting.default:
             different.add(name)
-            assert TRL_DIFFERENCES[name][0] == setting.default
-    assert different == TRL_DIFFERENCES.keys()
+            assert FACTS[name].trl is not None, f"{name}: say why it differs from TRL's {setting.default}"
+            assert FACTS[name].trl.value == setting.default
+    assert different == {name for name, facts in FACTS.items() if facts.trl is not None}
+
+
+def test_the_facts_of_inherited_settings_are_of_settings_that_exist():
+    theirs = _training_arguments()
+    trl_only = {"max_prompt_length", "truncation_mode", "padding_value", "label_pad_token_id"}
+    assert INHERITED.keys() - theirs.keys() == trl_only | {"is_encoder_decoder"}
+
+
+def test_what_orpo_eval_takes_from_a_run_is_what_decides_a_score():
+    recipe = {"beta": 0.3, "nll_on": "response", "max_length": None, "learning_rate": 1e-3, "eval_split": 0.1}
+    assert inherited_by_evaluation(recipe) == {"beta": 0.3, "nll_on": "response"}
 
 
 def test_the_settings_reference_is_up_to_date():
@@ -415,7 +438,7 @@ def test_loading_a_recipe_imports_neither_torch_nor_transformers(tmp_path):
     path.write_text(ZEPHYR_141B)
     code = (
         "import sys; from orpo.settings.recipe import load_recipe; "
-        "from orpo.commands.config import check_recipe; "
+        "from orpo.settings.config import check_recipe; "
         f"check_recipe(load_recipe({str(path)!r}).settings); "
         "print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
     )

@@ -68,7 +68,7 @@ def test_two_processes_make_the_same_set():
     assert one.report.to_dict() == two.report.to_dict() and one.pair_index.tolist() == two.pair_index.tolist()
 
 
-def test_the_reading_report_is_counted_on():
+def test_counting_continues_from_what_reading_has_counted():
     rows = [{"prompt": "P", "chosen": "a", "rejected": "b"}] * 8 + [
         {"prompt": "P", "chosen": "", "rejected": "b"}
     ]
@@ -76,13 +76,13 @@ def test_the_reading_report_is_counted_on():
     found = read_preferences(rows, on_bad_row="skip", max_dropped=1.0)
     data = tokenize_pairs(found, tiny_tokenizer("mistral"), max_length=20)
     assert data.report.lines() == [
-        "8 of 11 rows train",
+        "using 8 of 11 rows",
         "skipped 1: 'prompt' is a int, not text (first: row:10)",
         "dropped 1: empty chosen answer (first: row:8)",
         "dropped 1: too long: the last question with its answer exceeds max_length 20 (first: row:9)",
     ]
     assert data.chat_template is None and found.report.total == 11 and len(found.report.dropped) == 1
-    with pytest.raises(DataError, match="27% of the rows do not train"):
+    with pytest.raises(DataError, match=r"the data: 3 of 11 rows \(27%\) cannot be used"):
         tokenize_pairs(found, tiny_tokenizer("mistral"), max_length=20, max_dropped=0.1)
 
 
@@ -159,6 +159,7 @@ def test_a_set_that_another_process_wrote_meanwhile_is_taken(tmp_path):
 def test_an_empty_set_says_why():
     same = PreferencePair([user("Q")], [bot("a ")], [bot("a")], source="p:1")
     with pytest.raises(
-        DataError, match="no row can train: dropped 1: chosen and rejected are identical once rendered"
+        DataError,
+        match="the data: no row can be used: dropped 1: chosen and rejected are identical once rendered",
     ):
         tokenize_pairs(PreferenceSet([same]), tiny_tokenizer("llama3"), max_length=64)

@@ -1,10 +1,10 @@
-"""The report finds what no single row shows."""
+"""Findings are what no single row shows."""
 
 import numpy as np
 import pytest
 
 from orpo.data.dataset import TokenizedDataset
-from orpo.data.findings import inspect_pairs, length_bias
+from orpo.data.findings import find, length_bias
 from orpo.data.near_duplicates import near_duplicates
 from orpo.pairs import PreferencePair, TokenizedPair
 
@@ -27,13 +27,13 @@ def test_duplicates_contradictions_and_shared_prompts():
         pair("Q", "b", "a", "t:3"),
         pair("R", "a", None, "t:4"), pair("R", "a", "c", "t:5"), pair("P", "a", "b", "t:6"),
     ]  # fmt: skip
-    report = inspect_pairs(train, [pair("P", "x", "y", "e:0"), pair("Z", "x", "y", "e:1")])
+    report = find(train, [pair("P", "x", "y", "e:0"), pair("Z", "x", "y", "e:1")])
     assert (report.duplicates, report.contradictions, report.shared_prompts) == (2, 2, 1)
     assert report.examples == {
         "duplicates": ["t:1", "t:6"], "contradictions": ["t:2", "t:3"], "shared_prompts": ["e:0"],
     }  # fmt: skip
     assert len(report.lines()) == 3 and report.to_dict()["pairs"] == 7
-    clean = inspect_pairs(train[4:6] * 2)
+    clean = find(train[4:6] * 2)
     assert (clean.lines(), clean.shared_prompts) == ([], None)
 
 
@@ -50,9 +50,9 @@ def test_length_bias_counts_responses_only():
     assert bias.standard_error == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
     assert bias.chosen_longer == pytest.approx(0.5)
     assert length_bias(TokenizedDataset.from_pairs(tokens[3:])) is None
-    report = inspect_pairs([pair("P", "a", "b", "t")], tokenized=TokenizedDataset.from_pairs(tokens))
+    report = find([pair("P", "a", "b", "t")], tokenized=TokenizedDataset.from_pairs(tokens))
     assert report.lines() == [
-        "chosen answers are on average +0.3 ± 0.9 tokens longer; "
+        "chosen answers are +0.3 tokens longer on average (standard error 0.9); "
         "the longer answer is the chosen one in 50% of the pairs"
     ]
 
@@ -63,7 +63,5 @@ def test_near_duplicates_are_prompts_with_most_word_runs_in_common():
     changed = " ".join([*words[:30], "other", *words[31:]])
     half = " ".join([*words[:30], *(f"new{number}" for number in range(30))])
     assert near_duplicates([text, changed, half, text, "two words"]) == [1]
-    report = inspect_pairs(
-        [pair(text, "a", "b", "t:0"), pair(changed, "a", "b", "t:1"), pair(half, "a", "b", "t:2")]
-    )
+    report = find([pair(text, "a", "b", "t:0"), pair(changed, "a", "b", "t:1"), pair(half, "a", "b", "t:2")])
     assert (report.near_duplicates, report.examples["near_duplicates"]) == (1, ["t:1"])

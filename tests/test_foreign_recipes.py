@@ -6,10 +6,10 @@ import shlex
 import pytest
 import torch
 
-from orpo.commands.config import check_recipe
 from orpo.data.preferences import read_preferences
 from orpo.errors import ConfigError
 from orpo.settings import other_tools
+from orpo.settings.config import check_recipe
 from orpo.settings.recipe import Recipe, load_recipe
 from orpo.settings.renamed import current_entries, current_keywords, takes_as
 from orpo.settings.schema import known_settings

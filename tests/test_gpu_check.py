@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_varlen import torch_2_12
+
+from orpo.engine.varlen import VarlenKernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 gpu_check = pytest.importorskip("gpu_check", reason="the benchmarks are not there")
@@ -28,10 +31,17 @@ def test_head_and_model_are_exact_by_its_own_measure(monkeypatch, tmp_path):
     assert "| " not in (tmp_path / "gpu.md").read_text()
 
 
-def test_an_attention_cell_compares_every_backend_that_serves():
-    cell = gpu_check.attention_cell("14/2 heads of 64", torch.bfloat16, SIZE)
-    assert cell["reference"]["exact"] and len(cell["segments"]["errors"]) == 4
-    assert "CUDA" in cell["flex"]["refuses"]
+@pytest.mark.parametrize("layer", ["14/2 heads of 64", "8/4 heads of 256, softcap 50"])
+def test_an_attention_cell_times_what_serves_and_says_why_the_kernel_does_not(layer):
+    cell = gpu_check.attention_cell(layer, torch.bfloat16, SIZE)
+    assert cell["segments"]["exact"] and len(cell["segments"]["errors"]) == 4
+    assert ("softcap" if "softcap" in layer else "CUDA") in cell["kernel"]["refuses"]
+
+
+def test_an_attention_cell_compares_the_kernel_with_segments(monkeypatch):
+    monkeypatch.setattr(gpu_check, "KERNEL", VarlenKernel(torch_2_12, anywhere=True))
+    cell = gpu_check.attention_cell("32/8 heads of 128, window 128", torch.bfloat16, SIZE)
+    assert cell["kernel"]["exact"] and len(cell["kernel"]["errors"]) == 4
 
 
 def test_a_cell_that_fails_is_recorded_and_run_again(tmp_path):

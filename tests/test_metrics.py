@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo.engine.head import PairScores
-from orpo.engine.metrics import SUMS, MetricWindow, evaluation_metrics, trl_names
+from orpo.engine.metrics import SUMS, MetricWindow, trl_names
+from orpo.evaluation.preferences import summarise
 from orpo.settings.config import Objective
 
 CPU = torch.device("cpu")
@@ -27,6 +28,12 @@ def scores(pairs):
         tokens.float(),
         torch.as_tensor(has),
     )
+
+
+def evaluated_means(pairs_or_scores, objective):
+    """Figures of pairs that share no prompt."""
+    found = pairs_or_scores if isinstance(pairs_or_scores, PairScores) else scores(pairs_or_scores)
+    return summarise(found, objective, torch.arange(len(found.nll_sum_P)))
 
 
 def odds(logp):
@@ -58,7 +65,7 @@ def obvious(pairs):
 def test_window_means_do_not_depend_on_rows(pairs, size):
     window = MetricWindow(Objective(), CPU)
     for start in range(0, len(pairs), size):
-        window.add_row(scores(pairs[start : start + size]))
+        window.add_pairs(scores(pairs[start : start + size]))
     window.add_step(torch.tensor(3.0), num_tokens=10, num_ranks=1)
     means = window.close(lambda sums: sums)
     assert means.pop("loss") == 3.0 and means.pop("tokens") == 10
@@ -67,8 +74,8 @@ def test_window_means_do_not_depend_on_rows(pairs, size):
 
 def test_window_adds_ranks_before_it_divides():
     ranks = [MetricWindow(Objective(), CPU) for _ in range(2)]
-    ranks[0].add_row(scores([(-1.0, -2.0, 1, 4.0, True)]))
-    ranks[1].add_row(scores([(-1.0, -0.5, 3, 2.0, True), (-1.0, -0.5, 4, 2.0, True)]))
+    ranks[0].add_pairs(scores([(-1.0, -2.0, 1, 4.0, True)]))
+    ranks[1].add_pairs(scores([(-1.0, -0.5, 3, 2.0, True), (-1.0, -0.5, 4, 2.0, True)]))
     for rank in ranks:
         rank.add_step(torch.tensor(0.5), num_tokens=7, num_ranks=2)
     total = ranks[0]._sums + ranks[1]._sums
@@ -78,68 +85,66 @@ def test_window_adds_ranks_before_it_divides():
     assert means["tokens"] == 14
 
 
-def test_window_folded_and_restored_goes_on_as_if_it_had_not_been():
+def test_a_window_folded_and_restored_continues_as_if_it_had_not_been():
     whole, first, second = (MetricWindow(Objective(), CPU) for _ in range(3))
     rows = [scores([(-1.0, -2.0, 5, 0.1, True)]), scores([(-0.3, -0.2, 9, 0.7, True)])]
     for row in rows:
-        whole.add_row(row)
+        whole.add_pairs(row)
         whole.add_step(torch.tensor(1.1), 3, 1)
         whole.fold(lambda sums: sums)
-    first.add_row(rows[0])
+    first.add_pairs(rows[0])
     first.add_step(torch.tensor(1.1), 3, 1)
     second.restore(first.fold(lambda sums: sums))
-    second.add_row(rows[1])
+    second.add_pairs(rows[1])
     second.add_step(torch.tensor(1.1), 3, 1)
     assert second.close(lambda sums: sums) == whole.close(lambda sums: sums)
 
 
 def test_a_closed_window_is_empty():
     window = MetricWindow(Objective(), CPU)
-    window.add_row(scores([(-1.0, -2.0, 5, 0.1, True)]))
+    window.add_pairs(scores([(-1.0, -2.0, 5, 0.1, True)]))
     window.close(lambda sums: sums)
-    assert window.fold(lambda sums: sums) == [0.0] * len(SUMS)
+    assert window.fold(lambda sums: sums) == dict.fromkeys(SUMS, 0.0)
 
 
 def test_rows_without_a_rejected_side_count_for_the_nll_alone():
     pairs = [(-1.0, -2.0, 5, 1.0, True), (-4.0, -0.1, 5, 3.0, False)]
     window = MetricWindow(Objective(), CPU)
-    window.add_row(scores(pairs))
+    window.add_pairs(scores(pairs))
     means = window.close(lambda sums: sums)
     assert (
         means["nll"] == pytest.approx(2.0)
         and means["accuracy"] == 1.0
         and means["margin"] == pytest.approx(1.0)
     )
-    evaluated = evaluation_metrics(scores(pairs), Objective(beta=0.5))
-    assert evaluated["loss"] == pytest.approx(evaluated["nll"] + 0.5 * evaluated["odds_ratio_loss"], rel=1e-6)
+    evaluated = evaluated_means(pairs, Objective(beta=0.5))
+    expected = evaluated["nll"].mean + 0.5 * evaluated["odds_ratio_loss"].mean
+    assert evaluated["loss"].mean == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_any_rejected_side_nothing_is_said_of_preferences():
-    evaluated = evaluation_metrics(scores([(-1.0, 0.0, 5, 1.0, False)] * 2), Objective())
-    assert "accuracy" not in evaluated and evaluated["loss"] == pytest.approx(1.0)
+    evaluated = evaluated_means([(-1.0, 0.0, 5, 1.0, False)] * 2, Objective())
+    assert "accuracy" not in evaluated and evaluated["loss"].mean == pytest.approx(1.0)
 
 
 @given(st.lists(pair.filter(lambda p: p[4]), min_size=2, max_size=8))
-def test_evaluation_weights_every_example_alike(pairs):
-    evaluated = evaluation_metrics(scores(pairs), Objective(beta=0.3, nll_weight=0.7))
+def test_evaluation_weights_every_example_the_same(pairs):
+    evaluated = evaluated_means(pairs, Objective(beta=0.3, nll_weight=0.7))
     nll = [p[3] for p in pairs]
     mean = sum(nll) / len(nll)
-    assert evaluated["nll"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
+    assert evaluated["nll"].mean == pytest.approx(mean, rel=1e-4, abs=1e-5)
     variance = sum((value - mean) ** 2 for value in nll) / (len(nll) - 1)
-    assert evaluated["nll_se"] == pytest.approx(math.sqrt(variance / len(nll)), rel=1e-3, abs=1e-5)
-    assert evaluated["loss"] == pytest.approx(
-        0.7 * evaluated["nll"] + 0.3 * evaluated["odds_ratio_loss"], rel=1e-4, abs=1e-5
-    )
-    assert evaluated["nll_token_mean"] == pytest.approx(obvious(pairs)["nll"], rel=1e-4, abs=1e-5)
+    assert evaluated["nll"].se == pytest.approx(math.sqrt(variance / len(nll)), rel=1e-3, abs=1e-5)
+    expected = 0.7 * evaluated["nll"].mean + 0.3 * evaluated["odds_ratio_loss"].mean
+    assert evaluated["loss"].mean == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert evaluated["nll_token_mean"].mean == pytest.approx(obvious(pairs)["nll"], rel=1e-4, abs=1e-5)
 
 
 def test_odds_scale_tempers_the_loss_and_not_the_reported_ratio():
-    one, half = (
-        evaluation_metrics(scores([(-1.0, -2.0, 1, 1.0, True)]), Objective(odds_scale=s)) for s in (1.0, 0.5)
-    )
+    one, half = (evaluated_means([(-1.0, -2.0, 1, 1.0, True)], Objective(odds_scale=s)) for s in (1.0, 0.5))
     assert one["log_odds_ratio"] == half["log_odds_ratio"]
-    assert half["odds_ratio_loss"] == pytest.approx(
-        math.log1p(math.exp(-0.5 * one["log_odds_ratio"])), rel=1e-5
+    assert half["odds_ratio_loss"].mean == pytest.approx(
+        math.log1p(math.exp(-0.5 * one["log_odds_ratio"].mean)), rel=1e-5
     )
 
 
@@ -173,6 +178,6 @@ def test_the_mean_over_tokens_counts_tokens_where_the_loss_weights_pairs_alike()
     sums, tokens = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 9.0])
     whole = torch.ones(2)
     found = PairScores(-whole, -whole, sums, whole, tokens, whole > 0)
-    metrics = evaluation_metrics(found, Objective(nll_reduction="pair"))
-    assert metrics["nll"] == pytest.approx(2.5)
-    assert metrics["nll_token_mean"] == pytest.approx((1 * 1.0 + 9 * 4.0) / 10)
+    figures = evaluated_means(found, Objective(nll_reduction="pair"))
+    assert figures["nll"].mean == pytest.approx(2.5)
+    assert figures["nll_token_mean"].mean == pytest.approx((1 * 1.0 + 9 * 4.0) / 10)

@@ -240,6 +240,18 @@ def test_adapters_equal_separate_rows(settings):
     assert all(weight.grad is None for weight in frozen)  # peers 34
 
 
+def test_adapters_active_together_add_up_on_the_vocabulary_matrix():
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    for name, weight in model.named_parameters():
+        if "second" in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
+    prepare_model(model, OBJECTIVE, probe=False)
+    assert_exact(our_loss_and_gradients(model, PAIRS), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "target_modules"), [("Qwen2", "all-linear"), ("Mamba", ["in_proj", "x_proj"])]
 )

@@ -18,7 +18,7 @@ def test_one_very_long_prompt_leaves_the_others_alone(tmp_path):
     rows.append({"prompt": "word " * 400, "chosen": " Fine.", "rejected": " No."})
     model = tiny_models.build("Llama", vocab_size=700)
     trainer = tiny_trainer(tmp_path, model=model, train=rows, max_length=64, max_steps=3)
-    assert len(trainer.train_dataset) == 15 and trainer._reader.report["train"]["rows"]["dropped"]
+    assert len(trainer.train_dataset) == 15 and trainer.recorder.data_report["train"]["rows"]["dropped"]
     trainer.train()
     assert torch.isfinite(weights(trainer)).all()
 

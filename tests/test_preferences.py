@@ -406,7 +406,8 @@ def test_a_conversation_that_does_not_end_with_the_assistant_is_dropped():
 def test_more_than_max_dropped_stops_with_the_table():
     rows = [GOOD] * 8 + [{**GOOD, "rejected": ""}] * 2
     with pytest.raises(
-        DataError, match=r"20% of the rows do not train \(limit 10%\): dropped 2: empty rejected answer"
+        DataError,
+        match=r"the data: 2 of 10 rows \(20%\) cannot be used, more than max_dropped allows \(10%\): dropped 2: empty rejected answer",
     ):
         read_preferences(rows)
     assert len(read_preferences(rows, max_dropped=0.2)) == 8

@@ -1,17 +1,45 @@
-"""Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage."""
+"""Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
+
+Everything the command line does can be called from Python: `train`, `evaluate`, `ChatModel`, `write_report`.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orpo.evaluation.generation import ChatModel
+    from orpo.evaluation.preferences import evaluate
+    from orpo.report.page import write_report
+    from orpo.settings.recipe import load_recipe
     from orpo.training.arguments import ORPOConfig
+    from orpo.training.job import train
     from orpo.training.trainer import ORPOTrainer
 
-__all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
+    __version__: str
 
-_WHERE = {"ORPOConfig": "orpo.training.arguments", "ORPOTrainer": "orpo.training.trainer"}
+__all__ = [
+    "ChatModel",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "__version__",
+    "evaluate",
+    "load_recipe",
+    "train",
+    "write_report",
+]
+
+_WHERE = {
+    "ChatModel": "orpo.evaluation.generation",
+    "ORPOConfig": "orpo.training.arguments",
+    "ORPOTrainer": "orpo.training.trainer",
+    "evaluate": "orpo.evaluation.preferences",
+    "load_recipe": "orpo.settings.recipe",
+    "train": "orpo.training.job",
+    "write_report": "orpo.report.page",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +51,4 @@ def __getattr__(name: str) -> Any:
             return "0+source"
     if name not in _WHERE:
         raise AttributeError(f"module 'orpo' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_WHERE[name]), name)

@@ -1,7 +1,7 @@
 """The `orpo` command: one word, one job; `orpo WORD --help` for each.
 
-Nothing heavy is imported before a command needs it, so help and errors in a recipe are answered at once.
-What a user can mend is one line on stderr and exit status 2; the rest are bugs and keep their traceback.
+Nothing heavy is imported before a command needs it, so help and errors in a recipe appear right away.
+What a user can fix is one line on stderr and exit status 2; the rest are bugs and keep their traceback.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+from orpo import __version__
 from orpo.commands import COMMANDS
-from orpo.errors import OrpoError
+from orpo.console import say_error
+from orpo.errors import OrpoError, RunError
 
 _EPILOG = """examples:
   orpo demo
   orpo train recipe.yaml --learning_rate 1e-5
   orpo train --model_name_or_path M --dataset_name pairs.jsonl --output_dir runs/first
   orpo eval runs/first --data test.jsonl
-  orpo chat runs/first --beside M
+  orpo chat runs/first --compare M
 """
 
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except OrpoError as error:
-        print(f"orpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say_error(error, everywhere=isinstance(error, RunError))
         return 2
     except KeyboardInterrupt:
         print("orpo: stopped", file=sys.stderr)
@@ -59,19 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"orpo {_version()}")
+    parser.add_argument("--version", action="version", version=f"orpo {__version__}")
     parser.set_defaults(takes_settings=False)
     words = parser.add_subparsers(dest="word", metavar="WORD", title="words")
     for command in COMMANDS:
         command.add_parser(words)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("orpo")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

@@ -76,29 +76,30 @@ class RowCounts:
 
     def lines(self) -> list[str]:
         """The table, one printable line per reason, the most frequent first."""
-        lines = [f"{self.kept} of {self.total} rows train"]
+        lines = [f"using {self.kept} of {self.total} rows"]
         for verb, table in (("skipped", self.skipped), ("dropped", self.dropped), ("changed", self.changed)):
             for reason, count in sorted(table.items(), key=lambda item: -item[1]):
                 lines.append(f"{verb} {count}: {reason} (first: {self.examples[reason]})")
         return lines
 
-    def check(self, max_dropped: float) -> None:
-        """Stop where too much of the data would silently not train.
+    def check(self, max_dropped: float, name: str = "the data") -> None:
+        """Stop where too much of the data would not be used.
 
         Args:
             max_dropped: Largest share of dropped and skipped rows, in [0, 1].
+            name: Of the data set, for the message.
 
         Raises:
             DataError: No row is left, or the share is exceeded.
         """
-        reasons = "; ".join(self.lines()[1:]) or "the data set is empty"
+        reasons = "; ".join(self.lines()[1:]) or "it is empty"
         if self.kept <= 0:
-            raise DataError(f"no row can train: {reasons}")
+            raise DataError(f"{name}: no row can be used: {reasons}")
         share = self.num_dropped / self.total
         if share > max_dropped:
             raise DataError(
-                f"{share:.0%} of the rows do not train (limit {max_dropped:.0%}): {reasons}; "
-                f"mend the data or raise max_dropped"
+                f"{name}: {self.num_dropped} of {self.total} rows ({share:.0%}) cannot be used, more than"
+                f" max_dropped allows ({max_dropped:.0%}): {reasons}; fix the data or raise max_dropped"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -132,6 +132,14 @@ class TokenizedDataset:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def prompt_index(pairs: TokenizedDataset) -> Int64:
+    """The same number for pairs whose prompts have the same tokens, shape [n], from 0 on."""
+    numbers: dict[bytes, int] = {}
+    starts, stops = pairs.offsets[:-1:3], pairs.offsets[1::3]
+    keys = [pairs.tokens[start:stop].tobytes() for start, stop in zip(starts, stops, strict=True)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
 def load(folder: Path) -> TokenizedDataset:
     """Map a saved data set into memory."""
     words = json.loads((folder / "words.json").read_text(encoding="utf-8"))

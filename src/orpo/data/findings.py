@@ -34,7 +34,7 @@ class LengthBias:
 
 
 @dataclass(frozen=True)
-class DataReport:
+class Findings:
     """Findings about training pairs, and about evaluation pairs beside them.
 
     Attributes:
@@ -67,9 +67,9 @@ class DataReport:
         bias = self.length_bias
         if bias is not None:
             lines.append(
-                f"chosen answers are on average {bias.mean_difference:+.1f} ± {bias.standard_error:.1f} "
-                "tokens longer; "
-                f"the longer answer is the chosen one in {bias.chosen_longer:.0%} of the pairs"
+                f"chosen answers are {bias.mean_difference:+.1f} tokens longer on average"
+                f" (standard error {bias.standard_error:.1f});"
+                f" the longer answer is the chosen one in {bias.chosen_longer:.0%} of the pairs"
             )
         return lines
 
@@ -78,11 +78,11 @@ class DataReport:
         return asdict(self)
 
 
-def inspect_pairs(
+def find(
     train: Sequence[PreferencePair],
     evaluation: Sequence[PreferencePair] | None = None,
     tokenized: TokenizedDataset | None = None,
-) -> DataReport:
+) -> Findings:
     """Look for oddities that no single row shows.
 
     Args:
@@ -97,7 +97,7 @@ def inspect_pairs(
             examples[finding] = sources[:3]
         return len(sources)
 
-    keys = [(pair.prompt_key(), _key(pair.chosen), _key(pair.rejected)) for pair in train]
+    keys = [pair_key(pair) for pair in train]
     seen = set(keys)
     first: dict[tuple[str, str, str], str] = {}
     repeats = [
@@ -115,7 +115,7 @@ def inspect_pairs(
     if evaluation is not None:
         prompts = {key[0] for key in keys}
         shared = count("shared_prompts", [pair.source for pair in evaluation if pair.prompt_key() in prompts])
-    return DataReport(
+    return Findings(
         pairs=len(train),
         duplicates=count("duplicates", repeats),
         near_duplicates=count("near_duplicates", near),
@@ -136,6 +136,11 @@ def length_bias(pairs: TokenizedDataset) -> LengthBias | None:
     spread = differences.std(ddof=1) / np.sqrt(len(differences)) if len(differences) > 1 else 0.0
     longer = (differences > 0).mean() + (differences == 0).mean() / 2
     return LengthBias(float(differences.mean()), float(spread), float(longer))
+
+
+def pair_key(pair: PreferencePair) -> tuple[str, str, str]:
+    """Equal for pairs that are the same word for word."""
+    return pair.prompt_key(), _key(pair.chosen), _key(pair.rejected)
 
 
 def _key(side: list[Message] | str | None) -> str:

@@ -1,4 +1,8 @@
-"""Whatever a user gives as data -> tokenized pairs to train and evaluate on, and a report."""
+"""Whatever a user gives as data -> tokenized pairs, with counts, findings and lines to print.
+
+Reading returns a value: pairs, counts, findings, lines to print. Nothing is printed here, so training,
+evaluation and inspection of data read in the same way and each says what it must.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
+from orpo.data.counts import RowCounts
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
-from orpo.data.findings import inspect_pairs
+from orpo.data.detect import Format
+from orpo.data.findings import Findings, find, pair_key
 from orpo.data.preferences import (
     PreferenceSet,
     ReadSettings,
@@ -25,182 +31,296 @@ from orpo.pairs import PreferencePair, TokenizedPair
 from orpo.settings.config import OrpoSettings
 
 CACHED_FROM = 5000
-"""Sets of fewer pairs are tokenized anew: that takes seconds, and leaves nothing behind."""
+"""Smaller sets are tokenized each time: that takes seconds, and leaves nothing behind."""
+TRAINING, EVALUATION = "train", "eval"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPairs:
+    """One set of pairs, as read.
+
+    Attributes:
+        name: In lines and in data_report.json: `train`, `eval`, `eval hh`.
+        pairs: The pairs as tokens.
+        preferences: The pairs as messages or text; empty where they came as tokens.
+        formats: By data set, how its rows were read.
+        counts: What became of the rows; None where the pairs came as tokens.
+        findings: What is odd about the set; None where nobody looked.
+        notices: Further lines to print.
+    """
+
+    name: str
+    pairs: TokenizedDataset
+    preferences: Sequence[PreferencePair] = ()
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    counts: RowCounts | None = None
+    findings: Findings | None = None
+    notices: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Everything to print about the set, each line with its name."""
+        counted = self.counts.lines() if self.counts is not None else []
+        found = self.findings.lines() if self.findings is not None else []
+        return [*self.pairs.notices, *(f"{self.name}: {line}" for line in (*self.notices, *counted, *found))]
+
+    def to_json(self) -> dict[str, Any]:
+        """For data_report.json."""
+        report: dict[str, Any] = {"formats": {key: format_.name for key, format_ in self.formats.items()}}
+        if self.counts is not None:
+            report["rows"] = self.counts.to_dict()
+        if self.findings is not None:
+            report["findings"] = self.findings.to_dict()
+        return report
 
 
 @dataclass(frozen=True)
 class TokenizedStream:
-    """Tokenized pairs that are made anew on each pass; has no length."""
+    """Tokenized pairs that are made again on each pass; has no length.
+
+    Attributes:
+        open: Starts a pass.
+        chat_template: As of `TokenizedDataset`.
+        end_token: As of `TokenizedDataset`.
+    """
 
     open: Callable[[], Iterator[TokenizedPair]]
+    chat_template: str | None = None
+    end_token: str | None = None
 
     def __iter__(self) -> Iterator[TokenizedPair]:
         return self.open()
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class TrainingData:
     """What a run trains and evaluates on.
 
     Attributes:
         train: Pairs, or a stream of them; None where there is nothing to train on.
         evals: Evaluation sets by name; the only one is named "".
-        report: For data_report.json.
-        notices: Lines to print.
+        notices: Lines to print that are about no one set.
     """
 
-    train: TokenizedDataset | TokenizedStream | None = None
-    evals: dict[str, TokenizedDataset] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
+    train: ReadPairs | TokenizedStream | None = None
+    evals: Mapping[str, ReadPairs] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
-
-class DataReader:
-    """Reads and tokenizes data as the settings say."""
-
-    def __init__(self, settings: OrpoSettings, tokenizer: Any, seed: int) -> None:
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.report: dict[str, Any] = {}
-        self.notices: list[str] = []
-        self._evaluated: list[PreferencePair] = []
-        self.chat_template: str | None = None
-        self.end_token: str | None = None
-
-    def training(self, train: Any, evals: Any, *, evaluates: bool) -> TrainingData:
-        """Read the data of a run.
-
-        Args:
-            train: A name, `Dataset`, `IterableDataset`, rows or tokenized pairs; None: what the settings
-                name.
-            evals: The same, or a mapping of names to them.
-            evaluates: Whether prompts are to be held out where there is no evaluation data.
-        """
-        train = self.settings.dataset_name if train is None else train
-        if evals is None:
-            evals = self._named_evaluation_data()
-        sets = {} if evals is None else dict(evals) if _is_named(evals) else {"": evals}
-        names = {name: f"eval_{name}" if name else "eval" for name in sets}
-        data = TrainingData(
-            evals={name: self.whole(rows, names[name], self._eval_split) for name, rows in sets.items()},
-            report=self.report,
-            notices=self.notices,
+    def lines(self) -> list[str]:
+        """Everything to print; a line that several sets have in common is printed once."""
+        sets = (
+            [self.train, *self.evals.values()] if isinstance(self.train, ReadPairs) else self.evals.values()
         )
-        if train is None:
-            return data
-        if (tokenized := _as_tokenized(train)) is not None:
-            data.train = tokenized
-        elif self._is_stream(train):
-            data.train = self._stream(train)
-        else:
-            pairs = self._pairs(train, "train", self.settings.dataset_train_split)
-            if evaluates and not sets and self.settings.eval_split > 0:
-                kept, held_out = self._hold_out(pairs.pairs)
-                data.evals[""] = self._tokenized(held_out, "eval")
-                self._evaluated = held_out
-                # What was dropped while reading is told with the training pairs.
-                counts = replace(pairs.report, total=pairs.report.total - len(held_out))
-                pairs = replace(pairs, pairs=kept, report=counts)
-            data.train = self._tokenized(pairs, "train")
-            self._inspect(pairs.pairs, data.train)
-        return data
+        return [*self.notices, *(line for one in sets for line in one.lines())]
 
-    def whole(self, rows: Any, name: str, split: str) -> TokenizedDataset:
-        """Read one set into memory, a stream too: evaluations look at the same pairs each time."""
-        if (tokenized := _as_tokenized(rows)) is not None:
-            self._remember(tokenized)
-            return tokenized
-        pairs = self._pairs(rows, name, split)
-        self._evaluated += pairs.pairs
-        return self._tokenized(pairs, name)
+    def to_json(self) -> dict[str, Any]:
+        """For data_report.json."""
+        report = {one.name: one.to_json() for one in self.evals.values()}
+        if isinstance(self.train, ReadPairs):
+            return {self.train.name: self.train.to_json()} | report
+        if self.train is not None:
+            report[TRAINING] = {"streaming": "checks of the whole set are not run"}
+        return report
 
     @property
-    def _eval_split(self) -> str:
-        return self.settings.dataset_test_split or self.settings.dataset_train_split
+    def train_pairs(self) -> TokenizedDataset | TokenizedStream | None:
+        """The training pairs as tokens."""
+        return self.train.pairs if isinstance(self.train, ReadPairs) else self.train
 
-    def _named_evaluation_data(self) -> Any:
-        if self.settings.eval_dataset_name is not None:
-            return self.settings.eval_dataset_name
-        return self.settings.dataset_name if self.settings.dataset_test_split else None
+    @property
+    def eval_pairs(self) -> TokenizedDataset | dict[str, TokenizedDataset] | None:
+        """The evaluation pairs as the Trainer wants them: those of the only set, or sets by name."""
+        sets = {name: read.pairs for name, read in self.evals.items()}
+        return sets if set(sets) - {""} else sets.get("")
 
-    def _hold_out(self, pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair], list[PreferencePair]]:
-        train, held_out = split_holdout(pairs, self.settings.eval_split, self.seed)
-        if not held_out:
-            raise DataError("too few prompts to hold some out; give evaluation data or set eval_strategy: no")
-        self.notices.append(
-            f"no evaluation data: {len(held_out)} of {len(pairs)} pairs are held out"
-            f" ({self.settings.eval_split:.0%} of the prompts); eval_split: 0 turns this off"
+    @property
+    def template(self) -> tuple[str | None, str | None]:
+        """The chat template that the pairs were written with, and its end-of-turn token."""
+        sets = [self.train_pairs, *(one.pairs for one in self.evals.values())]
+        found = ((one.chat_template, one.end_token) for one in sets if one is not None and one.chat_template)
+        return next(found, (None, None))
+
+
+def read_pairs(
+    data: Any,
+    settings: OrpoSettings,
+    tokenizer: Any,
+    *,
+    split: str = "train",
+    name: str = EVALUATION,
+) -> ReadPairs:
+    """Read one set into memory, a stream too.
+
+    Args:
+        data: A name, `Dataset`, `IterableDataset`, rows or tokenized pairs.
+        settings: How to read and tokenize.
+        tokenizer: Of the model.
+        split: Split of a hub data set.
+        name: Of the set, for messages.
+
+    Raises:
+        DataError: The data cannot be read, or too many rows are dropped.
+    """
+    tokenized = _as_tokenized(data)
+    if tokenized is not None:
+        return ReadPairs(name=name, pairs=tokenized)
+    return _tokenized(_preferences(data, settings, split, name), settings, tokenizer, name)
+
+
+def read_training(
+    train: Any, evals: Any, settings: OrpoSettings, tokenizer: Any, *, evaluates: bool
+) -> TrainingData:
+    """Read the data of a run.
+
+    Args:
+        train: As for `read_pairs`; None: what the settings name.
+        evals: The same, or a mapping of names to such; None: what the settings name, or held-out prompts.
+        settings: How to read and tokenize.
+        tokenizer: Of the model.
+        evaluates: Whether prompts are to be held out where there is no evaluation data.
+
+    Raises:
+        DataError: The data cannot be read, too many rows are dropped, or pairs are trained on and evaluated.
+        ConfigError: A stream without `max_steps`.
+    """
+    train = settings.dataset_name if train is None else train
+    evals = _named_evaluation_data(settings) if evals is None else evals
+    sets = {} if evals is None else dict(evals) if _is_named(evals) else {"": evals}
+    if train is not None and _as_tokenized(train) is None and _is_stream(train, settings):
+        stream = _stream(train, settings, tokenizer)
+        return TrainingData(train=stream, evals=_read_evals(sets, settings, tokenizer))
+    if train is None or (tokenized := _as_tokenized(train)) is not None:
+        known = None if train is None else ReadPairs(name=TRAINING, pairs=tokenized)  # type: ignore[arg-type]
+        return TrainingData(train=known, evals=_read_evals(sets, settings, tokenizer))
+    read = _preferences(train, settings, settings.dataset_train_split, TRAINING)
+    notices: tuple[str, ...] = ()
+    if evaluates and not sets and settings.eval_split > 0:
+        read, held_out, notices = _hold_out(read, settings)
+        known_evals = {"": _tokenized(held_out, settings, tokenizer, EVALUATION)}
+    else:
+        known_evals = _read_evals(sets, settings, tokenizer, trained={pair_key(p) for p in read.pairs})
+    tokenized_train = _tokenized(read, settings, tokenizer, TRAINING)
+    evaluated = [pair for one in known_evals.values() for pair in one.preferences]
+    findings = find(read.pairs, evaluated or None, tokenized_train.pairs)
+    return TrainingData(train=replace(tokenized_train, findings=findings), evals=known_evals, notices=notices)
+
+
+def _read_evals(
+    sets: Mapping[str, Any],
+    settings: OrpoSettings,
+    tokenizer: Any,
+    trained: frozenset[Any] | set[Any] = frozenset(),
+) -> dict[str, ReadPairs]:
+    """Read the evaluation sets; pairs that are trained on are left out of them, and counted."""
+    split = settings.dataset_test_split or settings.dataset_train_split
+    found = {}
+    for key, data in sets.items():
+        name = f"{EVALUATION} {key}" if key else EVALUATION
+        tokenized = _as_tokenized(data)
+        if tokenized is not None:
+            found[key] = ReadPairs(name=name, pairs=tokenized)
+            continue
+        read = _without(_preferences(data, settings, split, name), trained)
+        found[key] = _tokenized(read, settings, tokenizer, name)
+    return found
+
+
+def _without(read: PreferenceSet, trained: frozenset[Any] | set[Any]) -> PreferenceSet:
+    """The set without the pairs that are trained on."""
+    kept = []
+    for pair in read.pairs:
+        if pair_key(pair) in trained:
+            read.report.drop("the training data has the same pair", pair.source)
+        else:
+            kept.append(pair)
+    return replace(read, pairs=kept)
+
+
+def _hold_out(read: PreferenceSet, settings: OrpoSettings) -> tuple[PreferenceSet, PreferenceSet, tuple[str]]:
+    """Training pairs, held-out pairs, and a line; what was dropped while reading stays with the former."""
+    train, held_out = split_holdout(read.pairs, settings.eval_split, _seed(settings))
+    if not held_out:
+        raise DataError("too few prompts to hold some out; give evaluation data or set eval_strategy: no")
+    line = (
+        f"no evaluation data: {len(held_out)} of {len(read)} pairs are held out"
+        f" ({settings.eval_split:.0%} of the prompts); eval_split: 0 turns this off"
+    )
+    counts = replace(read.report, total=read.report.total - len(held_out))
+    return (
+        replace(read, pairs=train, report=counts),
+        PreferenceSet(held_out, report=RowCounts(total=len(held_out))),
+        (line,),
+    )
+
+
+def _named_evaluation_data(settings: OrpoSettings) -> Any:
+    if settings.eval_dataset_name is not None:
+        return settings.eval_dataset_name
+    return settings.dataset_name if settings.dataset_test_split else None
+
+
+def _is_stream(data: Any, settings: OrpoSettings) -> bool:
+    return settings.streaming or type(data).__name__ == "IterableDataset"
+
+
+def _read_settings(settings: OrpoSettings, split: str) -> ReadSettings:
+    return ReadSettings(
+        split=split, config=settings.dataset_config, data_format=settings.data_format,
+        columns=settings.columns, on_bad_row=settings.on_bad_row, sft_rows=settings.sft_rows,
+    )  # fmt: skip
+
+
+def _preferences(data: Any, settings: OrpoSettings, split: str, name: str) -> PreferenceSet:
+    try:
+        return read_preferences(
+            data, max_dropped=1.0, seed=_seed(settings), settings=_read_settings(settings, split)
         )
-        return train, held_out
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
-    def _is_stream(self, data: Any) -> bool:
-        return self.settings.streaming or type(data).__name__ == "IterableDataset"
 
-    def _read_settings(self, split: str) -> ReadSettings:
-        s = self.settings
-        return ReadSettings(
-            split=split, config=s.dataset_config, data_format=s.data_format, columns=s.columns,
-            on_bad_row=s.on_bad_row, sft_rows=s.sft_rows,
-        )  # fmt: skip
+def _tokenized(read: PreferenceSet, settings: OrpoSettings, tokenizer: Any, name: str) -> ReadPairs:
+    pairs = tokenize_pairs(
+        read,
+        tokenizer,
+        max_length=settings.max_length,
+        chat_template=settings.chat_template,
+        num_proc=settings.dataset_num_proc,
+        cache_dir=Path(HF_HOME) / "orpo" if len(read) >= CACHED_FROM else None,
+    )
+    pairs.report.check(settings.max_dropped, name)
+    return ReadPairs(
+        name=name,
+        pairs=pairs,
+        preferences=read.pairs,
+        formats=read.formats,
+        counts=pairs.report,
+        notices=tuple(read.notices),
+    )
 
-    def _pairs(self, data: Any, name: str, split: str) -> PreferenceSet:
-        read = read_preferences(
-            data, max_dropped=self.settings.max_dropped, seed=self.seed, settings=self._read_settings(split)
+
+def _stream(data: Any, settings: OrpoSettings, tokenizer: Any) -> TokenizedStream:
+    if getattr(settings, "max_steps", 0) <= 0:
+        raise ConfigError("the length of a stream is not known; set max_steps")
+    read = _read_settings(settings, settings.dataset_train_split)
+    text = end_token = None
+    if settings.chat_template or tokenizer.chat_template:
+        template = prepare_template(tokenizer, settings.chat_template)
+        text, end_token = template.text, template.end_token
+
+    def tokens() -> Iterator[TokenizedPair]:
+        return stream_tokenized(
+            stream_preferences(data, settings=read),
+            tokenizer,
+            max_length=settings.max_length,
+            chat_template=settings.chat_template,
         )
-        self.notices += [f"{name}: {line}" for line in read.notices]
-        self.report[name] = {"formats": {key: format_.name for key, format_ in read.formats.items()}}
-        return read
 
-    def _tokenized(self, pairs: PreferenceSet | Sequence[PreferencePair], name: str) -> TokenizedDataset:
-        s = self.settings
-        data = tokenize_pairs(
-            pairs,
-            self.tokenizer,
-            max_length=s.max_length,
-            chat_template=s.chat_template,
-            num_proc=s.dataset_num_proc,
-            cache_dir=Path(HF_HOME) / "orpo" if len(pairs) >= CACHED_FROM else None,
-            max_dropped=s.max_dropped,
-        )
-        self.notices += [line for line in data.notices if line not in self.notices]
-        lines = data.report.lines()
-        if len(lines) > 1:
-            self.notices += [f"{name}: {line}" for line in lines]
-        self.report.setdefault(name, {})["rows"] = data.report.to_dict()
-        self._remember(data)
-        return data
+    return TokenizedStream(tokens, text, end_token)
 
-    def _inspect(self, train: Sequence[PreferencePair], tokenized: TokenizedDataset) -> None:
-        """Report what no single row shows: duplicates, contradictions, shared prompts, length bias."""
-        found = inspect_pairs(train, self._evaluated or None, tokenized)
-        self.report["train"]["findings"] = found.to_dict()
-        self.notices += [f"train: {line}" for line in found.lines()]
 
-    def _remember(self, data: TokenizedDataset) -> None:
-        """Keep the template that the data was written with, for saving with the model."""
-        self.chat_template = data.chat_template or self.chat_template
-        self.end_token = data.end_token or self.end_token
-
-    def _stream(self, data: Any) -> TokenizedStream:
-        s = self.settings
-        if getattr(s, "max_steps", 0) <= 0:
-            raise ConfigError("the length of a stream is not known; set max_steps")
-        self.report["train"] = {"streaming": "checks of the whole set are not run"}
-        read = self._read_settings(s.dataset_train_split)
-        if s.chat_template or self.tokenizer.chat_template:
-            template = prepare_template(self.tokenizer, s.chat_template)
-            self.chat_template, self.end_token = template.text, template.end_token
-
-        def tokens() -> Iterator[TokenizedPair]:
-            return stream_tokenized(
-                stream_preferences(data, settings=read),
-                self.tokenizer,
-                max_length=s.max_length,
-                chat_template=s.chat_template,
-            )
-
-        return TokenizedStream(tokens)
+def _seed(settings: OrpoSettings) -> int:
+    """The seed of a run; 0 for settings that are not those of a training."""
+    return int(getattr(settings, "seed", 0))
 
 
 def _is_named(evals: Any) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from orpo.errors import ModelError
+from orpo.errors import ConfigError, ModelError
 
-DEMO = Path(__file__).parent
+DEMO = Path(str(files("orpo.demo")))
 BASE = DEMO / "model"
 
 DataName = Literal["politeness", "harmless"]
@@ -19,8 +21,8 @@ FORMATS: dict[DataName, str] = {"politeness": "instruction", "harmless": "hh"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """An experiment.
+class Experiment:
+    """What is trained, on what, and how.
 
     Attributes:
         data: Shipped set of pairs.
@@ -73,8 +75,37 @@ class Plan:
             )
 
 
-PLANS: dict[DataName, Plan] = {"politeness": Plan(), "harmless": Plan(data="harmless", num_epochs=1.0)}
+EXPERIMENTS: dict[DataName, Experiment] = {
+    "politeness": Experiment(),
+    "harmless": Experiment(data="harmless", num_epochs=1.0),
+}
 """What `--data` runs; the dialogues of `harmless` are four times as long."""
 
 FAST: dict[str, Any] = {"max_steps": 8, "num_evaluations": 2, "num_test": 48, "answer_tokens": 24}
 """What `--fast` changes: long enough to see that everything works, too short to see what ORPO does."""
+
+
+def sft_folder(folder: Path) -> Path:
+    """The run directory of the contrast."""
+    return folder / "sft"
+
+
+def free_directory(wanted: Path) -> Path:
+    """Make the run directory, or the first of `wanted-2`, `wanted-3`, ... that is not taken.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir() or any(folder.iterdir()):
+                continue
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} cannot be made ({error.strerror}); name another output_dir"
+            ) from error
+        return folder
+    raise AssertionError

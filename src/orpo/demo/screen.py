@@ -1,4 +1,4 @@
-"""How the demo is told: what is about to happen, how it goes, what came of it, and what to type next.
+"""What the demo prints: what is about to happen, how it goes, what came of it, and what to type next.
 
 On a terminal the trainings are bars that move; anywhere else each evaluation is one line. Every sentence
 about the result is made from its figures, so it also fits a run that did not turn out as expected.
@@ -17,19 +17,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from orpo.demo.experiment import Plan
+from orpo.demo.experiment import Experiment, sft_folder
+from orpo.run.directory import RunDirectory
+from orpo.run.log import Figures
 
 if TYPE_CHECKING:
-    from orpo.demo.study import Figures, Training, Verdict
+    from orpo.demo.study import Training, Verdict
 
 CHOSEN, REJECTED = "green", "dark_orange"
-_ROWS = (
-    ("chosen_logprob", "chosen log-prob", CHOSEN),
-    ("rejected_logprob", "rejected log-prob", REJECTED),
-    ("log_odds_ratio", "log odds ratio", ""),
-    ("accuracy", "accuracy", ""),
-    ("nll", "NLL of a chosen token", ""),
-)
+_ROWS = {
+    "chosen_logprob": CHOSEN,
+    "rejected_logprob": REJECTED,
+    "log_odds_ratio": "",
+    "accuracy": "",
+    "nll_token_mean": "",
+}
+"""Metrics of the table, and their colours."""
 _PAIRS = {
     "politeness": "AI-written: a Llama 3.1 70B rewrote answers to be more polite or less polite, and nobody "
     "judged them. What can be learned from them is a tone, not which answer is right.",
@@ -45,21 +48,21 @@ LIMITS = (
 )
 
 
-def opening(console: Console, plan: Plan) -> None:
+def opening(console: Console, experiment: Experiment) -> None:
     """Say what is about to happen."""
     console.rule("[bold]What ORPO does: one small experiment[/]", align="left")
-    if plan.data == "harmless":
+    if experiment.data == "harmless":
         console.print(_WARNING, style="bold red")
-    sizes = {name: len(plan.rows(name)) for name in ("train", "validation", "test")}
-    size = (plan.base / "model.safetensors").stat().st_size / 1e6
+    sizes = {name: len(experiment.rows(name)) for name in ("train", "validation", "test")}
+    size = (experiment.base / "model.safetensors").stat().st_size / 1e6
     grid = _grid()
     grid.add_row(
         "pairs",
         f"{sizes['train']} to train on, {sizes['validation']} to watch (validation), {sizes['test']} to "
-        f"judge by (test); no prompt is in two of these. They are {_PAIRS[plan.data]}",
+        f"judge by (test); no prompt is in two of these. They are {_PAIRS[experiment.data]}",
     )
-    if plan.data == "politeness":
-        grid.add_row("", _example(plan.rows("train")))
+    if experiment.data == "politeness":
+        grid.add_row("", _example(experiment.rows("train")))
     grid.add_row(
         "model",
         f"A language model of {size:.0f} MB that this project trained from scratch on a CPU: books, "
@@ -69,14 +72,16 @@ def opening(console: Console, plan: Plan) -> None:
         "plan",
         "SFT learns from the chosen answers alone; the ORPO paper found that this makes the rejected ones "
         "likelier too. ORPO learns from both, in one stage. Each starts from that model and takes equally "
-        f"many steps. Everything runs on this computer, offline. {_length(plan)}",
+        f"many steps. Everything runs on this computer, offline. {_length(experiment)}",
     )
     console.print(Padding(grid, (1, 0)))
 
 
-def _length(plan: Plan) -> str:
-    if plan.max_steps > 0:
-        return f"This is the fast version: {plan.max_steps} steps show that everything works, and no more."
+def _length(experiment: Experiment) -> str:
+    if experiment.max_steps > 0:
+        return (
+            f"This is the fast version: {experiment.max_steps} steps show that everything works, and no more."
+        )
     return "It takes a few minutes."
 
 
@@ -103,7 +108,7 @@ def _grid() -> Table:
 
 
 class _Lines:
-    """Tells of a training where no bar can be drawn."""
+    """Shows a training where no bar can be drawn."""
 
     def __init__(self, console: Console, name: str) -> None:
         self.console = console
@@ -112,12 +117,12 @@ class _Lines:
     def step(self, done: int, total: int) -> None:
         pass
 
-    def evaluation(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        self.console.print(f"{self.name:4}  step {done}/{total}  {_glance(metrics)}")
+    def evaluation(self, done: int, total: int, figures: Figures) -> None:
+        self.console.print(f"{self.name:4}  step {done}/{total}  {_glance(figures)}")
 
 
 class _Bar:
-    """Tells of a training by its bar."""
+    """Shows a training by its bar."""
 
     def __init__(self, bars: Progress, name: str) -> None:
         self.bars = bars
@@ -126,15 +131,15 @@ class _Bar:
     def step(self, done: int, total: int) -> None:
         self.bars.update(self.task, completed=done, total=total)
 
-    def evaluation(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, done: int, total: int, figures: Figures) -> None:
         if done == 0:
             self.bars.start_task(self.task)
-        self.bars.update(self.task, completed=done, total=total, numbers=_glance(metrics))
+        self.bars.update(self.task, completed=done, total=total, numbers=_glance(figures))
 
 
 @contextmanager
 def watching(console: Console, names: Sequence[str]) -> Iterator[dict[str, _Lines | _Bar]]:
-    """Who is to be told of each training."""
+    """What is to be informed of each training."""
     console.print("[bold]training[/]   figures: held-out validation pairs; log-prob is the mean of a token")
     if not console.is_terminal:
         yield {name: _Lines(console, name) for name in names}
@@ -154,11 +159,11 @@ def watching(console: Console, names: Sequence[str]) -> Iterator[dict[str, _Line
         yield {name: _Bar(bars, name) for name in names}
 
 
-def _glance(metrics: Mapping[str, float]) -> str:
-    return (
-        f"chosen {metrics['chosen_logprob']:5.2f}  rejected {metrics['rejected_logprob']:5.2f}  "
-        f"accuracy {100 * metrics['accuracy']:3.0f} %"
-    )
+def _glance(figures: Figures) -> str:
+    from orpo.engine.metrics import write_figure
+
+    names = {"chosen": "chosen_logprob", "rejected": "rejected_logprob", "accuracy": "accuracy"}
+    return "  ".join(f"{word} {write_figure(name, figures[name]).value}" for word, name in names.items())
 
 
 def results(
@@ -168,14 +173,17 @@ def results(
     num_pairs: int,
 ) -> None:
     """The table, the picture and the reading of it."""
+    from orpo.engine.metrics import metric_named, write_figure
+
     console.print()
     console.rule(f"[bold]{num_pairs} test pairs that no training has seen[/]", align="left")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for name in verdicts:
         table.add_column(name, justify="right", style="bold" if name == "ORPO" else "")
-    for key, title, style in _ROWS:
-        table.add_row(Text(title, style), *(_cell(key, verdict.figures) for verdict in verdicts.values()))
+    for name, style in _ROWS.items():
+        figures = (write_figure(name, verdict.figures[name]) for verdict in verdicts.values())
+        table.add_row(Text(metric_named(name).title, style), *map(str, figures))
     took = {name: trainings.get(name) for name in verdicts}
     table.add_row("tokens read", *(f"{t.num_tokens:,}" if t else "" for t in took.values()))
     table.add_row("seconds of training", *(f"{t.seconds:.0f}" if t else "" for t in took.values()))
@@ -190,22 +198,17 @@ def results(
     console.print(grid)
 
 
-def _cell(key: str, figures: Figures) -> str:
-    mean, error = figures[key]
-    return f"{100 * mean:.1f} ± {100 * error:.1f} %" if key == "accuracy" else f"{mean:.2f} ± {error:.2f}"
-
-
 def picture(figures: Mapping[str, Figures], width: int) -> Text:
     """Chosen and rejected log-prob of each model on one axis."""
-    ends = {n: (f["rejected_logprob"][0], f["chosen_logprob"][0]) for n, f in figures.items()}
+    ends = {n: (f["rejected_logprob"].mean, f["chosen_logprob"].mean) for n, f in figures.items()}
     low, high = min(map(min, ends.values())), max(map(max, ends.values()))
     columns = min(width, 100) - 12
-    place = {
+    columns_of = {
         name: [round((value - low) / max(high - low, 1e-9) * columns) for value in pair]
         for name, pair in ends.items()
     }
     text = Text()
-    for name, (rejected, chosen) in place.items():
+    for name, (rejected, chosen) in columns_of.items():
         cells = [" "] * (columns + 1)
         cells[min(rejected, chosen) : max(rejected, chosen)] = "─" * abs(chosen - rejected)
         text.append(f"{name:6}", "bold" if name == "ORPO" else "")
@@ -226,14 +229,15 @@ def picture(figures: Mapping[str, Figures], width: int) -> Text:
 
 def reading(figures: Mapping[str, Figures], trainings: Mapping[str, Training]) -> list[str]:
     """What the figures of `base`, `SFT` and `ORPO` say, in words."""
+    from orpo.engine.metrics import write_figure
 
     def change(name: str, key: str, before: str = "base") -> float:
-        return figures[name][key][0] - figures[before][key][0]
+        return figures[name][key].mean - figures[before][key].mean
 
     sft, orpo = change("SFT", "rejected_logprob"), change("ORPO", "rejected_logprob")
     below = change("ORPO", "rejected_logprob", "SFT")
-    share = {name: f"{100 * f['accuracy'][0]:.0f} %" for name, f in figures.items()}
-    odds = {name: f"{f['log_odds_ratio'][0]:.2f}" for name, f in figures.items()}
+    share = {name: write_figure("accuracy", f["accuracy"]).value for name, f in figures.items()}
+    odds = {name: write_figure("log_odds_ratio", f["log_odds_ratio"]).value for name, f in figures.items()}
     tokens = trainings["ORPO"].num_tokens / trainings["SFT"].num_tokens
     seconds = trainings["ORPO"].seconds / max(trainings["SFT"].seconds, 1e-9)
     surprise = "and yet made them likelier" if sft > 0 else "and made them less likely"
@@ -253,7 +257,7 @@ def samples(console: Console, prompts: Sequence[str], verdicts: Mapping[str, Ver
     """The prompts, and the answers side by side."""
     console.print()
     console.rule("[bold]answers to test prompts[/]", align="left")
-    picked = "The prompts were picked by their place; each answer takes the likeliest token."
+    picked = "The prompts were picked by position; each answer takes the likeliest token."
     console.print(f"{LIMITS} {picked}", style="dim")
     for number, prompt in enumerate(prompts):
         table = Table(title=Text(prompt), title_justify="left", title_style="bold", expand=True)
@@ -268,22 +272,27 @@ def closing(console: Console, folder: Path, seconds: float) -> None:
     console.print()
     console.rule("[bold]what next[/]", align="left")
     grid = _grid()
+    run, sft = RunDirectory(folder), sft_folder(folder)
     for does, command in (
-        ("see the curves", f"open {folder / 'report.html'} in a browser"),
-        ("talk to it", f"orpo chat {folder} --beside {folder / 'sft'}"),
-        ("score it", f"orpo eval {folder} --data {folder / 'test.jsonl'}"),
-        ("train it again", f"orpo train {folder / 'recipe.yaml'} --output_dir runs/mine --beta 0.5"),
+        ("see the curves", f"open {run.page} in a browser"),
+        ("talk to it", f"orpo chat {folder} --compare {sft}"),
+        ("score it", f"orpo eval {folder} --data {run.test_pairs}"),
+        ("train it again", f"orpo train {run.recipe} --output_dir runs/mine --beta 0.5"),
     ):
         grid.add_row(does, Text(command))
     console.print(Padding(grid, (1, 0)))
-    where = f"Everything is in {folder}; the SFT run is in {folder / 'sft'}."
+    where = f"Everything is in {folder}; the SFT run is in {sft}."
     console.print(f"Done in {seconds:.0f} seconds. {where}")
 
 
-def note(plan: Plan, num_pairs: int) -> str:
+def note(experiment: Experiment, num_pairs: int) -> str:
     """The paragraph under the title of the report page."""
-    fast = f"The fast version, {plan.max_steps} steps: too few to judge by. " if plan.max_steps > 0 else ""
+    fast = (
+        f"The fast version, {experiment.max_steps} steps: too few to judge by. "
+        if experiment.max_steps > 0
+        else ""
+    )
     return (
         f"{fast}The headline figures are of {num_pairs} test pairs, the curves of the validation pairs. "
-        f"The pairs are {_PAIRS[plan.data]} {LIMITS}"
+        f"The pairs are {_PAIRS[experiment.data]} {LIMITS}"
     )

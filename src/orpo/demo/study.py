@@ -1,58 +1,55 @@
-"""The demo's experiment: from one base, ORPO in one stage, and SFT beside it; judged on pairs neither saw.
+"""The demo: from one base, ORPO in one stage and SFT for contrast, then both on pairs that neither saw.
 
 Both trainings are ordinary runs of `ORPOTrainer`, over the same pairs in the same order, with equally many
 optimizer steps. They differ in `beta` alone; at 0 a rejected answer is never run. The curves are of the
-validation split, by which the settings were chosen too (benchmarks/demo_claims.py --choose); the verdict is
-of the test split.
+validation split, by which the settings were chosen too (benchmarks/demo_claims.py --choose); the table is of
+the test split.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.utils import logging
 
-from orpo.data.dataset import TokenizedDataset, tokenize_pairs
+from orpo.data.dataset import tokenize_pairs
 from orpo.data.preferences import read_preferences
-from orpo.demo.experiment import FORMATS, Plan, SplitName
-from orpo.engine.head import PairScores
+from orpo.demo import screen
+from orpo.demo.experiment import FORMATS, Experiment, SplitName, sft_folder
 from orpo.engine.loading import load_tokenizer
-from orpo.engine.metrics import preference_values
 from orpo.engine.model import prepare_model
 from orpo.engine.steps import RowSettings
-from orpo.evaluation.generation import Sampling, Speaker, load_trained
-from orpo.evaluation.preferences import score_pairs
+from orpo.evaluation.generation import ChatModel, Sampling, load_trained
+from orpo.evaluation.preferences import evaluate_pairs
 from orpo.pairs import Message, PreferencePair
+from orpo.report.page import write_report
+from orpo.run.directory import RunDirectory, write_json, write_json_lines
+from orpo.run.log import Figures, figures_to_json
 from orpo.settings.config import Objective, OrpoSettings
 from orpo.training.arguments import ORPOConfig
 from orpo.training.progress import Progress
-from orpo.training.recorder import write_json
 from orpo.training.trainer import ORPOTrainer
 
 TOKENS_PER_ROW = 4096
 """Enough for the pairs of a step, and little memory when evaluating."""
 
-Figures = dict[str, tuple[float, float]]
-"""Name -> mean and its standard error."""
 
-
-class Watch(Protocol):
-    """Whoever looks on while a model is trained."""
+class Observer(Protocol):
+    """Is kept informed while a model is trained."""
 
     def step(self, done: int, total: int) -> None:
         """An optimizer step has been made."""
 
-    def evaluation(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, done: int, total: int, figures: Figures) -> None:
         """The validation split has been scored, after `done` steps."""
 
 
@@ -65,23 +62,24 @@ class Training:
     seconds: float
 
 
-def train(plan: Plan, beta: float, folder: Path, watch: Watch | None = None) -> Training:
+def train(experiment: Experiment, beta: float, folder: Path, observer: Observer | None = None) -> Training:
     """Train from the base and leave a run directory.
 
     Args:
-        plan: What on, and how.
+        experiment: What on, and how.
         beta: Weight of the odds-ratio term; 0 is SFT.
-        folder: The run directory; what the trainer prints goes into its `train.log`.
-        watch: Is told of steps and evaluations.
+        folder: The run directory; what the trainer prints goes into a file in it.
+        observer: Is informed of steps and evaluations.
 
     Raises:
         KeyboardInterrupt: A signal has stopped the training; its checkpoint is in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "train.log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        trainer = _CountingTrainer(args=_arguments(plan, beta, folder))
+    output = RunDirectory(folder).trainer_output
+    with output.open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        trainer = _CountingTrainer(args=_arguments(experiment, beta, folder))
         trainer.remove_callback(Progress)
-        trainer.add_callback(_Clock(trainer, watch))
+        trainer.add_callback(_Clock(trainer, observer))
         trainer.train()
         if trainer.stopped_by is not None:
             raise KeyboardInterrupt
@@ -89,27 +87,27 @@ def train(plan: Plan, beta: float, folder: Path, watch: Watch | None = None) -> 
     return Training(trainer.state.global_step, trainer.num_tokens, trainer.seconds)
 
 
-def _arguments(plan: Plan, beta: float, folder: Path) -> ORPOConfig:
+def _arguments(experiment: Experiment, beta: float, folder: Path) -> ORPOConfig:
     return ORPOConfig(
         output_dir=str(folder),
-        model_name_or_path=str(plan.base),
-        dataset_name=str(plan.split("train")),
-        eval_dataset_name=str(plan.split("validation")),
-        data_format=FORMATS[plan.data],
-        max_length=plan.max_length,
+        model_name_or_path=str(experiment.base),
+        dataset_name=str(experiment.split("train")),
+        eval_dataset_name=str(experiment.split("validation")),
+        data_format=FORMATS[experiment.data],
+        max_length=experiment.max_length,
         beta=beta,
         nll_on="response",
-        learning_rate=plan.learning_rate,
+        learning_rate=experiment.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=0.1,
-        num_train_epochs=plan.num_epochs,
-        max_steps=plan.max_steps,
-        per_device_train_batch_size=plan.pairs_per_step,
+        num_train_epochs=experiment.num_epochs,
+        max_steps=experiment.max_steps,
+        per_device_train_batch_size=experiment.pairs_per_step,
         tokens_per_row=TOKENS_PER_ROW,
-        seed=plan.seed,
+        seed=experiment.seed,
         use_cpu=True,
         eval_strategy="steps",
-        eval_steps=1 / plan.num_evaluations,
+        eval_steps=1 / experiment.num_evaluations,
         save_strategy="no",
         logging_steps=4,
         report_to="none",
@@ -129,11 +127,11 @@ class _CountingTrainer(ORPOTrainer):
 
 
 class _Clock(TrainerCallback):
-    """Takes the time of optimizer steps, and tells who looks on."""
+    """Takes the time of optimizer steps, and informs the observer."""
 
-    def __init__(self, trainer: _CountingTrainer, watch: Watch | None) -> None:
+    def __init__(self, trainer: _CountingTrainer, observer: Observer | None) -> None:
         self.trainer = trainer
-        self.watch = watch
+        self.observer = observer
         self.began = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -141,13 +139,13 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.seconds += time.perf_counter() - self.began
-        if self.watch:
-            self.watch.step(state.global_step, state.max_steps)
+        if self.observer:
+            self.observer.step(state.global_step, state.max_steps)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if self.watch:
-            named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-            self.watch.evaluation(state.global_step, state.max_steps, named)
+        record = self.trainer.recorder.newest
+        if self.observer and record is not None:
+            self.observer.evaluation(state.global_step, state.max_steps, record.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +153,16 @@ class Verdict:
     """What held-out pairs say of a model.
 
     Attributes:
-        figures: `chosen_logprob`, `rejected_logprob`, `log_odds_ratio`, `accuracy` and `nll`; the last is the
-            mean over the tokens of the chosen answers, the others over pairs.
-        answers: What it says to the prompts that are shown.
+        figures: By metric; errors are over prompts.
+        answers: What it answers to the prompts that are shown.
     """
 
     figures: Figures
     answers: list[str]
 
 
-class Judge:
-    """A held-out split, for any number of models; what it says of one is what is on the disk.
+class HeldOut:
+    """A held-out split, for any number of models that are on the disk.
 
     Attributes:
         split: Its name.
@@ -173,69 +170,39 @@ class Judge:
         prompts: Those that are shown, as conversations.
     """
 
-    def __init__(self, plan: Plan, split: SplitName = "test") -> None:
+    def __init__(self, experiment: Experiment, split: SplitName = "test") -> None:
         """Read and tokenize the pairs, with the tokenizer of the base."""
-        self.plan = plan
+        self.experiment = experiment
         self.split = split
-        self.objective = Objective(beta=plan.beta, nll_on="response")
-        read = read_preferences(str(plan.split(split)), data_format=FORMATS[plan.data])
-        self.pairs = read.pairs[: plan.num_test]
-        self.tokenized = tokenize_pairs(
-            self.pairs, load_tokenizer(str(plan.base)), max_length=plan.max_length
-        )
+        self.objective = Objective(beta=experiment.beta, nll_on="response")
+        read = read_preferences(str(experiment.split(split)), data_format=FORMATS[experiment.data])
+        self.pairs = read.pairs[: experiment.num_test]
+        tokenizer = load_tokenizer(str(experiment.base))
+        self.tokenized = tokenize_pairs(self.pairs, tokenizer, max_length=experiment.max_length)
         self.prompts = shown_prompts(self.pairs)
-        self._prompt_P = prompt_numbers(self.tokenized)
 
     def __len__(self) -> int:
         return len(self.tokenized)
 
-    def look(self, folder: Path, *, answering: bool = True) -> Verdict:
+    def examine(self, folder: Path, *, answering: bool = True) -> Verdict:
         """Load a model, score the pairs, and let it answer the prompts."""
         model = load_trained(str(folder), OrpoSettings(dtype="float32"))
         layout = prepare_model(model, self.objective).layout
-        scores = score_pairs(model, self.tokenized, RowSettings(self.objective, layout, TOKENS_PER_ROW))
-        speaker = Speaker(folder.name, model, load_tokenizer(str(folder)), self.tokenized.chat_template)
-        return Verdict(
-            self._figures(scores), [self._answer(speaker, p) for p in self.prompts] if answering else []
-        )
+        found = evaluate_pairs(model, self.tokenized, RowSettings(self.objective, layout, TOKENS_PER_ROW))
+        chat = ChatModel(folder.name, model, load_tokenizer(str(folder)), self.tokenized.chat_template)
+        answers = [self._answer(chat, prompt) for prompt in self.prompts] if answering else []
+        return Verdict(found.figures, answers)
 
-    def _answer(self, speaker: Speaker, prompt: Sequence[Message]) -> str:
-        speaker.turns = list(prompt[:-1])
-        greedy = Sampling(temperature=0, max_tokens=self.plan.answer_tokens)
-        return " ".join(speaker.answer(str(prompt[-1]["content"]), greedy).split())
-
-    def _figures(self, scores: PairScores) -> Figures:
-        values = preference_values(scores, self.objective) | {"chosen_logprob": scores.chosen_logprob_P}
-        names = ("chosen_logprob", "rejected_logprob", "log_odds_ratio", "accuracy")
-        one_P = torch.ones(len(self))
-        figures = {name: mean_over_prompts(values[name], one_P, self._prompt_P) for name in names}
-        return figures | {"nll": mean_over_prompts(scores.nll_sum_P, scores.nll_weight_P, self._prompt_P)}
-
-
-def mean_over_prompts(sum_P: Tensor, weight_P: Tensor, prompt_P: Tensor) -> tuple[float, float]:
-    """A mean, `sum_P` over `weight_P`, and its standard error where prompts are what was drawn.
-
-    Pairs of one prompt are not independent of each other: the error is that of a ratio of sums over prompts.
-    """
-    sum_P, weight_P = sum_P.double(), weight_P.double()
-    mean = sum_P.sum() / weight_P.sum()
-    num_prompts = int(prompt_P.max()) + 1
-    residual = torch.zeros(num_prompts, dtype=torch.float64).index_add_(0, prompt_P, sum_P - mean * weight_P)
-    spread = residual.square().sum() * num_prompts / max(num_prompts - 1, 1)
-    return mean.item(), math.sqrt(spread) / weight_P.sum().item()
-
-
-def prompt_numbers(pairs: TokenizedDataset) -> Tensor:
-    """The same number for pairs with the same prompt, shape [P]."""
-    numbers: dict[tuple[int, ...], int] = {}
-    keys = [tuple(int(token) for token in pairs[index].prompt) for index in range(len(pairs))]
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+    def _answer(self, chat: ChatModel, prompt: Sequence[Message]) -> str:
+        chat.turns = list(prompt[:-1])
+        greedy = Sampling(temperature=0, max_tokens=self.experiment.answer_tokens)
+        return " ".join(chat.answer(str(prompt[-1]["content"]), greedy).split())
 
 
 def shown_prompts(
     pairs: Sequence[PreferencePair], num_shown: int = 3, longest: int = 70
 ) -> list[list[Message]]:
-    """Prompts of one short line from all over a split: picked by their place, not by the answers to them."""
+    """Prompts of one short line from all over a split: picked by position, not by the answers to them."""
     short: dict[str, list[Message]] = {}
     for pair in pairs:
         text = str(pair.prompt[-1]["content"])  # type: ignore[index]
@@ -247,31 +214,56 @@ def shown_prompts(
 
 def write_results(
     folder: Path,
-    plan: Plan,
-    judge: Judge,
+    experiment: Experiment,
+    held_out: HeldOut,
     verdicts: Mapping[str, Verdict],
     trainings: Mapping[str, Training],
 ) -> None:
-    """Write samples.json (for the page), test.jsonl (to score with) and demo.json (what the screen shows)."""
+    """Write the samples (for the page), the test pairs (to score with) and the figures of the table."""
+    run = RunDirectory(folder)
     samples = [
         {"prompt": prompt[-1]["content"], "answers": {name: v.answers[i] for name, v in verdicts.items()}}
-        for i, prompt in enumerate(judge.prompts)
+        for i, prompt in enumerate(held_out.prompts)
     ]
-    write_json(folder / "samples.json", samples)
-    rows = ({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in judge.pairs)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "test.jsonl").write_text(text, encoding="utf-8")
+    write_json(run.samples, samples)
+    rows = ({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in held_out.pairs)
+    write_json_lines(run.test_pairs, rows)
     result = {
-        "data": plan.data,
-        "seed": plan.seed,
-        "num_test_pairs": len(judge),
-        "test": {
-            name: {key: {"mean": mean, "se": error} for key, (mean, error) in verdict.figures.items()}
-            for name, verdict in verdicts.items()
-        },
+        "data": experiment.data,
+        "seed": experiment.seed,
+        "num_test_pairs": len(held_out),
+        "test": {name: figures_to_json(verdict.figures) for name, verdict in verdicts.items()},
         "training": {
             name: {"steps": t.num_steps, "tokens": t.num_tokens, "seconds": round(t.seconds, 1)}
             for name, t in trainings.items()
         },
     }
-    write_json(folder / "demo.json", result)
+    write_json(run.demo_result, result)
+
+
+def run_demo(console: Console, experiment: Experiment, folder: Path) -> None:
+    """Train SFT and ORPO from the base, examine all three on the test pairs, show and write the results.
+
+    Args:
+        console: Where it is shown.
+        experiment: What on, and how.
+        folder: The run directory of ORPO; that of SFT is inside it.
+    """
+    logging.disable_progress_bar()
+    folders = {"SFT": sft_folder(folder), "ORPO": folder}
+    betas = {"SFT": 0.0, "ORPO": experiment.beta}
+    with screen.watching(console, list(folders)) as observers:
+        trainings = {name: train(experiment, betas[name], folders[name], observers[name]) for name in folders}
+    with console.status("scoring test pairs and asking for answers"):
+        held_out = HeldOut(experiment)
+        models = {"base": experiment.base} | folders
+        verdicts = {name: held_out.examine(model) for name, model in models.items()}
+        write_results(folder, experiment, held_out, verdicts, trainings)
+        write_report(
+            folder,
+            contrast={"SFT": folders["SFT"]},
+            test={name: verdict.figures for name, verdict in verdicts.items()},
+            note=screen.note(experiment, len(held_out)),
+        )
+    screen.results(console, verdicts, trainings, len(held_out))
+    screen.samples(console, [str(prompt[-1]["content"]) for prompt in held_out.prompts], verdicts)

@@ -1,78 +1,31 @@
-"""A row's attention: causal within each side of a pair, over exactly the keys that side may see.
+"""A row's attention: by one kernel call where a GPU has a kernel for it, else segment by segment.
 
-A run `prompt ++ chosen ++ rejected` needs two attention segments: the queries of prompt and chosen over their
-own keys, and the queries of rejected over the keys of prompt and rejected. Both are causal with the last
-query aligned to the last key, so no [N, N] mask over the row exists, and no floating-point operation is spent
-on tokens that may not see each other.
+The kernel is torch's own (varlen.py). Before a layer may use it, it solves a small known problem and is
+compared with segments in float64: GPUs and builds differ in what they support, versions in their arguments,
+and kernels of this kind have differed in how they align queries with keys. What it does not serve goes by
+segments (segments.py): everything without a GPU, float32, soft-capped scores, dropout, heads over 256 or of
+two sizes.
 
-Shape suffixes: H = heads, N = tokens in the row, Q/K = queries/keys of one segment, D = size of a head.
+Shape suffixes: H = heads, N = tokens in the row, D = size of a head.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from orpo.engine.backends import SEGMENTS, attend_row, choose
 from orpo.engine.packing import Run
-from orpo.engine.varlen import Options, Plan, plan_row
+from orpo.engine.precision import HALF, compute_dtype
+from orpo.engine.segments import Options, Segments, attend_segments
+from orpo.engine.varlen import Case, VarlenKernel
+from orpo.errors import first_line
 
+logger = logging.getLogger(__name__)
 
-@dataclass(slots=True)
-class Segments:
-    """The attention segments of one row, with what its layers share: masks, a plan, a count of their calls.
-
-    Attributes:
-        runs: The runs of the row, in order.
-        num_calls: Attention layers that have used these segments; a model that attends some other way leaves
-            it 0.
-        backend: What served the last of these layers.
-    """
-
-    runs: Sequence[Run]
-    num_calls: int = 0
-    backend: str = SEGMENTS
-    _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
-    _plan: Plan | None = None
-
-    def lengths(self) -> list[int]:
-        """Queries of each segment, in the order of the row; they add up to N."""
-        return [n for run in self.runs for n in (run.prompt + run.chosen, run.rejected) if n]
-
-    def longest(self) -> int:
-        """Keys of the longest segment."""
-        return max(run.prompt + max(run.chosen, run.rejected) for run in self.runs)
-
-    def plan(self, device: torch.device) -> Plan:
-        """What a kernel for whole rows reads."""
-        if self._plan is None or self._plan.query_starts.device != device:
-            self._plan = plan_row(self.runs, device)
-        return self._plan
-
-    def mask(self, num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Additive mask [Q, K] of a causal segment, or None where plain causal attention is the same.
-
-        Args:
-            num_queries: Q; the last query is aligned to the last key.
-            num_keys: K, at least Q.
-            window: A query sees the `window` last keys, its own included; None for all.
-            like: Gives the dtype and the device.
-        """
-        if window is not None and window >= num_keys:
-            window = None
-        if num_queries == num_keys and window is None:
-            return None
-        key = (num_queries, num_keys, window, like.dtype, like.device)
-        if key not in self._masks:
-            offset = num_keys - num_queries
-            allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=like.device).tril_(offset)
-            if window is not None:
-                allowed = allowed.triu_(offset - window + 1)
-            mask = torch.zeros(num_queries, num_keys, dtype=like.dtype, device=like.device)
-            self._masks[key] = mask.masked_fill_(~allowed, float("-inf"))
-        return self._masks[key]
+KERNEL = VarlenKernel()
 
 
 def attend(
@@ -86,12 +39,12 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of a packed row: by one kernel where a GPU has one, else segment by segment.
+    """Attention of a packed row.
 
     Args:
         query: [1, H, N, D].
         key: [1, H / groups, N, D]; fewer heads than the query's are shared by groups.
-        value: Like `key`.
+        value: Like `key`, or with heads of another size.
         segments: The row's segments.
         scale: Factor on the scores; 1 / sqrt(D) by default.
         window: Sliding window in tokens, a query's own included; None for none.
@@ -104,48 +57,98 @@ def attend(
     if window is not None and window >= segments.longest():
         window = None
     options = Options(scale, window, softcap, dropout)
-    backend = choose(query, key, value, options)
-    if backend is None:
-        return _attend_segments(query, key, value, segments, options)
-    segments.backend = backend.description
-    return attend_row(backend, query, key, value, segments.plan(query.device), options)
+    case = Case(
+        query.device, compute_dtype(query.device, query.dtype), query.shape[1], key.shape[1], query.shape[3],
+        value.shape[3], window is not None, softcap is not None, dropout > 0,
+    )  # fmt: skip
+    if not _serves(KERNEL, case):
+        return attend_segments(query, key, value, segments, options)
+    segments.backend = KERNEL.description
+    return attend_row(KERNEL, query, key, value, segments, options)
 
 
-def _attend_segments(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options
+def attend_row(
+    kernel: VarlenKernel, query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options
 ) -> Tensor:
-    lengths = segments.lengths()
-    parts = iter(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
-    outputs = []
-    for run in segments.runs:
-        query_A, key_A, value_A = next(parts)
-        mask = segments.mask(query_A.shape[2], key_A.shape[2], options.window, query)
-        outputs.append(_attend_segment(query_A, key_A, value_A, mask, options))
-        if run.rejected:
-            query_B, key_B, value_B = next(parts)
-            key_B = torch.cat([key_A[:, :, : run.prompt], key_B], dim=2)
-            value_B = torch.cat([value_A[:, :, : run.prompt], value_B], dim=2)
-            mask = segments.mask(query_B.shape[2], key_B.shape[2], options.window, query)
-            outputs.append(_attend_segment(query_B, key_B, value_B, mask, options))
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+    """Attention of a row by `kernel`, which serves it; arguments and result as those of `attend`."""
+    dtype = compute_dtype(query.device, query.dtype)
+    # The kernel is not on autocast's list: a rotary embedding leaves it float32 queries and half values.
+    with torch.autocast(query.device.type, enabled=False):
+        query_NHD, key_NHD, value_NHD = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
+        plan = segments.plan(query.device)
+        output = kernel(query_NHD, key_NHD, value_NHD, plan, scale=options.scale, window=options.window)
+        return output[None].contiguous()
 
 
-def _attend_segment(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
-) -> Tensor:
-    """One causal segment. [1, H, Q, D] over [1, H / groups, K, D] -> [1, H, Q, D]."""
-    scale, _, softcap, dropout = options
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scale,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )  # fmt: skip
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    score = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    score = softcap * torch.tanh(score / softcap)
-    if mask is None:
-        mask = torch.full(score.shape[2:], float("-inf"), dtype=score.dtype, device=score.device).triu_(1)
-    precise = torch.promote_types(query.dtype, torch.float32)
-    weight = (score + mask).softmax(-1, dtype=precise).to(query.dtype)
-    return F.dropout(weight, dropout) @ value
+@functools.cache
+def _serves(kernel: VarlenKernel, case: Case) -> bool:
+    if kernel.refusal(case) is not None:
+        return False
+    problem = disagreement(kernel, case)
+    if problem is not None:
+        logger.warning("attention: %s is not used: %s", kernel.description, problem)
+    return problem is None
+
+
+KNOWN_ROW = (Run(5, 4, 3), Run(150, 41, 99), Run(1, 1, 1), Run(33, 64, 0), Run(2, 130, 7))
+"""Runs of the known problem: shorter and longer than a kernel's tile, with and without a rejected answer."""
+
+KNOWN_WINDOW = 37
+HALF_LIMIT, PRECISE_LIMIT = 2e-2, 2e-3
+"""Largest relative error of the output and of each gradient; a wrong alignment errs by far more than 0.1."""
+
+
+def disagreement(kernel: VarlenKernel, case: Case) -> str | None:
+    """What the kernel gets wrong on a known problem, in output or gradients; None if nothing."""
+    segments = Segments(KNOWN_ROW)
+    options = Options(1.5 * case.head_size**-0.5, KNOWN_WINDOW if case.windowed else None)
+    by_segments = functools.partial(attend_segments, segments=segments, options=options)
+    by_kernel = functools.partial(attend_row, kernel, segments=segments, options=options)
+    try:
+        with _as_if_at_start(case.device):
+            inputs = _known_inputs(case)
+            exact = output_and_gradients(by_segments, inputs)
+            ours = output_and_gradients(by_kernel, [x.to(case.dtype) for x in inputs])
+    except Exception as error:  # a kernel may fail in any way
+        return f"{type(error).__name__}: {first_line(error)}"
+    limit = HALF_LIMIT if case.dtype in HALF else PRECISE_LIMIT
+    for name, tensor, reference in zip(("output", "query", "key", "value"), ours, exact, strict=True):
+        difference = relative_error(tensor, reference)
+        if not difference <= limit:
+            what = name if name == "output" else f"gradient in the {name}"
+            return f"its {what} on a known problem is off by {difference:.1e}"
+    return None
+
+
+@contextmanager
+def _as_if_at_start(device: torch.device) -> Iterator[None]:
+    """Autograd as outside of everything: a layer may first be called in evaluation or under checkpointing."""
+    kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), kept:
+        yield
+
+
+def _known_inputs(case: Case) -> list[Tensor]:
+    """Query, key, value and the gradient of the output, float64 numbers that the case's dtype can hold."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = sum(sum(run) for run in KNOWN_ROW)
+    shapes = (
+        (case.heads, num_tokens, case.head_size), (case.key_heads, num_tokens, case.head_size),
+        (case.key_heads, num_tokens, case.value_size), (num_tokens, case.heads, case.value_size),
+    )  # fmt: skip
+    drawn = [torch.randn((1, *shape), generator=generator) for shape in shapes]
+    return [x.to(case.dtype).to(case.device, torch.float64) for x in drawn]
+
+
+def output_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Output, and gradients in query, key and value, where `inputs` are these and the output's gradient."""
+    query, key, value = (x.detach().requires_grad_() for x in inputs[:3])
+    output = function(query, key, value)
+    return output.detach(), *torch.autograd.grad(output, (query, key, value), inputs[3])
+
+
+def relative_error(tensor: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of `reference`."""
+    difference = tensor.detach().double() - reference.detach().double()
+    error: float = (difference.norm() / reference.detach().double().norm()).item()
+    return error

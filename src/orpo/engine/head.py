@@ -20,6 +20,7 @@ from torch import Tensor
 from orpo.engine.logits import logprob_slopes, product, token_logprobs
 from orpo.engine.objective import log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
 from orpo.engine.packing import PackedBatch, Role
+from orpo.engine.precision import compute_dtype
 from orpo.settings.config import Objective
 
 CPU_BLOCK_TOKENS = 8
@@ -269,9 +270,7 @@ class _Sweep:
     """Carries hidden states through the vocabulary matrix chunk by chunk, and gradients back."""
 
     def __init__(self, hidden_ND: Tensor, head: Head, batch: PackedBatch) -> None:
-        kind = hidden_ND.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        self.dtype = torch.get_autocast_dtype(kind) if autocast else head.weight_VD.dtype
+        self.dtype = compute_dtype(hidden_ND.device, head.weight_VD.dtype)
         self.precise = torch.promote_types(self.dtype, torch.float32)
         self.hidden_ND = hidden_ND.detach().to(self.dtype)
         self.weight_VD = head.weight_VD.detach().to(self.dtype)

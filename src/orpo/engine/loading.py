@@ -1,7 +1,5 @@
 """Load a model and its tokenizer as the settings ask: precision, quantisation, a new or an old adapter."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from orpo.engine.scorer import refuse_encoder_decoder
 from orpo.errors import ConfigError, ModelError, first_line
+from orpo.run.directory import adapter_base, is_adapter
 from orpo.settings.config import OrpoSettings
 
 _UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
@@ -51,7 +51,11 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
         raise ConfigError("model_name_or_path is not set; name a hub model or a local folder")
     adapter = settings.adapter_name_or_path or (name if is_adapter(name) else None)
     if adapter == name:
-        name = adapter_base(name)
+        name = adapter_base(name) or ""
+        if not name:
+            raise ModelError(
+                f"{adapter}: the adapter does not name its base model; set model_name_or_path to that model"
+            )
     if adapter and settings.use_peft:
         raise ConfigError(f"use_peft asks for a new adapter, but {adapter} is one already; drop use_peft")
     model = _load_base(name, settings, trains_adapter=bool(adapter or settings.use_peft))
@@ -97,27 +101,6 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
     return adapted
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a local folder holds a PEFT adapter rather than a model."""
-    return (Path(name) / "adapter_config.json").is_file()
-
-
-def adapter_base(folder: str) -> str:
-    """Name of the model that an adapter folder was trained on.
-
-    Raises:
-        ModelError: The folder does not say.
-    """
-    base: str | None = json.loads((Path(folder) / "adapter_config.json").read_text()).get(
-        "base_model_name_or_path"
-    )
-    if not base:
-        raise ModelError(
-            f"{folder}: the adapter does not name its base model; set model_name_or_path to that model"
-        )
-    return base
-
-
 def supports_bf16() -> bool:
     """Whether the accelerator, if there is one, computes in bfloat16; CPUs do so too slowly to be counted."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -139,10 +122,10 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
             )
         arguments["quantization_config"] = _quantization(settings)
     try:
-        if AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
-        ).is_encoder_decoder:
-            raise ModelError(f"{name} is an encoder-decoder model; ORPO here trains causal language models")
+        )
+        refuse_encoder_decoder(config, name)
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
     except ModelError:
         raise

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orpo.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 
@@ -71,8 +73,8 @@ class OnePass:
             raise
         except Exception as error:  # a compiler may fail in any way
             self.broken = True
-            first = (str(error).splitlines() or [""])[0]
-            logger.warning("logits: not compiled, slower: %s: %s", type(error).__name__, first)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            logger.warning("logits: not compiled, slower: %s", reason)
             return self.function(logits_TV, *args)
 
 

@@ -11,6 +11,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
+from orpo.engine.precision import compute_dtype
 from orpo.engine.scorer import base_model
 
 BYTES_PER_UNIT = {4: 96, 2: 66}
@@ -42,7 +43,7 @@ def default_tokens_per_row(
         A multiple of 256, at least 1024; at most 65536 on a CUDA device and 2048 elsewhere.
     """
     config = base_model(model).config.get_text_config()
-    size = _compute_dtype(model, device).itemsize
+    size = compute_dtype(device, next(model.parameters()).dtype).itemsize
     layer = BYTES_PER_UNIT.get(size, 24 * size)
     if trains and not checkpointing:
         per_unit = config.num_hidden_layers * layer
@@ -92,9 +93,3 @@ def _control_group_rooms(
         if limit.strip() != "max":
             rooms.append(int(limit) - int(used) + int(stat.get("inactive_file", 0)))
     return rooms
-
-
-def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return next(model.parameters()).dtype

@@ -1,55 +1,168 @@
-"""From per-pair scores to named numbers: sums over a log window while training, means over examples in
-evaluation.
+"""Every metric: its name, title, unit, what it averages, and the one way to write its numbers.
 
-A training window is a vector of sums that stays on the device, is added over the ranks once per log line and
-divided once. An evaluation holds every pair's scores, so its means and standard errors do not depend on how
-the pairs were put into rows, batches or ranks.
+While training, a window of sums stays on the device, is added over the ranks once per log line and divided
+once. An evaluation holds every pair's scores, so its means and errors do not depend on how the pairs were put
+into batches or ranks (evaluation/preferences.py). A new metric is one entry of `METRICS`.
 
 Shape suffixes: P = pairs.
 """
 
 import copy
-import math
-from collections.abc import Callable, Mapping
-from typing import Self
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from orpo.engine.head import PairScores
 from orpo.engine.objective import log_odds, odds_ratio_loss
+from orpo.errors import RunError
+from orpo.run.log import Figure
 from orpo.settings.config import Objective
 
-SUMS = (
-    "steps", "loss", "tokens", "nll_weight", "nll", "pairs", "chosen_logprob",
-    "preferences", "rejected_logprob", "margin", "accuracy", "log_odds_ratio", "odds_ratio_loss",
+Unit = Literal["share", "nats", "number", "count", "rate"]
+Divisor = Literal["steps", "nll_weight", "pairs", "preferences"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What is known about a metric.
+
+    Attributes:
+        name: In metrics.jsonl.
+        title: For people.
+        unit: How its numbers are written; `share` as a percentage.
+        better: +1 where larger is better, -1 where smaller is, 0 where neither.
+        divisor: What its sum over a training window is divided by; None where it is no such sum.
+        value: Its values [P] from the scores of pairs, to be summed over those that have both sides where the
+            divisor is `preferences`; None where the trainer measures it.
+        caption: One sentence for a reader who does not know it.
+        trl: TRL's name for it.
+        trl_reward: TRL's name for beta times it.
+    """
+
+    name: str
+    title: str
+    unit: Unit = "number"
+    better: int = 0
+    divisor: Divisor | None = None
+    value: Callable[[PairScores, Objective], Tensor] | None = None
+    caption: str = ""
+    trl: str | None = None
+    trl_reward: str | None = None
+
+
+def _margin(scores: PairScores, objective: Objective) -> Tensor:
+    return scores.chosen_logprob_P - scores.rejected_logprob_P
+
+
+def _accuracy(scores: PairScores, objective: Objective) -> Tensor:
+    margin_P = _margin(scores, objective)
+    return (margin_P > 0).to(margin_P.dtype)
+
+
+def _log_odds_ratio(scores: PairScores, objective: Objective) -> Tensor:
+    return log_odds(scores.chosen_logprob_P) - log_odds(scores.rejected_logprob_P)
+
+
+def _odds_ratio_loss(scores: PairScores, objective: Objective) -> Tensor:
+    return odds_ratio_loss(_log_odds_ratio(scores, objective), objective.odds_scale)
+
+
+METRICS = (
+    Metric(
+        "accuracy", "accuracy", "share", +1, "preferences", _accuracy,
+        "Share of pairs whose chosen answer has the higher mean log-prob.", trl="rewards/accuracies",
+    ),
+    Metric(
+        "log_odds_ratio", "log odds ratio", "number", +1, "preferences", _log_odds_ratio,
+        "How much likelier, in log odds, the chosen answer is than the rejected one.", trl="log_odds_chosen",
+    ),
+    Metric(
+        "margin", "margin", "nats", +1, "preferences", _margin,
+        "Mean log-prob of the chosen answer minus that of the rejected one.", trl_reward="rewards/margins",
+    ),
+    Metric(
+        "chosen_logprob", "chosen log-prob", "nats", +1, "pairs",
+        lambda scores, objective: scores.chosen_logprob_P,
+        "Mean log-prob of a token of the chosen answer.", "logps/chosen", "rewards/chosen",
+    ),
+    Metric(
+        "rejected_logprob", "rejected log-prob", "nats", -1, "preferences",
+        lambda scores, objective: scores.rejected_logprob_P,
+        "Mean log-prob of a token of the rejected answer.", "logps/rejected", "rewards/rejected",
+    ),
+    Metric(
+        "nll", "NLL", "nats", -1, "nll_weight", lambda scores, objective: scores.nll_sum_P,
+        "Negative log-likelihood of a token of the chosen side.", trl="nll_loss",
+    ),
+    Metric(
+        "nll_token_mean", "NLL over tokens", "nats", -1,
+        caption="The NLL with every token weighted the same.",
+    ),
+    Metric(
+        "odds_ratio_loss", "odds-ratio loss", "number", -1, "preferences", _odds_ratio_loss,
+        "The part of the loss that compares the two answers; ln 2 where it cannot.",
+    ),
+    Metric("loss", "loss", "number", -1, "steps", caption="What is minimised."),
+    Metric("grad_norm", "gradient norm", "number"),
+    Metric("learning_rate", "learning rate", "rate"),
+    Metric("tokens_per_second", "tokens/s", "count", +1),
 )  # fmt: skip
-"""What a window adds up; what follows `preferences` is over pairs with both sides."""
+"""In the order in which tables show them."""
 
-_DIVISOR = {"loss": "steps", "nll": "nll_weight", "chosen_logprob": "pairs"} | dict.fromkeys(
-    ("rejected_logprob", "margin", "accuracy", "log_odds_ratio", "odds_ratio_loss"), "preferences"
-)
+_BY_NAME = {metric.name: metric for metric in METRICS}
+_COUNTS = ("steps", "tokens", "nll_weight", "pairs", "preferences")
+SUMS = (*_COUNTS, *(metric.name for metric in METRICS if metric.divisor))
+"""What a window adds up."""
 
 
-def preference_values(scores: PairScores, objective: Objective) -> dict[str, Tensor]:
-    """What is told of a pair with both sides; shapes [P], to be masked by `has_rejected_P`."""
-    log_odds_ratio_P = log_odds(scores.chosen_logprob_P) - log_odds(scores.rejected_logprob_P)
-    margin_P = scores.chosen_logprob_P - scores.rejected_logprob_P
-    return {
-        "rejected_logprob": scores.rejected_logprob_P,
-        "margin": margin_P,
-        "accuracy": (margin_P > 0).to(margin_P.dtype),
-        "log_odds_ratio": log_odds_ratio_P,
-        "odds_ratio_loss": odds_ratio_loss(log_odds_ratio_P, objective.odds_scale),
-    }
+def metric_named(name: str) -> Metric:
+    """The metric of that name; one that is not ours, of a `compute_metrics` say, is a plain number."""
+    return _BY_NAME.get(name) or Metric(name, name)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of metrics as tables show them: ours first, in our order, then others as they come."""
+    given = list(names)
+    return [name for name in _BY_NAME if name in given] + [name for name in given if name not in _BY_NAME]
+
+
+class Written(NamedTuple):
+    """A figure as text: its value and its standard error, which is empty where there is none."""
+
+    value: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ± {self.error}" if self.error else self.value
+
+
+def write_figure(name: str, figure: Figure | None) -> Written:
+    """Write a figure of the metric `name`: `71.2 % ± 3.4`, `-2.105 ± 0.031`; a dash where there is none."""
+    if figure is None:
+        return Written("-", "")
+    unit = metric_named(name).unit
+    error = figure.se
+    if unit == "share":
+        return Written(f"{100 * figure.mean:.1f} %", "" if error is None else f"{100 * error:.1f}")
+    style = {"count": ",.0f", "rate": ".2e"}.get(unit, ".3f")
+    return Written(format(figure.mean, style), "" if error is None else format(error, style))
+
+
+def write_change(name: str, before: Figure, after: Figure) -> tuple[str, bool]:
+    """A difference as signed text (`+3.1 points`, `-0.204`), and whether it is for the better."""
+    metric, change = metric_named(name), after.mean - before.mean
+    text = f"{100 * change:+.1f} points" if metric.unit == "share" else f"{change:+.3f}"
+    return text, change * metric.better > 0
 
 
 class MetricWindow:
     """The sums since the last log line."""
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self._sums = torch.zeros(len(SUMS), dtype=self.dtype, device=device)
+        self._sums = torch.zeros(len(SUMS), dtype=sum_dtype(device), device=device)
         self._before = [0.0] * len(SUMS)
         self._objective = objective
 
@@ -59,17 +172,17 @@ class MetricWindow:
         other._sums = self._sums.clone()
         return other
 
-    def add_row(self, scores: PairScores) -> None:
-        """Add the pairs of one row."""
-        has = scores.has_rejected_P
-        values = preference_values(scores, self._objective)
+    def add_pairs(self, scores: PairScores) -> None:
+        """Add the pairs of one batch."""
+        has_P = scores.has_rejected_P
+        values = {}
+        for metric in METRICS:
+            if metric.value is not None:
+                value_P = metric.value(scores, self._objective)
+                chosen_only = metric.divisor != "preferences"
+                values[metric.name] = (value_P if chosen_only else torch.where(has_P, value_P, 0)).sum()
         self._add(
-            pairs=has.numel(),
-            preferences=has.sum(),
-            nll=scores.nll_sum_P.sum(),
-            nll_weight=scores.nll_weight_P.sum(),
-            chosen_logprob=scores.chosen_logprob_P.sum(),
-            **{name: torch.where(has, value, 0).sum() for name, value in values.items()},
+            pairs=has_P.numel(), preferences=has_P.sum(), nll_weight=scores.nll_weight_P.sum(), **values
         )
 
     def add_step(self, loss: Tensor, num_tokens: int, num_ranks: int) -> None:
@@ -80,48 +193,42 @@ class MetricWindow:
         for name, value in values.items():
             self._sums[SUMS.index(name)] += value
 
-    def fold(self, reduce: Callable[[Tensor], Tensor]) -> list[float]:
-        """Add this window over the ranks, all of which must call; returns the sums so far, alike on each."""
+    def fold(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Add this window over the ranks, all of which must call.
+
+        Returns:
+            The sums so far by name, the same on every rank.
+        """
         self._before = [old + new for old, new in zip(self._before, reduce(self._sums).tolist(), strict=True)]
         self._sums.zero_()
-        return self._before
+        return dict(zip(SUMS, self._before, strict=True))
 
-    def restore(self, sums: list[float] | None) -> None:
-        """Go on from sums that `fold` returned before an interruption; from nothing without them."""
-        self._before = [0.0] * len(SUMS) if sums is None else list(sums)
+    def restore(self, sums: Mapping[str, float] | None) -> None:
+        """Continue from sums that `fold` returned before an interruption; from nothing without them.
+
+        Raises:
+            RunError: They are not of this version.
+        """
+        if sums is not None and (not isinstance(sums, Mapping) or set(sums) != set(SUMS)):
+            raise RunError("the checkpoint is of another version of orpo; start again in another output_dir")
+        self._before = [0.0 if sums is None else sums[name] for name in SUMS]
         self._sums.zero_()
 
     def close(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Add the window over the ranks, empty it, and return its named means, and `tokens` as a sum."""
-        sums = dict(zip(SUMS, self.fold(reduce), strict=True))
+        """Add the window over the ranks, empty it, and return its means by name, and `tokens` as a sum."""
+        sums = self.fold(reduce)
         self._before = [0.0] * len(SUMS)
-        means = {name: sums[name] / sums[by] for name, by in _DIVISOR.items() if sums[by] > 0}
+        means = {
+            metric.name: sums[metric.name] / sums[metric.divisor]
+            for metric in METRICS
+            if metric.divisor and sums[metric.divisor] > 0
+        }
         return means | {"tokens": sums["tokens"]}
 
 
-def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, float]:
-    """Means over examples with their standard errors (`_se`), and `loss`, the objective of these means.
-
-    `nll` is the mean over examples of each one's token mean; `nll_token_mean` weights every token alike.
-    """
-    nll_P = scores.nll_sum_P / scores.nll_weight_P
-    values = {"nll": nll_P, "chosen_logprob": scores.chosen_logprob_P}
-    loss_P = objective.nll_weight * nll_P
-    has = scores.has_rejected_P
-    if bool(has.any()):
-        preferences = preference_values(scores, objective)
-        values |= {name: value[has] for name, value in preferences.items()}
-        # Without a rejected side a pair has no odds term, so the others' weigh more: means, then their sum.
-        share = has.numel() / int(has.sum())
-        loss_P = loss_P + torch.where(has, objective.beta * share * preferences["odds_ratio_loss"], 0)
-    metrics: dict[str, float] = {}
-    for name, value in ({"loss": loss_P} | values).items():
-        metrics[name] = value.double().mean().item()
-        if value.numel() > 1:
-            metrics[f"{name}_se"] = value.double().std().item() / math.sqrt(value.numel())
-    tokens_P = scores.nll_tokens_P.double()
-    metrics["nll_token_mean"] = ((nll_P.double() * tokens_P).sum() / tokens_P.sum()).item()
-    return metrics
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over pairs are held in."""
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def trl_names(metrics: Mapping[str, float], beta: float) -> dict[str, float]:
@@ -129,18 +236,6 @@ def trl_names(metrics: Mapping[str, float], beta: float) -> dict[str, float]:
 
     TRL's `log_odds_ratio` is left out: it is log sigmoid of ours, that is minus our `odds_ratio_loss`.
     """
-    scaled = {
-        "rewards/chosen": "chosen_logprob",
-        "rewards/rejected": "rejected_logprob",
-        "rewards/margins": "margin",
-    }
-    same = {
-        "rewards/accuracies": "accuracy",
-        "logps/chosen": "chosen_logprob",
-        "logps/rejected": "rejected_logprob",
-        "log_odds_chosen": "log_odds_ratio",
-        "nll_loss": "nll",
-    }
-    return {theirs: beta * metrics[ours] for theirs, ours in scaled.items() if ours in metrics} | {
-        theirs: metrics[ours] for theirs, ours in same.items() if ours in metrics
-    }
+    known = [metric for metric in METRICS if metric.name in metrics]
+    rewards = {metric.trl_reward: beta * metrics[metric.name] for metric in known if metric.trl_reward}
+    return rewards | {metric.trl: metrics[metric.name] for metric in known if metric.trl}

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from orpo.engine.backends import SEGMENTS
 from orpo.engine.memory import default_logits_memory_mib
 from orpo.engine.probe import layout_problem
 from orpo.engine.scorer import Scorer, base_model
+from orpo.engine.segments import SEGMENTS
 from orpo.errors import ModelError
 from orpo.settings.config import LayoutName, Objective
 
@@ -44,10 +44,6 @@ def prepare_model(
         ModelError: The model is no causal language model, or no layout reproduces its own log-probabilities.
     """
     inner = base_model(model)
-    if inner.config.is_encoder_decoder:
-        raise ModelError(
-            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
-        )
     if inner.get_output_embeddings() is None:
         raise ModelError(f"{type(inner).__name__} has no language-model head to score tokens with")
     memory = logits_memory_mib or default_logits_memory_mib(next(model.parameters()).device)

@@ -115,11 +115,31 @@ _TENSORS = (
 )  # fmt: skip
 
 
+def nll_ranges(pair: TokenizedPair, objective: Objective) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of `prompt ++ chosen` that the NLL is over: of the context, then the response."""
+    response = len(pair.prompt) + pair.chosen_context
+    context: list[tuple[int, int]] = []
+    if objective.nll_on != "response" and objective.nll_weight > 0:
+        spans = [(0, response)] if objective.nll_on == "full" else pair.assistant_spans
+        context = [(max(start, 1), stop) for start, stop in spans]  # nothing predicts the first token
+    return [*context, (response, len(pair.prompt) + len(pair.chosen))]
+
+
+def num_nll_tokens(pair: TokenizedPair, objective: Objective) -> int:
+    """Tokens of a pair that the NLL is over."""
+    return sum(stop - start for start, stop in nll_ranges(pair, objective))
+
+
+def runs_rejected(objective: Objective, score_rejected: bool | None) -> bool:
+    """Whether rejected sides are run: as asked, or by default where the objective has an odds term."""
+    return objective.beta > 0 if score_rejected is None else score_rejected
+
+
 class _Side(NamedTuple):
     """One side of a pair as laid out: its ids, and where each of them stands in the flattened row."""
 
     ids: np.ndarray
-    place: np.ndarray
+    row_index: np.ndarray
     response_start: int
 
 
@@ -142,8 +162,7 @@ def pack(
         empty: Build a row that is computed but weighs nothing.
         score_rejected: Whether the rejected sides are run; by default, where the objective has an odds term.
     """
-    with_rejected = (objective.beta > 0 if score_rejected is None else score_rejected) and not empty
-    sides = _lay_out(pairs, layout, with_rejected)
+    sides = _lay_out(pairs, layout, not empty and runs_rejected(objective, score_rejected))
     rows = _ScoredTokens(objective, empty)
     for number, (pair, (chosen, rejected)) in enumerate(zip(pairs, sides.of_pair, strict=True)):
         rows.add(number, pair, chosen, rejected)
@@ -179,8 +198,8 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
         rejected = np.asarray(pair.rejected if with_rejected else (), np.int64)
         p, c, r = len(prompt), len(chosen), len(rejected)
         side_ids = np.concatenate([prompt, chosen])
-        place = np.arange(offset, offset + p + c)
-        first = _Side(side_ids, place, p + pair.chosen_context)
+        row_index = np.arange(offset, offset + p + c)
+        first = _Side(side_ids, row_index, p + pair.chosen_context)
         second = None
         ids.append(side_ids)
         positions.append(np.arange(p + c))
@@ -188,7 +207,7 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
             runs.append(Run(p, c, r))
             offset += p + c
             if r:
-                place = np.concatenate([place[:p], np.arange(offset, offset + r)])
+                row_index = np.concatenate([row_index[:p], np.arange(offset, offset + r)])
                 ids.append(rejected)
                 positions.append(np.arange(p, p + r))
                 offset += r
@@ -196,13 +215,13 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
             runs.append(Run(p, c, 0))
             offset += p + c
             if r:
-                place = np.arange(offset, offset + p + r)
+                row_index = np.arange(offset, offset + p + r)
                 ids.append(np.concatenate([prompt, rejected]))
                 positions.append(np.arange(p + r))
                 runs.append(Run(p, r, 0))
                 offset += p + r
         if r:
-            second = _Side(np.concatenate([prompt, rejected]), place, p + pair.rejected_context)
+            second = _Side(np.concatenate([prompt, rejected]), row_index, p + pair.rejected_context)
         of_pair.append((first, second))
     if layout == "padded":
         return _pad(ids, of_pair)
@@ -223,7 +242,7 @@ def _pad(ids: list[np.ndarray], of_pair: list[tuple[_Side, _Side | None]]) -> _L
         sides = []
         for side in (first, second):
             if side is not None:
-                sides.append(side._replace(place=line * width + np.arange(len(side.ids))))
+                sides.append(side._replace(row_index=line * width + np.arange(len(side.ids))))
                 line += 1
         placed.append((sides[0], sides[1] if len(sides) > 1 else None))
     positions_BN = np.broadcast_to(np.arange(width), input_ids_BN.shape).copy()
@@ -242,8 +261,8 @@ class _ScoredTokens:
         self._context: list[tuple[np.ndarray, ...]] = []
 
     def add(self, number: int, pair: TokenizedPair, chosen: _Side, rejected: _Side | None) -> None:
-        context = self._context_targets(pair, chosen)
-        response = np.arange(chosen.response_start, len(chosen.ids))
+        *spans, response = (np.arange(*span) for span in nll_ranges(pair, self.objective))
+        context = np.concatenate([np.arange(0), *spans])
         weight = self._token_weight(len(context) + len(response))
         self.nll_weight += weight * (len(context) + len(response))
         self._responses.append(self._score(chosen, response, number, Role.CHOSEN, weight))
@@ -256,14 +275,6 @@ class _ScoredTokens:
             self._context.append(self._score(chosen, context, number, Role.CONTEXT, weight))
         self.lengths.append((len(response), num_rejected))
 
-    def _context_targets(self, pair: TokenizedPair, chosen: _Side) -> np.ndarray:
-        if self.objective.nll_on == "response" or self.objective.nll_weight == 0 or self.empty:
-            return np.arange(0)
-        if self.objective.nll_on == "full":
-            return np.arange(1, chosen.response_start)  # nothing predicts the first token
-        spans = [np.arange(max(start, 1), stop) for start, stop in pair.assistant_spans]
-        return np.concatenate(spans) if spans else np.arange(0)
-
     def _token_weight(self, num_tokens: int) -> float:
         if self.empty:
             return 0.0
@@ -275,7 +286,7 @@ class _ScoredTokens:
     ) -> tuple[np.ndarray, ...]:
         n = len(targets)
         return (
-            side.place[targets - 1],
+            side.row_index[targets - 1],
             side.ids[targets],
             np.full(n, number),
             np.full(n, int(role)),

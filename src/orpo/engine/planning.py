@@ -1,13 +1,12 @@
 """Which pairs make up each optimizer step, and how a step's pairs are spread over ranks and rows.
 
-A step is a fixed number of pairs; a row is a number of tokens. The plan is computed alike on every rank from
-the lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the
+A step is a fixed number of pairs; a row is a number of tokens. Every rank computes the same plan from the
+lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the
 ranks by cost and filled into rows under a token budget, the same number of rows on every rank. Since the loss
 is divided by the counts of the whole step, nothing here can change the gradient.
 """
 
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ ATTENTION_COST = 1 / 4096
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """One row: the data-set indices of its pairs. An `empty` row is for a rank that has no pairs left."""
+    """One row: the indices of its pairs in the step. An `empty` row is for a rank that has no pairs left."""
 
     pairs: tuple[int, ...]
     empty: bool = False
@@ -81,7 +80,6 @@ def pair_cost(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
 
 
 def plan_step(
-    indices: Sequence[int] | np.ndarray,
     lengths: np.ndarray,
     *,
     num_ranks: int,
@@ -91,35 +89,32 @@ def plan_step(
     """Spread the pairs of one step over ranks and rows.
 
     Args:
-        indices: Data-set indices of the step's pairs, at least one.
-        lengths: (prompt, chosen, rejected) tokens of every pair of the data set, shape [n, 3].
+        lengths: (prompt, chosen, rejected) tokens of every pair of the step, at least one. Shape [n, 3].
         num_ranks: Processes that share the step.
         tokens_per_row: Most tokens in a row, padding included; a pair longer than that has a row to itself.
         layout: The layout of the rows, which decides how many tokens a pair takes.
     """
-    indices = np.asarray(indices)
-    tokens = dict(zip(indices.tolist(), pair_tokens(lengths[indices], layout).tolist(), strict=True))
-    cost = dict(zip(indices.tolist(), pair_cost(lengths[indices], layout).tolist(), strict=True))
-    by_cost = sorted(cost, key=lambda i: (-cost[i], i))
-    sizes = dict(zip(indices.tolist(), pair_sizes(lengths[indices], layout).tolist(), strict=True))
-    ranks = [_fill_rows(share, sizes, tokens_per_row) for share in _balance(by_cost, cost, num_ranks)]
+    tokens = pair_tokens(lengths, layout).tolist()
+    sizes = pair_sizes(lengths, layout).tolist()
+    shares = _balance(pair_cost(lengths, layout).tolist(), num_ranks)
+    ranks = [_fill_rows(share, sizes, tokens_per_row) for share in shares]
     num_rows = max(map(len, ranks))
-    spare = min(tokens, key=lambda i: (tokens[i], i))
+    spare = tokens.index(min(tokens))
     return tuple(tuple(_to_rows(rows, num_rows, tokens, spare)) for rows in ranks)
 
 
-def _balance(by_cost: list[int], cost: dict[int, float], num_shares: int) -> list[list[int]]:
+def _balance(cost: list[float], num_shares: int) -> list[list[int]]:
     """Deal pairs, costliest first, each to the share that has the least so far."""
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     loads = [(0.0, share) for share in range(num_shares)]
-    for pair in by_cost:
+    for pair in sorted(range(len(cost)), key=lambda i: -cost[i]):
         load, share = heapq.heappop(loads)
         shares[share].append(pair)
         heapq.heappush(loads, (load + cost[pair], share))
     return shares
 
 
-def _fill_rows(pairs: list[int], sizes: dict[int, list[int]], tokens_per_row: int) -> list[list[int]]:
+def _fill_rows(pairs: list[int], sizes: list[list[int]], tokens_per_row: int) -> list[list[int]]:
     """First fit, widest and then longest first."""
     rows: list[list[int]] = []
     free_lines: list[int] = []
@@ -135,7 +130,7 @@ def _fill_rows(pairs: list[int], sizes: dict[int, list[int]], tokens_per_row: in
     return rows
 
 
-def _to_rows(rows: list[list[int]], num_rows: int, tokens: dict[int, int], spare: int) -> list[RowPlan]:
+def _to_rows(rows: list[list[int]], num_rows: int, tokens: list[int], spare: int) -> list[RowPlan]:
     """Bring a rank to `num_rows` rows: split its fullest ones, then add empty ones."""
     rows = [list(row) for row in rows]
     while len(rows) < num_rows and any(len(row) > 1 for row in rows):

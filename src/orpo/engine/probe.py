@@ -4,13 +4,10 @@ A model that cannot follow a packed row does so silently, so the loss and a few 
 compared with those of the plain model, one response at a time.
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from orpo.engine.backends import by_segments
 from orpo.engine.objective import log_odds, odds_ratio_loss
 from orpo.engine.packing import pack
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
@@ -26,16 +23,12 @@ MAX_PROBE_WINDOW = 512
 def layout_problem(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
     """What a layout gets wrong: in full precision where the weights have it, and as training will run it.
 
-    Full precision is sharp enough to tell a wrong layout from rounding. It goes by segments, which need no
-    compiler; a kernel for whole rows is tried in the precision of training, and has its own test
-    (backends.py).
+    Full precision is sharp enough to tell a wrong layout from rounding. It goes by segments; a kernel for
+    whole rows is tried in the precision of training, and has its own test (attention.py).
     """
     kind = next(model.parameters()).device.type
-    if not torch.is_autocast_enabled(kind):
-        with by_segments() if kind == "cuda" and _has_full_precision(model) else nullcontext():
-            return _probe(model, scorer, layout)
-    if _has_full_precision(model):
-        with torch.autocast(kind, enabled=False), by_segments():
+    if torch.is_autocast_enabled(kind) and _has_full_precision(model):
+        with torch.autocast(kind, enabled=False):
             problem = _probe(model, scorer, layout)
         if problem is not None:
             return problem

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from orpo.engine.attention import Segments, attend
-from orpo.engine.backends import SEGMENTS
+from orpo.engine.attention import attend
 from orpo.engine.head import Denominators, Head, PairScores, score_row
 from orpo.engine.packing import PackedBatch
+from orpo.engine.segments import SEGMENTS, Segments
 from orpo.errors import ModelError
 from orpo.settings.config import LayoutName, Objective
 
@@ -47,7 +47,11 @@ class ORPOOutput(ModelOutput):
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside PEFT, DDP and torch.compile wrappers."""
+    """The transformers model inside PEFT, DDP and torch.compile wrappers.
+
+    Raises:
+        ModelError: There is none, or it is an encoder-decoder model.
+    """
     inner: Any = model
     while True:
         if hasattr(inner, "get_base_model"):
@@ -62,11 +66,18 @@ def base_model(model: nn.Module) -> PreTrainedModel:
         raise ModelError(
             f"{type(inner).__name__} is not a transformers model; pass a PreTrainedModel or its name"
         )
+    refuse_encoder_decoder(inner.config, type(inner).__name__)
     return inner
 
 
+def refuse_encoder_decoder(config: Any, name: str) -> None:
+    """Refuse a model whose answers do not continue its prompts; `name` is what to call it."""
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder model; ORPO here trains causal language models")
+
+
 class Scorer:
-    """Holds what a prepared model needs beside its weights; one per model, reached from its `forward`."""
+    """Holds what a prepared model needs besides its weights; one per model, reached from its `forward`."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective, logits_memory_mib: int) -> None:
         self.model = model
@@ -261,7 +272,7 @@ _HARMLESS = {
     "output_router_logits", "position_embeddings", "return_dict", "past_key_values",
 }  # fmt: skip
 
-# Compiled into a layer it would be compiled anew for the lengths of every row.
+# Compiled into a layer it would be compiled again for the lengths of every row.
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_segments_attention_forward))
 
 
@@ -280,26 +291,46 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
 def _weight_and_bias(module: Any, hidden_ND: Tensor) -> tuple[Tensor, Tensor | None]:
     """The vocabulary matrix and its bias as `module` applies them now, PEFT adapters included."""
     disabled: bool = getattr(module, "disable_adapters", False)
-    if hasattr(module, "modules_to_save"):  # a copy of the module is trained in full
-        module = module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
-    if hasattr(module, "unshard"):  # FSDP2, which gathers it for its own forward; scoring has no use for that
-        with torch.no_grad():  # but a unit of norm and head has run only when both were called
+    module = _trained_copy(module, disabled)
+    _gather_shards(module, hidden_ND)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if not disabled and hasattr(module, "get_delta_weight") and not module.merged:
+        weight = _adapted_weight(module)
+    return weight, bias
+
+
+def _trained_copy(module: Any, disabled: bool) -> Any:
+    """The copy that PEFT's `modules_to_save` trains in full, where there is one, or the module itself."""
+    if not hasattr(module, "modules_to_save"):
+        return module
+    return module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
+
+
+def _gather_shards(module: Any, hidden_ND: Tensor) -> None:
+    """Give a module that FSDP2 shards its whole weight, as FSDP2 does for the module's own forward."""
+    if hasattr(module, "unshard"):
+        with torch.no_grad():  # a unit of norm and head has run only when both were called
             module(hidden_ND[:1])
         module.unshard()
-    base, bias = module.weight, getattr(module, "bias", None)
-    if disabled or not hasattr(module, "get_delta_weight") or module.merged:
-        return base, bias
+
+
+def _adapted_weight(module: Any) -> Tensor:
+    """The weight under the active adapters of a LoRA layer, one added to the other."""
+    base: Tensor = module.weight
     weight = base
     for adapter in module.active_adapters:
         delta = module.get_delta_weight(adapter)
-        if adapter in getattr(
-            module, "lora_magnitude_vector", ()
-        ):  # DoRA, whose norm is a constant to its gradient
-            moved = base + delta
-            factor_V = module.lora_magnitude_vector[adapter].weight / moved.detach().norm(dim=1)
-            delta = factor_V[:, None] * moved - base
+        if adapter in getattr(module, "lora_magnitude_vector", ()):  # DoRA
+            delta = _dora_delta(base, delta, module.lora_magnitude_vector[adapter].weight)
         weight = weight + delta
-    return weight, bias
+    return weight
+
+
+def _dora_delta(base_VD: Tensor, delta_VD: Tensor, magnitude_V: Tensor) -> Tensor:
+    """What DoRA adds to a weight: its norm, a constant to the gradient, is replaced by a trained one."""
+    moved_VD = base_VD + delta_VD
+    factor_V: Tensor = magnitude_V / moved_VD.detach().norm(dim=1)
+    return factor_V[:, None] * moved_VD - base_VD
 
 
 def _has_router_loss(model: PreTrainedModel) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from orpo.engine.head import Denominators
-from orpo.engine.packing import PackedBatch, pack
+from orpo.engine.packing import PackedBatch, num_nll_tokens, pack, runs_rejected
 from orpo.engine.planning import plan_epoch, plan_step
 from orpo.errors import DataError
 from orpo.pairs import TokenizedPair
@@ -80,12 +80,9 @@ def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: R
         index: Their rows in the data set.
         settings: How they become rows.
     """
-    runs_rejected = (
-        settings.objective.beta > 0 if settings.score_rejected is None else settings.score_rejected
-    )
-    lengths = np.array([(len(p.prompt), len(p.chosen), runs_rejected * len(p.rejected)) for p in pairs])
+    with_rejected = runs_rejected(settings.objective, settings.score_rejected)
+    lengths = np.array([(len(p.prompt), len(p.chosen), with_rejected * len(p.rejected)) for p in pairs])
     plan = plan_step(
-        range(len(pairs)),
         lengths,
         num_ranks=settings.num_ranks,
         tokens_per_row=settings.tokens_per_row,
@@ -138,16 +135,6 @@ def step_denominators(pairs: Iterable[TokenizedPair], objective: Objective) -> D
         nll += 1 if objective.nll_reduction == "pair" else num_nll_tokens(pair, objective)
         preferences += len(pair.rejected) > 0
     return Denominators(float(max(nll, 1)), float(max(preferences, 1)), float(max(examples, 1)))
-
-
-def num_nll_tokens(pair: TokenizedPair, objective: Objective) -> int:
-    """Tokens of a pair that the NLL is over, as `pack` scores them."""
-    response = len(pair.chosen) - pair.chosen_context
-    if objective.nll_on == "response" or objective.nll_weight == 0:
-        return response
-    if objective.nll_on == "full":
-        return len(pair.prompt) + len(pair.chosen) - 1  # nothing predicts the first token
-    return response + sum(stop - max(start, 1) for start, stop in pair.assistant_spans)
 
 
 class StepDataset(Dataset[Step]):

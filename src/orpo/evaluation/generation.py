@@ -2,7 +2,7 @@
 
 What is loaded is a run directory, a model, an adapter on its base, or a hub name. An answer ends where the
 model was taught to end it: at EOS or at the end-of-turn token of its chat template. A model without a
-template was trained on plain text, and goes on from what it is given.
+template was trained on plain text, and continues what it is given.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from orpo.data.templates import ChatTemplate, prepare_template
 from orpo.engine.loading import load_model, load_tokenizer
-from orpo.errors import ModelError
+from orpo.errors import ConfigError, ModelError
 from orpo.pairs import Message
-from orpo.run.directory import model_folder
+from orpo.run.checkpoints import model_folder
 from orpo.settings.config import OrpoSettings
 
 
@@ -60,12 +60,25 @@ class Sampling:
         top_p: Share of the probability that tokens are drawn from, in (0, 1].
         max_tokens: Longest answer, in tokens.
         seed: Of the draws; None: a new one each time.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     temperature: float = 0.7
     top_p: float = 0.95
     max_tokens: int = 256
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, expected, holds in (
+            ("temperature", "at least 0", self.temperature >= 0),
+            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("max_tokens", "at least 1", self.max_tokens >= 1),
+        ):
+            if not holds:
+                value = getattr(self, name)
+                raise ConfigError(f"{name}: {value} is out of range; expected {expected}")
 
 
 class _Streamer(TextStreamer):
@@ -77,8 +90,13 @@ class _Streamer(TextStreamer):
         super().on_finalized_text(seen, stream_end=stream_end)
 
 
-class Speaker:
-    """A model with its tokenizer and its side of a conversation."""
+class ChatModel:
+    """A model with its tokenizer and a conversation.
+
+    Attributes:
+        name: For the screen.
+        turns: The conversation so far, without a system turn.
+    """
 
     def __init__(
         self,
@@ -104,6 +122,22 @@ class Speaker:
         )
         self.turns: list[Message] = []
 
+    @classmethod
+    def load(cls, name: str, settings: OrpoSettings | None = None, chat_template: str | None = None) -> Self:
+        """Load a model and its tokenizer to talk to.
+
+        Args:
+            name: Run directory, model or adapter folder, or hub name.
+            settings: How to load it (`dtype`, `trust_remote_code`).
+            chat_template: A template to use instead of the tokenizer's own.
+
+        Raises:
+            OrpoError: One of them cannot be loaded.
+        """
+        settings = settings or OrpoSettings()
+        tokenizer = load_tokenizer(model_folder(name), trust_remote_code=settings.trust_remote_code)
+        return cls(name, load_trained(name, settings), tokenizer, chat_template)
+
     def answer(
         self, text: str, sampling: Sampling, *, system: str | None = None, stream: bool = False
     ) -> str:
@@ -122,12 +156,12 @@ class Speaker:
         self.turns.append({"role": "user", "content": text})
         try:
             ids = self._fitting(opening, sampling.max_tokens)
-            said = self._generate(ids, sampling, stream)
+            answer = self._generate(ids, sampling, stream)
         except BaseException:
             self.turns.pop()
             raise
-        self.turns.append({"role": "assistant", "content": said})
-        return said
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer
 
     def _fitting(self, opening: Sequence[Message], max_tokens: int) -> torch.Tensor:
         """The conversation as tokens, shape [1, N]; its oldest turns go where it grows too long."""
@@ -172,8 +206,8 @@ class Speaker:
                 else None,
                 **options,
             )
-        said: str = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return said.strip()
+        answer: str = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return answer.strip()
 
 
 @contextlib.contextmanager
@@ -185,13 +219,3 @@ def _seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def load_speaker(name: str, settings: OrpoSettings, chat_template: str | None = None) -> Speaker:
-    """Load a model and its tokenizer to talk to.
-
-    Raises:
-        OrpoError: One of them cannot be loaded.
-    """
-    tokenizer = load_tokenizer(model_folder(name), trust_remote_code=settings.trust_remote_code)
-    return Speaker(name, load_trained(name, settings), tokenizer, chat_template)

@@ -1,44 +1,104 @@
-"""Held-out pairs -> preference accuracy, margins, log odds, log-probs and NLL, averaged over examples.
+"""Held-out pairs -> what a model prefers: accuracy, margins, log odds, log-probs, NLL, each with its error.
 
-Pairs are packed and scored as in training, without gradients. Every pair's scores are kept and averaged at
-the end, so neither the batch size nor the token budget of a row changes a number.
+Pairs are packed and scored as in training, without gradients, and averaged at the end; errors are clustered
+by prompt (statistics.py). `evaluate` does all of it by name, for `orpo eval` and for Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from orpo.data.dataset import TokenizedDataset
+from orpo.console import say
+from orpo.data.dataset import TokenizedDataset, prompt_index
+from orpo.data.source import read_pairs
 from orpo.engine.head import PairScores
-from orpo.engine.metrics import evaluation_metrics
+from orpo.engine.loading import load_tokenizer
+from orpo.engine.memory import default_tokens_per_row
+from orpo.engine.metrics import METRICS
+from orpo.engine.model import prepare_model
+from orpo.engine.score import score
 from orpo.engine.steps import EVALUATION_BLOCK, RowSettings, StepDataset
+from orpo.errors import ConfigError
+from orpo.evaluation.generation import load_trained
+from orpo.evaluation.statistics import clustered_mean
 from orpo.pairs import TokenizedPair
+from orpo.run.checkpoints import model_folder
+from orpo.run.directory import RunDirectory, write_json
+from orpo.run.log import Figure, Figures, figures_to_json
+from orpo.settings.config import (
+    Objective,
+    OrpoSettings,
+    check_recipe,
+    inherited_by_evaluation,
+    resolve_objective,
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What a model was found to prefer.
 
     Attributes:
-        metrics: Named means over examples, with standard errors under the name with `_se`.
-        groups: The same for each group of pairs, where the data names groups.
         num_pairs: Pairs scored.
         num_preferences: Pairs with both sides; accuracy, margin and odds are over these.
-        group_sizes: Pairs of each group.
+        figures: By metric.
+        groups: The same for each group of pairs, where the data names groups.
     """
 
-    metrics: dict[str, float]
-    groups: dict[str, dict[str, float]]
     num_pairs: int
     num_preferences: int
-    group_sizes: dict[str, int]
+    figures: Figures
+    groups: dict[str, Evaluation] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "num_pairs": self.num_pairs,
+            "num_preferences": self.num_preferences,
+            "metrics": figures_to_json(self.figures),
+        } | (
+            {"groups": {name: group.to_json() for name, group in self.groups.items()}} if self.groups else {}
+        )
 
 
-def evaluate(
+def summarise(scores: PairScores, objective: Objective, prompt_P: Tensor) -> dict[str, Figure]:
+    """Average scores over examples; figures that no pair has a value for are left out.
+
+    `nll` is the mean over examples of each one's token mean, `nll_token_mean` weights every token the same,
+    and `loss` is the objective of these means.
+
+    Args:
+        scores: Of at least one pair.
+        objective: What is minimised.
+        prompt_P: The same number for pairs with the same prompt.
+    """
+    one_P = torch.ones(len(prompt_P), dtype=torch.float64)
+    has_P = scores.has_rejected_P.double()
+    nll_P = scores.nll_sum_P / scores.nll_weight_P
+    values = {metric.name: metric.value(scores, objective) for metric in METRICS if metric.value}
+    # A pair without a rejected side has no odds term, so the others' weigh more: means, then their sum.
+    share = len(one_P) / max(int(has_P.sum()), 1)
+    odds_P = torch.where(scores.has_rejected_P, objective.beta * share * values["odds_ratio_loss"], 0)
+    values |= {"nll": nll_P, "nll_token_mean": nll_P, "loss": objective.nll_weight * nll_P + odds_P}
+    figures = {}
+    for metric in METRICS:
+        if metric.name in values:
+            weight_P = has_P if metric.divisor == "preferences" else one_P
+            weight_P = scores.nll_tokens_P.double() if metric.name == "nll_token_mean" else weight_P
+            value_P = torch.where(weight_P > 0, values[metric.name], 0).double()
+            figure = clustered_mean(value_P * weight_P, weight_P, prompt_P)
+            if figure is not None:
+                figures[metric.name] = figure
+    return figures
+
+
+def evaluate_pairs(
     model: nn.Module,
     pairs: TokenizedDataset | Sequence[TokenizedPair],
     settings: RowSettings,
@@ -52,56 +112,176 @@ def evaluate(
         model: As `prepare_model` leaves it.
         pairs: At least one.
         settings: Objective, layout and token budget; every rejected side is scored, whatever the objective.
-        batch_size: Pairs that are spread over rows together; only the speed depends on it.
-        progress: Called with the number of pairs scored so far.
+        batch_size: Pairs that are packed together; only the speed depends on it.
+        progress: Called with the number of pairs of each batch scored.
     """
-    scores = score_pairs(model, pairs, settings, batch_size=batch_size, progress=progress)
-    names = pairs.groups if isinstance(pairs, TokenizedDataset) else [None] * len(pairs)
+    dataset = pairs if isinstance(pairs, TokenizedDataset) else TokenizedDataset.from_pairs(pairs)
+    scores = score_pairs(model, dataset, settings, batch_size=batch_size, progress=progress)
+    prompt_P = torch.from_numpy(prompt_index(dataset))
     members: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
+    for index, name in enumerate(dataset.groups):
         if name is not None:
             members.setdefault(name, []).append(index)
+    whole = _evaluation(scores, settings.objective, prompt_P)
+    groups = {
+        name: _evaluation(scores, settings.objective, prompt_P, index) for name, index in members.items()
+    }
     return Evaluation(
-        metrics=evaluation_metrics(scores, settings.objective),
-        groups={
-            name: evaluation_metrics(_select(scores, index), settings.objective)
-            for name, index in members.items()
-        },
-        num_pairs=len(pairs),
+        num_pairs=whole.num_pairs,
+        num_preferences=whole.num_preferences,
+        figures=whole.figures,
+        groups=groups,
+    )
+
+
+def _evaluation(
+    scores: PairScores, objective: Objective, prompt_P: Tensor, index: Sequence[int] | None = None
+) -> Evaluation:
+    """The evaluation of all pairs, or of those at `index`."""
+    if index is not None:
+        scores = PairScores(*(column[list(index)] for column in scores))
+        prompt_P = prompt_P[list(index)]
+    return Evaluation(
+        num_pairs=len(prompt_P),
         num_preferences=int(scores.has_rejected_P.sum()),
-        group_sizes={name: len(index) for name, index in members.items()},
+        figures=summarise(scores, objective, prompt_P),
     )
 
 
 def score_pairs(
     model: nn.Module,
-    pairs: TokenizedDataset | Sequence[TokenizedPair],
+    pairs: TokenizedDataset,
     settings: RowSettings,
     *,
     batch_size: int = EVALUATION_BLOCK,
     progress: Callable[[int], None] | None = None,
 ) -> PairScores:
-    """The scores of every pair, in the order of `pairs`, on the CPU. Arguments as for `evaluate`."""
-    all_sides = RowSettings(settings.objective, settings.layout, settings.tokens_per_row, score_rejected=True)
-    steps = StepDataset(pairs, all_sides, pairs_per_step=batch_size, shuffle=False)  # type: ignore[arg-type]
-    device = next(model.parameters()).device
-    found: list[PairScores] = []
-    order: list[int] = []
+    """The scores of every pair, in the order of `pairs`, on the CPU. Arguments as for `evaluate_pairs`."""
+    both_sides = RowSettings(
+        settings.objective, settings.layout, settings.tokens_per_row, score_rejected=True
+    )
+    steps = StepDataset(pairs, both_sides, pairs_per_step=batch_size, shuffle=False)  # type: ignore[arg-type]
     training = model.training
-    model.eval()
-    with torch.no_grad():
-        for number in range(len(steps)):
-            for row in steps[number].rows:
-                output = model(batch=row.to(device))
-                order += row.index
-                found.append(PairScores(*(column.cpu() for column in output.pairs)))
-            if progress:
-                progress(len(order))
+    scores = score(
+        model,
+        (steps[number] for number in range(len(steps))),
+        len(pairs),
+        device=next(model.parameters()).device,
+        progress=progress,
+    )
     model.train(training)
-    place = torch.argsort(torch.tensor(order))
-    return PairScores(*(torch.cat(columns)[place] for columns in zip(*found, strict=True)))
+    return scores
 
 
-def _select(scores: PairScores, index: Sequence[int]) -> PairScores:
-    chosen = torch.tensor(index)
-    return PairScores(*(column[chosen] for column in scores))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """An evaluation, and of what.
+
+    Attributes:
+        model: As given.
+        data: As given, or what kind of object it was.
+        evaluation: What was found.
+        settings: Those of the recipe that decided it.
+        rows: What became of the rows.
+        path: Where it was saved; None where the model is in no run directory.
+    """
+
+    model: str
+    data: str
+    evaluation: Evaluation
+    settings: dict[str, Any]
+    rows: dict[str, Any]
+    path: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        about = {"model": self.model, "data": self.data}
+        return about | self.evaluation.to_json() | {"settings": self.settings, "rows": self.rows}
+
+
+def evaluate(
+    model: str,
+    data: Any,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    batch_size: int = EVALUATION_BLOCK,
+    quiet: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """Score preference pairs with the model of a run directory, or with any model or adapter.
+
+    Says how the data was read and what was dropped. In a run directory the result is saved, for the page.
+
+    Args:
+        model: Run directory, model or adapter folder, or hub name.
+        data: File, hub name, `Dataset` or rows.
+        split: Split of a hub data set; None: what the settings name, else `test`.
+        name: The result is saved under this name; None: the name of the data.
+        batch_size: Pairs packed together, at least 1; only the speed depends on it.
+        quiet: Say nothing.
+        progress: Called with the pairs scored so far and their number.
+        settings: Of a recipe (`max_length=1024`, ...); they beat those that the run was trained with.
+
+    Raises:
+        OrpoError: Model, data or settings cannot be used.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: {batch_size} is out of range; expected at least 1")
+    folder, run = model_folder(model), RunDirectory(Path(model))
+    recipe = inherited_by_evaluation(run.read_recipe()) | settings
+    check_recipe(recipe)
+    resolved = OrpoSettings.from_recipe(recipe)
+    tokenizer = load_tokenizer(folder, trust_remote_code=resolved.trust_remote_code)
+    source = data if isinstance(data, str | Path) else type(data).__name__
+    split = split or resolved.dataset_test_split or "test"
+    read = read_pairs(data, resolved, tokenizer, split=split, name=Path(source).name)
+    _say_all([] if quiet else read.lines())
+    loaded = load_trained(folder, resolved)
+    rows, notices = _row_settings(loaded, resolved)
+    _say_all([] if quiet else notices)
+    found = evaluate_pairs(
+        loaded, read.pairs, rows, batch_size=batch_size, progress=_counting(progress, len(read.pairs))
+    )
+    result = Result(
+        model=str(model),
+        data=str(source),
+        evaluation=found,
+        settings=recipe,
+        rows={} if read.counts is None else read.counts.to_dict(),
+    )
+    if not run.is_run():
+        return result
+    path = run.evaluation(name or Path(source).name.split(".")[0] or "data")
+    write_json(path, result.to_json())
+    return replace(result, path=path)
+
+
+def _row_settings(model: nn.Module, settings: OrpoSettings) -> tuple[RowSettings, Sequence[str]]:
+    """Prepare a model, and say how pairs become its rows; with lines to print."""
+    objective, _ = resolve_objective(settings)
+    memory = settings.logits_memory_mib
+    prepared = prepare_model(model, objective, layout=settings.layout, logits_memory_mib=memory)
+    device = next(model.parameters()).device
+    budget = settings.tokens_per_row or default_tokens_per_row(model, device, trains=False)
+    return RowSettings(objective, prepared.layout, budget), prepared.notices
+
+
+def _counting(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
+    """`progress`, called with the number of pairs of each batch."""
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        progress(done, total)
+
+    return advance
+
+
+def _say_all(lines: Sequence[str]) -> None:
+    for line in lines:
+        say(line)

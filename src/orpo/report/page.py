@@ -1,87 +1,39 @@
 """A run as one self-contained HTML page: what was trained, on what, how it went, and what it says.
 
-Curves are inline SVG, so that the page needs no network and can be mailed; colours are CSS variables, so that
-it follows the reader's light or dark mode. What the run directory lacks, the page leaves out.
+Everything is inline, so the page needs no network and can be mailed. What the run directory lacks, the page
+leaves out.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from orpo.run.directory import Run, Samples, is_number, read_json, read_run
+from orpo.engine.metrics import in_order, metric_named, write_change, write_figure
+from orpo.report.figures import Line, Points, figure_html
+from orpo.run.directory import Run, RunDirectory, Samples, read_json, read_run, write_json
+from orpo.run.log import Figure, Figures, figures_from_json, figures_to_json
 
-MINUS = "\N{MINUS SIGN}"
+_TILES = ("accuracy", "log_odds_ratio", "chosen_logprob", "rejected_logprob")
+_CURVES = ("log_odds_ratio", "accuracy", "nll", "odds_ratio_loss")
 
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A metric as the page shows it.
-
-    Attributes:
-        name: Name in metrics.jsonl, without the prefix `eval_`.
-        title: Name in the page.
-        better: +1 where larger is better, -1 where smaller is, 0 where neither.
-        percent: Shown as a percentage.
-    """
-
-    name: str
-    title: str
-    better: int
-    percent: bool = False
-
-
-METRICS = (
-    Metric("accuracy", "Preference accuracy", +1, percent=True),
-    Metric("log_odds_ratio", "Log odds ratio", +1),
-    Metric("margin", f"Margin (chosen {MINUS} rejected)", +1),
-    Metric("chosen_logprob", "Chosen log-prob", +1),
-    Metric("rejected_logprob", "Rejected log-prob", -1),
-    Metric("nll", "NLL", -1),
-    Metric("odds_ratio_loss", "Odds-ratio loss", -1),
-    Metric("loss", "Loss", -1),
-)
-_SINGLE_CURVES = (
-    (
-        "log_odds_ratio",
-        "Log odds ratio",
-        "How much likelier, in log odds, a chosen answer is than a rejected one.",
-    ),
-    (
-        "accuracy",
-        "Preference accuracy",
-        "Share of held-out pairs whose chosen answer has the higher log-prob.",
-    ),
-    ("nll", "NLL", "Negative log-likelihood of a token of the chosen side."),
-    (
-        "odds_ratio_loss",
-        "Odds-ratio loss",
-        "The part of the loss that compares the two answers; ln 2 where it cannot.",
-    ),
-)
-
-
-Figures = Mapping[str, Sequence[float]]
-"""Name of a metric -> its mean and the standard error of that."""
+TestFigures = Mapping[str, Figures]
+"""By model, what test pairs say of it: before training, other runs, this run."""
 
 
 def write_report(
     run_dir: str | Path,
     contrast: Mapping[str, str | Path] | None = None,
     *,
-    test: Mapping[str, Figures] | None = None,
+    test: TestFigures | None = None,
     note: str | None = None,
 ) -> Path:
-    """Write `report.html` into a run directory, and into `report.json` what the page was asked to show.
+    """Write the page of a run into its directory, and what it was asked to show next to it.
 
     Args:
         run_dir: The run; its name is `ORPO` in the page where there is a contrast.
@@ -98,7 +50,8 @@ def write_report(
         DataError: As `read_run`.
     """
     run_dir = Path(run_dir)
-    asked = read_json(run_dir / "report.json", {})
+    run_files = RunDirectory(run_dir)
+    asked = read_json(run_files.page_request, {})
     if contrast is not None:
         asked["contrast"] = {name: os.path.relpath(other, run_dir) for name, other in contrast.items()}
     else:  # a run that has gone since is left out
@@ -106,41 +59,32 @@ def write_report(
             name: other for name, other in asked.get("contrast", {}).items() if (run_dir / other).is_dir()
         }
     if test is not None:
-        asked["test"] = {model: dict(figures) for model, figures in test.items()}
+        asked["test"] = {model: figures_to_json(figures) for model, figures in test.items()}
     if note is not None:
         asked["note"] = note
     others = [read_run(run_dir / other, name) for name, other in asked["contrast"].items()]
     run = read_run(run_dir, "ORPO" if others else None)
-    page = _page(run_dir.resolve().name, run, others, asked.get("test", {}), asked.get("note", ""))
-    path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    tested = {model: figures_from_json(values) for model, values in asked.get("test", {}).items()}
+    page = _page(run_dir.resolve().name, run, others, tested, asked.get("note", ""))
+    run_files.page.write_text(page, encoding="utf-8")
     if any(asked.values()):
-        (run_dir / "report.json").write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-    return path
+        write_json(run_files.page_request, asked)
+    return run_files.page
 
 
 # Page
 
 
-def _page(title: str, run: Run, others: list[Run], test: Mapping[str, Figures], note: str) -> str:
+def _page(title: str, run: Run, others: list[Run], test: TestFigures, note: str) -> str:
     css = files("orpo.report").joinpath("report.css").read_text(encoding="utf-8")
     model = str(run.recipe.get("model_name_or_path") or "")
-    subtitle = " · ".join(
-        part
-        for part in (
-            model and f"from {Path(model).name or model}",
-            _data_name(run.recipe.get("dataset_name")),
-            f"{datetime.now():%Y-%m-%d %H:%M}",
-        )
-        if part
-    )
-    main_set, *more_sets = run.evaluation_sets()
-    more_tables = "".join(_before_and_after(run.of_set(name), [], name) for name in more_sets)
-    shown, beside = run.of_set(main_set), [other.of_set(main_set) for other in others]
+    when = f"{datetime.now():%Y-%m-%d %H:%M}"
+    about = (model and f"from {Path(model).name or model}", _data_name(run.recipe.get("dataset_name")), when)
+    subtitle = " · ".join(part for part in about if part)
     sections = [
-        _overview(shown, beside, test, main_set, more_tables),
+        _overview(run, others, test),
         _saved_evaluations([run, *others]),
-        _curves(shown, beside),
+        _curves(run, others),
         _samples(run.samples),
         _mapping_section("Data", "data", run.data, "What was read, and what was left out and why."),
         _mapping_section("Configuration", "configuration", run.recipe, "The resolved recipe."),
@@ -178,81 +122,67 @@ def _data_name(name: Any) -> str:
     return ", ".join(Path(str(one)).name for one in names)
 
 
-def _overview(
-    run: Run, others: list[Run], test: Mapping[str, Figures], set_name: str, more_tables: str
-) -> str:
+def _overview(run: Run, others: list[Run], test: TestFigures) -> str:
     """The headline numbers, of test pairs where there are any, and the tables they are from."""
-    first, last = run.first_evaluation(), run.final_evaluation()
+    sets = run.evaluation_sets()
+    first, last = run.first_evaluation(sets[0]), run.final_evaluation(sets[0])
     if first is None or last is None:
         return '<section><p class="empty">No evaluation has been logged yet.</p></section>'
-    validation = _before_and_after(
-        run, others, set_name or ("Validation pairs" if test else "Held-out pairs")
-    )
-    tested = {name: _as_line(figures) for name, figures in test.items()}
-    shown = list(tested.values()) or [first, last]
-    tiles = "".join(_tile(metric, shown[0], shown[-1]) for metric in METRICS[:2] + METRICS[3:5])
-    caption = "No training and no choice of settings has seen these pairs; ± one standard error over prompts."
-    columns = list(tested.items())
-    test_table = _numbers_table("Test pairs", columns, caption, one_objective=False) if tested else ""
-    tables = test_table + validation + more_tables
+    shown = list(test.values()) or [first.metrics, last.metrics]
+    tiles = "".join(_tile(name, shown[0], shown[-1]) for name in _TILES)
+    tables = "".join(_before_and_after(run, others, name, tested=bool(test)) for name in sets)
+    if test:
+        caption = (
+            "No training and no choice of settings has seen these pairs; ± one standard error over prompts."
+        )
+        tables = _numbers_table("Test pairs", list(test.items()), caption, one_objective=False) + tables
     return f'<section id="overview"><div class="tiles">{tiles}</div>{tables}</section>'
 
 
-def _before_and_after(run: Run, others: list[Run], title: str) -> str:
-    first, last = run.first_evaluation(), run.final_evaluation()
+def _before_and_after(run: Run, others: list[Run], set_name: str, *, tested: bool) -> str:
+    first, last = run.first_evaluation(set_name), run.final_evaluation(set_name)
     if first is None or last is None:
         return ""
-    compared = [(other.name, line) for other in others if (line := other.final_evaluation())]
+    title = set_name or ("Validation pairs" if tested else "Held-out pairs")
+    compared = [(other.name, line.metrics) for other in others if (line := other.final_evaluation(set_name))]
     return _numbers_table(
         f"{title}, before and after",
-        [("Before", first), *compared, (run.name if compared else "After", last)],
-        f"Evaluated at step {_integer(first['step'])} and step {_integer(last['step'])}; ± one standard error"
-        " over examples. Log-probs are means per token of a response.",
+        [("Before", first.metrics), *compared, (run.name if compared else "After", last.metrics)],
+        f"{last.num_pairs:,} pairs, evaluated at step {first.step:,} and step {last.step:,}; "
+        "± one standard error over prompts. Log-probs are means per token of a response.",
         one_objective=not compared,
     )
 
 
 def _saved_evaluations(runs: list[Run]) -> str:
-    """What `orpo eval` has saved in the run directory, one table a data set; beside it the other runs."""
+    """What `orpo eval` has saved in the run directory, a table for each data set, with the other runs'."""
     run = runs[0]
     tables = []
-    for name, result in run.evaluations_saved.items():
+    for name, result in run.saved_evaluations.items():
         columns = [
-            (
-                one.name,
-                {f"eval_{key}": value for key, value in one.evaluations_saved[name]["metrics"].items()},
-            )
+            (one.name, figures_from_json(one.saved_evaluations[name]["metrics"]))
             for one in [*runs[1:], run]
-            if name in one.evaluations_saved
+            if name in one.saved_evaluations
         ]
-        caption = (
-            f"{_integer(result['num_pairs'])} pairs of {result['data']}; ± one standard error over examples."
-        )
+        caption = f"{result['num_pairs']:,} pairs of {result['data']}; ± one standard error over prompts."
         tables.append(
             _numbers_table(f"Evaluation: {name}", columns, caption, one_objective=len(columns) == 1)
         )
     return f'<section id="evaluations">{"".join(tables)}</section>' if tables else ""
 
 
-def _as_line(figures: Figures) -> dict[str, float]:
-    """Figures in the form of a line of metrics.jsonl."""
-    line: dict[str, float] = {}
-    for name, (mean, error) in figures.items():
-        line |= {f"eval_{name}": mean, f"eval_{name}_se": error}
-    return line
-
-
 def _numbers_table(
-    title: str, columns: Sequence[tuple[str, Mapping[str, Any]]], caption: str, *, one_objective: bool
+    title: str, columns: Sequence[tuple[str, Figures]], caption: str, *, one_objective: bool
 ) -> str:
     """A metric a row; those of the last column are shown, the loss only where all minimise the same."""
     head = "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
+    shown = in_order(columns[-1][1])
     rows = "".join(
-        f'<tr><th scope="row">{metric.title}</th>'
-        + "".join(f"<td>{_with_error(metric, line)}</td>" for _, line in columns)
+        f'<tr><th scope="row">{escape(_title(name))}</th>'
+        + "".join(f"<td>{_figure_html(name, figures.get(name))}</td>" for _, figures in columns)
         + "</tr>"
-        for metric in METRICS
-        if f"eval_{metric.name}" in columns[-1][1] and (one_objective or metric.name != "loss")
+        for name in shown
+        if one_objective or name != "loss"
     )
     return f"""
 <h2>{escape(title)}</h2>
@@ -264,60 +194,39 @@ def _numbers_table(
 """
 
 
-def _integer(value: Any) -> str:
-    return f"{int(value):,}"
-
-
-def _tile(metric: Metric, first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
-    before, after = first.get(f"eval_{metric.name}"), last.get(f"eval_{metric.name}")
-    if not is_number(after):
+def _tile(name: str, first: Figures, last: Figures) -> str:
+    before, after = first.get(name), last.get(name)
+    if after is None:
         return ""
-    assert after is not None
     change = ""
-    if is_number(before) and first is not last:
-        assert before is not None
-        good = (after - before) * metric.better > 0
-        text = f"{100 * (after - before):+.1f} points" if metric.percent else f"{after - before:+.3f}"
-        change = f'<span class="{"up" if good else "down"}">{text.replace("-", MINUS)}</span>'
+    if before is not None and first is not last:
+        text, good = write_change(name, before, after)
+        change = f'<span class="{"up" if good else "down"}">{_typeset(text)}</span>'
     return (
-        f'<div class="tile"><span class="label">{metric.title}</span>'
-        f'<span class="value">{_number(metric, after)}</span>{change}</div>'
+        f'<div class="tile"><span class="label">{escape(_title(name))}</span>'
+        f'<span class="value">{_typeset(write_figure(name, after).value)}</span>{change}</div>'
     )
 
 
-def _number(metric: Metric, value: Any) -> str:
-    if not is_number(value):
-        return "\N{EN DASH}"
-    return f"{100 * value:.1f} %" if metric.percent else f"{value:.3f}".replace("-", MINUS)
+def _title(name: str) -> str:
+    title = metric_named(name).title
+    return title[:1].upper() + title[1:]
 
 
-def shown_number(metric: Metric, line: Mapping[str, Any]) -> str:
-    """A held-out number with its standard error, as plain text for a terminal."""
-    text = _number(metric, line.get(f"eval_{metric.name}")).replace(MINUS, "-")
-    error = line.get(f"eval_{metric.name}_se")
-    if not is_number(error):
-        return text
-    assert error is not None
-    return f"{text} ± {100 * error:.1f}" if metric.percent else f"{text} ± {error:.3f}"
+def _figure_html(name: str, figure: Figure | None) -> str:
+    value, error = write_figure(name, figure)
+    return _typeset(value) + (f"<small> ± {error}</small>" if error else "")
 
 
-def _with_error(metric: Metric, line: Mapping[str, Any]) -> str:
-    text = _number(metric, line.get(f"eval_{metric.name}"))
-    error = line.get(f"eval_{metric.name}_se")
-    if not is_number(error):
-        return text
-    assert error is not None
-    return (
-        f"{text}<small> ± {100 * error:.1f}</small>"
-        if metric.percent
-        else f"{text}<small> ± {error:.3f}</small>"
-    )
+def _typeset(number: str) -> str:
+    """With a minus sign instead of a hyphen, and a dash for nothing."""
+    return number.replace("-", "\N{EN DASH}" if number == "-" else "\N{MINUS SIGN}")
 
 
 def _curves(run: Run, others: list[Run]) -> str:
-    figures = [_logprob_figure(run, others)]
-    for name, title, caption in _SINGLE_CURVES:
-        figures.append(_held_out_figure(name, title, caption, run, others))
+    set_name = run.evaluation_sets()[0]
+    figures = [_logprob_figure(run, others, set_name)]
+    figures += [_held_out_figure(name, run, others, set_name) for name in _CURVES]
     figures.append(_training_figure(run, others))
     drawn = "".join(figures)
     if not drawn:
@@ -325,54 +234,51 @@ def _curves(run: Run, others: list[Run]) -> str:
     return f'<section id="curves"><h2>Curves</h2><div class="figures">{drawn}</div></section>'
 
 
-def _logprob_figure(run: Run, others: list[Run]) -> str:
+def _logprob_figure(run: Run, others: list[Run], set_name: str) -> str:
     lines = []
     legend = []
     for position, one in enumerate([run, *others]):
         for side in ("chosen", "rejected"):
-            steps, values, errors = _best_series(one, f"{side}_logprob")
-            if steps:
-                lines.append(Line(steps, values, errors, side, position))
+            points = _held_out_series(one, f"{side}_logprob", set_name)
+            if points:
+                lines.append(Line(points, side, position))
                 name = f"{one.name}, {side}" if others else side
                 legend.append(_legend(name, side, position))
     caption = "Mean log-prob of a token of the held-out answers; the band is one standard error."
-    return _figure("Chosen and rejected answers", caption, lines, legend)
+    return figure_html("Chosen and rejected answers", caption, lines, legend)
 
 
-def _held_out_figure(name: str, title: str, caption: str, run: Run, others: list[Run]) -> str:
+def _held_out_figure(name: str, run: Run, others: list[Run], set_name: str) -> str:
     lines = []
     legend = []
     for position, one in enumerate([run, *others]):
-        steps, values, errors = _best_series(one, name)
-        if steps:
-            lines.append(Line(steps, values, errors, "run" if position == 0 else "other", position))
+        points = _held_out_series(one, name, set_name)
+        if points:
+            lines.append(Line(points, "run" if position == 0 else "other", position))
             legend.append(_legend(one.name, "run" if position == 0 else "other", position))
-    percent = name == "accuracy"
-    return _figure(title, caption, lines, legend if others else [], percent=percent)
+    metric = metric_named(name)
+    percent = metric.unit == "share"
+    return figure_html(_title(name), metric.caption, lines, legend if others else [], percent=percent)
 
 
 def _training_figure(run: Run, others: list[Run]) -> str:
     lines = []
     legend = []
     for position, one in enumerate([run, *others]):
-        steps, values = one.series("loss")
-        if steps:
+        points = one.series("loss")
+        if points:
             kind = "run" if position == 0 else "other"
-            lines.append(Line(steps, values, [], kind, position))
+            lines.append(Line(points, kind, position))
             legend.append(_legend(one.name, kind, position))
-    caption = "Loss of the training steps. Different objectives have different losses."
-    return _figure(
-        "Training loss", caption if others else "Loss of the training steps.", lines, legend if others else []
+    caption = "Loss of the training steps." + (
+        " Different objectives have different losses." if others else ""
     )
+    return figure_html("Training loss", caption, lines, legend if others else [])
 
 
-def _best_series(run: Run, name: str) -> tuple[list[float], list[float], list[float]]:
-    """Held-out values with their standard errors, or the training values where nothing was held out."""
-    steps, values = run.series(f"eval_{name}")
-    if not steps:
-        return (*run.series(name), [])
-    _, errors = run.series(f"eval_{name}_se")
-    return steps, values, errors if len(errors) == len(values) else []
+def _held_out_series(run: Run, name: str, set_name: str) -> Points:
+    """Held-out values, or the training values where nothing was held out."""
+    return run.series(name, set_name) or run.series(name)
 
 
 def _legend(name: str, kind: str, position: int) -> str:
@@ -452,94 +358,3 @@ def _shown(value: Any) -> str:
         more = f", ... ({len(value):,} in all)" if len(value) > 12 else ""
         return escape(", ".join(str(item) for item in value[:12]) + more)
     return escape(str(value))
-
-
-# Figures
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One curve: points, standard errors (or none), colour, and the run it belongs to (0: this one)."""
-
-    steps: Sequence[float]
-    values: Sequence[float]
-    errors: Sequence[float]
-    colour: str
-    position: int
-
-
-# matplotlib writes plain colours; each of these stands for a CSS variable and is replaced in the SVG.
-_COLOURS = {"chosen": "#0a0b01", "rejected": "#0a0b02", "run": "#0a0b03", "other": "#0a0b04"}
-_INK, _GRID = "#0a0b05", "#0a0b06"
-_VARIABLES = {
-    **{code: f"var(--{name})" for name, code in _COLOURS.items()},
-    _INK: "var(--muted)",
-    _GRID: "var(--line)",
-}
-_DASHES = ((0, ()), (0, (5, 2.5)), (0, (1.5, 2)))
-
-
-def _figure(
-    title: str, caption: str, lines: Sequence[Line], legend: Sequence[str], *, percent: bool = False
-) -> str:
-    if not lines:
-        return ""
-    keys = f'<div class="legend">{"".join(legend)}</div>' if legend else ""
-    return (
-        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent=percent)}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _svg(title: str, lines: Sequence[Line], *, percent: bool) -> str:
-    """The curves as inline SVG whose text is text and whose colours are CSS variables."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10.5}):
-        figure = Figure(figsize=(5.0, 2.9), layout="constrained")
-        axes = figure.add_subplot()
-        for line in lines:
-            _draw(axes, line)
-        axes.set_xlabel("optimizer step", color=_INK)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=_INK, length=0)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(_GRID)
-        axes.margins(x=0.02)
-        buffer = io.StringIO()
-        figure.patch.set_alpha(0)
-        axes.patch.set_alpha(0)
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{escape(title)}">',
-        svg,
-    )
-    for code, variable in _VARIABLES.items():
-        svg = svg.replace(code, variable)
-    return svg
-
-
-def _draw(axes: Any, line: Line) -> None:
-    colour = _COLOURS[line.colour]
-    dashes = _DASHES[min(line.position, 2)]
-    marker = "o" if len(line.steps) <= 40 else None
-    axes.plot(
-        line.steps, line.values, color=colour, linewidth=2, linestyle=dashes, marker=marker, markersize=3.5
-    )
-    if line.errors:
-        low = [value - error for value, error in zip(line.values, line.errors, strict=True)]
-        high = [value + error for value, error in zip(line.values, line.errors, strict=True)]
-        axes.fill_between(line.steps, low, high, color=colour, alpha=0.13, linewidth=0)

@@ -1,28 +1,25 @@
 """Checkpoints that are whole or absent, and stopping between two steps.
 
-A checkpoint is written into a folder beside the others, brought to the disk, and renamed: whoever finds
-`checkpoint-30` finds all of it, however the run ended. Each holds a manifest of its files with their sizes,
-so a damaged copy is noticed before it is resumed from. Signals only set a flag; the trainer acts on it at the
-end of a step, when all ranks agree.
+A checkpoint is written into a folder next to the others, flushed to disk, and renamed: a folder named
+`checkpoint-30` is always complete, even after a crash. Each holds a manifest of its files with their sizes,
+so a damaged copy is noticed before it is resumed from, or used.
 """
 
 import json
 import os
 import re
 import shutil
-import signal
-import sys
-import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from orpo.errors import RunError, first_line
+from orpo.console import say
+from orpo.errors import ModelError, RunError, first_line
+from orpo.run.directory import RunDirectory, adapter_base, holds_model
 
 STATE_FILE = "orpo_state.json"
 """What this package adds to a checkpoint: manifest, settings, sums of the open log window."""
@@ -44,14 +41,19 @@ def checkpoint_step(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run directory; a damaged one is passed over, in a printed line."""
+def last_checkpoint(output_dir: str | Path, *, resumable: bool = True) -> Path | None:
+    """The newest whole checkpoint of a run directory; a damaged one is skipped, in a printed line.
+
+    Args:
+        output_dir: The run directory.
+        resumable: Whether training is to resume from it; a model to be used needs its weights alone.
+    """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if checkpoint_step(path) >= 0]
     for folder in sorted(folders, key=checkpoint_step, reverse=True):
-        problem = checkpoint_problem(folder)
+        problem = checkpoint_problem(folder) if resumable else _damage(folder)
         if problem is None:
             return folder
-        print(f"{folder} is passed over: {problem}", flush=True)
+        say(f"{folder} is skipped: {problem}")
     return None
 
 
@@ -60,6 +62,21 @@ def checkpoint_problem(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
+    return _damage(folder) or _missing_state(folder)
+
+
+def _missing_state(folder: Path) -> str | None:
+    """What training needs beyond the weights, and a checkpoint lacks."""
+    for pattern, what in _NEEDED.items():
+        if not any(folder.glob(pattern)):
+            return f"{pattern} is missing ({what}); was it saved with save_only_model?"
+    if not any(any(folder.glob(pattern)) for pattern in _OPTIMIZER):
+        return "the optimizer's state is missing"
+    return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What a checkpoint lacks of the files it was written with, or of a model; None where it is whole."""
     try:
         manifest: Mapping[str, int] = read_state(folder).get("files", {})
     except ValueError:
@@ -69,14 +86,42 @@ def checkpoint_problem(folder: str | Path) -> str | None:
             return f"{name} is missing"
         if (folder / name).stat().st_size != size:
             return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
-    for pattern, what in _NEEDED.items():
-        if not any(folder.glob(pattern)):
-            return f"{pattern} is missing ({what}); was it saved with save_only_model?"
-    if not any(any(folder.glob(pattern)) for pattern in _OPTIMIZER):
-        return "the optimizer's state is missing"
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         return "the weights are missing"
     return next((problem for path in sorted(folder.iterdir()) if (problem := _unreadable(path))), None)
+
+
+def model_folder(name: str) -> str:
+    """Where the model of a run directory is; any other name is returned as it is.
+
+    An unfinished run has its model in its newest whole checkpoint, the one that training would resume from.
+
+    Raises:
+        ModelError: A folder that holds no model, or a name that can only be a folder's and there is none.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and _must_be_a_folder(name):
+        raise ModelError(f"{name}: there is no such folder")
+    if not folder.is_dir() or holds_model(folder):
+        return str(folder) if folder.is_dir() else name
+    checkpoint = last_checkpoint(folder, resumable=False)
+    if checkpoint is None:
+        raise ModelError(f"{name}: this folder holds no model, no adapter and no whole checkpoint")
+    return str(checkpoint)
+
+
+def _must_be_a_folder(name: str) -> bool:
+    """Whether this is no hub name: else a typing error in `runs/first` would be looked for on the hub."""
+    parent = Path(name).parent
+    has_runs = parent != Path(".") and any(RunDirectory(path).is_run() for path in parent.glob("*"))
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or has_runs
+
+
+def base_model_name(name: str) -> str | None:
+    """What the model of a run was trained from, as its recipe or adapter says; None where neither does."""
+    folder = Path(name)
+    run = RunDirectory(folder.parent if checkpoint_step(folder) >= 0 else folder)
+    return run.read_recipe().get("model_name_or_path") or adapter_base(folder)
 
 
 def _unreadable(path: Path) -> str | None:
@@ -179,46 +224,3 @@ def _sync(path: Path) -> None:
 
 def _free(folder: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free in {folder}"
-
-
-class StopSignal:
-    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 into a flag; a second Ctrl-C interrupts at once.
-
-    Attributes:
-        name: Name of the signal received, or None.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Catch the signals; only the main thread can, in others nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.name = None
-        before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-        # os.write, because print may be what the signal has interrupted
-        os.write(
-            sys.stderr.fileno() if _has_fileno() else 2, b"\nstopping after this step, with a checkpoint\n"
-        )
-
-
-def _has_fileno() -> bool:
-    try:
-        return sys.stderr.fileno() >= 0
-    except (OSError, ValueError, AttributeError):
-        return False

@@ -1,179 +1,242 @@
-"""What a run directory holds, read without torch: recipe, metrics, data report, environment, samples, model.
+"""The run directory: the name of every file in it, and the reading and writing of each, without torch.
 
 Every file may be missing: a run that has only begun, or was made by another tool, is read as far as it goes.
+Checkpoints have a module of their own (checkpoints.py), and so have the lines of metrics.jsonl (log.py).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from orpo.errors import DataError, ModelError
+from orpo.errors import DataError
+from orpo.run.log import Record, read_records
+
+RECIPE = "recipe.yaml"
+MODEL_CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_EVALUATION = "eval-{}.json"
 
 Samples = Sequence[Mapping[str, Any]]
+"""For each prompt its answers by name: `{"prompt": ..., "answers": {"step 10": ...}}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """A folder by the names of its files.
+
+    Attributes:
+        path: The folder; it need not be there.
+    """
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved settings of the run."""
+        return self.path / RECIPE
+
+    @property
+    def log(self) -> Path:
+        """Metrics, one record a line (log.py)."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def data_report(self) -> Path:
+        """What was read, what became of each row, and what is odd about the data."""
+        return self.path / "data_report.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and hardware."""
+        return self.path / "environment.json"
+
+    @property
+    def samples(self) -> Path:
+        """Answers to held-out prompts, by step or by model."""
+        return self.path / "samples.json"
+
+    @property
+    def card(self) -> Path:
+        """The model card; the last thing that a finished run writes."""
+        return self.path / "README.md"
+
+    @property
+    def page(self) -> Path:
+        """The report, one self-contained page."""
+        return self.path / "report.html"
+
+    @property
+    def page_request(self) -> Path:
+        """What the page was last asked to show."""
+        return self.path / "report.json"
+
+    @property
+    def trainer_output(self) -> Path:
+        """What the trainer printed, where it was not to print on the terminal."""
+        return self.path / "train.log"
+
+    @property
+    def demo_result(self) -> Path:
+        """The figures of a demo's table."""
+        return self.path / "demo.json"
+
+    @property
+    def test_pairs(self) -> Path:
+        """The test pairs that a demo scored."""
+        return self.path / "test.jsonl"
+
+    def evaluation(self, name: str) -> Path:
+        """What `orpo eval` found on one data set."""
+        return self.path / _EVALUATION.format(name)
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of one step."""
+        return self.path / f"checkpoint-{step}"
+
+    def is_run(self) -> bool:
+        """Whether a run has begun here."""
+        return self.recipe.is_file() or self.log.is_file()
+
+    def is_finished(self) -> bool:
+        """Whether a run has ended here, with its model and its card."""
+        return self.recipe.is_file() and holds_model(self.path) and self.card.is_file()
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The settings, unchecked; empty where there is no file.
+
+        Raises:
+            DataError: The file is not YAML.
+        """
+        if not self.recipe.exists():
+            return {}
+        try:
+            recipe = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            raise DataError(f"{self.recipe}: not valid YAML") from None
+        return recipe if isinstance(recipe, dict) else {}
+
+    def write_recipe(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings, one key on each line."""
+        self.recipe.write_text(dump_yaml(settings), encoding="utf-8")
+
+    def read_evaluations(self) -> dict[str, dict[str, Any]]:
+        """Everything `orpo eval` has saved here, by name."""
+        start, _, end = _EVALUATION.partition("{}")
+        paths = sorted(self.path.glob(_EVALUATION.format("*")))
+        return {path.name.removeprefix(start).removesuffix(end): read_json(path, {}) for path in paths}
+
+    def forget_results(self) -> None:
+        """Delete what was found out about the model that was here before."""
+        for stale in (self.page_request, *self.path.glob(_EVALUATION.format("*"))):
+            stale.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The files of one run directory, as read; a missing file is empty."""
+    """What a run directory holds, as read; a missing file is empty.
+
+    Attributes:
+        name: For headings.
+        records: The records of metrics.jsonl, in order.
+        recipe: The resolved settings.
+        data: What became of the rows.
+        environment: Versions and hardware.
+        samples: Answers to held-out prompts.
+        saved_evaluations: By name, what `orpo eval` has found.
+    """
 
     name: str
-    metrics: list[dict[str, Any]]
+    records: list[Record]
     recipe: dict[str, Any]
     data: dict[str, Any]
     environment: dict[str, Any]
     samples: Samples
-    evaluations_saved: dict[str, dict[str, Any]]
-    """By name, what `orpo eval` has found."""
+    saved_evaluations: dict[str, dict[str, Any]]
 
     def evaluation_sets(self) -> list[str]:
-        """Names of the evaluation sets, in the order met; the only one of a run is named ""."""
-        pattern = re.compile(r"eval_(?:(.+)_)?nll_token_mean")
-        found = [match[1] or "" for line in self.metrics for key in line if (match := pattern.fullmatch(key))]
-        return list(dict.fromkeys(found)) or [""]
+        """Names of the evaluation sets, in the order met; [""] where nothing was evaluated."""
+        return list(dict.fromkeys(record.set for record in self._evaluations())) or [""]
 
-    def of_set(self, name: str) -> Run:
-        """The run as if it had been evaluated on this set alone."""
-        if not name:
-            return self
-
-        def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-            mine = {key: key.replace(f"eval_{name}_", "eval_") for key in values}
-            return {
-                mine[key]: value
-                for key, value in values.items()
-                if mine[key] != key or not key.startswith("eval_")
-            }
-
-        metric = str(self.recipe.get("metric_for_best_model") or "loss").removeprefix(f"eval_{name}_")
-        recipe = self.recipe | {"metric_for_best_model": metric}
-        return replace(self, metrics=[renamed(line) for line in self.metrics], recipe=recipe)
-
-    def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric over the lines that have it."""
-        points = [(line["step"], line[name]) for line in self.metrics if is_number(line.get(name))]
-        return [float(step) for step, _ in points], [float(value) for _, value in points]
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The lines that hold an evaluation, in order of steps."""
-        return [line for line in self.metrics if any(key.startswith("eval_") for key in line)]
-
-    def first_evaluation(self) -> dict[str, Any] | None:
+    def first_evaluation(self, set_name: str) -> Record | None:
         """The evaluation before training, or the earliest there is."""
-        return next(iter(self.evaluations()), None)
+        return next(self._evaluations(set_name), None)
 
-    def final_evaluation(self) -> dict[str, Any] | None:
-        """The evaluation of the weights the run ends with: the best ones where the recipe keeps these."""
-        lines = self.evaluations()
-        metric = str(self.recipe.get("metric_for_best_model") or "loss")
-        name = metric if metric.startswith("eval_") else f"eval_{metric}"
-        scored = [line for line in lines if line["step"] > 0 and is_number(line.get(name))]
-        if self.recipe.get("load_best_model_at_end") and scored:
-            sign = 1 if self.recipe.get("greater_is_better") else -1
-            return max(scored, key=lambda line: sign * line[name])
-        return lines[-1] if lines else None
+    def final_evaluation(self, set_name: str) -> Record | None:
+        """The evaluation of the weights that the run ends with; of an unfinished run, the last one."""
+        records = list(self._evaluations(set_name))
+        saved = [record.model_step for record in self.records if record.kind == "saved"]
+        final = [record for record in records if saved and record.step == saved[-1]]
+        return next(reversed(final or records), None)
+
+    def series(self, metric: str, set_name: str | None = None) -> list[tuple[int, float, float | None]]:
+        """Step, mean and standard error of a metric wherever it was measured.
+
+        Args:
+            metric: Its name.
+            set_name: An evaluation set; None: as measured while training.
+        """
+        records = self._training() if set_name is None else self._evaluations(set_name)
+        found = [(record.step, record.metrics.get(metric)) for record in records]
+        return [(step, figure.mean, figure.se) for step, figure in found if figure is not None]
+
+    def _training(self) -> Iterator[Record]:
+        return (record for record in self.records if record.kind == "train")
+
+    def _evaluations(self, set_name: str | None = None) -> Iterator[Record]:
+        evaluations = (record for record in self.records if record.kind == "eval")
+        return (record for record in evaluations if set_name is None or record.set == set_name)
 
 
-def read_run(run_dir: Path, name: str | None = None) -> Run:
+def read_run(path: Path, name: str | None = None) -> Run:
     """Read what a run directory holds.
 
     Raises:
-        DataError: There is no such directory, it holds no run, or one of its files cannot be parsed.
+        DataError: There is no such directory, it holds no run, or one of its files cannot be read.
     """
-    if not run_dir.is_dir():
-        raise DataError(f"{run_dir}: no such run directory")
-    metrics_file = run_dir / "metrics.jsonl"
-    if not metrics_file.exists() and not (run_dir / "recipe.yaml").exists():
-        raise DataError(f"{run_dir}: not a run directory (neither metrics.jsonl nor recipe.yaml in it)")
+    run = RunDirectory(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such run directory")
+    if not run.is_run():
+        raise DataError(f"{path}: not a run directory (it has neither {run.log.name} nor {RECIPE})")
     return Run(
-        name=name or run_dir.resolve().name,
-        metrics=read_lines(metrics_file),
-        recipe=read_recipe(run_dir / "recipe.yaml"),
-        data=read_json(run_dir / "data_report.json", {}),
-        environment=read_json(run_dir / "environment.json", {}),
-        samples=read_json(run_dir / "samples.json", []),
-        evaluations_saved={
-            path.stem.removeprefix("eval-"): read_json(path, {})
-            for path in sorted(run_dir.glob("eval-*.json"))
-        },
+        name=name or path.resolve().name,
+        records=read_records(run.log),
+        recipe=run.read_recipe(),
+        data=read_json(run.data_report, {}),
+        environment=read_json(run.environment, {}),
+        samples=read_json(run.samples, []),
+        saved_evaluations=run.read_evaluations(),
     )
-
-
-def model_folder(name: str) -> str:
-    """Where the model of a run directory is; any other name is returned as it is.
-
-    An unfinished run has its model in its newest checkpoint.
-
-    Raises:
-        ModelError: A folder that holds no model, or a name that can only be a folder's and there is none.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and _must_be_a_folder(name):
-        raise ModelError(f"{name}: there is no such folder")
-    if not folder.is_dir() or holds_model(folder):
-        return str(folder) if folder.is_dir() else name
-    checkpoints = [
-        path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and holds_model(path)
-    ]
-    if not checkpoints:
-        raise ModelError(f"{name}: no model in this folder (neither config.json nor adapter_config.json)")
-    return str(max(checkpoints, key=lambda path: int(path.name[11:])))
-
-
-def _must_be_a_folder(name: str) -> bool:
-    """Whether this is no hub name: else a typing error in `runs/first` would be looked for on the hub."""
-    parent = Path(name).parent
-    has_runs = parent != Path(".") and any(parent.glob("*/recipe.yaml"))
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or has_runs
 
 
 def holds_model(folder: Path) -> bool:
     """Whether a folder is a model or an adapter."""
-    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    return (folder / MODEL_CONFIG).is_file() or is_adapter(folder)
 
 
-def base_model_name(name: str) -> str | None:
-    """What the model of a run was trained from, as its recipe or adapter says; None where neither does."""
-    folder = Path(name)
-    run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
-    recipe = read_recipe(run_dir / "recipe.yaml")
-    if recipe.get("model_name_or_path"):
-        return str(recipe["model_name_or_path"])
-    base = read_json(folder / "adapter_config.json", {}).get("base_model_name_or_path")
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a local folder holds a PEFT adapter rather than a model."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_base(folder: str | Path) -> str | None:
+    """Name of the model that an adapter was trained on, as its folder says; None where it does not."""
+    base = read_json(Path(folder) / ADAPTER_CONFIG, {}).get("base_model_name_or_path")
     return str(base) if base else None
 
 
-def is_number(value: Any) -> bool:
-    """Whether this is a number, true and false not counted."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A jsonl file; a last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    lines: list[dict[str, Any]] = []
-    texts = path.read_text(encoding="utf-8").splitlines()
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            if number == len(texts):
-                break
-            raise DataError(f"{path}:{number}: not valid JSON") from None
-        if isinstance(line, dict) and is_number(line.get("step")):
-            lines.append(line)
-    return lines
-
-
 def read_json(path: Path, missing: Any) -> Any:
-    """The value in a JSON file; `missing` where there is none."""
+    """The value in a JSON file; `missing` where there is none.
+
+    Raises:
+        DataError: The file is not JSON.
+    """
     if not path.exists():
         return missing
     try:
@@ -182,12 +245,17 @@ def read_json(path: Path, missing: Any) -> Any:
         raise DataError(f"{path}:{error.lineno}: not valid JSON") from None
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a recipe, unchecked; empty where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        raise DataError(f"{path}: not valid YAML") from None
-    return recipe if isinstance(recipe, dict) else {}
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that people read."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write one JSON value a line."""
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    path.write_text(text, encoding="utf-8")
+
+
+def dump_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML in the order given, one key on each line."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)

@@ -7,11 +7,13 @@ of what is minimised. Reading a recipe: `orpo.settings.recipe`.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 from orpo.errors import ConfigError
+from orpo.settings.facts import Facts, TrlDefault, setting
+from orpo.settings.inherited import INHERITED
 
 ObjectiveName = Literal["orpo", "response", "llamafactory", "tempered"]
 NllOn = Literal["full", "response", "assistant"]
@@ -53,173 +55,178 @@ class OrpoSettings:
     """Settings beyond those of `transformers.TrainingArguments`; every one is optional."""
 
     # Model
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or local folder."})
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a hub model."}
+    model_name_or_path: str | None = setting(None, "Hub name or local folder.", resume="derived")
+    model_revision: str | None = setting(
+        None,
+        "Branch, tag or commit of a hub model.",
+        trl=TrlDefault("main", "unset is the default branch, and also fits a local folder"),
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Weights: float32, bfloat16, float16, auto. Unset: float32 master weights for full "
-            "fine-tuning, bfloat16 (where the hardware has it) for a frozen base under LoRA."
-        },
+    dtype: str | None = setting(
+        None,
+        "Weights: float32, bfloat16, float16, auto. Unset: float32 master weights for full fine-tuning, "
+        "bfloat16 (where the hardware has it) for a frozen base under LoRA.",
+        resume="derived",
+        trl=TrlDefault(
+            "float32", "unset: float32 for full fine-tuning; the frozen base under LoRA is held in bfloat16"
+        ),
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention outside of training rows (generation, fallback)."}
+    attn_implementation: str | None = setting(
+        None, "Attention outside of training rows (generation, fallback).", resume="free", evaluation=True
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code shipped with a hub model."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further arguments of from_pretrained."}
+    trust_remote_code: bool = setting(
+        False, "Allow code from the model's repository.", resume="free", evaluation=True
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to 0."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "Jinja template, a file, or one of our named templates."}
+    model_init_kwargs: dict[str, Any] | str | None = setting(
+        None, "Further arguments of from_pretrained.", loading=True
     )
-    resize_embeddings: bool = field(
-        default=False,
-        metadata={"help": "Add the template's special tokens to the vocabulary and train them."},
+    disable_dropout: bool = setting(True, "Set every dropout of the model to 0.")
+    chat_template: str | None = setting(None, "Jinja template, a file, or one of our named templates.")
+    resize_embeddings: bool = setting(
+        False, "Add the template's special tokens to the vocabulary and train them."
     )
     # LoRA
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
-    lora_r: int = field(default=16, metadata={"at_least": 1, "help": "LoRA rank."})
-    lora_alpha: int = field(
-        default=32, metadata={"at_least": 1, "help": "LoRA scale: updates are scaled by alpha / r."}
+    use_peft: bool = setting(False, "Train a LoRA adapter instead of all weights.", loading=True)
+    lora_r: int = setting(16, "LoRA rank.", at_least=1)
+    lora_alpha: int = setting(32, "LoRA scale: updates are scaled by alpha / r.", at_least=1)
+    lora_dropout: float = setting(
+        0.0,
+        "Dropout on the adapter's input, in [0, 1).",
+        at_least=0,
+        below=1,
+        trl=TrlDefault(0.05, "noise that preference pairs, seen one to three times, do not need"),
     )
-    lora_dropout: float = field(
-        default=0.0,
-        metadata={"at_least": 0, "below": 1, "help": "Dropout on the adapter's input, in [0, 1)."},
+    lora_target_modules: list[str] | str | None = setting(
+        "all-linear",
+        "Module names that get an adapter.",
+        trl=TrlDefault(None, "every linear layer, on models PEFT has no table for too"),
     )
-    lora_target_modules: list[str] | str | None = field(
-        default="all-linear", metadata={"help": "Module names that get an adapter."}
+    lora_target_parameters: list[str] | None = setting(
+        None, "Weights outside of linear layers that get one, as in experts stored as one tensor."
     )
-    lora_target_parameters: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Weights outside of linear layers that get one, as in experts stored as one tensor."
-        },
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full beside the adapter."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
-    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "Go on training this adapter."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: NF4 base weights (bitsandbytes)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "8-bit base weights (bitsandbytes)."})
+    lora_modules_to_save: list[str] | None = setting(None, "Modules trained in full beside the adapter.")
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r).")
+    use_dora: bool = setting(False, "Weight-decomposed LoRA.")
+    adapter_name_or_path: str | None = setting(None, "Continue training this adapter.", loading=True)
+    load_in_4bit: bool = setting(False, "QLoRA: NF4 base weights (bitsandbytes).", loading=True)
+    load_in_8bit: bool = setting(False, "8-bit base weights (bitsandbytes).", loading=True)
     # Data
-    dataset_name: str | list[str] | dict[str, float] | None = field(
-        default=None,
-        metadata={
-            "help": "Hub name(s) or local jsonl, json, parquet, csv, arrow file(s); a mapping gives weights."
-        },
+    dataset_name: list[str] | str | dict[str, float] | None = setting(
+        None,
+        "Hub name(s) or local jsonl, json, parquet, csv, arrow file(s); a mapping gives weights.",
+        resume="derived",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split of a hub data set to train on."}
+    dataset_config: str | None = setting(None, "Configuration of a hub data set.", resume="derived")
+    dataset_train_split: str = setting("train", "Split of a hub data set to train on.", resume="derived")
+    dataset_test_split: str | None = setting(
+        None,
+        "Split of a hub data set to evaluate on.",
+        resume="free",
+        trl=TrlDefault("test", "unset: 5 % of the prompts are held out, which every data set has"),
     )
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split of a hub data set to evaluate on."}
+    eval_dataset_name: list[str] | str | None = setting(None, "Held-out pairs.", resume="free")
+    eval_split: float = setting(
+        0.05,
+        "Share of the prompts held out where no evaluation data is given, in [0, 1); 0: none.",
+        at_least=0,
+        below=1,
+        resume="free",
     )
-    eval_dataset_name: str | list[str] | None = field(default=None, metadata={"help": "Held-out pairs."})
-    eval_split: float = field(
-        default=0.05,
-        metadata={
-            "at_least": 0,
-            "below": 1,
-            "help": "Share of the prompts held out where no evaluation data is given, in [0, 1); 0: none.",
-        },
+    data_format: str | None = setting(None, "Name of the row format; unset: detected.", resume="derived")
+    columns: dict[str, str] | None = setting(
+        None, "Our column name -> the data's column name.", resume="derived"
     )
-    data_format: str | None = field(
-        default=None, metadata={"help": "Name of the row format; unset: detected."}
+    max_length: int | None = setting(
+        2048,
+        "Longest side, prompt + response, in tokens.",
+        at_least=2,
+        evaluation=True,
+        trl=TrlDefault(
+            1024, "longer answers are dropped, never cut, and packed rows have no padding to pay for"
+        ),
     )
-    columns: dict[str, str] | None = field(
-        default=None, metadata={"help": "Our column name -> the data's column name."}
+    on_bad_row: Literal["stop", "skip"] = setting("stop", "What to do with a malformed row.", resume="free")
+    sft_rows: Literal["drop", "use"] = setting(
+        "drop", "Rows without a rejected answer: `use` trains their NLL alone.", resume="derived"
     )
-    max_length: int | None = field(
-        default=2048, metadata={"at_least": 2, "help": "Longest side, prompt + response, in tokens."}
+    max_dropped: float = setting(
+        0.1,
+        "Largest share of rows that may be dropped without stopping, in [0, 1].",
+        at_least=0,
+        at_most=1,
+        resume="free",
     )
-    on_bad_row: Literal["stop", "skip"] = field(
-        default="stop", metadata={"help": "What a malformed row does."}
-    )
-    sft_rows: Literal["drop", "use"] = field(
-        default="drop", metadata={"help": "Rows without a rejected answer: `use` trains their NLL alone."}
-    )
-    max_dropped: float = field(
-        default=0.1,
-        metadata={
-            "at_least": 0,
-            "at_most": 1,
-            "help": "Largest share of rows that may be dropped without stopping, in [0, 1].",
-        },
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"at_least": 1, "help": "Processes that tokenize."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read the data as it comes; needs max_steps."})
-    shuffle_buffer: int = field(
-        default=10_000, metadata={"at_least": 1, "help": "Rows held for shuffling when streaming."}
-    )
+    dataset_num_proc: int | None = setting(None, "Processes that tokenize.", at_least=1, resume="free")
+    streaming: bool = setting(False, "Read the data as it comes; needs max_steps.")
+    shuffle_buffer: int = setting(10_000, "Rows held for shuffling when streaming.", at_least=1)
     # Objective
-    objective: ObjectiveName = field(
-        default="orpo", metadata={"help": "Named set of the five settings below."}
+    objective: ObjectiveName = setting(
+        "orpo", "Named set of the five settings below.", resume="derived", evaluation=True
     )
-    beta: float | None = field(
-        default=None, metadata={"at_least": 0, "help": "Weight of the odds-ratio term (0.1 in `orpo`)."}
+    beta: float | None = setting(
+        None,
+        "Weight of the odds-ratio term (0.1 in `orpo`).",
+        at_least=0,
+        evaluation=True,
+        trl=TrlDefault(0.1, "unset: the value of the preset named by `objective`, 0.1 for the default one"),
     )
-    nll_weight: float | None = field(
-        default=None, metadata={"at_least": 0, "help": "Weight of the NLL term (1)."}
-    )
-    odds_scale: float | None = field(
-        default=None, metadata={"above": 0, "help": "Scale of the log odds ratio (1)."}
-    )
-    nll_on: NllOn | None = field(default=None, metadata={"help": "Tokens in the NLL (full)."})
-    nll_reduction: NllReduction | None = field(
-        default=None, metadata={"help": "How the NLL is averaged (token)."}
-    )
+    nll_weight: float | None = setting(None, "Weight of the NLL term (1).", at_least=0, evaluation=True)
+    odds_scale: float | None = setting(None, "Scale of the log odds ratio (1).", above=0, evaluation=True)
+    nll_on: NllOn | None = setting(None, "Tokens in the NLL (full).", evaluation=True)
+    nll_reduction: NllReduction | None = setting(None, "How the NLL is averaged (token).", evaluation=True)
     # Engine
-    tokens_per_row: int | None = field(
-        default=None,
-        metadata={"at_least": 2, "help": "Token budget of one packed row; unset: from the memory there is."},
+    tokens_per_row: int | None = setting(
+        None, "Token budget of one packed row; unset: from the memory there is.", at_least=2, resume="free"
     )
-    layout: LayoutName | None = field(
-        default=None,
-        metadata={"help": "Unset: shared, or what the start-up probe finds exact for the model."},
+    layout: LayoutName | None = setting(
+        None, "Unset: shared, or what the start-up probe finds exact for the model.", resume="free"
     )
-    logits_memory_mib: int | None = field(
-        default=None,
-        metadata={"at_least": 1, "help": "Largest chunk of logits alive, in MiB (1024 on CUDA, else 128)."},
+    logits_memory_mib: int | None = setting(
+        None,
+        "Largest chunk of logits alive, in MiB (1024 on CUDA, else 128).",
+        at_least=1,
+        resume="free",
+        evaluation=True,
     )
     # Watching
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"at_least": 1, "help": "Stop after this many evaluations without improvement."},
+    early_stopping_patience: int | None = setting(
+        None, "Stop after this many evaluations without improvement.", at_least=1, resume="free"
     )
-    num_samples: int = field(
-        default=0,
-        metadata={"at_least": 0, "help": "Answers generated from held-out prompts at each evaluation."},
+    num_samples: int = setting(
+        0, "Answers generated from held-out prompts at each evaluation.", at_least=0, resume="free"
     )
-    max_completion_length: int | None = field(
-        default=None, metadata={"at_least": 1, "help": "Tokens of a generated sample."}
+    max_completion_length: int | None = setting(
+        None, "Tokens of a generated sample.", at_least=1, resume="free"
     )
-    generate_during_eval: bool = field(default=False, metadata={"help": "Same as num_samples: 4."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check recipe, data and model, print the plan, stop."}
+    generate_during_eval: bool = setting(False, "Same as num_samples: 4.", resume="free")
+    dry_run: bool = setting(
+        False, "Check recipe, data and model, print the plan, stop.", resume="free", in_recipe="never"
     )
-    force: bool = field(default=False, metadata={"help": "Resume although the recipe has changed."})
+    force: bool = setting(False, "Resume although the recipe has changed.", resume="free", in_recipe="never")
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
+        """Our own settings of a recipe; those of `TrainingArguments` in it are left out."""
+        return cls(**{f.name: recipe[f.name] for f in fields(OrpoSettings) if f.name in recipe})
 
 
-_INHERITED_RANGES: dict[str, dict[str, float]] = {
-    "learning_rate": {"at_least": 0},
-    "num_train_epochs": {"above": 0},
-    "per_device_train_batch_size": {"at_least": 1},
-    "per_device_eval_batch_size": {"at_least": 1},
-    "gradient_accumulation_steps": {"at_least": 1},
-    "warmup_steps": {"at_least": 0},
-    "weight_decay": {"at_least": 0},
-    "max_grad_norm": {"at_least": 0},
-    "label_smoothing_factor": {"at_least": 0, "at_most": 0},
-}
+_NO_LENGTH = "streaming: the length of the data is not known; set max_steps"
+
+OWN: dict[str, Facts] = {f.name: f.metadata["help"] for f in fields(OrpoSettings)}
+FACTS: dict[str, Facts] = OWN | {name: inherited.facts for name, inherited in INHERITED.items()}
+"""Setting -> facts; a setting of `TrainingArguments` that is not here has none that are not the default."""
+
 _OBJECTIVE_KEYS = tuple(f.name for f in fields(Objective))
+
+
+def settings_where(holds: Callable[[Facts], bool]) -> set[str]:
+    """Names of the settings whose facts are so."""
+    return {name for name, facts in FACTS.items() if holds(facts)}
+
+
+def inherited_by_evaluation(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that `orpo eval` takes over."""
+    names = settings_where(lambda facts: facts.evaluation)
+    return {name: value for name, value in recipe.items() if name in names and value is not None}
 
 
 def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
@@ -252,11 +259,8 @@ def check_settings(settings: OrpoSettings) -> None:
     Raises:
         ConfigError: Naming the key, its value and what is accepted.
     """
-    limits = {f.name: dict(f.metadata) for f in fields(OrpoSettings)} | _INHERITED_RANGES
-    for key, limit in limits.items():
-        value = getattr(settings, key, None)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            _check_range(key, value, limit)
+    for key, facts in FACTS.items():
+        facts.check(key, getattr(settings, key, None))
     resolve_objective(settings)
     if settings.load_in_4bit and settings.load_in_8bit:
         raise ConfigError("load_in_4bit and load_in_8bit are both set; choose one")
@@ -267,16 +271,18 @@ def check_settings(settings: OrpoSettings) -> None:
             "quantized weights cannot be trained; add use_peft: true, or drop load_in_4bit/8bit"
         )
     if settings.streaming and getattr(settings, "max_steps", 1) <= 0:
-        raise ConfigError("streaming: the length of the data is not known; set max_steps")
+        raise ConfigError(_NO_LENGTH)
 
 
-def _check_range(key: str, value: float, limit: dict[str, Any]) -> None:
-    tests = {
-        "at_least": (value >= limit.get("at_least", value), "at least"),
-        "above": (value > limit.get("above", value - 1), "above"),
-        "at_most": (value <= limit.get("at_most", value), "at most"),
-        "below": (value < limit.get("below", value + 1), "below"),
-    }
-    if not math.isfinite(value) or not all(passed for passed, _ in tests.values()):
-        expected = " and ".join(f"{word} {limit[name]}" for name, (_, word) in tests.items() if name in limit)
-        raise ConfigError(f"{key}: {value} is out of range; expected {expected or 'a finite number'}")
+def check_recipe(recipe: Mapping[str, Any]) -> None:
+    """Check ranges and combinations of a recipe's settings, inherited ones included.
+
+    Raises:
+        ConfigError: As `check_settings`.
+    """
+    for key, value in recipe.items():
+        FACTS.get(key, Facts()).check(key, value)
+    settings = OrpoSettings.from_recipe(recipe)
+    check_settings(settings)
+    if settings.streaming and recipe.get("max_steps", -1) <= 0:
+        raise ConfigError(_NO_LENGTH)

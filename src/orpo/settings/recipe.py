@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_origin
 import yaml
 
 from orpo.errors import ConfigError
+from orpo.run.directory import RunDirectory
 from orpo.settings.renamed import (
     NO_EFFECT,
     ONE_THING,
@@ -210,7 +211,7 @@ def _read_recipe(path: Path) -> list[Entry]:
     """The entries of a recipe file; a run directory stands for its recipe, and is its `output_dir`."""
     if not path.is_dir():
         return _read_yaml(path)
-    entries = [entry for entry in _read_yaml(path / "recipe.yaml") if entry.key != "output_dir"]
+    entries = [entry for entry in _read_yaml(RunDirectory(path).recipe) if entry.key != "output_dir"]
     return [*entries, Entry("output_dir", str(path), str(path))]
 
 
@@ -249,11 +250,6 @@ def _read_yaml(path: Path) -> list[Entry]:
             raise ConfigError(f"{entry.where}: {entry.key!r} is set twice; first at {seen[entry.key]}")
         seen[entry.key] = entry.where
     return entries
-
-
-def dump_yaml(settings: Mapping[str, Any]) -> str:
-    """The settings as YAML in the order given, one key on each line."""
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
 
 
 def _read_arguments(words: Sequence[str]) -> tuple[list[str], list[Entry]]:

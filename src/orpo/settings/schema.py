@@ -1,7 +1,8 @@
 """Every setting's name, type and default, and the conversion of what users write to that type.
 
-Our own settings come from config.py; those of `transformers.TrainingArguments` are read with `ast`
-from the source of the installed version, so that a recipe is checked without importing torch or transformers.
+Our own settings come from config.py, our defaults for those of `transformers.TrainingArguments` from
+inherited.py. The rest is read with `ast` from the source of the installed transformers, so that a recipe is
+checked without importing it or torch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from orpo.errors import ConfigError
-from orpo.settings.config import OrpoSettings
+from orpo.settings.config import OWN, OrpoSettings
+from orpo.settings.inherited import INHERITED, UNCHANGED
 from orpo.settings.renamed import NO_EFFECT
 
 
@@ -47,20 +49,15 @@ def known_settings() -> dict[str, Known]:
     Raises:
         ConfigError: transformers is not installed.
     """
-    own: dict[str, Known] = {}
     hints = get_type_hints(OrpoSettings)
-    for f in fields(OrpoSettings):
-        default = f.default if f.default is not MISSING else None
-        own[f.name] = Known(hints[f.name], default, str(f.metadata.get("help", "")), own=True)
-    inherited = _training_arguments()
-    # ORPOConfig gives some inherited settings another default, or an unset one; its module imports torch.
-    arguments = Path(__file__).parents[1] / "training" / "arguments.py"
-    for name, known in _class_fields(arguments, "ORPOConfig", {}):
-        if name in inherited and name not in NO_EFFECT:
-            base = inherited.pop(name)
-            kind = base.kind | None if NoneType in members(known.kind) else base.kind
-            own[name] = Known(kind, known.default, known.help or base.help, own=True)
-    return own | {name: known for name, known in inherited.items() if name not in NO_EFFECT}
+    own = {f.name: Known(hints[f.name], f.default, OWN[f.name], own=True) for f in fields(OrpoSettings)}
+    theirs = _training_arguments()
+    for name, inherited in INHERITED.items():
+        if name in theirs and name not in NO_EFFECT and inherited.default is not UNCHANGED:
+            base = theirs.pop(name)
+            kind = base.kind | None if inherited.default is None else base.kind
+            own[name] = Known(kind, inherited.default, inherited.facts or base.help, own=True)
+    return own | {name: known for name, known in theirs.items() if name not in NO_EFFECT}
 
 
 def _training_arguments() -> dict[str, Known]:

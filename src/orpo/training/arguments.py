@@ -6,10 +6,9 @@ settings is written as None and filled in here, so that "not set" can be told fr
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -18,11 +17,16 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orpo.engine.loading import supports_bf16
-from orpo.settings.config import Objective, OrpoSettings, check_settings, resolve_objective
+from orpo.settings.config import (
+    OWN,
+    Objective,
+    OrpoSettings,
+    check_settings,
+    resolve_objective,
+    settings_where,
+)
+from orpo.settings.inherited import inherited
 from orpo.settings.renamed import NO_EFFECT
-
-SHARE_OF_RUN = 0.1
-"""Default distance between checkpoints, and between evaluations, as a share of the run's steps."""
 
 
 @dataclass
@@ -33,50 +37,26 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
         notices: Lines about what was resolved or has no effect, for the trainer to print.
     """
 
-    # Defaults that differ from those of TrainingArguments; the reasons are in docs/settings.md.
-    learning_rate: float = field(
-        default=5e-6, metadata={"help": "Peak learning rate; 1e-6, TRL's default, hardly moves a base model."}
-    )
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "bfloat16 autocast. Unset: where the accelerator computes in it."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step by itself."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave off: it prints a loss of 0 where the loss is not a number."}
-    )
-    eval_strategy: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "no, steps or epoch. Unset: as often as checkpoints, where there is data for it."},
-    )
-    eval_on_start: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Evaluate before the first step. Unset: where evaluation is on."}
-    )
-    save_steps: float = field(
-        default=SHARE_OF_RUN, metadata={"help": "Steps between checkpoints; below 1: share of the run."}
-    )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept: the best and the last ones."}
-    )
-    load_best_model_at_end: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "End with the best checkpoint. Unset: where each checkpoint is evaluated."},
-    )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Resume the patience of early stopping too."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": NO_EFFECT["remove_unused_columns"]})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter takes part in every row."}
-    )
+    # Defaults that differ from those of TrainingArguments (settings/inherited.py).
+    learning_rate: float = inherited("learning_rate")
+    bf16: bool | None = inherited("bf16")  # type: ignore[assignment]
+    logging_steps: float = inherited("logging_steps")
+    logging_first_step: bool = inherited("logging_first_step")
+    logging_nan_inf_filter: bool = inherited("logging_nan_inf_filter")
+    eval_strategy: str | None = inherited("eval_strategy")  # type: ignore[assignment]
+    eval_on_start: bool | None = inherited("eval_on_start")  # type: ignore[assignment]
+    save_steps: float = inherited("save_steps")
+    save_total_limit: int | None = inherited("save_total_limit")
+    load_best_model_at_end: bool | None = inherited("load_best_model_at_end")  # type: ignore[assignment]
+    restore_callback_states_from_checkpoint: bool = inherited("restore_callback_states_from_checkpoint")
+    remove_unused_columns: bool = inherited("remove_unused_columns")
+    ddp_find_unused_parameters: bool | None = inherited("ddp_find_unused_parameters")
     # Keywords of TRL's configuration that do nothing here.
-    max_prompt_length: int | None = field(default=None, metadata={"help": NO_EFFECT["max_prompt_length"]})
-    truncation_mode: str | None = field(default=None, metadata={"help": NO_EFFECT["truncation_mode"]})
-    padding_value: int | None = field(default=None, metadata={"help": NO_EFFECT["padding_value"]})
-    label_pad_token_id: int | None = field(default=None, metadata={"help": NO_EFFECT["label_pad_token_id"]})
-    is_encoder_decoder: bool | None = field(
-        default=None, metadata={"help": "Encoder-decoder models are refused."}
-    )
+    max_prompt_length: int | None = inherited("max_prompt_length")
+    truncation_mode: str | None = inherited("truncation_mode")
+    padding_value: int | None = inherited("padding_value")
+    label_pad_token_id: int | None = inherited("label_pad_token_id")
+    is_encoder_decoder: bool | None = inherited("is_encoder_decoder")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
@@ -86,8 +66,8 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
             setattr(self, key, value)
         self.notices = notices + [
             f"{key} has no effect: {NO_EFFECT[key]}"
-            for key in _NO_EFFECT_KEYS
-            if getattr(self, key) is not None
+            for key, default in ((f.name, f.default) for f in dataclasses.fields(self))
+            if key in NO_EFFECT and default is None and getattr(self, key) is not None
         ]
         if self.generate_during_eval and self.num_samples == 0:
             self.num_samples = 4
@@ -171,18 +151,13 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
         """The settings for recipe.yaml: ours, the usual ones, and all that are not at their default."""
         values = self.plain_settings()
         defaults = ORPOConfig(output_dir=self.output_dir).plain_settings()
-        ours = [f.name for f in dataclasses.fields(OrpoSettings) if f.name not in ("dry_run", "force")]
-        changed = [name for name in values if values[name] != defaults[name] and name not in _DERIVED]
-        names = dict.fromkeys([*ours, "output_dir", *_USUAL, *changed])
-        return {name: values[name] for name in names if values[name] is not None}
+        never = settings_where(lambda facts: facts.in_recipe == "never")
+        always = settings_where(lambda facts: facts.in_recipe == "always")
+        shown = [name for name in values if name in always or values[name] != defaults[name]]
+        names = dict.fromkeys([*OWN, "output_dir", *shown])
+        return {name: values[name] for name in names if name not in never and values[name] is not None}
 
 
-_USUAL = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay",
-    "max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16",
-)  # fmt: skip
-_DERIVED = ("do_eval", "activation_checkpointing", "activation_checkpointing_kwargs", "dataloader_pin_memory")
-_NO_EFFECT_KEYS = ("max_prompt_length", "truncation_mode", "padding_value", "label_pad_token_id")
 _OBJECT = object()
 
 
@@ -196,22 +171,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else _OBJECT
-
-
-def _help_only(described: dataclasses.Field[Any]) -> dataclasses.Field[Any]:
-    """The field without the ranges in its metadata, which HfArgumentParser hands on to argparse."""
-    plain = copy.copy(described)
-    plain.metadata = {
-        key: described.metadata[key] for key in ("help", "aliases") if key in described.metadata
-    }  # type: ignore[assignment]
-    return plain
-
-
-# HfArgumentParser takes the second type of a union, which must not be a generic one.
-ORPOConfig.__annotations__ |= {
-    "dataset_name": "list[str] | str | dict[str, float] | None",
-    "eval_dataset_name": "list[str] | str | None",
-}
-ORPOConfig.__dataclass_fields__ = {
-    name: _help_only(described) for name, described in ORPOConfig.__dataclass_fields__.items()
-}

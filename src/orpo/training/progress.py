@@ -1,12 +1,16 @@
-"""What a user sees while a run goes on: one bar on a terminal, one line per log elsewhere."""
+"""What a user sees while a model trains: one bar on a terminal, one line per log elsewhere."""
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback
+
+from orpo.engine.metrics import metric_named, write_figure
+from orpo.run.log import Record
+from orpo.training.recorder import Recorder
 
 
 class Stopwatch:
@@ -40,10 +44,13 @@ class Progress(TrainerCallback):
     """Shows loss, accuracy, tokens per second and the time left.
 
     Args:
+        recorder: Has the numbers.
         bar: Whether a bar may be drawn; it is where the output is a terminal.
     """
 
-    def __init__(self, *, bar: bool) -> None:
+    def __init__(self, recorder: Recorder, *, bar: bool) -> None:
+        self._recorder = recorder
+        self._shown: Record | None = None
         self._wants_bar = bar
         self._bar: Any = None
         self._task: Any = None
@@ -73,19 +80,20 @@ class Progress(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the numbers, in the bar or on a line."""
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        """Show the newest record, in the bar or on a line."""
+        record = self._recorder.newest
+        if not state.is_world_process_zero or record is None or record is self._shown:
             return
-        numbers = described(logs)
+        self._shown = record
         if self._bar is None:
-            left = "" if "loss" not in logs else f"  left {self._left(state)}"
-            print(f"step {state.global_step}/{state.max_steps}  {numbers}{left}", flush=True)
-        elif "loss" in logs:
+            left = f"  left {self._left(state)}" if record.kind == "train" else ""
+            print(f"step {record.step}/{state.max_steps}  {glance(record, _GLANCE)}{left}", flush=True)
+        elif record.kind == "train":
             # The margin would push the count and the time left off a terminal of 80 columns.
-            brief = {name: value for name, value in logs.items() if name != "margin"}
-            self._bar.update(self._task, numbers=described(brief))
+            names = [name for name in _GLANCE if name != "margin"]
+            self._bar.update(self._task, numbers=glance(record, names))
         else:
-            self._bar.console.print(f"step {state.global_step}  {numbers}")
+            self._bar.console.print(f"step {record.step}  {glance(record, _GLANCE)}")
 
     def close(self) -> None:
         """Leave the terminal as it was, however training has ended."""
@@ -101,13 +109,12 @@ class Progress(TrainerCallback):
             f"{seconds // 60}:{seconds % 60:02}")  # fmt: skip
 
 
-def described(logs: Mapping[str, float]) -> str:
-    """The numbers of a log line that are worth a glance; those of evaluations with their prefix."""
-    shown = []
-    for name, value in logs.items():
-        prefix, _, last = name.rpartition("_") if name.startswith("eval_") else ("", "", name)
-        if last in ("loss", "accuracy", "margin") and "odds" not in prefix and "nll" not in prefix:
-            shown.append(f"{name.replace('_', ' ')} {value:.4f}")
-        elif name == "tokens_per_second":
-            shown.append(f"{value:,.0f} tokens/s")
-    return "  ".join(shown)
+_GLANCE = ("loss", "accuracy", "margin", "tokens_per_second")
+
+
+def glance(record: Record, names: Sequence[str]) -> str:
+    """The metrics `names` of a record on one line, with the name of the set that was evaluated."""
+    head = [] if record.kind == "train" else [f"evaluation {record.set}".rstrip()]
+    known = [(metric_named(name).title, write_figure(name, record.metrics[name]).value)
+             for name in names if name in record.metrics]  # fmt: skip
+    return "  ".join([*head, *(f"{title} {value}" for title, value in known)])

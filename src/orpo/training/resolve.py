@@ -2,17 +2,19 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
-from orpo.data.source import DataReader
 from orpo.data.templates import DEFAULT, NAMED, missing_tokens
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.errors import ConfigError, ModelError
+from orpo.run.log import flat_name
+from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
 
 
@@ -70,21 +72,15 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
 
 def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
     """Settings of how a model is loaded would be passed over in silence where it is loaded already."""
-    names = ["model_init_kwargs"]
-    if not hasattr(model, "peft_config"):
-        names += ["use_peft", "adapter_name_or_path", "load_in_4bit", "load_in_8bit"]
-    for name in names:
-        if getattr(args, name):
+    for name in settings_where(lambda facts: facts.loading):
+        adapted = hasattr(model, "peft_config") and name != "model_init_kwargs"  # it has what they ask for
+        if getattr(args, name) and not adapted:
             raise ConfigError(f"{name} is set, but the model is loaded already; pass its name instead")
 
 
 def check_model(model: nn.Module, args: ORPOConfig) -> None:
     """Refuse what cannot be trained, and turn dropout off where the settings say so."""
-    inner = base_model(model)
-    if inner.config.is_encoder_decoder:
-        raise ModelError(
-            f"{type(inner).__name__} is an encoder-decoder model; ORPO here trains causal language models"
-        )
+    base_model(model)  # refuses
     if args.disable_dropout:
         _disable_dropout(model)
 
@@ -145,33 +141,34 @@ def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def keep_template(reader: DataReader, processing_class: Any, model: Any) -> None:
+def keep_template(template: tuple[str | None, str | None], processing_class: Any, model: Any) -> None:
     """Keep the template the data was written with, and let generation stop at its end of turn."""
+    text, end_token = template
     tokenizer = text_tokenizer(processing_class)
-    if reader.chat_template is None:
+    if text is None:
         return
-    processing_class.chat_template = tokenizer.chat_template = reader.chat_template
+    processing_class.chat_template = tokenizer.chat_template = text
     generation = None if model is None else getattr(base_model(model), "generation_config", None)
-    if generation is None or reader.end_token is None:
+    if generation is None or end_token is None:
         return
-    end = tokenizer.convert_tokens_to_ids(reader.end_token)
+    end = tokenizer.convert_tokens_to_ids(end_token)
     ends = generation.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if end not in ends:
         generation.eos_token_id = [end, *ends]
 
 
-def settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
+def settle_evaluation(args: ORPOConfig, set_names: Sequence[str]) -> None:
     """Turn evaluation on where it was left open and there is data, and off where there is none."""
-    if evals:
+    if set_names:
         args.evaluate_by_default()
     elif args.eval_strategy != IntervalStrategy.NO:
         raise ConfigError(
             f"eval_strategy is {IntervalStrategy(args.eval_strategy).value}, but there is no evaluation data;"
             " give some, or set eval_split above 0 to hold some out"
         )
-    if set(evals) - {""} and args.metric_for_best_model in ("loss", "eval_loss"):
-        args.metric_for_best_model = f"eval_{next(iter(evals))}_loss"
+    if any(set_names) and args.metric_for_best_model in ("loss", flat_name("loss")):
+        args.metric_for_best_model = flat_name("loss", set_names[0])
         args.notices.append(
             f"the best checkpoint is chosen by {args.metric_for_best_model}; see metric_for_best_model"
         )

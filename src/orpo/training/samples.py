@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from orpo.run.directory import read_json
-from orpo.training.recorder import write_json
+from orpo.run.directory import RunDirectory, read_json, write_json
 
-SAMPLES = "samples.json"
 DEFAULT_LENGTH = 128
 
 
@@ -28,7 +26,7 @@ class SampleWriter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take back what an earlier attempt has written after the checkpoint this one starts from."""
         self._answered = -1
-        path = Path(args.output_dir) / SAMPLES
+        path = RunDirectory(Path(args.output_dir)).samples
         if state.is_world_process_zero and path.exists():
             samples = read_json(path, []) if state.global_step > 0 else []
             for sample in samples:
@@ -48,7 +46,7 @@ class SampleWriter(TrainerCallback):
         answers = self._generate(prompts, args)
         if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / SAMPLES
+        path = RunDirectory(Path(args.output_dir)).samples
         before = {sample["prompt"]: sample["answers"] for sample in read_json(path, [])}
         samples = []
         for pair, prompt, answer in zip(shown, prompts, answers, strict=True):

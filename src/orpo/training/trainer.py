@@ -30,14 +30,23 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    IntervalStrategy,
+    TrainOutput,
+    denumpify_detensorize,
+    rotate_checkpoints,
+)
 
-from orpo.data.source import DataReader, TokenizedStream
+from orpo.console import say
+from orpo.data.dataset import TokenizedDataset, prompt_index
+from orpo.data.source import TokenizedStream, TrainingData, read_pairs, read_training
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_row
-from orpo.engine.metrics import MetricWindow, evaluation_metrics, trl_names
+from orpo.engine.metrics import MetricWindow, metric_named, trl_names, write_figure
 from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
+from orpo.engine.score import score
 from orpo.engine.scorer import base_model
 from orpo.engine.steps import (
     EVALUATION_BLOCK,
@@ -49,8 +58,9 @@ from orpo.engine.steps import (
     step_loader,
 )
 from orpo.errors import ConfigError, DataError, RunError, first_line
+from orpo.evaluation.preferences import summarise
+from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
-    StopSignal,
     checkpoint_problem,
     last_checkpoint,
     read_state,
@@ -58,10 +68,12 @@ from orpo.run.checkpoints import (
     write_state,
     written_whole,
 )
+from orpo.run.directory import RunDirectory
+from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.settings.config import LayoutName, Objective
 from orpo.training.arguments import ORPOConfig
 from orpo.training.progress import Progress, Stopwatch
-from orpo.training.recorder import RunFiles, write_model_card
+from orpo.training.recorder import Recorder
 from orpo.training.resolve import (
     add_template_tokens,
     check_model,
@@ -75,8 +87,12 @@ from orpo.training.resolve import (
 )
 from orpo.training.resuming import refuse_changes, run_identity
 from orpo.training.samples import SampleWriter
+from orpo.training.stopping import StopSignal
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
+
+GIVEN_ROWS = "given rows"
+"""Name in metrics.jsonl of a set that `evaluate` was given without a name."""
 
 
 class ORPOTrainer(Trainer):
@@ -141,27 +157,31 @@ class ORPOTrainer(Trainer):
         tokenizer = resolve_tokenizer(processing_class, args)
         if args.resize_embeddings:
             args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
-        self._reader = DataReader(args, text_tokenizer(tokenizer), args.seed)
         with args.main_process_first(desc="tokenizing the data"):
-            data = self._reader.training(train_dataset, eval_dataset, evaluates=args.eval_strategy != "no")
+            text = text_tokenizer(tokenizer)
+            data = read_training(
+                train_dataset, eval_dataset, args, text, evaluates=args.eval_strategy != "no"
+            )
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
-        settle_evaluation(args, data.evals)
-        keep_template(self._reader, tokenizer, loaded)
+        settle_evaluation(args, list(data.evals))
+        keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
         self._recipe = args.recipe()
-        self._identity = run_identity(args, data.train)
+        self._identity = run_identity(args, data.train_pairs)
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
         self.stopped_by: str | None = None
         self._prepared: tuple[nn.Module, Preparation] | None = None
         self._tokens_per_row = 0
+        self._evaluated_set: str | None = None  # its name, while an evaluation runs
+        self._said: set[str] = set()
         super().__init__(
             model=loaded,
             args=args,
-            train_dataset=data.train,
-            eval_dataset=data.evals if set(data.evals) - {""} else data.evals.get(""),
+            train_dataset=data.train_pairs,
+            eval_dataset=data.eval_pairs,
             processing_class=tokenizer,
             model_init=model_init,
             compute_metrics=compute_metrics,
@@ -170,25 +190,26 @@ class ORPOTrainer(Trainer):
         )
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
-        self._add_callbacks(data.report)
-        unwrapped = base_model(self.model)
-        unwrapped.add_model_tags(list(self._tag_names))
-        for line in [
-            *args.notices,
-            *data.notices,
-            *unused(data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics),
-        ]:
-            self._say(line)
+        self.recorder = self._add_callbacks(data)
+        base_model(self.model).add_model_tags(list(self._tag_names))
+        ignored = unused(
+            data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics
+        )
+        for line in [*args.notices, *data.lines(), *ignored]:
+            say(line)
 
     # ------------------------------------------------------------------------------------ setting up
 
-    def _add_callbacks(self, data_report: dict[str, Any]) -> None:
+    def _add_callbacks(self, data: TrainingData) -> Recorder:
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         self.add_callback(_EpochOrder())
         self.add_callback(_StopBetweenSteps(self))
-        self.add_callback(RunFiles(self._recipe, data_report))
-        self._progress = Progress(bar=not self.args.disable_tqdm)
+        recorder = Recorder(
+            str(self.args.output_dir), self._recipe, data.to_json(), writes=self.is_world_process_zero()
+        )
+        self.add_callback(recorder)
+        self._progress = Progress(recorder, bar=not self.args.disable_tqdm)
         self.add_callback(self._progress)
         if self.args.num_samples > 0 and self.eval_dataset is not None:
             self.add_callback(SampleWriter(self))
@@ -198,10 +219,7 @@ class ORPOTrainer(Trainer):
                     "early_stopping_patience: there is no evaluation; set eval_strategy and give data"
                 )
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
-
-    def _say(self, line: str) -> None:
-        if self.is_world_process_zero():
-            print(line, flush=True)
+        return recorder
 
     def _preparation(self) -> Preparation:
         """Prepare the model for rows, once it is on its device and before it is wrapped."""
@@ -222,9 +240,9 @@ class ORPOTrainer(Trainer):
             if not self.is_world_process_zero():
                 self._prepare(preparation.layout, probe=False)
             for line in preparation.notices:
-                self._say(line)
+                say(line)
             if self.model.device.type == "cuda":
-                self._say(f"attention: {preparation.attention}")
+                say(f"attention: {preparation.attention}")
             self._prepared = (inner, preparation)
         return self._prepared[1]
 
@@ -311,15 +329,20 @@ class ORPOTrainer(Trainer):
             and eval_dataset in self.eval_dataset
         ):
             eval_dataset = self.eval_dataset[eval_dataset]
-        pairs: Any = (
-            self.eval_dataset if eval_dataset is None else self._reader.whole(eval_dataset, "eval", "train")
-        )
+        pairs: Any = self.eval_dataset if eval_dataset is None else self._read(eval_dataset)
         if pairs is None:
             raise DataError("there is no eval_dataset to evaluate on")
         settings = self._row_settings(evaluating=True)
         return step_loader(
             StepDataset(pairs, settings, pairs_per_step=EVALUATION_BLOCK * self._num_ranks, shuffle=False)
         )
+
+    def _read(self, rows: Any) -> TokenizedDataset:
+        """Read rows that were given to be evaluated, and say what became of them."""
+        read = read_pairs(rows, self.args, text_tokenizer(self.processing_class))
+        for line in read.lines():
+            say(line)
+        return read.pairs
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """The same, for `predict`."""
@@ -378,7 +401,7 @@ class ORPOTrainer(Trainer):
         self.window = window
         model.zero_grad()
         torch.cuda.empty_cache()
-        self._say(f"step {self.state.global_step + 1}: out of memory; again, with rows of half as many pairs")
+        say(f"step {self.state.global_step + 1}: out of memory; again, with rows of half as many pairs")
         return self._run_rows(model, halves)
 
     def _run_row(self, model: nn.Module, row: PackedBatch, denominators: Denominators) -> Tensor:
@@ -390,7 +413,7 @@ class ORPOTrainer(Trainer):
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
         self.accelerator.backward(scaled, **deepspeed)
         if not row.empty:
-            self.window.add_row(output.pairs)
+            self.window.add_pairs(output.pairs)
         loss_share: Tensor = output.loss.detach()
         return loss_share
 
@@ -439,14 +462,48 @@ class ORPOTrainer(Trainer):
         return summed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put the window's numbers into a training line, and TRL's names for them."""
-        if "loss" in logs:
+        """Record a line of training numbers; dashboards see TRL's names for them too."""
+        is_ours = self._evaluated_set is None and "train_runtime" not in logs
+        if is_ours and "loss" in logs:
             means = self.window.close(self._reduce)
             means["tokens_per_second"] = means.pop("tokens") / self.stopwatch.restart()
-            logs |= means | trl_names(means, self.objective.beta)
+            logs |= means
+        if is_ours:
+            figures = {name: Figure(value) for name, value in logs.items() if is_number(value)}
+            self.recorder.trained(self.state.global_step, self.state.epoch or 0.0, figures)
+            logs |= trl_names(logs, self.objective.beta)
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------------------------ evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate on each of the run's sets, or on what is given; every set has a record of its own.
+
+        Args:
+            eval_dataset: Rows, tokenized pairs, the name of one of the run's sets, or a dict of rows by name.
+            ignore_keys: Not used.
+            metric_key_prefix: Of the names returned.
+        """
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(given, dict):
+            found: dict[str, float] = {}
+            for name, rows in given.items():
+                found |= self._evaluate_set(str(name), rows, f"{metric_key_prefix}_{name}")
+            return found
+        name = given if isinstance(given, str) else "" if eval_dataset is None else GIVEN_ROWS
+        return self._evaluate_set(name, given, metric_key_prefix)
+
+    def _evaluate_set(self, name: str, rows: Any, prefix: str) -> dict[str, float]:
+        self._evaluated_set = name
+        try:
+            return super().evaluate(rows, metric_key_prefix=prefix)
+        finally:
+            self._evaluated_set = None
 
     def evaluation_loop(
         self,
@@ -459,43 +516,64 @@ class ORPOTrainer(Trainer):
         """Score every pair once, and average over pairs."""
         with self.stopwatch.paused():
             scores = self._score(dataloader)
-        metrics = evaluation_metrics(scores, self.objective)
-        metrics |= trl_names(metrics, self.objective.beta)
+        pairs: Any = dataloader.dataset
+        figures = summarise(scores, self.objective, torch.from_numpy(prompt_index(pairs.pairs)))
+        ours = {name: figure.mean for name, figure in figures.items()}
         chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
         rejected = np.where(scores.has_rejected_P.numpy(), rejected, np.nan)
         predictions, labels = np.stack([chosen, rejected], 1), np.zeros(len(chosen), dtype=np.int64)
-        if self.compute_metrics is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
-        metrics = {
-            name if name.startswith(f"{metric_key_prefix}_") else f"{metric_key_prefix}_{name}": value
-            for name, value in metrics.items()
-        }
+        custom = self._custom_metrics(
+            EvalPrediction(predictions=predictions, label_ids=labels), metric_key_prefix
+        )
+        figures |= {name: Figure(value) for name, value in custom.items() if is_number(value)}
+        if self._evaluated_set is not None:
+            epoch = self.state.epoch or 0.0
+            self.recorder.evaluated(self.state.global_step, epoch, self._evaluated_set, len(chosen), figures)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in custom.items()}
+        for name, value in trl_names(ours, self.objective.beta).items():
+            named.setdefault(f"{metric_key_prefix}_{name}", value)
         return EvalLoopOutput(
-            predictions=predictions, label_ids=labels, metrics=metrics, num_samples=len(chosen)
+            predictions=predictions,
+            label_ids=labels,
+            metrics=flat(figures, metric_key_prefix) | named,
+            num_samples=len(chosen),
         )
 
-    @torch.no_grad()
+    def _custom_metrics(self, predictions: EvalPrediction, prefix: str) -> dict[str, Any]:
+        """What `compute_metrics` finds, without the prefix that it may have put in front."""
+        if self.compute_metrics is None:
+            return {}
+        found = denumpify_detensorize(self.compute_metrics(predictions))
+        custom = {name.removeprefix(f"{prefix}_"): value for name, value in found.items()}
+        for name, value in custom.items():
+            if not is_number(value):
+                self._say_once(f"compute_metrics: {name!r} is no number, so it is not recorded")
+            elif metric_named(name).title != name:
+                self._say_once(f"compute_metrics: {name!r} replaces the metric of that name")
+        return custom
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            say(line)
+
     def _score(self, dataloader: DataLoader[Any]) -> PairScores:
-        """Scores of all pairs of a loader, in the order of the data, alike on every rank."""
-        model = self._model_for_evaluation()
-        model.eval()
+        """Scores of all pairs of a loader, in the order of the data, the same on every rank."""
         self.callback_handler.eval_dataloader = dataloader
-        device = self.args.device
-        shape = len(PairScores._fields), self.num_examples(dataloader)
-        table = torch.zeros(shape, dtype=self.window.dtype, device=device)
-        for item in dataloader:
-            for row in item["step"].rows:
-                with self.accelerator.autocast():
-                    output = model(
-                        batch=row.to(device, non_blocking=True), denominators=Denominators(1.0, 1.0)
-                    )
-                if not row.empty:
-                    table[:, list(row.index)] = torch.stack([column.to(table) for column in output.pairs])
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
-        columns = list((self._reduce(table) / copies).cpu())
-        columns[-1] = columns[-1] > 0
-        return PairScores(*columns)
+
+        def advance(num_pairs: int) -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        return score(
+            self._model_for_evaluation(),
+            (item["step"] for item in dataloader),
+            self.num_examples(dataloader),
+            device=self.args.device,
+            precision=self.accelerator.autocast,
+            reduce=lambda table: self._reduce(table) / copies,
+            progress=advance,
+        )
 
     def _model_for_evaluation(self) -> Any:
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
@@ -560,8 +638,8 @@ class ORPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, but into a folder beside, renamed when whole; then delete old ones."""
-        run_dir = Path(self._get_output_dir(trial))
-        target = run_dir / f"checkpoint-{self.state.global_step}"
+        run = RunDirectory(Path(self._get_output_dir(trial)))
+        target = run.checkpoint(self.state.global_step)
         window = self.window.fold(self._reduce)
         with (
             self.stopwatch.paused(),
@@ -571,8 +649,10 @@ class ORPOTrainer(Trainer):
         ):
             with _changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
                 super()._save_checkpoint(model, None)
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == target or best.is_dir():
+            best = (
+                None if self.state.best_global_step is None else run.checkpoint(self.state.best_global_step)
+            )
+            if best is not None and (best == target or best.is_dir()):
                 self.state.best_model_checkpoint = str(best)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -588,7 +668,7 @@ class ORPOTrainer(Trainer):
                 )
         if self.args.should_save:
             rotate_checkpoints(
-                str(run_dir),
+                str(run.path),
                 self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
@@ -605,18 +685,43 @@ class ORPOTrainer(Trainer):
         """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint."""
         with _no_bars():
             super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            self.create_model_card(output_dir=output_dir)
+        if _internal_call:
+            return
+        if (
+            self.state.global_step > 0
+            and Path(output_dir or self.recorder.run.path) == self.recorder.run.path
+        ):
+            self.recorder.saved(self.state.global_step, self.state.epoch or 0.0, self.model_step)
+        self.create_model_card(output_dir=output_dir)
+
+    @property
+    def model_step(self) -> int:
+        """The step whose weights the model has: after training the best one, where it ends with that."""
+        best = self.state.best_global_step
+        if best is None or not self.args.load_best_model_at_end or self.stopped_by is not None:
+            return int(self.state.global_step)
+        return int(best)
+
+    def is_evaluated(self) -> bool:
+        """Whether the weights that the model has were evaluated."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]
+        name = flat_name("loss", next(iter(sets)))
+        return any(line.get("step") == self.model_step and name in line for line in self.state.log_history)
 
     def create_model_card(self, *args: Any, output_dir: str | None = None, **kwargs: Any) -> None:
-        """Write README.md beside the model."""
-        if self.is_world_process_zero():
-            write_model_card(
-                Path(output_dir or str(self.args.output_dir)),
-                self._recipe,
-                self.state.log_history,
-                self.state.best_global_step if self.args.load_best_model_at_end else None,
+        """Write README.md next to the model."""
+        if not self.is_world_process_zero():
+            return
+        results = [
+            (
+                f"{metric_named(name).title}{f', {record.set}' if record.set else ''}",
+                str(write_figure(name, figure)),
             )
+            for record in self.recorder.evaluations(self.model_step)
+            for name, figure in record.metrics.items()
+        ]
+        folder = Path(output_dir or str(self.args.output_dir))
+        write_model_card(folder, self._recipe, results, self.model_step)
 
 
 # ---------------------------------------------------------------------------------------- callbacks

@@ -1,0 +1,28 @@
+"""What a run says on the terminal: one line, once, however many processes run."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def say(line: str) -> None:
+    """Print a line, from the first process of a run only."""
+    if _rank() == 0:
+        print(line, flush=True)
+
+
+def say_error(error: BaseException, *, everywhere: bool = False) -> None:
+    """Print an error as one line on stderr, once for each machine.
+
+    Args:
+        error: What a user can fix.
+        everywhere: Whether it may differ between processes; then each prints it, with its rank.
+    """
+    if everywhere or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        who = f" (rank {_rank()})" if everywhere and "RANK" in os.environ else ""
+        print(f"orpo: error{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,135 @@
+"""The attention segments of a row, and attention one segment at a time: exact on any device.
+
+A run `prompt ++ chosen ++ rejected` needs two attention segments: the queries of prompt and chosen over their
+own keys, and the queries of rejected over the keys of prompt and rejected. Both are causal with the last
+query aligned to the last key, so no [N, N] mask over the row exists, and no floating-point operation is spent
+on tokens that may not see each other. Where a GPU has a kernel for whole rows, attention.py takes that.
+
+Shape suffixes: H = heads, N = tokens in the row, Q/K = queries/keys of one segment, D = size of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo.engine.packing import Run
+from orpo.engine.varlen import Plan, plan_row
+
+SEGMENTS = "segments"
+"""Name of attention by segments, as a run prints it."""
+
+
+@dataclass(slots=True)
+class Segments:
+    """The attention segments of one row, with what its layers share: masks, a plan, a count of their calls.
+
+    Attributes:
+        runs: The runs of the row, in order.
+        num_calls: Attention layers that have used these segments; a model that attends some other way leaves
+            it 0.
+        backend: What served the last of these layers.
+    """
+
+    runs: Sequence[Run]
+    num_calls: int = 0
+    backend: str = SEGMENTS
+    _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    _plan: Plan | None = None
+
+    def lengths(self) -> list[int]:
+        """Queries of each segment, in the order of the row; they add up to N."""
+        return [n for run in self.runs for n in (run.prompt + run.chosen, run.rejected) if n]
+
+    def longest(self) -> int:
+        """Keys of the longest segment."""
+        return max(run.prompt + max(run.chosen, run.rejected) for run in self.runs)
+
+    def plan(self, device: torch.device) -> Plan:
+        """What a kernel for whole rows reads."""
+        if self._plan is None or self._plan.query_starts.device != device:
+            self._plan = plan_row(self.runs, device)
+        return self._plan
+
+    def mask(self, num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
+        """Additive mask [Q, K] of a causal segment, or None where plain causal attention is the same.
+
+        Args:
+            num_queries: Q; the last query is aligned to the last key.
+            num_keys: K, at least Q.
+            window: A query sees the `window` last keys, its own included; None for all.
+            like: Gives the dtype and the device.
+        """
+        if window is not None and window >= num_keys:
+            window = None
+        if num_queries == num_keys and window is None:
+            return None
+        key = (num_queries, num_keys, window, like.dtype, like.device)
+        if key not in self._masks:
+            offset = num_keys - num_queries
+            allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=like.device).tril_(offset)
+            if window is not None:
+                allowed = allowed.triu_(offset - window + 1)
+            mask = torch.zeros(num_queries, num_keys, dtype=like.dtype, device=like.device)
+            self._masks[key] = mask.masked_fill_(~allowed, float("-inf"))
+        return self._masks[key]
+
+
+class Options(NamedTuple):
+    """What a layer asks of its attention besides query, key and value.
+
+    Attributes:
+        scale: Factor on the scores; None for 1 / sqrt(D).
+        window: Sliding window in tokens, a query's own included; None for none.
+        softcap: Scores become softcap * tanh(score / softcap); None for none.
+        dropout: Probability of dropping an attention weight.
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+
+
+def attend_segments(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options
+) -> Tensor:
+    """Attention of a row, one call per segment. [1, H, N, D] over [1, H / groups, N, D] -> [1, N, H, D]."""
+    lengths = segments.lengths()
+    parts = iter(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
+    outputs = []
+    for run in segments.runs:
+        query_A, key_A, value_A = next(parts)
+        mask = segments.mask(query_A.shape[2], key_A.shape[2], options.window, query)
+        outputs.append(_attend_segment(query_A, key_A, value_A, mask, options))
+        if run.rejected:
+            query_B, key_B, value_B = next(parts)
+            key_B = torch.cat([key_A[:, :, : run.prompt], key_B], dim=2)
+            value_B = torch.cat([value_A[:, :, : run.prompt], value_B], dim=2)
+            mask = segments.mask(query_B.shape[2], key_B.shape[2], options.window, query)
+            outputs.append(_attend_segment(query_B, key_B, value_B, mask, options))
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+def _attend_segment(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
+) -> Tensor:
+    """One causal segment. [1, H, Q, D] over [1, H / groups, K, D] -> [1, H, Q, D]."""
+    scale, _, softcap, dropout = options
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )  # fmt: skip
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    score = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    score = softcap * torch.tanh(score / softcap)
+    if mask is None:
+        mask = torch.full(score.shape[2:], float("-inf"), dtype=score.dtype, device=score.device).triu_(1)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    weight = (score + mask).softmax(-1, dtype=precise).to(query.dtype)
+    return F.dropout(weight, dropout) @ value

@@ -1,0 +1,155 @@
+"""The log of a run, metrics.jsonl: one typed record a line.
+
+    {"step": 10, "kind": "train", "epoch": 0.5, "seconds": 3.1, "metrics": {"loss": 2.3, "accuracy": 0.5}}
+    {"step": 10, "kind": "eval", "set": "hh", "num_pairs": 9, ..., "metrics": {"nll": {"mean": 2, "se": 0.1}}}
+    {"step": 40, "kind": "saved", "model_step": 30, ...}
+
+A training record covers the steps since the last one. An evaluation record is one evaluation of one set, so a
+set may have any name. A saved record says whose step's weights the run directory holds. Only dashboards see
+flat names (`eval_hh_accuracy`), which `flat_name` makes and nothing takes apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from orpo.errors import DataError
+
+Kind = Literal["train", "eval", "saved"]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A mean, with its standard error where it has one."""
+
+    mean: float
+    se: float | None = None
+
+    def to_json(self) -> Any:
+        """A number, or a mapping of `mean` and `se`."""
+        return self.mean if self.se is None else {"mean": self.mean, "se": self.se}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Figure:
+        """Inverse of `to_json`."""
+        return cls(value["mean"], value.get("se")) if isinstance(value, Mapping) else cls(value)
+
+
+Figures = Mapping[str, Figure]
+"""Figures by the name of their metric."""
+
+
+def figures_to_json(figures: Figures) -> dict[str, Any]:
+    """Figures as plain values."""
+    return {name: figure.to_json() for name, figure in figures.items()}
+
+
+def figures_from_json(values: Mapping[str, Any]) -> dict[str, Figure]:
+    """Inverse of `figures_to_json`."""
+    return {name: Figure.from_json(value) for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        step: Optimizer steps made when it was written.
+        kind: `train`, `eval` or `saved`.
+        metrics: Figures by metric; standard errors in evaluations only.
+        set: Name of the evaluation set; the only one of a run is named "".
+        num_pairs: Pairs scored; None in other records.
+        model_step: In a saved record, the step whose weights were saved.
+        epoch: Passes over the training data so far.
+        seconds: Since the run began.
+    """
+
+    step: int
+    kind: Kind
+    metrics: Figures = field(default_factory=dict)
+    set: str = ""
+    num_pairs: int | None = None
+    model_step: int | None = None
+    epoch: float = 0.0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as its line, without what its kind does not have."""
+        line: dict[str, Any] = {"step": self.step, "kind": self.kind}
+        if self.kind == "eval":
+            line |= {"set": self.set, "num_pairs": self.num_pairs}
+        if self.kind == "saved":
+            line["model_step"] = self.model_step
+        line |= {"epoch": round(self.epoch, 6), "seconds": round(self.seconds, 3)}
+        return line | ({"metrics": figures_to_json(self.metrics)} if self.metrics else {})
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Record:
+        """Inverse of `to_json`."""
+        return cls(**(dict(line) | {"metrics": figures_from_json(line.get("metrics", {}))}))
+
+
+def flat_name(metric: str, set_name: str = "") -> str:
+    """The name of an evaluated metric on dashboards and in `metric_for_best_model`: `eval_hh_accuracy`."""
+    return f"eval_{set_name}_{metric}" if set_name else f"eval_{metric}"
+
+
+def flat(figures: Figures, prefix: str) -> dict[str, float]:
+    """Figures under flat names, each standard error under its metric's name with `_se`."""
+    means = {f"{prefix}_{name}": figure.mean for name, figure in figures.items()}
+    errors = {name: figure.se for name, figure in figures.items() if figure.se is not None}
+    return means | {f"{prefix}_{name}_se": se for name, se in errors.items()}
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number, true and false not counted."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read the records of a file; none where there is no file. A last line cut short by a crash is left out.
+
+    Raises:
+        DataError: A line is damaged, or was written by a version of this package that wrote no records.
+    """
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: not valid JSON; delete this line") from None
+        records.append(_record(line, f"{path}:{number}"))
+    return records
+
+
+def _record(line: Any, where: str) -> Record:
+    if not isinstance(line, dict) or line.get("kind") not in get_args(Kind):
+        raise DataError(
+            f"{where}: not a record of this version of orpo (0.1 wrote flat lines);"
+            " move the file away to go on without its curves"
+        )
+    try:
+        return Record.from_json(line)
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{where}: damaged record ({error}); delete this line") from None
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add a record to a file, which is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record.to_json()) + "\n")
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a file anew."""
+    path.write_text("".join(json.dumps(record.to_json()) + "\n" for record in records), encoding="utf-8")

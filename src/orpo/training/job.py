@@ -1,0 +1,112 @@
+"""From the settings of a recipe to a finished run directory: what `orpo train` does, for Python too."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.utils import logging
+
+from orpo.console import say
+from orpo.report.page import write_report
+from orpo.run.checkpoints import last_checkpoint
+from orpo.run.directory import Run, RunDirectory, read_run
+from orpo.settings.config import check_recipe
+from orpo.settings.needs import check_needs
+from orpo.training.arguments import ORPOConfig
+from orpo.training.preflight import is_finished, summary
+from orpo.training.trainer import ORPOTrainer
+
+Ending = Literal["trained", "stopped", "was finished", "dry run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How `train` ended.
+
+    Attributes:
+        ending: `trained` to the end; `stopped` by a signal, with a checkpoint; `was finished` before; or a
+            `dry run`.
+        folder: The run directory.
+        exit_status: For a shell: 0, or 128 and the number of the signal.
+        run: What the directory holds now, where training has ended, on the first rank.
+        page: The report, where it was written.
+    """
+
+    ending: Ending
+    folder: Path
+    exit_status: int = 0
+    run: Run | None = None
+    page: Path | None = None
+
+
+def train(settings: Mapping[str, Any]) -> Outcome:
+    """Check all that can be checked, then train; the same call again resumes an interrupted run.
+
+    Args:
+        settings: Of a recipe, by key (`load_recipe("recipe.yaml").settings`); `model_name_or_path` and
+            `dataset_name` are needed, `output_dir` is `runs/orpo` by default.
+
+    Raises:
+        OrpoError: Settings, model or data cannot be trained with, or the run cannot continue.
+    """
+    settings = {"output_dir": "runs/orpo"} | dict(settings)
+    check_recipe(settings)
+    check_needs(settings)
+    model = Path(settings["model_name_or_path"]).expanduser()
+    if model.is_dir():
+        # The recipe and an adapter remember the name, and are read from other folders.
+        settings["model_name_or_path"] = str(model.resolve())
+    # `gradient_checkpointing`, which everybody writes, will not have that name for ever.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    config = ORPOConfig(**settings)
+    folder = Path(str(config.output_dir))
+    if is_finished(config):
+        say(f"{folder} already holds a finished run of this recipe; set another output_dir to train again")
+        return Outcome("was finished", folder)
+    is_new = not folder.exists()
+    trainer = ORPOTrainer(args=config)
+    for line in summary(trainer):
+        say(line)
+    if config.dry_run:
+        if is_new and trainer.is_world_process_zero():
+            folder.rmdir()  # the Trainer has made it
+        say("dry run: nothing was trained or written")
+        return Outcome("dry run", folder)
+    return _train(trainer, config)
+
+
+def _train(trainer: ORPOTrainer, config: ORPOConfig) -> Outcome:
+    """Train from where the run is, save, and write the page."""
+    folder = Path(str(config.output_dir))
+    checkpoint = _checkpoint(config)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stopped_by is not None:
+        kept = RunDirectory(folder).checkpoint(trainer.state.global_step)
+        say(f"stopped by {trainer.stopped_by}: saved {kept}; run the same command to resume")
+        number = int(getattr(signal, trainer.stopped_by, signal.SIGTERM))
+        return Outcome("stopped", folder, 128 + number)
+    if trainer.eval_dataset is not None and not trainer.is_evaluated():
+        trainer.evaluate()
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return Outcome("trained", folder)
+    return Outcome("trained", folder, run=read_run(folder), page=write_report(folder))
+
+
+def _checkpoint(config: ORPOConfig) -> str | None:
+    """Where to resume from: as the settings say, else the newest whole checkpoint of the run directory."""
+    asked = config.resume_from_checkpoint
+    if asked and asked.lower() not in ("true", "false"):
+        return asked
+    newest = None if asked and asked.lower() == "false" else last_checkpoint(str(config.output_dir))
+    return str(newest) if newest else None

@@ -1,0 +1,77 @@
+"""Whether a run is finished already, and a summary of what is about to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orpo.data.dataset import TokenizedDataset
+from orpo.run.directory import RunDirectory
+from orpo.settings.config import settings_where
+from orpo.training.arguments import ORPOConfig
+from orpo.training.resuming import refuse_changes
+from orpo.training.trainer import ORPOTrainer
+
+
+def is_finished(config: ORPOConfig) -> bool:
+    """Whether the run directory holds the result of this very recipe.
+
+    Raises:
+        RunError: It holds the result of another recipe.
+    """
+    run = RunDirectory(Path(str(config.output_dir)))
+    if config.force or not run.is_finished():
+        return False
+    before, now = run.read_recipe(), config.recipe()
+    names = (now.keys() & before.keys()) - settings_where(lambda facts: facts.resume == "free")
+    refuse_changes(run.path, {name: before[name] for name in names}, {name: now[name] for name in names})
+    return True
+
+
+def summary(trainer: ORPOTrainer) -> list[str]:
+    """What is about to be trained, on what, and for how long; a line each."""
+    config: Any = trainer.args
+    objective = ", ".join(f"{name} {value}" for name, value in asdict(config.objective_settings).items())
+    precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "float32"
+    return [
+        f"model      {_model_summary(trainer)}",
+        *_data_summary(trainer),
+        f"objective  {objective}",
+        f"steps      {_steps_summary(trainer)}",
+        f"machine    {config.world_size} x {config.device.type}, {precision}",
+        f"output     {config.output_dir}",
+    ]
+
+
+def _model_summary(trainer: ORPOTrainer) -> str:
+    total = trainer.model.num_parameters()
+    trained = trainer.model.num_parameters(only_trainable=True)
+    share = "all" if trained == total else f"{trained:,} of them, {trained / total:.2%},"
+    return f"{trainer.args.model_name_or_path}: {total:,} weights, {share} trained"
+
+
+def _data_summary(trainer: ORPOTrainer) -> Iterator[str]:
+    pairs: Any = trainer.train_dataset
+    if isinstance(pairs, TokenizedDataset):
+        tokens = pairs.lengths.sum(1)
+        yield (
+            f"data       {len(pairs):,} pairs: {tokens.sum():,} tokens an epoch, "
+            f"{tokens.mean():.0f} a pair on average, {tokens.max():,} at most"
+        )
+    held_out: Any = trainer.eval_dataset
+    sets = held_out if isinstance(held_out, dict) else {"": held_out} if held_out is not None else {}
+    sizes = ", ".join(f"{len(rows):,} pairs{f' ({name})' if name else ''}" for name, rows in sets.items())
+    yield f"held out   {sizes or 'nothing'}"
+
+
+def _steps_summary(trainer: ORPOTrainer) -> str:
+    config: Any = trainer.args
+    if not isinstance(trainer.train_dataset, TokenizedDataset):
+        return f"{config.max_steps:,} of {trainer.pairs_per_step} pairs, streamed"
+    in_epoch = len(trainer.get_train_dataloader())
+    steps = config.max_steps if config.max_steps > 0 else round(in_epoch * config.num_train_epochs)
+    number = round(steps / in_epoch, 2)
+    epochs = f"{number:g} epoch{'' if number == 1 else 's'} of {in_epoch:,} steps"
+    return f"{steps:,} of {trainer.pairs_per_step} pairs: {epochs}"
