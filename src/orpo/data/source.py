@@ -6,7 +6,7 @@ evaluation and inspection of data read in the same way and each says what it mus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,7 @@ def read_training(
         ConfigError: A stream without `max_steps`.
     """
     train = settings.dataset_name if train is None else train
+    leaves_out = evals is None  # objects from Python are evaluated as they are, with a line
     evals = _named_evaluation_data(settings) if evals is None else evals
     sets = {} if evals is None else dict(evals) if _is_named(evals) else {"": evals}
     if train is not None and _as_tokenized(train) is None and _is_stream(train, settings):
@@ -197,7 +198,8 @@ def read_training(
         read, held_out, notices = _hold_out(read, settings)
         known_evals = {"": _tokenized(held_out, settings, tokenizer, EVALUATION)}
     else:
-        known_evals = _read_evals(sets, settings, tokenizer, trained={pair_key(p) for p in read.pairs})
+        trained = {pair_key(pair) for pair in read.pairs}
+        known_evals = _read_evals(sets, settings, tokenizer, trained, leaves_out=leaves_out)
     tokenized_train = _tokenized(read, settings, tokenizer, TRAINING)
     evaluated = [pair for one in known_evals.values() for pair in one.preferences]
     findings = find(read.pairs, evaluated or None, tokenized_train.pairs)
@@ -208,9 +210,11 @@ def _read_evals(
     sets: Mapping[str, Any],
     settings: OrpoSettings,
     tokenizer: Any,
-    trained: frozenset[Any] | set[Any] = frozenset(),
+    trained: Collection[Any] = (),
+    *,
+    leaves_out: bool = True,
 ) -> dict[str, ReadPairs]:
-    """Read the evaluation sets; pairs that are trained on are left out of them, and counted."""
+    """Read the evaluation sets; pairs that are `trained` on are left out of them or named, and counted."""
     split = settings.dataset_test_split or settings.dataset_train_split
     found = {}
     for key, data in sets.items():
@@ -219,12 +223,24 @@ def _read_evals(
         if tokenized is not None:
             found[key] = ReadPairs(name=name, pairs=tokenized)
             continue
-        read = _without(_preferences(data, settings, split, name), trained)
+        read = _preferences(data, settings, split, name)
+        read = _without(read, trained) if leaves_out else _with_warning(read, trained)
         found[key] = _tokenized(read, settings, tokenizer, name)
     return found
 
 
-def _without(read: PreferenceSet, trained: frozenset[Any] | set[Any]) -> PreferenceSet:
+def _with_warning(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
+    """The set with a line about the pairs that are trained on."""
+    sources = [pair.source for pair in read.pairs if pair_key(pair) in trained]
+    if sources:
+        read.notices.append(
+            f"{len(sources)} of {len(read)} pairs are also trained on (first: {sources[0]});"
+            " what they show does not carry over to new data"
+        )
+    return read
+
+
+def _without(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
     """The set without the pairs that are trained on."""
     kept = []
     for pair in read.pairs:

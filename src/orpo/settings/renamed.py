@@ -82,10 +82,6 @@ NO_EFFECT = other_tools.NO_EFFECT | {
     ),
 }
 
-
-TRAINER_ARGUMENTS = {"tokenizer": "processing_class"}
-"""Arguments of `ORPOTrainer` under the names of older versions of TRL, and today's."""
-
 _DATA = dict.fromkeys(TRAINING, training_data) | dict.fromkeys(EVALUATION, evaluation_data)
 _SEVERAL = {*_DATA, "target_modules", "lora_target", "adapters"}
 """Names whose values may be several words on the command line, next to those that RENAMED maps to a list."""

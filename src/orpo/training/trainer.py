@@ -127,6 +127,7 @@ class ORPOTrainer(Trainer):
         preprocess_logits_for_metrics: Any = None,
         peft_config: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """Load what is given by name, tokenize the data, and check that they fit.
 
@@ -147,6 +148,7 @@ class ORPOTrainer(Trainer):
             peft_config: Train this adapter instead of the weights.
             compute_metrics: Gets `predictions`, the mean log-probabilities [n, 2] of (chosen, rejected), and
                 `label_ids`, n zeros: the column that is preferred.
+            tokenizer: Old name of `processing_class`.
 
         Raises:
             OrpoError: Settings, model or data cannot be trained with.
@@ -154,7 +156,7 @@ class ORPOTrainer(Trainer):
         args = own_arguments(args)
         set_seed(args.seed)  # an adapter's weights are drawn before Trainer sets the seed
         loaded: Any = resolve_model(model, args, model_init, peft_config)
-        tokenizer = resolve_tokenizer(processing_class, args)
+        tokenizer = resolve_tokenizer(processing_class or tokenizer, args)
         if args.resize_embeddings:
             args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
         with args.main_process_first(desc="tokenizing the data"):
