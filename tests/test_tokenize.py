@@ -12,7 +12,8 @@ from turns import bot, system, user
 
 from orpo.data.counts import RowCounts
 from orpo.data.preferences import read_preferences
-from orpo.data.templates import NAMED, prepare_template
+from orpo.data.named_templates import NAMED
+from orpo.data.templates import prepare_template
 from orpo.data.tokenize import PairTokenizer, shorter_prompts, stream_tokenized
 from orpo.errors import ConfigError, DataError, ModelError
 from orpo.pairs import PreferencePair

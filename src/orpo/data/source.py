@@ -65,7 +65,7 @@ class DataReader:
         self.report: dict[str, Any] = {}
         self.notices: list[str] = []
         self._evaluated: list[PreferencePair] = []
-        self.chat_template: str | None = None
+        self.chat_template: str | dict[str, str] | None = None
         self.end_token: str | None = None
 
     def training(self, train: Any, evals: Any, *, evaluates: bool) -> TrainingData:
@@ -190,7 +190,7 @@ class DataReader:
         read = self._read_settings(s.dataset_train_split)
         if s.chat_template or self.tokenizer.chat_template:
             template = prepare_template(self.tokenizer, s.chat_template)
-            self.chat_template, self.end_token = template.text, template.end_token
+            self.chat_template, self.end_token = template.saved, template.end_token
 
         def tokens() -> Iterator[TokenizedPair]:
             return stream_tokenized(

@@ -1,113 +1,69 @@
 """Chat templates: which one is used, and what it writes around an answer.
 
-A template is a program we cannot read, so it is asked: one short conversation is rendered with a marker for
-the answer, and what comes after the marker tells the end-of-turn token and the text behind it that must not
-be trained. The template that leaves here writes BOS exactly where the tokenizer itself would; saved with the
-model, it renders the very prompts the model was trained on.
+A template is a program we cannot read, so it is asked: short conversations are rendered with markers, and
+what stands between the markers tells the header of an answer, its end-of-turn token and the text behind it
+that must not be trained. What a run adds to a template (BOS where the tokenizer writes it, the run's
+arguments, a place for the system text) is written into its text, so that the template saved with the model
+renders the very prompts the model was trained on.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from orpo.data.named_templates import DEFAULT, NAMED, missing_tokens
+from orpo.data.turn_ends import added_tokens, earlier_turn_end, turn_end
 from orpo.errors import ConfigError, ModelError, first_line
 from orpo.pairs import Message
 
 _ANSWER = "ORPO answer marker"
+_QUESTION = "ORPO question marker"
 _SYSTEM = "ORPO system marker"
 _TOOL = "orpo_tool_marker"
-
-
-class NamedTemplate(NamedTuple):
-    """A template of our own; `END` in its text stands for the end of a turn."""
-
-    text: str
-    end: str | None
-    """The end-of-turn token; None: the tokenizer's EOS."""
-    tokens: tuple[str, ...]
-    """Further tokens it writes, which a vocabulary should hold as single tokens."""
-
-
-_TOOL_CALLS = """\
-{%- for call in message.tool_calls or [] %}
-    {{- '\\n' if message.content or not loop.first }}
-    {{- '<tool_call>\\n' + call.function | tojson + '\\n</tool_call>' }}
-{%- endfor %}"""
-
-_CHATML = (
-    """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
-    {{- 'Tools, one JSON schema a line. Call one by writing its name and arguments as JSON between <tool_call>
-    and ' }} {{- '</tool_call>.' }} {%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %} {{- END
-    + '\\n' }}
-{%- endif %}
-{%- for message in (messages[1:] if tools and messages[0].role == 'system' else messages) %}
-    {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
-    """
-    + _TOOL_CALLS
-    + """
-    {{- END + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-)
-
-_ROLE_LINES = """\
-{%- for message in messages %}
-    {{- '<|' + message.role + '|>\\n' + message.content + END + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
-
-_LLAMA3 = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + END }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
-
-# Gemma and Mistral have no system turn: its text opens the first user turn.
-_GEMMA = """\
-{{- bos_token }}
-{%- set ns = namespace(system='') %}
-{%- for message in messages %}
-    {%- if message.role == 'system' %}
-        {%- set ns.system = message.content | trim + '\\n\\n' %}
-    {%- else %}
-        {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
-        {{- ns.system + message.content | trim + END + '\\n' }}
-        {%- set ns.system = '' %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"""
-
-_MISTRAL = """\
-{{- bos_token }}
-{%- set ns = namespace(system='') %}
-{%- for message in messages %}
-    {%- if message.role == 'system' %}
-        {%- set ns.system = message.content + '\\n\\n' %}
-    {%- elif message.role == 'assistant' %}
-        {{- ' ' + message.content + END }}
-    {%- else %}
-        {{- '[INST] ' + ns.system + message.content + '[/INST]' }}
-        {%- set ns.system = '' %}
-    {%- endif %}
-{%- endfor %}"""
-
-NAMED: dict[str, NamedTemplate] = {
-    "chatml": NamedTemplate(_CHATML, "<|im_end|>", ("<|im_start|>",)),
-    "zephyr": NamedTemplate(_ROLE_LINES, None, ("<|system|>", "<|user|>", "<|assistant|>")),
-    "llama3": NamedTemplate(_LLAMA3, "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>")),
-    "gemma": NamedTemplate(_GEMMA, "<end_of_turn>", ("<start_of_turn>",)),
-    "phi3": NamedTemplate(_ROLE_LINES, "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")),
-    "mistral": NamedTemplate(_MISTRAL, None, ("[INST]", "[/INST]")),
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": _TOOL, "description": "", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+_CALLED = "orpo_call_marker"
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": _CALLED, "arguments": {}}}],
 }
-DEFAULT = "chatml"
+_ASK: list[Message] = [{"role": "user", "content": _QUESTION}]
+_EXCHANGE: list[Message] = [*_ASK, {"role": "assistant", "content": _ANSWER}]
+
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+# The text behind it starts a line, as the template itself did: blocks and blanks there are read as before.
+_BEHIND = "{# written in front by the training run #}\n"
+_FOLD = """\
+{%- if messages and messages[0]['role'] == 'system' %}
+{%- set folded = namespace(turns=[], text=messages[0]['content'] | trim) %}
+{%- for turn in messages[1:] %}
+{%- if turn['role'] == 'user' and folded.text %}
+{%- set text = folded.text + '\\n\\n' + turn['content'] %}
+{%- set folded.turns = folded.turns + [{'role': 'user', 'content': text}] %}
+{%- set folded.text = '' %}
+{%- else %}
+{%- set folded.turns = folded.turns + [turn] %}
+{%- endif %}
+{%- endfor %}
+{%- if folded.text %}
+{%- set folded.turns = [{'role': 'user', 'content': folded.text}] + folded.turns %}
+{%- endif %}
+{%- set messages = folded.turns %}
+{%- endif %}"""
 
 
 @dataclass(frozen=True)
@@ -115,47 +71,78 @@ class ChatTemplate:
     """A template and what was found out about it.
 
     Attributes:
-        text: The Jinja text; to be saved with the model.
+        text: The Jinja text.
         name: `tokenizer` for its own, one of `NAMED`, or `given`.
+        saved: What to save with the model: the text, or all texts by name where the tokenizer has several.
+        arguments: Variables it is rendered with (`chat_template_kwargs`).
+        date: What `strftime_now` shows in it.
+        header: What it writes in front of an answer both when asked for one and when it has one.
         suffix: What it writes after an answer.
         end: The part of `suffix` to train on: up to the end-of-turn token, this included.
         end_token: That token; the tokenizer's EOS where the template has none.
+        earlier_end: As `end`, behind an answer that another turn follows.
         anchors: Added tokens it writes between a question and its answer.
-        folds_system: It takes no system turn, so its text goes in front of the first user turn.
+        stops: Tokens that generation stops at, as far as they are known.
+        folds_system: It has no system turn of its own, so `text` opens the first user turn with its text.
         ignores_tools: It does not write the `tools` it is given.
+        ignores_calls: It does not write the `tool_calls` of an answer.
+        tool_use: The template for rows with tools, where the tokenizer has one.
         notices: Lines to print.
     """
 
     text: str
     name: str
+    saved: str | dict[str, str] = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime = field(default_factory=datetime.now)
+    header: str = ""
     suffix: str = ""
     end: str = ""
     end_token: str = ""
+    earlier_end: str = ""
     anchors: tuple[str, ...] = ()
+    stops: frozenset[str] = frozenset()
     folds_system: bool = False
     ignores_tools: bool = False
+    ignores_calls: bool = False
+    tool_use: ChatTemplate | None = None
     notices: tuple[str, ...] = ()
 
     def render(self, tokenizer: Any, turns: Sequence[Message], tools: list[Any] | None, *, ask: bool) -> str:
         """The conversation as text; `ask` adds the header after which the model answers."""
-        if self.folds_system:
-            turns = fold_system(turns)
-        text: str = tokenizer.apply_chat_template(
-            list(turns), tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=ask
-        )
-        return text
 
+        def apply(turns: list[Message]) -> str:
+            text: str = tokenizer.apply_chat_template(
+                turns,
+                tools=tools or None,
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=ask,
+                **{"strftime_now": self.date.strftime, **self.arguments},
+            )
+            return text
 
-def fold_system(turns: Sequence[Message]) -> list[Message]:
-    """The system text in front of the first user turn, for templates without a system turn."""
-    if not turns or turns[0]["role"] != "system":
-        return list(turns)
-    system, *rest = turns
-    for place, turn in enumerate(rest):
-        if turn["role"] == "user":
-            joined = {**turn, "content": f"{system['content']}\n\n{turn['content']}"}
-            return [*rest[:place], joined, *rest[place + 1 :]]
-    return [{**system, "role": "user"}, *rest]
+        try:
+            return apply(list(turns))
+        except Exception:
+            if not any("tool_calls" in turn for turn in turns):
+                raise
+        # Some templates join the arguments of a call as text, where most expect an object.
+        return apply([_with_text_arguments(turn) for turn in turns])
+
+    def for_tools(self, tools: list[Any] | None) -> ChatTemplate:
+        """The template for a row with these tools: the one transformers takes."""
+        return self.tool_use if tools and self.tool_use is not None else self
+
+    def reads(self, name: str) -> bool:
+        """Whether a variable of this name occurs in it."""
+        return re.search(rf"\b{re.escape(name)}\b", self.text) is not None
+
+    def identity(self) -> str:
+        """Equal for templates that write the same: part of the key of cached tokens."""
+        dates = str(self.date) if self.reads("strftime_now") else ""
+        more = self.tool_use.identity() if self.tool_use is not None else ""
+        return json.dumps([self.text, dict(self.arguments), dates, self.end, more], default=str)
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -166,82 +153,91 @@ def adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def prepare_template(tokenizer: Any, chat_template: str | None = None) -> ChatTemplate:
+def prepare_template(
+    tokenizer: Any,
+    chat_template: str | None = None,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    stop_tokens: Collection[int] | None = None,
+    date: datetime | None = None,
+) -> ChatTemplate:
     """Settle which template is used, and probe it.
 
     Args:
         tokenizer: Of the model to train; it is not changed.
         chat_template: One of `NAMED`, a file, a Jinja text, or None: the tokenizer's own, else the default.
+            A tokenizer with several templates uses `tool_use` for rows with tools, as transformers does.
+        chat_template_kwargs: Variables for the template, such as `enable_thinking`.
+        stop_tokens: Ids that generation stops at, besides EOS: those of the model's generation_config.
+        date: What the template writes as today's date; None: now.
 
     Raises:
-        ConfigError: The template is unknown or cannot be rendered.
+        ConfigError: The template is unknown or cannot be rendered, or does not read one of the arguments.
         ModelError: Neither template nor tokenizer has an end-of-turn token.
     """
-    text, name, notices = _choose(tokenizer, chat_template)
-    bare = ChatTemplate(text, name)
-    question: Message = {"role": "user", "content": "Q"}
-    probe = [question, {"role": "assistant", "content": _ANSWER}]
-    try:
-        rendered = bare.render(tokenizer, probe, None, ask=False)
-    except Exception as error:
-        raise ConfigError(f"chat_template: {first_line(error)}; name one of {', '.join(NAMED)}") from error
-    if rendered.count(_ANSWER) != 1:
-        raise ConfigError("chat_template: it does not write the assistant's answer once; name another")
-    bos = tokenizer.bos_token
-    if adds_bos(tokenizer) and not rendered.startswith(bos):
-        text = "{{- bos_token }}" + text
-        notices.append(
-            f"the chat template does not write {bos}, which the tokenizer does: put in front of it"
-        )
-    suffix = rendered.partition(_ANSWER)[2]
-    end, end_token = _end_of_turn(tokenizer, suffix)
-    folds = not _writes(tokenizer, bare, [{"role": "system", "content": _SYSTEM}, *probe], None, _SYSTEM)
-    tool = {
-        "type": "function",
-        "function": {"name": _TOOL, "description": "", "parameters": {"type": "object", "properties": {}}},
-    }
-    return ChatTemplate(
-        text=text,
-        name=name,
-        suffix=suffix,
-        end=end,
-        end_token=end_token,
-        anchors=_anchors(tokenizer, bare, question),
-        folds_system=folds,
-        ignores_tools=not _writes(tokenizer, bare, probe, [tool], _TOOL),
-        notices=tuple(notices),
-    )
+    arguments, date = dict(chat_template_kwargs or {}), date or datetime.now()
+    texts, name, notices = _choose(tokenizer, chat_template)
+    _check_arguments(tokenizer, arguments)
+    stops = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(list(stop_tokens or []))} - {None}
+    make = partial(ChatTemplate, name=name, arguments=arguments, date=date, stops=frozenset(stops))
+    default = probed(tokenizer, _completed(tokenizer, make(texts["default"])))
+    tool_use = None
+    if "tool_use" in texts:
+        tool_use = probed(tokenizer, _completed(tokenizer, make(texts["tool_use"])), _TOOLS)
+        notices.append("rows with tools are written with the tokenizer's template 'tool_use'")
+    if default.reads("strftime_now") or (tool_use is not None and tool_use.reads("strftime_now")):
+        notices.append(f"the chat template writes today's date: {date:%d %B %Y} in every row of this run")
+    for argument in arguments:
+        if not any(one is not None and one.reads(argument) for one in (default, tool_use)):
+            raise ConfigError(
+                f"chat_template_kwargs: the chat template does not read {argument!r}; leave it out"
+            )
+    saved: str | dict[str, str] = default.text
+    if len(texts) > 1:
+        saved = {**texts, "default": default.text} | ({"tool_use": tool_use.text} if tool_use else {})
+    every = [*notices, *default.notices, *(tool_use.notices if tool_use else ())]
+    return replace(default, saved=saved, tool_use=tool_use, notices=tuple(dict.fromkeys(every)))
 
 
-def _choose(tokenizer: Any, chat_template: str | None) -> tuple[str, str, list[str]]:
-    """Text, name and notices of the template asked for."""
+def with_arguments(tokenizer: Any, template: ChatTemplate, more: Mapping[str, Any]) -> ChatTemplate:
+    """The template with a row's own arguments, which win over the run's.
+
+    Raises:
+        ConfigError: One of them cannot be an argument.
+    """
+    _check_arguments(tokenizer, more)
+    return probed(tokenizer, replace(template, arguments={**template.arguments, **more}, notices=()))
+
+
+# --------------------------------------------------------------------------------------------- which template
+
+
+def _choose(tokenizer: Any, chat_template: str | None) -> tuple[dict[str, str], str, list[str]]:
+    """Texts by name (`default` among them), name and notices of the template asked for."""
+    own = getattr(tokenizer, "chat_template", None)
+    texts: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
+    if chat_template is None and texts:
+        return {"default": next(iter(texts.values())), **texts}, "tokenizer", []
+    if chat_template in texts:
+        return {**texts, "default": texts[chat_template]}, "tokenizer", []
     if chat_template is None:
-        own = getattr(tokenizer, "chat_template", None)
-        if isinstance(own, dict):
-            own = own.get("default") or next(iter(own.values()), None)
-        if own:
-            return own, "tokenizer", []
         text, notices = _named(tokenizer, DEFAULT)
-        return text, DEFAULT, [f"the tokenizer has no chat template: using {DEFAULT!r}", *notices]
+        notices.insert(0, f"the tokenizer has no chat template: using {DEFAULT!r}")
+        return {"default": text}, DEFAULT, notices
     if chat_template in NAMED:
         text, notices = _named(tokenizer, chat_template)
-        return text, chat_template, notices
+        return {"default": text}, chat_template, notices
     if "{{" in chat_template or "{%" in chat_template:
-        return chat_template, "given", []
+        return {"default": chat_template}, "given", []
     path = Path(chat_template).expanduser()
     if path.is_file():
-        return path.read_text(encoding="utf-8"), "given", []
-    near = difflib.get_close_matches(chat_template, NAMED, n=1)
+        return {"default": path.read_text(encoding="utf-8")}, "given", []
+    names = [*texts, *NAMED] if len(texts) > 1 else list(NAMED)
+    near = difflib.get_close_matches(chat_template, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
-        f"chat_template: {chat_template!r} is no file and no template; {hint}named ones: {', '.join(NAMED)}"
+        f"chat_template: {chat_template!r} is no file and no template; {hint}named ones: {', '.join(names)}"
     )
-
-
-def missing_tokens(tokenizer: Any, name: str) -> list[str]:
-    """Tokens a named template writes that the vocabulary lacks: what `resize_embeddings` is to add."""
-    template, vocabulary = NAMED[name], tokenizer.get_vocab()
-    return [token for token in (*template.tokens, template.end) if token and token not in vocabulary]
 
 
 def _named(tokenizer: Any, name: str) -> tuple[str, list[str]]:
@@ -264,42 +260,139 @@ def _named(tokenizer: Any, name: str) -> tuple[str, list[str]]:
     return template.text.replace("END", end), notices
 
 
-def _anchors(tokenizer: Any, template: ChatTemplate, question: Message) -> tuple[str, ...]:
-    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    header = template.render(tokenizer, [{**question, "content": _ANSWER}], None, ask=True).partition(
-        _ANSWER
-    )[2]
-    ids = tokenizer(header, add_special_tokens=False)["input_ids"]
-    return tuple(
-        str(tokenizer.convert_ids_to_tokens(token)) for token in dict.fromkeys(ids) if token in added
+def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that mean something else to the tokenizer."""
+    if not arguments:
+        return
+    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
+    for name in arguments:
+        if name in taken or not name.isidentifier():
+            raise ConfigError(f"chat_template_kwargs: {name!r} is not a variable of a chat template")
+
+
+# --------------------------------------------------------------------------------------------- what it writes
+
+
+def _completed(tokenizer: Any, bare: ChatTemplate) -> ChatTemplate:
+    """The template with what the run writes in front of it."""
+    asked = _try(tokenizer, bare, _ASK) or _try(tokenizer, bare, _ASK, _TOOLS) or ""
+    front, notices = "", []
+    if adds_bos(tokenizer) and asked and not asked.startswith(tokenizer.bos_token):
+        front = "{{- bos_token }}"
+        notices.append(
+            f"the chat template does not write {tokenizer.bos_token}, which the tokenizer does: "
+            "put in front of it"
+        )
+    front += "".join(
+        f"{{%- if {name} is not defined or {name} is none %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+        for name, value in bare.arguments.items()
+        if bare.reads(name)
+    )
+    system: list[Message] = [{"role": "system", "content": _SYSTEM}, *_ASK]
+    folds = asked != "" and not any(
+        _SYSTEM in (_try(tokenizer, bare, system, t) or "") for t in (None, _TOOLS)
+    )
+    front += _FOLD if folds else ""
+    text = front + _BEHIND + bare.text if front else bare.text
+    return replace(bare, text=text, folds_system=folds, notices=tuple(notices))
+
+
+def probed(tokenizer: Any, bare: ChatTemplate, tools: list[Any] | None = None) -> ChatTemplate:
+    """The template with what it writes around an answer.
+
+    Args:
+        tokenizer: Of the model.
+        bare: Text, arguments, date and stops.
+        tools: Given with every probe; where None, a template that fails is asked again with some.
+
+    Raises:
+        ConfigError: The template cannot be rendered.
+        ModelError: Nothing ends an answer.
+    """
+    try:
+        rendered = bare.render(tokenizer, _EXCHANGE, tools, ask=False)
+    except Exception as error:
+        if tools is None and _try(tokenizer, bare, _EXCHANGE, _TOOLS, ask=False) is not None:
+            return probed(tokenizer, bare, _TOOLS)
+        raise ConfigError(f"chat_template: {first_line(error)}; name one of {', '.join(NAMED)}") from error
+    if rendered.count(_ANSWER) != 1:
+        raise ConfigError("chat_template: it does not write the assistant's answer once; name another")
+    opening, _, behind = rendered.partition(_QUESTION)
+    answered, _, suffix = behind.partition(_ANSWER)
+    asked, unasked = (
+        (_try(tokenizer, bare, _ASK, tools, ask=ask) or "").partition(_QUESTION)[2] for ask in (True, False)
+    )
+    twice = _try(tokenizer, bare, [*_EXCHANGE, *_EXCHANGE], tools, ask=False) or ""
+    between = twice.partition(_ANSWER)[2].partition(_QUESTION)[0]
+    earlier = earlier_turn_end(tokenizer, between, opening, bare.stops) if _QUESTION in twice else ""
+    end = turn_end(tokenizer, suffix, earlier, opening, bare.stops)
+    with_tools = _try(tokenizer, bare, _ASK, _TOOLS) or ""
+    with_call = _try(tokenizer, bare, [*_ASK, _CALL], _TOOLS, ask=False)
+    return replace(
+        bare,
+        header=_header(asked, unasked, answered),
+        suffix=suffix,
+        end=end.text,
+        end_token=end.token,
+        earlier_end=earlier,
+        anchors=tuple(dict.fromkeys(token.text for token in added_tokens(tokenizer, asked))),
+        ignores_tools=_TOOL not in with_tools,
+        ignores_calls=with_call is not None and _CALLED not in with_call,
     )
 
 
-def _end_of_turn(tokenizer: Any, suffix: str) -> tuple[str, str]:
-    """What of the text behind an answer is trained, and the token it ends with."""
-    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    last, stop = "", 0
-    for token in tokenizer(suffix, add_special_tokens=False)["input_ids"]:
-        written = str(tokenizer.convert_ids_to_tokens(token)) if token in added else ""
-        # End tokens in a row belong together; what stands apart behind them is no longer the turn's.
-        if last and not (written and suffix.startswith(written, stop)):
-            break
-        if written and (found := suffix.find(written, stop)) >= 0:
-            last, stop = written, found + len(written)
-    if last:
-        return suffix[:stop], last
-    if tokenizer.eos_token is None:
-        raise ModelError(
-            "neither the chat template nor the tokenizer has an end-of-turn token; set tokenizer.eos_token"
-        )
-    return suffix.rstrip() + tokenizer.eos_token, tokenizer.eos_token
+def _header(asked: str, unasked: str, answered: str) -> str:
+    """What stands in front of an answer, asked for or given; where nothing does, what ends the question."""
+    start = settled(asked, unasked)
+    common_part = asked[: settled(asked, answered)]
+    return common_part[start:] or common_part
 
 
-def _writes(
-    tokenizer: Any, template: ChatTemplate, turns: list[Message], tools: list[Any] | None, marker: str
-) -> bool:
-    """Whether the template takes these turns and writes the marker."""
+def switch(tokenizer: Any, template: ChatTemplate, *, on: bool) -> str | None:
+    """The setting that turns thinking on or off in the header of an answer, where the template has one."""
+    for name in ("enable_thinking", "thinking"):
+        other = replace(template, arguments={**template.arguments, name: on})
+        if template.reads(name) and _try(tokenizer, other, _ASK) != _try(tokenizer, template, _ASK):
+            return f"chat_template_kwargs: {{{name}: {str(on).lower()}}}"
+    return None
+
+
+def _with_text_arguments(turn: Message) -> Message:
+    if "tool_calls" not in turn:
+        return turn
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in turn["tool_calls"]
+    ]
+    return {**turn, "tool_calls": calls}
+
+
+def _try(
+    tokenizer: Any,
+    template: ChatTemplate,
+    turns: list[Message],
+    tools: list[Any] | None = None,
+    *,
+    ask: bool = True,
+) -> str | None:
+    """None where the template refuses the conversation."""
     try:
-        return marker in template.render(tokenizer, turns, tools, ask=False)
+        return template.render(tokenizer, turns, tools, ask=ask)
     except Exception:
-        return False
+        return None
+
+
+def settled(one: str, other: str) -> int:
+    """Length of the common beginning, short of a tag of which only a part is common."""
+    length = common(one, other)
+    for text in (one, other):
+        for tag in _TAG.finditer(text, max(0, length - 100)):
+            if tag.start() < length < tag.end():
+                length = tag.start()
+    return length
+
+
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

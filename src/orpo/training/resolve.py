@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.source import DataReader
-from orpo.data.templates import DEFAULT, NAMED, missing_tokens
+from orpo.data.named_templates import DEFAULT, NAMED, missing_tokens
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.errors import ConfigError, ModelError
