@@ -84,9 +84,8 @@ class RowCounts:
     def lines(self) -> list[str]:
         """The table, one printable line per reason, the most frequent first."""
         lines = [f"{self.kept} of {self.total} rows train"]
-        tables = {
-            "skipped": self.skipped, "dropped": self.dropped, "incomplete": self.lost, "changed": self.changed,
-        }  # fmt: skip
+        tables = {"skipped": self.skipped, "dropped": self.dropped}
+        tables |= {"incomplete": self.lost, "changed": self.changed}
         for verb, table in tables.items():
             for reason, count in sorted(table.items(), key=lambda item: -item[1]):
                 lines.append(f"{verb} {count}: {reason} (first: {self.examples[reason]})")

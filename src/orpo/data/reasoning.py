@@ -51,6 +51,12 @@ def opened_block(asked: str, answered: str) -> Block | None:
     return next((block for block in open_blocks(asked) if block.closing not in known), None)
 
 
+def opens_the_same(text: str, other: str) -> bool:
+    """Whether both begin with the same block, blanks aside."""
+    tags = (re.match(pattern, other.lstrip()) for pattern, _ in _TAGS)
+    return any(tag is not None and text.lstrip().startswith(tag[0]) for tag in tags)
+
+
 def behind_opening(text: str, block: Block) -> str:
     """What follows where a prompt has opened the block: the text without an opening of its own."""
     tag = block.opening.rstrip()

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from orpo.data.reasoning import Block, behind_opening, lost, opened_block
+from orpo.data.reasoning import Block, behind_opening, lost, open_blocks, opened_block, opens_the_same
 from orpo.data.spans import assistant_spans
 from orpo.data.templates import ChatTemplate, prepare_template, settled, switch, with_arguments
 from orpo.data.turn_ends import added_ids
@@ -81,18 +81,22 @@ class Renderer:
             date: What the template writes as today's date.
         """
         self.tokenizer = tokenizer
-        self._chat_template = chat_template
-        self._options = {
-            "chat_template_kwargs": chat_template_kwargs, "stop_tokens": stop_tokens, "date": date,
-        }  # fmt: skip
+        self._prepare = partial(
+            prepare_template,
+            tokenizer,
+            chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            stop_tokens=stop_tokens,
+            date=date,
+        )
         self._by_arguments: dict[str, ChatTemplate] = {}
-        self._end_ids: dict[tuple[frozenset[str], str], set[int]] = {}
+        self._end_ids: dict[frozenset[str], set[int]] = {}
         self._elsewhere: dict[tuple[str, Block | None], str] = {}
 
     @cached_property
     def template(self) -> ChatTemplate:
         """The chat template in use."""
-        return prepare_template(self.tokenizer, self._chat_template, **self._options)
+        return self._prepare()
 
     @cached_property
     def added(self) -> frozenset[int]:
@@ -108,14 +112,16 @@ class Renderer:
 
         Raises:
             Dropped: The template refuses it, or shows no boundary.
+            ConfigError: The template cannot be used at all.
             ModelError: Nothing could end an answer.
         """
         if isinstance(pair.prompt, str):
             answers = [answer for answer in (pair.chosen, pair.rejected) if isinstance(answer, str)]
             sides = [RenderedSide(pair.prompt + self._end(answer), len(pair.prompt), 0) for answer in answers]
             return Rendered(sides, [len(pair.prompt)], [], [], [], None)
+        template = self._template_of(pair)
         try:
-            return _PairRenderer(self, pair, self._template_of(pair)).render()
+            return _PairRenderer(self, pair, template).render()
         except (Dropped, ModelError):
             raise
         except Exception as error:  # templates raise whatever they like
@@ -137,12 +143,10 @@ class Renderer:
 
     def end_ids(self, template: ChatTemplate) -> set[int]:
         """Tokens that end an answer, and so stand in none."""
-        key = (template.stops, template.end_token)
-        if key not in self._end_ids:
-            self._end_ids[key] = {
-                *self.tokenizer.convert_tokens_to_ids([*template.stops, template.end_token])
-            }
-        return self._end_ids[key]
+        tokens = template.stops | {template.end_token}
+        if tokens not in self._end_ids:
+            self._end_ids[tokens] = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens)))
+        return self._end_ids[tokens]
 
     def finish(self, text: str, template: ChatTemplate) -> str:
         """A rendered conversation, cut behind the end-of-turn token of its last turn."""
@@ -334,7 +338,7 @@ class _PairRenderer:
             return None
         if not extra:
             return lead + rest
-        return None if settled(rest.lstrip(), extra.lstrip()) else rest
+        return None if opens_the_same(rest, extra) else rest
 
     def _inside(self, headers: _Headers, last: Message, full: str) -> str | None:
         """The answer behind a header that opens a block; None where it does not close the block."""
@@ -368,11 +372,16 @@ class _PairRenderer:
     def _cut(self, written: _Written) -> int:
         """Where the prompt ends if it must end before what the template writes only when asked."""
         headers = self._headers(written.before, written.asked)
-        end = headers.start + headers.common
-        if end == 0 or not written.full.startswith(written.asked[:end]):
+        end = min(headers.start + headers.common, settled(written.asked, written.full))
+        inside = [
+            block
+            for block in open_blocks(written.asked[headers.start : end])
+            if block.closing in written.asked[end:]
+        ]
+        end -= len(inside[0].opening) if inside else 0
+        if end <= 0:
             raise Dropped(_NO_BOUNDARY)
-        extra = headers.shown[headers.common :].strip()
-        self.notes.append(self.renderer.elsewhere(self.template, extra, headers.block))
+        self.notes.append(self.renderer.elsewhere(self.template, written.asked[end:].strip(), headers.block))
         return end
 
     def _lost(self, last: Message, written: str) -> str | None:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _BEHIND = "{# written in front by the training run #}\n"
 _FOLD = """\
 {%- if messages and messages[0]['role'] == 'system' %}
-{%- set folded = namespace(turns=[], text=messages[0]['content'] | trim) %}
+{%- set folded = namespace(turns=[], text=messages[0]['content']) %}
 {%- for turn in messages[1:] %}
-{%- if turn['role'] == 'user' and folded.text %}
+{%- if turn['role'] == 'user' and folded.text | trim %}
 {%- set text = folded.text + '\\n\\n' + turn['content'] %}
 {%- set folded.turns = folded.turns + [{'role': 'user', 'content': text}] %}
 {%- set folded.text = '' %}
@@ -59,7 +59,7 @@ _FOLD = """\
 {%- set folded.turns = folded.turns + [turn] %}
 {%- endif %}
 {%- endfor %}
-{%- if folded.text %}
+{%- if folded.text | trim %}
 {%- set folded.turns = [{'role': 'user', 'content': folded.text}] + folded.turns %}
 {%- endif %}
 {%- set messages = folded.turns %}
@@ -86,6 +86,7 @@ class ChatTemplate:
         folds_system: It has no system turn of its own, so `text` opens the first user turn with its text.
         ignores_tools: It does not write the `tools` it is given.
         ignores_calls: It does not write the `tool_calls` of an answer.
+        takes_parts: It wants contents as a list of parts, as those of vision models.
         tool_use: The template for rows with tools, where the tokenizer has one.
         notices: Lines to print.
     """
@@ -105,30 +106,44 @@ class ChatTemplate:
     folds_system: bool = False
     ignores_tools: bool = False
     ignores_calls: bool = False
+    takes_parts: bool = False
     tool_use: ChatTemplate | None = None
     notices: tuple[str, ...] = ()
 
     def render(self, tokenizer: Any, turns: Sequence[Message], tools: list[Any] | None, *, ask: bool) -> str:
         """The conversation as text; `ask` adds the header after which the model answers."""
 
-        def apply(turns: list[Message]) -> str:
+        def apply(turns: Sequence[Message]) -> str:
+            turns = [_in_parts(turn) for turn in turns] if self.takes_parts else list(turns)
             text: str = tokenizer.apply_chat_template(
                 turns,
                 tools=tools or None,
-                chat_template=self.text,
+                chat_template=self._dated,
                 tokenize=False,
                 add_generation_prompt=ask,
-                **{"strftime_now": self.date.strftime, **self.arguments},
+                **self.arguments,
             )
             return text
 
         try:
-            return apply(list(turns))
+            return apply(turns)
         except Exception:
             if not any("tool_calls" in turn for turn in turns):
                 raise
         # Some templates join the arguments of a call as text, where most expect an object.
         return apply([_with_text_arguments(turn) for turn in turns])
+
+    @cached_property
+    def _dated(self) -> str:
+        """The text with its clock stopped; a macro, because a template is given no function from outside."""
+        if not self.reads("strftime_now"):
+            return self.text
+        shown = "".join(
+            f".replace({sign + letter!r}, {self.date.strftime(sign + letter)!r})"
+            for sign in ("%-", "%")
+            for letter in "aAbBcdHIjmMpSuUVwWxXyY"
+        )
+        return f"{{%- macro strftime_now(format) -%}}{{{{ format{shown} }}}}{{%- endmacro %}}\n{self.text}"
 
     def for_tools(self, tools: list[Any] | None) -> ChatTemplate:
         """The template for a row with these tools: the one transformers takes."""
@@ -155,7 +170,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 def prepare_template(
     tokenizer: Any,
-    chat_template: str | None = None,
+    chat_template: str | Mapping[str, str] | None = None,
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     stop_tokens: Collection[int] | None = None,
@@ -165,8 +180,8 @@ def prepare_template(
 
     Args:
         tokenizer: Of the model to train; it is not changed.
-        chat_template: One of `NAMED`, a file, a Jinja text, or None: the tokenizer's own, else the default.
-            A tokenizer with several templates uses `tool_use` for rows with tools, as transformers does.
+        chat_template: One of `NAMED`, a file, a Jinja text, several texts by name, or None: the tokenizer's
+            own, else the default. Of several, `tool_use` is for rows with tools, as in transformers.
         chat_template_kwargs: Variables for the template, such as `enable_thinking`.
         stop_tokens: Ids that generation stops at, besides EOS: those of the model's generation_config.
         date: What the template writes as today's date; None: now.
@@ -180,10 +195,10 @@ def prepare_template(
     _check_arguments(tokenizer, arguments)
     stops = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(list(stop_tokens or []))} - {None}
     make = partial(ChatTemplate, name=name, arguments=arguments, date=date, stops=frozenset(stops))
-    default = probed(tokenizer, _completed(tokenizer, make(texts["default"])))
+    default = _completed(tokenizer, make(texts["default"]))
     tool_use = None
     if "tool_use" in texts:
-        tool_use = probed(tokenizer, _completed(tokenizer, make(texts["tool_use"])), _TOOLS)
+        tool_use = _completed(tokenizer, make(texts["tool_use"]), _TOOLS)
         notices.append("rows with tools are written with the tokenizer's template 'tool_use'")
     if default.reads("strftime_now") or (tool_use is not None and tool_use.reads("strftime_now")):
         notices.append(f"the chat template writes today's date: {date:%d %B %Y} in every row of this run")
@@ -206,14 +221,19 @@ def with_arguments(tokenizer: Any, template: ChatTemplate, more: Mapping[str, An
         ConfigError: One of them cannot be an argument.
     """
     _check_arguments(tokenizer, more)
-    return probed(tokenizer, replace(template, arguments={**template.arguments, **more}, notices=()))
+    own = replace(template, arguments={**template.arguments, **more}, notices=())
+    return probed(tokenizer, own, _TOOLS if _try(tokenizer, own, _EXCHANGE, ask=False) is None else None)
 
 
 # --------------------------------------------------------------------------------------------- which template
 
 
-def _choose(tokenizer: Any, chat_template: str | None) -> tuple[dict[str, str], str, list[str]]:
+def _choose(
+    tokenizer: Any, chat_template: str | Mapping[str, str] | None
+) -> tuple[dict[str, str], str, list[str]]:
     """Texts by name (`default` among them), name and notices of the template asked for."""
+    if isinstance(chat_template, Mapping):
+        return {"default": next(iter(chat_template.values())), **chat_template}, "given", []
     own = getattr(tokenizer, "chat_template", None)
     texts: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
     if chat_template is None and texts:
@@ -273,9 +293,14 @@ def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------- what it writes
 
 
-def _completed(tokenizer: Any, bare: ChatTemplate) -> ChatTemplate:
-    """The template with what the run writes in front of it."""
-    asked = _try(tokenizer, bare, _ASK) or _try(tokenizer, bare, _ASK, _TOOLS) or ""
+def _completed(tokenizer: Any, bare: ChatTemplate, tools: list[Any] | None = None) -> ChatTemplate:
+    """The template with what the run writes in front of it, and with what it was found out to write."""
+    for takes_parts, given in ((False, tools), (False, _TOOLS), (True, tools)):
+        trial = replace(bare, takes_parts=takes_parts)
+        if _ANSWER in (_try(tokenizer, trial, _EXCHANGE, given, ask=False) or ""):
+            bare, tools = trial, given
+            break
+    asked = _try(tokenizer, bare, _ASK, tools) or ""
     front, notices = "", []
     if adds_bos(tokenizer) and asked and not asked.startswith(tokenizer.bos_token):
         front = "{{- bos_token }}"
@@ -289,12 +314,10 @@ def _completed(tokenizer: Any, bare: ChatTemplate) -> ChatTemplate:
         if bare.reads(name)
     )
     system: list[Message] = [{"role": "system", "content": _SYSTEM}, *_ASK]
-    folds = asked != "" and not any(
-        _SYSTEM in (_try(tokenizer, bare, system, t) or "") for t in (None, _TOOLS)
-    )
-    front += _FOLD if folds else ""
+    folds = asked != "" and _SYSTEM not in (_try(tokenizer, bare, system, tools) or "")
+    front += _FOLD if folds and not bare.takes_parts else ""
     text = front + _BEHIND + bare.text if front else bare.text
-    return replace(bare, text=text, folds_system=folds, notices=tuple(notices))
+    return probed(tokenizer, replace(bare, text=text, folds_system=folds, notices=tuple(notices)), tools)
 
 
 def probed(tokenizer: Any, bare: ChatTemplate, tools: list[Any] | None = None) -> ChatTemplate:
@@ -303,7 +326,7 @@ def probed(tokenizer: Any, bare: ChatTemplate, tools: list[Any] | None = None) -
     Args:
         tokenizer: Of the model.
         bare: Text, arguments, date and stops.
-        tools: Given with every probe; where None, a template that fails is asked again with some.
+        tools: Given with every probe.
 
     Raises:
         ConfigError: The template cannot be rendered.
@@ -312,9 +335,10 @@ def probed(tokenizer: Any, bare: ChatTemplate, tools: list[Any] | None = None) -
     try:
         rendered = bare.render(tokenizer, _EXCHANGE, tools, ask=False)
     except Exception as error:
-        if tools is None and _try(tokenizer, bare, _EXCHANGE, _TOOLS, ask=False) is not None:
-            return probed(tokenizer, bare, _TOOLS)
-        raise ConfigError(f"chat_template: {first_line(error)}; name one of {', '.join(NAMED)}") from error
+        raise ConfigError(
+            f"chat_template: it cannot write a question and an answer ({first_line(error)}); "
+            f"name one of {', '.join(NAMED)}"
+        ) from error
     if rendered.count(_ANSWER) != 1:
         raise ConfigError("chat_template: it does not write the assistant's answer once; name another")
     opening, _, behind = rendered.partition(_QUESTION)
@@ -355,6 +379,10 @@ def switch(tokenizer: Any, template: ChatTemplate, *, on: bool) -> str | None:
         if template.reads(name) and _try(tokenizer, other, _ASK) != _try(tokenizer, template, _ASK):
             return f"chat_template_kwargs: {{{name}: {str(on).lower()}}}"
     return None
+
+
+def _in_parts(turn: Message) -> Message:
+    return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
 
 
 def _with_text_arguments(turn: Message) -> Message:

@@ -229,8 +229,9 @@ class PairTokenizer:
     def _check(self, answer: Tokens, template: ChatTemplate | None) -> None:
         if not answer or answer[-1] not in self.renderer.added:
             raise Dropped("an answer does not end with an end-of-turn token")
-        own = (token for token in answer if token not in self.renderer.added)
-        if not any(self._decode([token]).strip() for token in own):
+        own = [token for token in answer if token not in self.renderer.added]
+        # One token usually shows it; bytes of a letter show nothing apart.
+        if not any(self._decode([token]).strip() for token in own) and not self._decode(own).strip():
             raise Dropped("an answer is empty once rendered")
         ends = {answer[-1]} if template is None else {answer[-1], *self.renderer.end_ids(template)}
         stop = next((token for token in answer[:-1] if token in ends), None)

@@ -85,7 +85,7 @@ class Speaker:
         name: str,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
         """Probe the template.
 

@@ -8,12 +8,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
-from orpo.data.source import DataReader
 from orpo.data.named_templates import DEFAULT, NAMED, missing_tokens
+from orpo.data.source import DataReader
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.errors import ConfigError, ModelError
 from orpo.training.arguments import ORPOConfig
+from orpo.training.stop_tokens import stop_at
 
 
 def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
@@ -151,14 +152,8 @@ def keep_template(reader: DataReader, processing_class: Any, model: Any) -> None
     if reader.chat_template is None:
         return
     processing_class.chat_template = tokenizer.chat_template = reader.chat_template
-    generation = None if model is None else getattr(base_model(model), "generation_config", None)
-    if generation is None or reader.end_token is None:
-        return
-    end = tokenizer.convert_tokens_to_ids(reader.end_token)
-    ends = generation.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if end not in ends:
-        generation.eos_token_id = [end, *ends]
+    if reader.end_token is not None:
+        stop_at(reader.end_token, tokenizer, model)
 
 
 def settle_evaluation(args: ORPOConfig, evals: dict[str, Any]) -> None:
