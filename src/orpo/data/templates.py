@@ -297,7 +297,8 @@ def _completed(tokenizer: Any, bare: ChatTemplate, tools: list[Any] | None = Non
     """The template with what the run writes in front of it, and with what it was found out to write."""
     for takes_parts, given in ((False, tools), (False, _TOOLS), (True, tools)):
         trial = replace(bare, takes_parts=takes_parts)
-        if _ANSWER in (_try(tokenizer, trial, _EXCHANGE, given, ask=False) or ""):
+        written = _try(tokenizer, trial, _EXCHANGE, given, ask=False) or ""
+        if _ANSWER in written and repr(_ANSWER) not in written:  # nor the list of parts itself, as text
             bare, tools = trial, given
             break
     asked = _try(tokenizer, bare, _ASK, tools) or ""
