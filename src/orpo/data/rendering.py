@@ -297,13 +297,18 @@ class _PairRenderer:
 
     def _write(self, answer: list[Message]) -> _Written:
         before, last = [*self.prompt, *answer[:-1]], self._bare(answer[-1])
-        asked = self._turns(before, ask=True)
+        asked = self._asked if len(answer) == 1 else self._turns(before, ask=True)
         full = self.renderer.finish(self._turns([*before, last], ask=False), self.template)
         if full.startswith(asked):
             return _Written(before, asked, full, full[len(asked) :])
         headers = self._headers(before, asked)
         follow = self._inside if headers.block is not None else self._behind
         return _Written(before, asked, full, follow(headers, last, full))
+
+    @cached_property
+    def _asked(self) -> str:
+        """The prompt as inference shows it: the same for both sides."""
+        return self._turns(self.prompt, ask=True)
 
     def _bare(self, last: Message) -> Message:
         """The answer without an end-of-turn token of its own: the template writes it."""

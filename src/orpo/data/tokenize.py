@@ -229,9 +229,7 @@ class PairTokenizer:
     def _check(self, answer: Tokens, template: ChatTemplate | None) -> None:
         if not answer or answer[-1] not in self.renderer.added:
             raise Dropped("an answer does not end with an end-of-turn token")
-        own = [token for token in answer if token not in self.renderer.added]
-        # One token usually shows it; bytes of a letter show nothing apart.
-        if not any(self._decode([token]).strip() for token in own) and not self._decode(own).strip():
+        if not self._says_something(answer):
             raise Dropped("an answer is empty once rendered")
         ends = {answer[-1]} if template is None else {answer[-1], *self.renderer.end_ids(template)}
         stop = next((token for token in answer[:-1] if token in ends), None)
@@ -240,6 +238,14 @@ class PairTokenizer:
                 f"the end-of-turn token {self._decode([stop])} occurs inside an answer; "
                 "take it out of the data, or give a chat_template that writes it at the end only"
             )
+
+    def _says_something(self, answer: Tokens) -> bool:
+        """Whether there is more than added tokens and blanks in an answer."""
+        added = self.renderer.added
+        if any(self._decode([token]).strip() for token in answer if token not in added):
+            return True
+        # The bytes of one letter show nothing by themselves.
+        return self._decode([token for token in answer if token not in added]).strip() != ""
 
     def _shared(self, rendered: Rendered, parts: list[_Tokens]) -> int:
         """How many tokens both sides start with, cut back to a message boundary."""
