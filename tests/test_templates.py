@@ -81,6 +81,14 @@ def test_an_empty_block_written_otherwise_before_an_answer_is_not_written_twice(
     assert prompt.endswith(HEADER + "<think></think>\n") and chosen == "A<|im_end|>"
 
 
+def test_a_tag_in_front_of_an_answer_follows_the_empty_block_of_the_prompt():
+    """As Cohere's, whose answers stand between tags of their own."""
+    answer = "('<start_of_turn>' if m.role == 'assistant' else '') + m.content"
+    tokenizer = with_template(asked_with("<think></think>", answer))
+    prompt, chosen, _ = texts(tokenizer, encoded(tokenizer, pair_of([user("Q")]))[0])
+    assert prompt.endswith(HEADER + "<think></think>") and chosen == "<start_of_turn>A<|im_end|>"
+
+
 def test_an_answer_with_a_block_of_its_own_does_not_follow_an_empty_one():
     template = asked_with("<think></think>").replace(
         "assistant\\n<think></think>'", "assistant\\n' + ('' if enable_thinking else '<think></think>')"
@@ -142,6 +150,32 @@ def test_reasoning_that_the_template_cuts_is_written_behind_the_block_it_opens_w
     assert list(encoder.counts.changed) == [
         "the chat template cuts <think> out of an answer: written behind the prompt's <think>"
     ]
+
+
+def test_what_only_one_answer_writes_otherwise_than_inference_ends_the_prompt_of_both():
+    """As Qwen3.5 without thinking: an empty block when asked, the answer's own block once it has one."""
+    answer = (
+        "(('<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n') if m.role == 'assistant' "
+        "else '') + m.content"
+    )
+    tokenizer = with_template(asked_with("<think>\\n\\n</think>\\n\\n", answer))
+    thinks = {**bot("A"), "reasoning_content": "why"}
+    for sides in ((thinks, "B"), ("B", thinks)):
+        tokens, encoder = encoded(tokenizer, pair_of([user("Q")], *sides))
+        assert tokenizer.decode(tokens.prompt).endswith(HEADER)
+        assert sorted(texts(tokenizer, tokens)[1:]) == [
+            "<think>\n\n</think>\n\nB<|im_end|>",
+            "<think>\nwhy\n</think>\n\nA<|im_end|>",
+        ]
+        assert sum(note.startswith("inference starts behind") for note in encoder.counts.changed) == 1
+
+
+def test_reasoning_that_is_cut_is_lost_where_the_other_answer_has_none():
+    tokenizer = with_template(asked_with("<think>\\n", "m.content.split('</think>')[-1]"))
+    tokens, encoder = encoded(tokenizer, pair_of([user("Q")], "<think>why</think>A", "B"))
+    assert texts(tokenizer, tokens)[1:] == ["A<|im_end|>", "B<|im_end|>"]
+    assert len(encoder.counts.lost) == 1
+    assert all(note.startswith("inference starts behind '<think>'") for note in encoder.counts.changed)
 
 
 def test_a_prompt_that_ends_with_an_answer_is_counted():

@@ -51,10 +51,21 @@ def opened_block(asked: str, answered: str) -> Block | None:
     return next((block for block in open_blocks(asked) if block.closing not in known), None)
 
 
+def outside(text: str, end: int) -> int:
+    """The position, moved in front of a block that is open there and closed later."""
+    inside = [block for block in open_blocks(text[:end]) if block.closing in text[end:]]
+    return end - len(inside[0].opening) if inside else end
+
+
 def opens_the_same(text: str, other: str) -> bool:
     """Whether both begin with the same block, blanks aside."""
     tags = (re.match(pattern, other.lstrip()) for pattern, _ in _TAGS)
     return any(tag is not None and text.lstrip().startswith(tag[0]) for tag in tags)
+
+
+def begins_with_tag(text: str) -> bool:
+    """Whether a text begins with a tag of any kind, blanks aside."""
+    return re.match(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])", text) is not None
 
 
 def behind_opening(text: str, block: Block) -> str:

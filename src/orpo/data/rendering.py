@@ -14,7 +14,15 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from orpo.data.reasoning import Block, behind_opening, lost, open_blocks, opened_block, opens_the_same
+from orpo.data.reasoning import (
+    Block,
+    begins_with_tag,
+    behind_opening,
+    lost,
+    opened_block,
+    opens_the_same,
+    outside,
+)
 from orpo.data.spans import assistant_spans
 from orpo.data.templates import ChatTemplate, prepare_template, settled, switch, with_arguments
 from orpo.data.turn_ends import added_ids
@@ -210,7 +218,17 @@ class _Headers(NamedTuple):
     def common(self) -> int:
         """How much of both headers is the same, short of the block."""
         most = len(self.shown) - (len(self.block.opening) if self.block is not None else 0)
-        return min(settled(self.shown, self.written), most)
+        return outside(self.shown, min(settled(self.shown, self.written), most))
+
+    def agreed(self, full: str) -> int:
+        """How much of the header shown an answered conversation begins its answer with, too.
+
+        Raises:
+            Dropped: The conversation is another one.
+        """
+        if self.own is None or not full.startswith(self.head[: self.own]):
+            raise Dropped(_NO_BOUNDARY)
+        return outside(self.shown, min(settled(self.shown, full[self.own :]), self.common))
 
 
 class _Written(NamedTuple):
@@ -221,6 +239,7 @@ class _Written(NamedTuple):
     full: str
     answer: str | None
     """What follows the prompt; None where the answer begins otherwise than inference."""
+    note: str | None = None
 
 
 class _PairRenderer:
@@ -243,12 +262,12 @@ class _PairRenderer:
     def render(self) -> Rendered:
         written = [self._write(answer) for answer in self.answers]
         if any(len(answer) > 1 for answer in self.answers):
-            sides = [self._side(one, cut=one.answer is None) for one in written]
+            sides = [self._side(one, self._kept([one])) for one in written]
             shared = self._shared(sides)
         else:
             # The prompt is the same text on both sides, so where it ends must be too.
-            cut = any(one.answer is None for one in written)
-            sides = [self._side(one, cut=cut) for one in written]
+            kept = self._kept(written)
+            sides = [self._side(one, kept) for one in written]
             shared = [sides[0].boundary]
         lost_parts = [
             self._lost(answer[-1], side.text[side.boundary :])
@@ -302,8 +321,9 @@ class _PairRenderer:
         if full.startswith(asked):
             return _Written(before, asked, full, full[len(asked) :])
         headers = self._headers(before, asked)
-        follow = self._inside if headers.block is not None else self._behind
-        return _Written(before, asked, full, follow(headers, last, full))
+        if headers.block is None:
+            return _Written(before, asked, full, self._behind(headers, full))
+        return _Written(before, asked, full, *self._inside(headers, headers.block, last, full))
 
     @cached_property
     def _asked(self) -> str:
@@ -332,62 +352,58 @@ class _PairRenderer:
         self._known[asked] = _Headers(asked, start, head, own)
         return self._known[asked]
 
-    def _behind(self, headers: _Headers, last: Message, full: str) -> str | None:
+    def _behind(self, headers: _Headers, full: str) -> str | None:
         """The answer behind a header that is complete; None where it opens a block of its own there."""
-        extra = headers.shown[headers.common :]
+        extra, own = headers.shown[headers.common :], headers.written[headers.common :]
         if full.startswith(headers.head):
-            lead, rest = headers.written[headers.common :], full[len(headers.head) :]
+            rest = full[len(headers.head) :]
+            # Words or an empty block in front of an answer stand in the place of what inference shows.
+            lead = own if not extra or (begins_with_tag(own) and not opens_the_same(own, extra)) else ""
         elif headers.own is not None and full.startswith(headers.head[: headers.own + headers.common]):
             lead, rest = "", full[headers.own + headers.common :]
         else:
             return None
-        if not extra:
-            return lead + rest
-        return None if opens_the_same(rest, extra) else rest
+        return None if extra and opens_the_same(rest, extra) else lead + rest
 
-    def _inside(self, headers: _Headers, last: Message, full: str) -> str | None:
-        """The answer behind a header that opens a block; None where it does not close the block."""
-        block = headers.block
-        if block is None or headers.own is None:
-            return None
-        position = headers.own + headers.common
-        if not full.startswith(headers.head[:position]):
-            return None
+    def _inside(
+        self, headers: _Headers, block: Block, last: Message, full: str
+    ) -> tuple[str | None, str | None]:
+        """The answer behind a header that opens a block, None where it does not close it; and a note."""
+        position = (headers.own or 0) + headers.common
+        if headers.own is None or not full.startswith(headers.head[:position]):
+            return None, None
         rest = full[position:]
         if block.closing in rest:
-            return behind_opening(rest, block)
+            return behind_opening(rest, block), None
         _, closed, said = last["content"].partition(block.closing)
         if not closed or said.strip() not in rest:
-            return None
+            return None, None
         # The template cuts the block out of an answer that has it: written as inference would go on.
-        tag = block.opening.strip()
-        self.notes.append(f"the chat template cuts {tag} out of an answer: written behind the prompt's {tag}")
         ending = rest[rest.rindex(said.strip()) + len(said.strip()) :] if said.strip() else rest
-        return behind_opening(last["content"], block).rstrip() + ending
+        tag = block.opening.strip()
+        note = f"the chat template cuts {tag} out of an answer: written behind the prompt's {tag}"
+        return behind_opening(last["content"], block).rstrip() + ending, note
 
-    def _side(self, written: _Written, *, cut: bool) -> RenderedSide:
-        """The side as text; `cut` ends its prompt before what the template writes only when asked."""
-        if cut:
-            text, boundary = written.full, self._cut(written)
-        else:
+    def _kept(self, written: list[_Written]) -> int | None:
+        """How much of the header shown the prompts keep that begin these sides; None: all of it."""
+        if all(one.answer is not None for one in written):
+            self.notes += [one.note for one in written if one.note]
+            return None
+        kept = min(self._headers(one.before, one.asked).agreed(one.full) for one in written)
+        headers = self._headers(written[0].before, written[0].asked)
+        self.notes.append(self.renderer.elsewhere(self.template, headers.shown[kept:].strip(), headers.block))
+        return kept
+
+    def _side(self, written: _Written, kept: int | None) -> RenderedSide:
+        """The side as text; its prompt ends where inference starts, or behind so much of its header."""
+        if kept is None:
             text, boundary = written.asked + (written.answer or ""), len(written.asked)
+        else:
+            headers = self._headers(written.before, written.asked)
+            boundary = headers.start + kept
+            text = written.asked[:boundary] + written.full[(headers.own or 0) + kept :]
         anchor = max((text.rfind(token, 0, boundary) for token in self.template.anchors), default=0)
         return RenderedSide(text, boundary, max(anchor, 0))
-
-    def _cut(self, written: _Written) -> int:
-        """Where the prompt ends if it must end before what the template writes only when asked."""
-        headers = self._headers(written.before, written.asked)
-        end = min(headers.start + headers.common, settled(written.asked, written.full))
-        inside = [
-            block
-            for block in open_blocks(written.asked[headers.start : end])
-            if block.closing in written.asked[end:]
-        ]
-        end -= len(inside[0].opening) if inside else 0
-        if end <= 0:
-            raise Dropped(_NO_BOUNDARY)
-        self.notes.append(self.renderer.elsewhere(self.template, written.asked[end:].strip(), headers.block))
-        return end
 
     def _lost(self, last: Message, written: str) -> str | None:
         """What of an answer the template does not write."""

@@ -338,7 +338,7 @@ def probed(tokenizer: Any, bare: ChatTemplate, tools: list[Any] | None = None) -
     except Exception as error:
         raise ConfigError(
             f"chat_template: it cannot write a question and an answer ({first_line(error)}); "
-            f"name one of {', '.join(NAMED)}"
+            f"give its variables with chat_template_kwargs, or name one of {', '.join(NAMED)}"
         ) from error
     if rendered.count(_ANSWER) != 1:
         raise ConfigError("chat_template: it does not write the assistant's answer once; name another")
