@@ -125,7 +125,7 @@ def outcome(name, case):
     said = [*counts.dropped, *counts.lost, *counts.changed]
     if tokens is None:
         return "refused", said
-    faults = [*_ends(tokenizer, stops, encoder, tokens), *_words(tokenizer, tokens, pair)]
+    faults = [*_ends(tokenizer, stops, tokens), *_words(tokenizer, tokens, pair)]
     shown = _shown(tokenizer, pair, encoder.renderer.template.saved)
     if tokens.prompt != shown and not any(line.startswith("inference starts behind") for line in said):
         faults.append("the prompt is not what inference shows")
@@ -158,9 +158,8 @@ def _shown(tokenizer, pair, template):
     raise AssertionError("the template refuses the prompt")
 
 
-def _ends(tokenizer, stops, encoder, tokens):
+def _ends(tokenizer, stops, tokens):
     ends = {tokenizer.eos_token_id, *stops}
-    ends.add(tokenizer.convert_tokens_to_ids(encoder.renderer.template.end_token))
     for side in (tokens.chosen, tokens.rejected):
         if side[-1] not in ends or ends & set(side[:-1]):
             yield f"one end token expected: {tokenizer.decode(side)!r}"

@@ -290,6 +290,16 @@ def test_a_default_system_turn_does_not_hide_the_end_of_earlier_answers():
     assert prepare_template(tokenizer).earlier_end == "<|im_end|>"
 
 
+def test_all_tokens_that_close_a_turn_train_where_a_system_turn_closes_with_one_of_them():
+    """As Cohere2: the answer is closed, then the turn; the system turn it writes by itself has one end."""
+    tokenizer = with_template(
+        "<|im_start|>system\nBe kind.<|im_end|>\n"
+        + CHATML.replace("+ '<|im_end|>", "+ ('<|end|>' if m.role == 'assistant' else '') + '<|im_end|>")
+    )
+    template = prepare_template(tokenizer)
+    assert template.end == template.earlier_end == "<|end|><|im_end|>"
+
+
 # --------------------------------------------------------------------------------- earlier answers
 
 
@@ -367,6 +377,17 @@ def test_a_tool_call_that_the_template_does_not_write_never_trains_as_an_empty_a
         tokenizer, pair_of([user("Q")], {**call, "content": "I add"}, "B", tools=[TOOL])
     )
     assert tokens is not None and "does not write tool calls" in next(iter(encoder.counts.lost))
+
+
+def test_an_earlier_tool_call_that_is_not_written_is_no_answer_to_train():
+    call = {**bot(""), "tool_calls": [CALL]}
+    row = pair_of([user("Q"), call, {"role": "tool", "content": "3"}, bot("O"), user("R")], tools=[TOOL])
+    tokenizer = tiny_tokenizer("chatml")
+    tokens, encoder = encoded(tokenizer, row)
+    assert [tokenizer.decode(tokens.prompt[slice(*span)]) for span in tokens.assistant_spans] == [
+        "O<|im_end|>"
+    ]
+    assert "the chat template does not write the tool calls of earlier turns" in encoder.counts.changed
 
 
 def test_our_chatml_introduces_tools_on_one_line():

@@ -41,7 +41,9 @@ def assistant_spans(
     if spans is None:
         found = [finder.one(index) for index in indices]
         spans = [span for span in found if span is not None]
-    return spans, len(spans) == len(indices)
+    # A tool call that the template does not write leaves an end token behind, which says nothing.
+    said = [span for span in spans if text[slice(*span)].removesuffix(finder.end).strip()]
+    return said, len(spans) == len(indices)
 
 
 class _Finder:

@@ -54,14 +54,12 @@ def earlier_turn_end(tokenizer: Any, between: str, opening: str, stops: Collecti
         opening: The text in front of the first question of a conversation.
         stops: Tokens that generation is known to stop at.
     """
-    header = len(between) - _common_end(between, opening)
     tokens = added_tokens(tokenizer, between)
+    opener = next(iter(_openers(tokenizer, opening)), None)
+    header = next((token.start for token in tokens[1:] if token.text == opener), None)
+    if header is None:
+        header = len(between) - _common_end(between, opening)
     own = [token for token in tokens if token.start < header]
-    if not own:
-        # A system turn that the template writes by itself ends as the answer does: look for the opener alone.
-        opener = next(iter(_openers(tokenizer, opening)), None)
-        start = next((token.start for token in tokens if token.text == opener), 0)
-        own = [token for token in tokens if token.start < start]
     return between[: _first_stop(own, stops).stop] if own else ""
 
 
