@@ -353,6 +353,12 @@ def test_no_tools_are_no_reason_for_the_tool_template():
     assert tokenizer.decode(tokens.prompt).startswith("<|im_start|>user")
 
 
+def test_a_tokenizer_without_a_default_template_uses_its_first_and_says_so():
+    template = prepare_template(with_template({"rag": CHATML}))
+    assert template.saved == {"default": CHATML, "rag": CHATML}
+    assert template.notices == ("the tokenizer names no template 'default': using 'rag'",)
+
+
 def test_a_template_that_only_works_with_tools_is_probed_with_tools():
     tokenizer = tiny_tokenizer("chatml")
     encoder = PairTokenizer(tokenizer, max_length=None, chat_template=TOOL_USE)

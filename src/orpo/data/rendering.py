@@ -14,6 +14,7 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+from orpo.data.chat_template import ChatTemplate, settled, switch
 from orpo.data.reasoning import (
     Block,
     begins_with_tag,
@@ -24,7 +25,7 @@ from orpo.data.reasoning import (
     outside,
 )
 from orpo.data.spans import assistant_spans
-from orpo.data.templates import ChatTemplate, prepare_template, settled, switch, with_arguments
+from orpo.data.templates import prepare_template, with_arguments
 from orpo.data.turn_ends import added_ids
 from orpo.errors import ConfigError, ModelError, first_line
 from orpo.pairs import Message, PreferencePair
@@ -357,7 +358,7 @@ class _PairRenderer:
         extra, own = headers.shown[headers.common :], headers.written[headers.common :]
         if full.startswith(headers.head):
             rest = full[len(headers.head) :]
-            # Words or an empty block in front of an answer stand in the place of what inference shows.
+            # Inference shows something else in place of words or an empty block in front of an answer.
             lead = own if not extra or (begins_with_tag(own) and not opens_the_same(own, extra)) else ""
         elif headers.own is not None and full.startswith(headers.head[: headers.own + headers.common]):
             lead, rest = "", full[headers.own + headers.common :]
@@ -378,7 +379,7 @@ class _PairRenderer:
         _, closed, said = last["content"].partition(block.closing)
         if not closed or said.strip() not in rest:
             return None, None
-        # The template cuts the block out of an answer that has it: written as inference would go on.
+        # The template cuts the block out of an answer that has it: written as inference would continue.
         ending = rest[rest.rindex(said.strip()) + len(said.strip()) :] if said.strip() else rest
         tag = block.opening.strip()
         note = f"the chat template cuts {tag} out of an answer: written behind the prompt's {tag}"

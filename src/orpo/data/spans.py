@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from orpo.data.templates import ChatTemplate, common
+from orpo.data.chat_template import ChatTemplate, common
 from orpo.pairs import Message
 
 _MARKER = "ORPO span marker"

@@ -14,9 +14,10 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple
 
+from orpo.data.chat_template import ChatTemplate, common
 from orpo.data.counts import RowCounts
 from orpo.data.rendering import Dropped, Rendered, RenderedSide, Renderer
-from orpo.data.templates import ChatTemplate, adds_bos, common
+from orpo.data.templates import adds_bos
 from orpo.pairs import Message, PreferencePair, TokenizedPair
 
 Tokens = list[int]
@@ -156,12 +157,12 @@ class PairTokenizer:
         known = dict(zip(texts, self._encode_texts(texts), strict=True))
         result: list[_Tokens | None] = []
         crossed: list[tuple[int, Tokens, Tokens]] = []
-        for place, (side, prompt) in enumerate(zip(sides, prompts, strict=True)):
+        for index, (side, prompt) in enumerate(zip(sides, prompts, strict=True)):
             head, tail = known[prompt].ids, known[side.text[side.anchor :]].ids
             header = head if side.anchor == 0 else self._last_header(side, head, tail)
             result.append(_Tokens(self._with_bos(head), known[prompt], tail[len(header) :]))
             if tail[: len(header)] != header or len(tail) == len(header):
-                crossed.append((place, header, tail))
+                crossed.append((index, header, tail))
         # A token lies across these boundaries. At inference the prompt is tokenized without its answer.
         apart = self._encode_apart([sides[index].text[sides[index].boundary :] for index, _, _ in crossed])
         for (index, header, tail), answers in zip(crossed, apart, strict=True):
@@ -185,8 +186,8 @@ class PairTokenizer:
 
     def _last_header(self, side: RenderedSide, head: Tokens, tail: Tokens) -> Tokens:
         """The prompt's tokens from the anchor on."""
-        places = (place for place in range(len(head) - 1, -1, -1) if head[place] == tail[0])
-        return head[next(places, 0) :]
+        starts = (index for index in range(len(head) - 1, -1, -1) if head[index] == tail[0])
+        return head[next(starts, 0) :]
 
     def _decode(self, ids: Tokens) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -261,16 +262,19 @@ class PairTokenizer:
         shift = len(part.head) - len(part.prompt.ids)  # BOS put in front, or a doubled one taken away
         text = rendered.sides[0].text[: rendered.sides[0].boundary]
         return tuple(
-            (self._place(part.prompt, text, start) + shift, self._place(part.prompt, text, stop) + shift)
+            (
+                self._token_at(part.prompt, text, start) + shift,
+                self._token_at(part.prompt, text, stop) + shift,
+            )
             for start, stop in rendered.spans
         )
 
-    def _place(self, encoded: _Encoded, text: str, position: int) -> int:
+    def _token_at(self, encoded: _Encoded, text: str, position: int) -> int:
         """Number of tokens before a character."""
         if encoded.record is None:
             return common(self._encode_texts([text[:position]])[0].ids, encoded.ids)
-        for place in range(position, len(text)):
-            token = encoded.record.char_to_token(place)
+        for index in range(position, len(text)):
+            token = encoded.record.char_to_token(index)
             if token is not None:
                 return int(token)
         return len(encoded.ids)
@@ -280,16 +284,16 @@ class PairTokenizer:
     def _shorten(self, pairs: Sequence[PreferencePair], outcomes: list[_Outcome], limit: int) -> None:
         """Replace the outcomes that are too long, by bisection over the places where a prompt may be cut."""
         searches = {
-            place: _Search(pairs[place], outcome)
-            for place, outcome in enumerate(outcomes)
+            index: _Search(pairs[index], outcome)
+            for index, outcome in enumerate(outcomes)
             if outcome.tokens is not None and _longest(outcome.tokens) > limit
         }
         while active := [search for search in searches.values() if search.low < search.high]:
             tried = self._encode([search.next_pair() for search in active])
             for search, outcome in zip(active, tried, strict=True):
                 search.take(outcome, limit)
-        for place, search in searches.items():
-            outcomes[place] = search.result(limit)
+        for index, search in searches.items():
+            outcomes[index] = search.result(limit)
 
 
 class _Search:
@@ -334,8 +338,8 @@ def shorter_prompts(prompt: list[Message] | str) -> list[list[Message]]:
     if isinstance(prompt, str):
         return []
     start = 1 if prompt[:1] and prompt[0]["role"] == "system" else 0
-    users = [place for place in range(start + 1, len(prompt)) if prompt[place]["role"] == "user"]
-    return [prompt[:start] + prompt[place:] for place in users]
+    users = [index for index in range(start + 1, len(prompt)) if prompt[index]["role"] == "user"]
+    return [prompt[:start] + prompt[index:] for index in users]
 
 
 def stream_tokenized(
