@@ -263,6 +263,25 @@ def test_the_header_of_the_next_turn_is_not_the_end_of_an_answer(eos):
     assert tokenizer.decode(tokens.prompt[slice(*span)]) == "O<|e|>"
 
 
+def test_the_header_of_the_next_turn_is_cut_where_a_template_takes_one_exchange_only():
+    once = "{% if messages | length > 2 %}{{ raise_exception('one exchange only') }}{% endif %}"
+    tokenizer = with_template(once + R7B, tokens=SEVERAL)
+    tokens, _ = encoded(tokenizer, pair_of([user("Q")], "Yes sir", "No"))
+    assert texts(tokenizer, tokens)[1:] == ["Yes sir<|e|>", "No<|e|>"]
+
+
+@pytest.mark.parametrize(("between", "end"), [("", "<|end|><|im_end|>"), ("\\n", "<|end|>")])
+def test_an_end_of_conversation_directly_behind_the_turn_trains_where_generation_stops_there(between, end):
+    template = CHATML.replace("<|im_end|>\\n", "<|end|>").replace(
+        "{% if add", "{% if not add_generation_prompt %}{{ '" + between + "<|im_end|>' }}{% endif %}{% if add"
+    )
+    tokenizer = with_template(template)
+    tokens, _ = encoded(tokenizer, pair_of([user("Q"), bot("O"), user("R")]))
+    assert texts(tokenizer, tokens)[1:] == ["A" + end, "B" + end]
+    (span,) = tokens.assistant_spans
+    assert tokenizer.decode(tokens.prompt[slice(*span)]) == "O<|end|>"
+
+
 def test_a_turn_ends_at_the_first_token_that_generation_stops_at():
     template = CHATML.replace("<|im_end|>", "<|end|>\\n<|im_end|>")
     tokenizer = with_template(template)

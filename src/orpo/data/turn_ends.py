@@ -56,7 +56,7 @@ def earlier_turn_end(tokenizer: Any, between: str, opening: str, stops: Collecti
     """
     tokens = added_tokens(tokenizer, between)
     opener = next(iter(_openers(tokenizer, opening)), None)
-    header = next((token.start for token in tokens[1:] if token.text == opener), None)
+    header = next((token.start for token in tokens if token.text == opener), None)
     if header is None:
         header = len(between) - _common_end(between, opening)
     own = [token for token in tokens if token.start < header]
@@ -77,8 +77,10 @@ def turn_end(tokenizer: Any, suffix: str, earlier: str, opening: str, stops: Col
     Raises:
         ModelError: Neither template nor tokenizer has an end-of-turn token.
     """
-    tokens = added_tokens(tokenizer, earlier if earlier and suffix.startswith(earlier) else suffix)
-    openers = set(_openers(tokenizer, opening)) - set(stops)
+    tokens = added_tokens(tokenizer, suffix)
+    if earlier and suffix.startswith(earlier):
+        tokens = _closing(tokens, len(earlier), stops)
+    openers = _openers(tokenizer, opening)
     # Some templates write the header of the next turn behind every answer, asked or not.
     header = next((index for index, token in enumerate(tokens) if index and token.text in openers), None)
     if tokens:
@@ -89,6 +91,16 @@ def turn_end(tokenizer: Any, suffix: str, earlier: str, opening: str, stops: Col
             "neither the chat template nor the tokenizer has an end-of-turn token; set tokenizer.eos_token"
         )
     return TurnEnd(suffix.rstrip() + tokenizer.eos_token, tokenizer.eos_token)
+
+
+def _closing(tokens: list[AddedToken], length: int, stops: Collection[str]) -> list[AddedToken]:
+    """The tokens of what closes every turn, and those directly behind where only they reach a stop."""
+    own = [token for token in tokens if token.stop <= length]
+    reach = list(own)
+    for token in tokens[len(own) :]:
+        if token.start == reach[-1].stop:
+            reach.append(token)
+    return own if any(token.text in stops for token in own) or reach[-1].text not in stops else reach
 
 
 def _first_stop(tokens: list[AddedToken], stops: Collection[str]) -> AddedToken:
