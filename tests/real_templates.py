@@ -112,6 +112,7 @@ def encoder_of(name):
     return PairTokenizer(tokenizer, max_length=None, stop_tokens=stops)
 
 
+@functools.cache
 def outcome(name, case):
     """What became of a row, and every sentence about it: `held`, `elsewhere`, `incomplete`, `refused`, or
     `wrong: ...` where the tokens are not what was promised."""

@@ -52,6 +52,14 @@ def test_an_adapter_folder_says_where_generation_stops(tmp_path):
     assert saved.eos_token_id == stop_token_ids(model) and len(saved.eos_token_id) == 3
 
 
+def test_an_adapter_folder_says_so_although_the_model_ships_settings_that_contradict_each_other(tmp_path):
+    model = kept(tiny_tokenizer("llama3"), "<|eot_id|>", adapter=True)
+    model.base_model.model.generation_config.update(do_sample=False, temperature=0.5)
+    save_generation_config(tmp_path, model)
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert saved.eos_token_id == stop_token_ids(model)
+
+
 def test_plain_text_leaves_everything_as_it_was():
     tokenizer = tiny_tokenizer("llama3")
     before = (tokenizer.chat_template, tokenizer.eos_token)

@@ -7,7 +7,7 @@ folder has no model to carry either; so the end of turn goes where each of them 
 import os
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo.engine.scorer import base_model
 
@@ -24,7 +24,7 @@ def stop_token_ids(model: Any) -> list[int]:
 
 
 def stop_at(end_token: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
-    """Let generation stop at a token, besides where it stops already.
+    """Let generation stop at a token, as well as where it stops already.
 
     Args:
         end_token: The end-of-turn token of the template that was trained.
@@ -50,5 +50,12 @@ def stop_at(end_token: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> N
 def save_generation_config(folder: str | os.PathLike[str], model: Any) -> None:
     """Write generation_config.json next to an adapter, whose folder would have none."""
     generation = getattr(base_model(model), "generation_config", None)
-    if generation is not None:
+    if generation is None:
+        return
+    try:
         generation.save_pretrained(folder)
+    except (
+        ValueError
+    ):  # transformers refuses sampling settings that contradict each other, as some models ship
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        GenerationConfig(**{name: getattr(generation, name) for name in names}).save_pretrained(folder)
