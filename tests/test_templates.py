@@ -270,12 +270,22 @@ def test_the_header_of_the_next_turn_is_cut_where_a_template_takes_one_exchange_
     assert texts(tokenizer, tokens)[1:] == ["Yes sir<|e|>", "No<|e|>"]
 
 
-@pytest.mark.parametrize(("between", "end"), [("", "<|end|><|im_end|>"), ("\\n", "<|end|>")])
-def test_an_end_of_conversation_directly_behind_the_turn_trains_where_generation_stops_there(between, end):
+@pytest.mark.parametrize(
+    ("between", "eos", "end"),
+    [
+        ("", "<|im_end|>", "<|end|><|im_end|>"),
+        ("", "<|endoftext|>", "<|end|>"),
+        ("\\n", "<|im_end|>", "<|end|>"),
+    ],
+)
+def test_an_end_of_conversation_directly_behind_the_turn_trains_where_generation_stops_there(
+    between, eos, end
+):
     template = CHATML.replace("<|im_end|>\\n", "<|end|>").replace(
         "{% if add", "{% if not add_generation_prompt %}{{ '" + between + "<|im_end|>' }}{% endif %}{% if add"
     )
     tokenizer = with_template(template)
+    tokenizer.eos_token = eos
     tokens, _ = encoded(tokenizer, pair_of([user("Q"), bot("O"), user("R")]))
     assert texts(tokenizer, tokens)[1:] == ["A" + end, "B" + end]
     (span,) = tokens.assistant_spans
