@@ -142,9 +142,9 @@ def test_reasoning_that_the_template_cuts_is_written_behind_the_block_it_opens_w
     """As R1-Distill."""
     tokenizer = with_template(asked_with("<think>\\n", "m.content.split('</think>')[-1]"))
     tokens, encoder = encoded(
-        tokenizer, pair_of([user("Q")], "<think>\nwhy\n</think>\n\nA", "<think>no</think>B")
+        tokenizer, pair_of([user("Q")], "<think>\nwhy\n</think>\n\nA", "<think>no</think>B \n")
     )
-    assert texts(tokenizer, tokens)[1:] == ["why\n</think>\n\nA<|im_end|>", "no</think>B<|im_end|>"]
+    assert texts(tokenizer, tokens)[1:] == ["why\n</think>\n\nA<|im_end|>", "no</think>B \n<|im_end|>"]
     assert tokens.prompt == shown(tokenizer, [user("Q")], tokenizer.chat_template)
     assert not encoder.counts.lost
     assert list(encoder.counts.changed) == [
@@ -263,6 +263,14 @@ def test_the_header_of_the_next_turn_is_not_the_end_of_an_answer(eos):
     assert tokenizer.decode(tokens.prompt[slice(*span)]) == "O<|e|>"
 
 
+def test_a_tool_call_that_ends_with_a_token_of_its_own_is_cut_before_the_next_header_too():
+    content = "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<|c|>{% endif %}"
+    template = R7B.replace("{{ m.content }}<|e|>", content + "{% if not m.tool_calls %}<|e|>{% endif %}")
+    tokenizer = with_template(template, tokens=SEVERAL)
+    tokens, _ = encoded(tokenizer, pair_of([user("Q")], {**bot(""), "tool_calls": [CALL]}, tools=[TOOL]))
+    assert texts(tokenizer, tokens)[1:] == ["add_numbers<|c|>", "B<|e|>"]
+
+
 def test_the_header_of_the_next_turn_is_cut_where_a_template_takes_one_exchange_only():
     once = "{% if messages | length > 2 %}{{ raise_exception('one exchange only') }}{% endif %}"
     tokenizer = with_template(once + R7B, tokens=SEVERAL)
@@ -351,6 +359,25 @@ def test_an_earlier_answer_covers_what_it_covers_as_the_last_one():
     assert spans == ["<|end|>final\n<think></think>\nP<|eot_id|>"] * 2
 
 
+def test_an_earlier_answer_without_a_header_does_not_begin_at_the_header_of_another():
+    """As DeepSeek behind the result of a tool."""
+    tokenizer = with_template(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|end|>' + m.content }}{% else %}"
+        "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% endif %}{{ m.content + (m.tool_calls[0].function.name if m.tool_calls else '') }}"
+        "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'tool' %}"
+        "{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    call = {**bot(""), "tool_calls": [CALL]}
+    tokens, _ = encoded(
+        tokenizer,
+        pair_of([user("Q"), call, {"role": "tool", "content": "3"}, bot("O"), user("R")], tools=[TOOL]),
+    )
+    spans = [tokenizer.decode(tokens.prompt[slice(*span)]) for span in tokens.assistant_spans]
+    assert spans == ["add_numbers<|eot_id|>", "O<|eot_id|>"]
+
+
 # --------------------------------------------------------------------------------- tools
 
 TOOL_USE = "{% if tools %}{{ tools | tojson }}{% else %}{{ tools[0].x.y }}{% endif %}" + CHATML.replace(
@@ -374,6 +401,15 @@ def test_rows_with_tools_take_the_template_that_transformers_takes_and_all_are_s
     assert one.prompt == shown(tokenizer, [user("Q")], None)
     assert two.prompt == shown(tokenizer, [user("Q")], None, tools=[TOOL])
     assert prepare_template(tokenizer, "tool_use").for_tools(None).reads("tool_calls")
+
+
+def test_rows_with_arguments_of_their_own_take_the_template_of_their_tools():
+    tokenizer = with_template({"default": THINKS, "tool_use": TOOL_USE + "{{ enable_thinking }}"})
+    own = {"chat_template_kwargs": {"enable_thinking": False}}
+    encoder = PairTokenizer(tokenizer, max_length=None)
+    plain, tooled = encoder.encode([pair_of([user("Q")], **own), pair_of([user("Q")], **own, tools=[TOOL])])
+    assert tokenizer.decode(plain.prompt).endswith("<think></think>")
+    assert "add_numbers" in tokenizer.decode(tooled.prompt)
 
 
 def test_no_tools_are_no_reason_for_the_tool_template():
@@ -445,16 +481,18 @@ NEMO = (
 )
 
 
-def test_a_system_turn_written_into_the_last_question_trains_as_inference_shows_it():
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_system_turn_written_into_the_last_question_trains_as_inference_shows_it(blank):
     """As Mistral-Nemo, which writes it there only while the question has no answer."""
-    tokenizer = with_template(NEMO, "mistral")
+    template = NEMO.replace("{{ m.content + eos", "{{ '" + blank + "' + m.content + eos")
+    tokenizer = with_template(template, "mistral")
     turns = [system("S"), user("Q"), bot("O"), user("R")]
     tokens, encoder = encoded(tokenizer, pair_of(turns))
-    assert tokens.prompt == shown(tokenizer, turns, NEMO)
+    assert tokens.prompt == shown(tokenizer, turns, template)
     assert tokenizer.decode(tokens.prompt).endswith("[INST]S\n\nR[/INST]") and not encoder.counts.changed
-    assert tokenizer.decode(tokens.chosen) == "A</s>"
+    assert tokenizer.decode(tokens.chosen) == blank + "A</s>"
     (span,) = tokens.assistant_spans
-    assert tokenizer.decode(tokens.prompt[slice(*span)]) == "O</s>"
+    assert tokenizer.decode(tokens.prompt[slice(*span)]) == blank + "O</s>"
 
 
 @pytest.mark.parametrize("front", ["", "\n", "  {% set x = 1 %}", "text"])
@@ -626,3 +664,8 @@ def test_a_template_for_contents_in_parts_is_given_parts():
     assert texts(tokenizer, tokens)[1:] == ["A<|im_end|>", "B<|im_end|>"]
     (span,) = tokens.assistant_spans
     assert tokenizer.decode(tokens.prompt[slice(*span)]) == "O<|im_end|>" and not encoder.counts.changed
+
+
+def test_a_list_of_parts_written_out_as_text_is_no_answer():
+    with pytest.raises(ConfigError, match="does not write the assistant's answer once"):
+        prepare_template(with_template(asked_with("", "m.content[:9] | string")))
