@@ -208,6 +208,13 @@ def test_arguments_of_any_kind_are_saved_as_they_are(value):
     assert text.startswith(json.dumps(value, ensure_ascii=False))
 
 
+def test_documents_are_an_argument_too():
+    tokenizer = with_template("{{ documents | tojson }}" + CHATML)
+    template = prepare_template(tokenizer, chat_template_kwargs={"documents": [{"title": "T"}]})
+    text = tokenizer.apply_chat_template([user("Q")], chat_template=template.saved, tokenize=False)
+    assert text.startswith('[{"title": "T"}]')
+
+
 def test_the_arguments_of_a_row_win_over_those_of_the_run():
     tokenizer = with_template(THINKS)
     row = pair_of([user("Q")], chat_template_kwargs={"enable_thinking": False})
