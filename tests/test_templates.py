@@ -366,6 +366,19 @@ def test_an_earlier_answer_covers_what_it_covers_as_the_last_one():
     assert spans == ["<|end|>final\n<think></think>\nP<|eot_id|>"] * 2
 
 
+def test_an_earlier_answer_behind_another_kind_of_turn_covers_as_much():
+    tokenizer = with_template(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
+        "{{ '<|end|>' if m.role == 'tool' else '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    turns = [user("Q"), bot("O"), {"role": "tool", "content": "3"}, bot("P"), user("R")]
+    tokens, _ = encoded(tokenizer, pair_of(turns))
+    spans = [tokenizer.decode(tokens.prompt[slice(*span)]) for span in tokens.assistant_spans]
+    assert spans == ["<think></think>O<|im_end|>", "<think></think>P<|im_end|>"]
+
+
 def test_an_earlier_answer_without_a_header_does_not_begin_at_the_header_of_another():
     """As DeepSeek behind the result of a tool."""
     tokenizer = with_template(
@@ -420,7 +433,8 @@ def test_rows_with_arguments_of_their_own_take_the_template_of_their_tools():
 
 
 def test_no_tools_are_no_reason_for_the_tool_template():
-    tokenizer = with_template({"default": CHATML, "tool_use": TOOL_USE})
+    default = "{% if tools is not none %}TOOLS{% endif %}" + CHATML
+    tokenizer = with_template({"default": default, "tool_use": TOOL_USE})
     tokens, _ = encoded(tokenizer, pair_of([user("Q")], tools=[]))
     assert tokenizer.decode(tokens.prompt).startswith("<|im_start|>user")
 
