@@ -74,6 +74,17 @@ def test_what_is_complete_when_asked_is_part_of_the_prompt(written):
     assert not any(note.startswith("inference") for note in encoder.counts.changed)
 
 
+def test_the_tag_of_a_header_is_no_block_that_an_answer_must_close():
+    template = SHAPES["gemma"][2].replace(
+        "'<start_of_turn>model\\n'", "'<start_of_turn>model\\n<think></think>'"
+    )
+    tokenizer = with_template(template, "gemma")
+    tokens, encoder = encoded(tokenizer, pair_of([user("Q")]))
+    prompt, chosen, _ = texts(tokenizer, tokens)
+    assert prompt.endswith("<start_of_turn>model\n<think></think>") and chosen == "A<end_of_turn>"
+    assert not encoder.counts.changed
+
+
 def test_an_empty_block_written_otherwise_before_an_answer_is_not_written_twice():
     answer = "('<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' else '') + m.content"
     tokenizer = with_template(asked_with("<think></think>\\n", answer))
