@@ -395,7 +395,8 @@ def test_an_earlier_answer_without_a_header_does_not_begin_at_the_header_of_anot
     tokenizer = with_template(
         "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|end|>' + m.content }}{% else %}"
         "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>' + m.role + '\\n' }}"
-        "{% endif %}{{ m.content + (m.tool_calls[0].function.name if m.tool_calls else '') }}"
+        "{% endif %}{{ '<think></think>' if loop.last and m.role == 'assistant' }}"
+        "{{ m.content + (m.tool_calls[0].function.name if m.tool_calls else '') }}"
         "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '<|eot_id|>' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt and messages[-1].role != 'tool' %}"
         "{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -476,10 +477,10 @@ def test_a_tool_call_that_the_template_does_not_write_never_trains_as_an_empty_a
     ]
     tokens, encoder = encoded(tokenizer, pair_of([user("Q")], " ", "B"))
     assert tokens is None and list(encoder.counts.dropped) == ["an answer is empty once rendered"]
-    tokens, encoder = encoded(
-        tokenizer, pair_of([user("Q")], {**call, "content": "I add"}, "B", tools=[TOOL])
-    )
-    assert tokens is not None and "does not write tool calls" in next(iter(encoder.counts.lost))
+    for content in ("I add", "I call add_numbers"):
+        row = pair_of([user("Q")], {**call, "content": content}, "B", tools=[TOOL])
+        tokens, encoder = encoded(tokenizer, row)
+        assert tokens is not None and "does not write tool calls" in next(iter(encoder.counts.lost))
 
 
 def test_an_earlier_tool_call_that_is_not_written_is_no_answer_to_train():

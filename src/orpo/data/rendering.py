@@ -348,7 +348,7 @@ class _PairRenderer:
         if not found:
             raise Dropped(_NO_BOUNDARY)
         bare = self._try_turns(before, ask=False) or head
-        start = len(bare) if asked.startswith(bare) else settled(asked, bare)
+        start = settled(asked, bare)
         own = start if head.startswith(asked[:start]) else _found_again(asked[:start], head)
         self._known[asked] = _Headers(asked, start, head, own)
         return self._known[asked]
