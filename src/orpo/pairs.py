@@ -38,6 +38,7 @@ class PreferencePair:
     tools: list[Any] | None = None
     source: str = ""
     group: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def is_text(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.constants import HF_HOME
 
@@ -73,6 +73,13 @@ class ReadPairs:
         return report
 
 
+class SavedTemplate(NamedTuple):
+    """The template to save with a model, or all of them by name, and the end-of-turn token it writes."""
+
+    text: str | dict[str, str] | None = None
+    end_token: str | None = None
+
+
 @dataclass(frozen=True)
 class TokenizedStream:
     """Tokenized pairs that are made again on each pass; has no length.
@@ -84,7 +91,7 @@ class TokenizedStream:
     """
 
     open: Callable[[], Iterator[TokenizedPair]]
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None
     end_token: str | None = None
 
     def __iter__(self) -> Iterator[TokenizedPair]:
@@ -133,11 +140,11 @@ class TrainingData:
         return sets if set(sets) - {""} else sets.get("")
 
     @property
-    def template(self) -> tuple[str | None, str | None]:
+    def template(self) -> SavedTemplate:
         """The chat template that the pairs were written with, and its end-of-turn token."""
         sets = [self.train_pairs, *(one.pairs for one in self.evals.values())]
-        found = ((one.chat_template, one.end_token) for one in sets if one is not None and one.chat_template)
-        return next(found, (None, None))
+        known = (one for one in sets if one is not None and one.chat_template)
+        return next((SavedTemplate(one.chat_template, one.end_token) for one in known), SavedTemplate())
 
 
 def read_pairs(
@@ -147,6 +154,7 @@ def read_pairs(
     *,
     split: str = "train",
     name: str = EVALUATION,
+    stop_tokens: Sequence[int] = (),
 ) -> ReadPairs:
     """Read one set into memory, a stream too.
 
@@ -156,6 +164,7 @@ def read_pairs(
         tokenizer: Of the model.
         split: Split of a hub data set.
         name: Of the set, for messages.
+        stop_tokens: Ids that generation stops at by the model's own configuration.
 
     Raises:
         DataError: The data cannot be read, or too many rows are dropped.
@@ -163,7 +172,8 @@ def read_pairs(
     tokenized = _as_tokenized(data)
     if tokenized is not None:
         return ReadPairs(name=name, pairs=tokenized)
-    return _tokenized(_preferences(data, settings, split, name), settings, tokenizer, name)
+    reading = _Reading(settings, tokenizer, stop_tokens)
+    return reading.tokenized(reading.preferences(data, split, name), name)
 
 
 def read_training(

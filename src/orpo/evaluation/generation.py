@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
-from orpo.data.templates import ChatTemplate, prepare_template
+from orpo.data.chat_template import ChatTemplate
+from orpo.data.templates import prepare_template
 from orpo.engine.loading import load_model, load_tokenizer
 from orpo.errors import ConfigError, ModelError
 from orpo.pairs import Message
@@ -103,7 +104,7 @@ class ChatModel:
         name: str,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
         """Probe the template.
 
