@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from orpo.data.formats import HH_TURN, READERS, common_words
-from orpo.data.messages import ROLES, kind
+from orpo.data.formats import FORMATS, Format
+from orpo.data.messages import kind
 from orpo.data.rows import Row
-from orpo.errors import DataError
+from orpo.errors import ConfigError, DataError
 
 SAMPLE = 256
 
@@ -24,26 +25,18 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "scores": ("ratings",),
 }
 
-_REASONS = {
-    "standard": "prompt, chosen and rejected are texts, used as they are, without a chat template",
-    "standard_repeated": "texts without a chat template; chosen and rejected begin with the prompt",
-    "standard_implicit": "texts without prompt column or chat template: the prompt is their common beginning",
-    "conversational": "a prompt column, chosen and rejected are messages",
-    "conversational_implicit": "chosen and rejected are conversations: the shared turns are the prompt",
-    "hh": "texts are transcripts with 'Human:' and 'Assistant:'",
-    "instruction": "an instruction, or a prompt with a system text, and answers: made into turns",
-    "sharegpt": "a conversation of from/value turns; chosen and rejected answer it",
-    "messages": "a list of messages; chosen and rejected answer it, or its last turn is the chosen answer",
-    "ranked": "several answers to a prompt, scored or best first: the best against each worse one",
-}
 
+class Detected(NamedTuple):
+    """The format of one data set."""
 
-class Format(NamedTuple):
-    """How the rows of one data set are read."""
-
-    name: str
+    format: Format
     reason: str
     """One line: what in the data spoke for it."""
+
+    @property
+    def name(self) -> str:
+        """Its `data_format`."""
+        return self.format.name
 
 
 def rename(row: Row, columns: Mapping[str, str] | None) -> Row:
@@ -81,56 +74,20 @@ def _rename_keys(value: Any, keys: Mapping[str, str]) -> Any:
     return value
 
 
-def recognise(row: Row) -> str | None:
-    """The format one row speaks for, or None."""
-    chosen, rejected, prompt = (kind(row.get(name)) for name in ("chosen", "rejected", "prompt"))
-    if row.get("messages") is not None or row.get("conversations") is not None:
-        lists = chosen == "messages" and rejected in ("messages", "conversations", "null")
-        if not lists or (_turns_start(row["chosen"]) == "assistant" and prompt == "null"):
-            return _recognise_history(row)
-    if chosen in ("messages", "message") or rejected in ("messages", "message", "conversations"):
-        return "conversational_implicit" if prompt == "null" else "conversational"
-    if kind(row.get("answers")) in ("texts", "records", "messages"):
-        return "ranked"
-    return _recognise_texts(row, chosen, prompt)
+def named(name: str) -> Detected:
+    """The format that `data_format` names.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    found = next((one for one in FORMATS if one.name == name), None)
+    if found is None:
+        known = ", ".join(one.name for one in FORMATS)
+        raise ConfigError(f"data_format: {name!r} is unknown; use one of {known}")
+    return Detected(found, "as data_format says")
 
 
-def _turns_start(value: Any) -> str | None:
-    first = value[0]
-    return ROLES.get(str(first.get("role") or first.get("from")).lower())
-
-
-def _recognise_history(row: Row) -> str | None:
-    turns = row.get("messages", row.get("conversations"))
-    if kind(turns) != "messages":
-        return None
-    return "sharegpt" if "from" in turns[0] else "messages"  # type: ignore[index]
-
-
-def _recognise_texts(row: Row, chosen: str, prompt: str) -> str | None:
-    if kind(row.get("instruction")) == "text":
-        return "instruction" if chosen == "text" or kind(row.get("output")) in ("text", "texts") else None
-    if chosen != "text":
-        return None
-    if prompt == "messages":
-        return "conversational"
-    first = row["prompt"] if prompt == "text" else row["chosen"]
-    if HH_TURN.match(first) and "Assistant:" in first:
-        return "hh"
-    if prompt == "null":
-        rejected = row.get("rejected")
-        shared = common_words(row["chosen"], rejected) if isinstance(rejected, str) else 0
-        return "standard_implicit" if shared else None
-    if prompt != "text":
-        return None
-    if row.get("system") is not None:
-        return "instruction"
-    sides = [side for side in (row["chosen"], row.get("rejected")) if isinstance(side, str)]
-    repeated = len(row["prompt"]) > 0 and all(side.startswith(row["prompt"]) for side in sides)
-    return "standard_repeated" if repeated and len(sides) == 2 else "standard"
-
-
-def detect(rows: Iterable[Row]) -> Format:
+def detect(rows: Iterable[Row]) -> Detected:
     """The format most of the first rows speak for.
 
     Args:
@@ -139,27 +96,28 @@ def detect(rows: Iterable[Row]) -> Format:
     Raises:
         DataError: No row is of a known format.
     """
-    votes: Counter[str] = Counter()
+    votes: Counter[Format] = Counter()
     columns: list[str] = []
     seen = 0
-    for row in rows:
+    for row in itertools.islice(rows, SAMPLE):
         seen += 1
         columns = columns or sorted(row)
-        name = recognise(row)
-        if name is not None:
-            votes[name] += 1
-        if seen == SAMPLE:
-            break
+        found = next((one for one in FORMATS if one.matches(row)), None)
+        if found is not None:
+            votes[found] += 1
     if not votes:
         if not seen:
             raise DataError("the data set is empty")
         raise DataError(
             f"cannot tell the format from the columns {', '.join(columns)}; map them with columns "
-            f"(chosen: {columns[0] if columns else 'better'}) or set data_format: {', '.join(READERS)}"
+            f"(chosen: {columns[0] if columns else 'better'}) "
+            f"or set data_format: {', '.join(one.name for one in FORMATS)}"
         )
     # A few answers that happen to repeat their prompt must not change how the others are read.
-    if votes["standard_repeated"] and votes["standard"]:
-        votes["standard"] += votes.pop("standard_repeated")
-    name, count = votes.most_common(1)[0]
-    told = _REASONS[name] + ("" if count == seen else f" ({count} of the first {seen} rows)")
-    return Format(name, told)
+    for special, general in (("standard_repeated", "standard"),):
+        one, other = named(special).format, named(general).format
+        if votes[one] and votes[other]:
+            votes[other] += votes.pop(one)
+    winner, count = votes.most_common(1)[0]
+    seen_in = "" if count == seen else f" ({count} of the first {seen} rows)"
+    return Detected(winner, winner.reason + seen_in)

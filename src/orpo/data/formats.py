@@ -1,16 +1,18 @@
-"""The shapes in which preference data is published, and how a row of each becomes its sides.
+"""The formats in which preference data is published: how each is recognised and how its rows are read.
 
-Sides are either plain text (no chat template will be used) or messages. A row that does not fit the format of
-its data set is malformed (`BadRow`); it is never read as something else.
+`FORMATS` is the only list of them; a new format is one entry there. Sides are either plain text (no chat
+template will be used) or messages. A row that does not fit the format of its data set is malformed
+(`BadRow`); it is never read as something else.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from orpo.data.messages import BadRow, Turns, alternatives, kind, text_of, turns_of, with_system
+from orpo.data.messages import ROLES, BadRow, Turns, alternatives, kind, text_of, turns_of, with_system
 from orpo.data.rows import Row
 
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -268,15 +270,152 @@ def _read_ranked(row: Row) -> list[Sides]:
     ]
 
 
-READERS: dict[str, Callable[[Row], list[Sides]]] = {
-    "standard": _read_standard,
-    "standard_repeated": _read_standard_repeated,
-    "standard_implicit": _read_standard_implicit,
-    "conversational": _read_conversational,
-    "conversational_implicit": _read_conversational_implicit,
-    "hh": _read_hh,
-    "instruction": _read_instruction,
-    "sharegpt": _read_messages,
-    "messages": _read_messages,
-    "ranked": _read_ranked,
-}
+def _has_history(row: Row) -> bool:
+    """Whether a list of messages is what the sides answer, not one more copy of them (UltraFeedback)."""
+    if row.get("messages") is None and row.get("conversations") is None:
+        return False
+    chosen, rejected, prompt = (kind(row.get(name)) for name in ("chosen", "rejected", "prompt"))
+    if chosen != "messages" or rejected not in ("messages", "conversations", "null"):
+        return True
+    first = row["chosen"][0]
+    return prompt == "null" and ROLES.get(str(first.get("role") or first.get("from")).lower()) == "assistant"
+
+
+def _is_sharegpt(row: Row) -> bool:
+    turns = row.get("messages", row.get("conversations"))
+    return _has_history(row) and kind(turns) == "messages" and "from" in turns[0]  # type: ignore[index]
+
+
+def _is_messages(row: Row) -> bool:
+    turns = row.get("messages", row.get("conversations"))
+    return _has_history(row) and kind(turns) == "messages" and "from" not in turns[0]  # type: ignore[index]
+
+
+def _has_message_sides(row: Row) -> bool:
+    chosen, rejected = kind(row.get("chosen")), kind(row.get("rejected"))
+    return chosen in ("messages", "message") or rejected in ("messages", "message", "conversations")
+
+
+def _is_conversational(row: Row) -> bool:
+    prompt = kind(row.get("prompt"))
+    if _has_message_sides(row):
+        return prompt != "null"
+    return prompt == "messages" and kind(row.get("chosen")) == "text"
+
+
+def _is_conversational_implicit(row: Row) -> bool:
+    return _has_message_sides(row) and kind(row.get("prompt")) == "null"
+
+
+def _is_ranked(row: Row) -> bool:
+    return kind(row.get("answers")) in ("texts", "records", "messages")
+
+
+def _is_instruction(row: Row) -> bool:
+    if kind(row.get("instruction")) == "text":
+        return kind(row.get("chosen")) == "text" or kind(row.get("output")) in ("text", "texts")
+    return _has_texts(row, "chosen", "prompt") and row.get("system") is not None
+
+
+def _has_texts(row: Row, *names: str) -> bool:
+    return all(kind(row.get(name)) == "text" for name in names)
+
+
+def _is_hh(row: Row) -> bool:
+    if kind(row.get("chosen")) != "text" or kind(row.get("prompt")) not in ("text", "null"):
+        return False
+    if row.get("instruction") is not None:
+        return False
+    first = row["chosen"] if row.get("prompt") is None else row["prompt"]
+    return HH_TURN.match(first) is not None and "Assistant:" in first
+
+
+def _is_standard_implicit(row: Row) -> bool:
+    return (
+        _has_texts(row, "chosen", "rejected")
+        and row.get("prompt") is None
+        and common_words(row["chosen"], row["rejected"]) > 0
+    )
+
+
+def _is_standard_repeated(row: Row) -> bool:
+    if not _has_texts(row, "prompt", "chosen", "rejected") or not row["prompt"]:
+        return False
+    return all(row[side].startswith(row["prompt"]) for side in ("chosen", "rejected"))
+
+
+def _is_standard(row: Row) -> bool:
+    return _has_texts(row, "prompt", "chosen")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to write preference pairs down."""
+
+    name: str
+    reason: str
+    """One line: what in the data speaks for it."""
+    matches: Callable[[Row], bool]
+    """Whether a row, under our column names, speaks for it."""
+    read: Callable[[Row], list[Sides]]
+    """A row to its pairs; raises `BadRow` where it does not fit."""
+
+
+# A row speaks for the first format that it matches.
+FORMATS = (
+    Format(
+        "sharegpt",
+        "a conversation of from/value turns; chosen and rejected answer it",
+        _is_sharegpt,
+        _read_messages,
+    ),
+    Format(
+        "messages",
+        "a list of messages; chosen and rejected answer it, or its last turn is the chosen answer",
+        _is_messages,
+        _read_messages,
+    ),
+    Format(
+        "conversational",
+        "a prompt column, chosen and rejected are messages",
+        _is_conversational,
+        _read_conversational,
+    ),
+    Format(
+        "conversational_implicit",
+        "chosen and rejected are conversations: the shared turns are the prompt",
+        _is_conversational_implicit,
+        _read_conversational_implicit,
+    ),
+    Format(
+        "ranked",
+        "several answers to a prompt, scored or best first: the best against each worse one",
+        _is_ranked,
+        _read_ranked,
+    ),
+    Format("hh", "texts are transcripts with 'Human:' and 'Assistant:'", _is_hh, _read_hh),
+    Format(
+        "instruction",
+        "an instruction, or a prompt with a system text, and answers: made into turns",
+        _is_instruction,
+        _read_instruction,
+    ),
+    Format(
+        "standard_implicit",
+        "texts without prompt column or chat template: the prompt is their common beginning",
+        _is_standard_implicit,
+        _read_standard_implicit,
+    ),
+    Format(
+        "standard_repeated",
+        "texts without a chat template; chosen and rejected begin with the prompt",
+        _is_standard_repeated,
+        _read_standard_repeated,
+    ),
+    Format(
+        "standard",
+        "prompt, chosen and rejected are texts, used as they are, without a chat template",
+        _is_standard,
+        _read_standard,
+    ),
+)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orpo.data.counts import RowCounts
-from orpo.data.detect import SAMPLE, Format, detect, rename
-from orpo.data.formats import READERS, Sides
+from orpo.data.detect import SAMPLE, Detected, detect, named, rename
+from orpo.data.formats import Format, Sides
 from orpo.data.messages import BadRow
 from orpo.data.rows import RawRow, Row, read_rows
 from orpo.errors import ConfigError, DataError
@@ -36,12 +36,12 @@ class PreferenceSet:
     """
 
     pairs: list[PreferencePair]
-    formats: dict[str, Format] = field(default_factory=dict)
+    formats: dict[str, Detected] = field(default_factory=dict)
     report: RowCounts = field(default_factory=RowCounts)
     notices: list[str] = field(default_factory=list)
 
     @property
-    def format(self) -> Format:
+    def format(self) -> Detected:
         """The format, where there is one data set."""
         return next(iter(self.formats.values()))
 
@@ -87,7 +87,7 @@ def read_preferences(
     result = PreferenceSet([])
     for name, (source, weight) in _sources(data).items():
         counts = RowCounts()
-        found: dict[str, Format] = {}
+        found: dict[str, Detected] = {}
         pairs = list(_pairs(source, settings, counts, found))
         result.report.add(counts)
         result.formats[name] = found["format"]
@@ -170,18 +170,17 @@ def _sources(data: object) -> dict[str, tuple[object, float | None]]:
 
 
 def _pairs(
-    data: object, settings: ReadSettings, counts: RowCounts, found: dict[str, Format]
+    data: object, settings: ReadSettings, counts: RowCounts, found: dict[str, Detected]
 ) -> Iterator[PreferencePair]:
     """The pairs of one data set; its format is left in `found`."""
     raw = read_rows(data, split=settings.split, config=settings.config)
     head = list(itertools.islice(raw, SAMPLE))
-    format_ = _format(head, settings)
-    found["format"] = format_
-    read = READERS[format_.name]
+    found["format"] = _format(head, settings)
+    format_ = found["format"].format
     for row in itertools.chain(head, raw):
         counts.total += 1
         try:
-            pairs = _row_pairs(row, read, settings)
+            pairs = _row_pairs(row, format_, settings)
         except BadRow as bad:
             if settings.on_bad_row == "stop":
                 raise DataError(f"{row.source}: {bad} or set on_bad_row: skip") from None
@@ -196,23 +195,19 @@ def _pairs(
                 counts.drop(reason, pair.source)
 
 
-def _format(head: Sequence[RawRow], settings: ReadSettings) -> Format:
+def _format(head: Sequence[RawRow], settings: ReadSettings) -> Detected:
     if settings.data_format is not None:
-        if settings.data_format not in READERS:
-            raise ConfigError(
-                f"data_format: {settings.data_format!r} is unknown; use one of {', '.join(READERS)}"
-            )
-        return Format(settings.data_format, "as data_format says")
+        return named(settings.data_format)
     return detect(rename(row.data, settings.columns) for row in head if isinstance(row.data, dict))
 
 
-def _row_pairs(raw: RawRow, read: Any, settings: ReadSettings) -> list[PreferencePair]:
+def _row_pairs(raw: RawRow, format_: Format, settings: ReadSettings) -> list[PreferencePair]:
     if isinstance(raw.data, DataError):
         raise BadRow("row", str(raw.data))
     row: Row = rename(raw.data, settings.columns)
     tools = _tools(row)
     group = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
-    sides: list[Sides] = read(row)
+    sides: list[Sides] = format_.read(row)
     return [
         PreferencePair(prompt, chosen, rejected, tools, raw.source, group)
         for prompt, chosen, rejected in sides
