@@ -116,7 +116,7 @@ def _read_pairs(args: argparse.Namespace, settings: OrpoSettings, tokenizer: Any
     from orpo.data.preferences import ReadSettings, read_preferences
 
     reading = ReadSettings(
-        split=args.split or settings.dataset_test_split or "test",
+        split=args.split or _default_split(args.data, settings),
         config=settings.dataset_config,
         data_format=settings.data_format,
         columns=settings.columns,
@@ -166,6 +166,11 @@ def _as_result(
         "settings": recipe,
         "rows": pairs.report.to_dict(),
     }
+
+
+def _default_split(data: str, settings: Any) -> str | None:
+    """A single file is evaluated whole; elsewhere it is the recipe's test split, or `test`."""
+    return None if Path(data).is_file() else settings.dataset_test_split or "test"
 
 
 def _data_name(data: str) -> str:

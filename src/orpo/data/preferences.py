@@ -53,7 +53,7 @@ class PreferenceSet:
 class ReadSettings:
     """How rows are read; the names are those of the recipe."""
 
-    split: str = "train"
+    split: str | None = "train"
     config: str | None = None
     data_format: str | None = None
     columns: Mapping[str, str] | None = None
