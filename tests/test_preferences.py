@@ -234,9 +234,7 @@ def test_several_rejected_become_several_pairs():
 
 
 def test_ranked_and_scored_lists_give_the_best_against_each_worse():
-    row = {"prompt": "Q", "responses": ["best", "good", "bad"]}
     expected = [([user("Q")], [bot("best")], [bot("good")]), ([user("Q")], [bot("best")], [bot("bad")])]
-    assert several(row, "ranked") == expected
     row = {"prompt": "Q", "responses": ["bad", "best", "good"], "scores": [1, 9.5, 5]}
     assert several(row, "ranked") == expected
     raw = {
@@ -307,7 +305,7 @@ def test_every_format_name_can_be_forced_and_says_so():
     assert found.pairs[0].prompt == [user("Q")]
     with pytest.raises(ConfigError, match="data_format: 'alpaca' is unknown"):
         read(row, data_format="alpaca")
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 10
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 12
 
 
 # --------------------------------------------------------------------------------- what becomes of rows
@@ -320,7 +318,7 @@ def test_a_malformed_row_stops_with_file_line_field_and_remedy(tmp_path):
     path.write_text("\n".join(map(json.dumps, [GOOD, {"prompt": "P", "chosen": 3, "rejected": "b"}])))
     with pytest.raises(
         DataError,
-        match=r"^pairs\.jsonl:2: 'chosen' is a int, not text; mend the row or set on_bad_row: skip$",
+        match=r"^pairs\.jsonl:2: 'chosen' is an int; expected text; fix the row or set on_bad_row: skip$",
     ):
         read_preferences(path)
     path.write_text(json.dumps(GOOD) + "\n{oops\n")
@@ -362,7 +360,7 @@ def test_a_malformed_row_stops_with_file_line_field_and_remedy(tmp_path):
             "instruction",
         ),
         (
-            {"prompt": "Q", "responses": ["a", "b"]},
+            {"prompt": "Q", "responses": ["a", "b"], "scores": [2, 1]},
             {"prompt": "Q", "responses": ["a", "b"], "scores": [1]},
             "scores",
         ),

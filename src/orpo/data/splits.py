@@ -1,7 +1,7 @@
 """Splits of local data: which files, and which of their rows, `train`, `test_prefs` or `train[:5]` stand for.
 
 The conventions of the hub hold for folders too: the front matter of README.md says which files make a split;
-without it `train_prefs-00000-of-00002.parquet` is of the split `train_prefs`, and `my-train.jsonl` of `train`.
+without it `train_prefs-00000-of-00002.parquet` is of the split `train_prefs`, `my-train.jsonl` of `train`.
 """
 
 from __future__ import annotations

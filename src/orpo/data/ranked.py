@@ -1,0 +1,231 @@
+"""Several answers to a prompt and what says how good each is: the best against every strictly worse one.
+
+A list says nothing about its order. Numbers inside or next to the answers are used where their name says what
+they mean (`MEANINGS`), or where the recipe maps them to `scores`; a list without them is ranked best first
+only where the recipe asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from orpo.data.messages import BadRow, kind
+from orpo.data.questions import question
+from orpo.data.rows import Row
+from orpo.data.sides import Sides, pair_up
+
+# What a number is called -> which way it goes; the first of these that is there decides.
+MEANINGS = {
+    "score": 1, "overall_score": 1, "rating": 1, "overall_rating": 1, "reward": 1, "rm_score": 1,
+    "pm_score": 1, "quality": 1, "rank": -1, "ranking": -1, "vote": 1, "upvote": 1, "like": 1,
+    "selected": 1, "is_selected": 1, "accepted": 1, "is_accepted": 1, "chosen": 1, "is_chosen": 1, "best": 1,
+    "is_best": 1, "preferred": 1, "is_preferred": 1, "correct": 1, "is_correct": 1, "is_correct_answer": 1,
+}  # fmt: skip
+_LAST_WORDS = {"score": 1, "rating": 1, "reward": 1, "vote": 1, "upvote": 1, "rank": -1, "ranking": -1}
+# Columns that hold the index of the best answer, counted from 0.
+_INDEX = ("choice", "best_index", "best_idx", "chosen_index", "chosen_idx", "preferred_index", "winner_index")
+_TEXT_KEYS = ("response", "answer", "content", "text", "completion", "output", "summary", "generation")
+
+
+class Ranking(NamedTuple):
+    """How good each answer is."""
+
+    name: str
+    """The data's name of what says so."""
+    values: list[float]
+    """One for each answer; more is better."""
+
+
+def answer_list(row: Row) -> list[Any]:
+    """The answers of a row, if it holds several."""
+    answers = row.get("answers")
+    several = kind(answers) in ("texts", "records", "messages", "conversations")
+    return list(answers or []) if several else []
+
+
+def is_ranked(row: Row) -> bool:
+    """Whether a row holds several answers and something that says how good each is."""
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return False
+    answers = answer_list(row)
+    try:
+        return bool(answers) and (row.get("scores") is not None or ranking(row, answers) is not None)
+    except BadRow:
+        return True
+
+
+def detail(row: Row) -> str:
+    """Which column ranks the answers."""
+    found = ranking(row, answer_list(row))
+    return "" if found is None else f"ranked by {found.name}"
+
+
+def read_ranked(row: Row) -> list[Sides]:
+    """The best answer against each that is strictly worse."""
+    answers = _answers(row)
+    found = ranking(row, answers)
+    if found is None:
+        raise BadRow("scores", "does not give one number for each answer")
+    return _best_against_worse(row, answers, found.values)
+
+
+def read_best_first(row: Row) -> list[Sides]:
+    """The same; a list without scores is ranked by its order."""
+    answers = _answers(row)
+    found = ranking(row, answers)
+    return _best_against_worse(
+        row, answers, found.values if found else [-float(i) for i in range(len(answers))]
+    )
+
+
+def _answers(row: Row) -> list[Any]:
+    answers = row.get("answers")
+    if not isinstance(answers, list) or not answers:
+        raise BadRow("answers", "is missing or empty")
+    return answers
+
+
+def _best_against_worse(row: Row, answers: Sequence[Any], scores: Sequence[float]) -> list[Sides]:
+    texts = [_answer_text(answer) for answer in answers]
+    best = max(range(len(scores)), key=lambda index: scores[index])
+    worse = sorted((i for i in range(len(scores)) if scores[i] < scores[best]), key=lambda i: -scores[i])
+    history = question(row)
+    # Where no answer is worse, the sides are one and the same, and the pair is dropped as identical.
+    return [sides for i in worse or [best] for sides in pair_up(history, texts[best], texts[i])]
+
+
+def _answer_text(answer: object) -> object:
+    if isinstance(answer, Mapping) and kind(answer) != "message":
+        for field in _TEXT_KEYS:
+            if isinstance(answer.get(field), str):
+                return answer[field]
+        raise BadRow("answers", "has an entry without a response")
+    return answer
+
+
+def ranking(row: Row, answers: Sequence[Any]) -> Ranking | None:
+    """What the row says about its answers; None where nothing with a known meaning does.
+
+    Raises:
+        BadRow: The numbers are incomplete, or several say different things.
+    """
+    if row.get("scores") is not None:
+        return Ranking("scores", _checked(row["scores"], len(answers), "scores"))
+    candidates = dict(_candidates(row, answers))
+    for meaning, sign in MEANINGS.items():
+        for name, values in candidates.items():
+            if _bare(name) == meaning:
+                return Ranking(
+                    _note(row, name), [sign * value for value in _checked(values, len(answers), name)]
+                )
+    if (index := _index_of_best(row, len(answers))) is not None:
+        name, best = index
+        return Ranking(name, [float(i == best) for i in range(len(answers))])
+    return _by_last_word(row, candidates, len(answers))
+
+
+def unknown_numbers(row: Row, answers: Sequence[Any]) -> list[str]:
+    """Columns with a number for each answer; for the message where none of them has a known meaning."""
+    return [
+        f"answers.{name}" if name not in row else name
+        for name, values in _candidates(row, answers)
+        if all(_number(value) is not None for value in values)
+    ]
+
+
+def _by_last_word(row: Row, candidates: Mapping[str, list[Any]], number: int) -> Ranking | None:
+    """`reward_model_score`, `helpfulness.Rating`: the last word says what they are, if all say the same."""
+    found: dict[str, list[float]] = {}
+    for name, values in candidates.items():
+        sign = _LAST_WORDS.get(re.split(r"[_.\s-]", _bare(name))[-1])
+        if sign is not None:
+            found[name] = [sign * value for value in _checked(values, number, name)]
+    if not found:
+        return None
+    names = list(found)
+    aspects = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
+    if len(names) > 1 and "" not in aspects and len(aspects) == 1:
+        # Aspects of one annotation (helpfulness, honesty, ...): binarized UltraFeedback ranks by their mean.
+        (group,) = aspects
+        return Ranking(group, [sum(values) / len(names) for values in zip(*found.values(), strict=True)])
+    if len({tuple(_order(values)) for values in found.values()}) > 1:
+        raise BadRow(
+            "answers", f"carry numbers that disagree ({', '.join(names)})", "set columns: {scores: ...}"
+        )
+    return Ranking(_note(row, names[0]), found[names[0]])
+
+
+def _order(values: Sequence[float]) -> Iterator[tuple[bool, bool]]:
+    best = max(values)
+    return ((value == best, any(value < other for other in values)) for value in values)
+
+
+def _note(row: Row, name: str) -> str:
+    """The name; a column next to the answers is noted as read."""
+    if name in row:
+        row.get(name)
+    return name
+
+
+def _bare(name: str) -> str:
+    """`Scores` -> `score`."""
+    return name.lower().removesuffix("s")
+
+
+def _candidates(row: Row, answers: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Values that come one for each answer: keys inside all of them, and lists next to them."""
+    if all(isinstance(answer, Mapping) for answer in answers):
+        paths = dict.fromkeys(path for answer in answers for path in _leaves(answer))
+        for path in paths:
+            values = [_at(answer, path) for answer in answers]
+            if any(_number(value) is not None for value in values):
+                yield path, values
+    for name, values in row.items():
+        if name != "answers" and isinstance(values, list) and len(values) == len(answers):
+            numbers = [_number(value) is not None for value in values]
+            if any(numbers):
+                yield name, values
+
+
+def _leaves(value: Mapping[str, Any], depth: int = 3) -> Iterator[str]:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and depth > 1:
+            yield from (f"{key}.{rest}" for rest in _leaves(item, depth - 1))
+        elif not isinstance(item, Mapping | list):
+            yield str(key)
+
+
+def _at(value: Any, path: str) -> Any:
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _checked(values: object, number: int, name: str) -> list[float]:
+    numbers = [_number(value) for value in values] if isinstance(values, list) else []
+    found = [value for value in numbers if value is not None]
+    if len(found) != number or len(numbers) != number:
+        raise BadRow(name, "does not give one number for each answer")
+    return found
+
+
+def _index_of_best(row: Row, number: int) -> tuple[str, int] | None:
+    for name in _INDEX:
+        value = row.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if not 0 <= value < number:
+                raise BadRow(name, f"is {value}; expected the index of an answer, from 0 to {number - 1}")
+            return name, value
+    return None

@@ -1,0 +1,61 @@
+"""One answer and a verdict on it, as KTO and reward models use them: a bad one must not train as a good one."""
+
+from __future__ import annotations
+
+from orpo.data.columns import NamedRow
+
+# Columns that say how good a single answer is.
+_VERDICTS = (
+    "label", "labels", "kto_tag", "desirable", "is_desirable", "reward", "rewards", "score", "scores", "rating",
+    "overall_score", "preference", "feedback", "thumbs", "vote", "votes", "upvoted", "liked", "good", "is_good",
+    "accepted", "is_accepted", "correct", "is_correct", "quality",
+)  # fmt: skip
+# Those of them in which 0 and 1 mean no and yes; in the others they are scores.
+_YES_OR_NO = {
+    "label", "labels", "kto_tag", "desirable", "preference", "feedback", "thumbs", "upvoted", "liked", "good",
+    "accepted", "correct",
+}  # fmt: skip
+_GOOD = {
+    "true", "1", "desirable", "chosen", "good", "positive", "preferred", "accepted", "yes", "up", "thumbs_up",
+}  # fmt: skip
+_BAD = {"false", "0", "undesirable", "rejected", "bad", "negative", "no", "down", "thumbs_down"}
+
+
+def unpaired_reason(row: NamedRow, *, uses: bool) -> str | None:
+    """Why an answer without a counterpart must not train; None where nothing says it is bad.
+
+    Args:
+        row: Without a rejected answer.
+        uses: `sft_rows: use`: rows without a rejected answer train as good ones.
+    """
+    for name in _VERDICTS:
+        value = row.get(name)
+        if value is None or isinstance(value, list | dict):
+            continue
+        verdict = _verdict(name, value)
+        if verdict is None and isinstance(value, str) and not _is_number(value):
+            continue  # a label of another kind: a topic, a language
+        column = row.theirs(name)
+        if not uses:
+            return f"one answer with a verdict ({column}) is no pair: put the good and the bad one in one row"
+        if verdict is None:
+            return f"an answer without a counterpart, and how good {column} says it is is not known"
+        if not verdict:
+            return f"an answer without a counterpart that {column} says is bad"
+    return None
+
+
+def _verdict(name: str, value: object) -> bool | None:
+    """Whether the answer is good, where the value can only mean yes or no."""
+    word = "_".join(str(value).strip().lower().split())
+    if isinstance(value, bool | str) or name.removeprefix("is_") in _YES_OR_NO:
+        return True if word in _GOOD else False if word in _BAD else None
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
