@@ -449,7 +449,7 @@ def test_every_row_of_the_documentation_is_read_as_it_says():
     for name, row in rows:
         found = read(json.loads(row))
         assert found.format.name == name and len(found) == 1, row
-        assert found.pairs[0].is_text == name.startswith("standard")
+        assert found.pairs[0].is_text == name.startswith(("standard", "rendered"))
 
 
 def test_group_comes_from_the_source_or_dataset_column():
@@ -529,11 +529,40 @@ def test_importing_the_data_path_needs_neither_torch_nor_transformers():
 
 
 NAMES = ["prompt", "chosen", "rejected", "messages", "conversations", "instruction", "input", "system"]
-NAMES += ["history", "output", "answers", "scores", "tools", "source"]
-KEYS = ["role", "from", "content", "value", "tool_calls", "score"]
+NAMES += ["history", "output", "answers", "scores", "tools", "source", "label", "labels", "rewards", "choice"]
+NAMES += [
+    "response_a",
+    "response_b",
+    "winner",
+    "turn",
+    "score_a",
+    "score_b",
+    "preference_strength",
+    "context",
+]
+NAMES += ["info", "question", "chat_template_kwargs", "image", "completion"]
+KEYS = ["role", "from", "content", "value", "tool_calls", "score", "messages", "text"]
+TEXTS = [
+    "Human: a\nAssistant: b",
+    "<s>a",
+    "<|user|>a<|assistant|>b",
+    "<|assistant|>",
+    "[1, 2]",
+    "response_a",
+    "tie",
+]
+TEXTS += [
+    '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]',
+    "[{'role': 'user', 'content",
+]
 ROLES = ["user", "assistant", "tool", "x"]
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text("ab \n:<", max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text("ab \n:<", max_size=5)
+    | st.sampled_from(TEXTS),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(KEYS), inner)

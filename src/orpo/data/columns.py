@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -39,10 +40,8 @@ _LISTS = ("answers", "scores", "history", "labels")
 """Columns that hold lists, so that text in them is JSON."""
 _KEYS = ("role", "content")
 _WRAPPERS = ("messages", "conversations")
-_CONVERSATION = re.compile(
-    r"""\s*"?\[?\s*\{\s*\\?['"](role|from|content|value|messages|conversations)\\?['"]\s*:"""
-)
-_OBJECT = re.compile(r"""\s*\[?\s*\{\s*['"]""")
+_OBJECT = re.compile(r"""\s*"?\s*(?:\[\s*)*\{\s*\\?['"]""")
+_KEY = re.compile(r"""['"](\w+)\\?['"]\s*:""")
 _BETWEEN_OBJECTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s+\{""")
 
 
@@ -134,16 +133,25 @@ class Columns:
         cells = self._mapped(row)
         self._translate(row, cells)
         taken = {cell.column for cell in cells.values()}
-        for name, value in row.items():
-            if value is not None and name not in taken:
-                inside = value if any(column.startswith(f"{name}.") for column in taken) else None
-                names = [f"{name}.{key}" for key in inside] if isinstance(inside, Mapping) else [name]
-                self._seen.update(dict.fromkeys(names))
-        self._seen.update((cell.column, None) for cell in cells.values() if cell.value is not None)
+        self._see(row, taken)
         named = {name: value for name, value in row.items() if name not in taken}
         named |= {ours: cell.value for ours, cell in cells.items()}
         _unwrap(named)
         return NamedRow(named, {ours: cell.column for ours, cell in cells.items()}, self._used)
+
+    def _see(self, row: Row, taken: set[str]) -> None:
+        """Note the columns that hold something; of one that columns are taken out of, what it holds."""
+        for name, value in row.items():
+            inside = [column for column in taken if column.startswith(f"{name}.")]
+            names = [name]
+            if inside and isinstance(value, Mapping):
+                keys = [f"{name}.{key}" for key, item in value.items() if item is not None]
+                rest = [
+                    key for key in keys if not any(f"{column}.".startswith(f"{key}.") for column in inside)
+                ]
+                names = [*inside, *rest]
+            if value is not None:
+                self._seen.update(dict.fromkeys(names))
 
     def _mapped(self, row: Row) -> dict[str, _Cell]:
         found = {ours: _find(row, theirs) for ours, theirs in self.mapping.items()}
@@ -179,24 +187,25 @@ class Columns:
         """What a text cell holds, where that is a conversation or a list; else the text."""
         ours = next((our for our, theirs in self.mapping.items() if theirs == name), name)
         is_list = ours in _LISTS or any(name in ALIASES.get(column, ()) for column in _LISTS)
-        is_conversation = _CONVERSATION.match(text) is not None
-        if not (is_conversation or is_list or name in self._opened or _OBJECT.match(text)):
+        is_opened = is_list or name in self._opened
+        if not (is_opened or _OBJECT.match(text)):
             return text
         value = _literal(text)
-        if value is None:
-            if is_conversation:
-                raise BadRow(
-                    name, "begins like a conversation stored as text, but is neither JSON nor Python"
-                )
-            return text
-        if is_list or name in self._opened or _is_conversation(_rename_keys(value, self._keys)):
+        if value is not None and (is_opened or _is_conversation(_rename_keys(value, self._keys))):
             return value
+        if value is None and _begins_conversation(text):
+            raise BadRow(name, "begins like a conversation stored as text, but is neither JSON nor Python")
         return text
+
+
+def _begins_conversation(text: str) -> bool:
+    keys = set(_KEY.findall(text[:4000]))
+    return {"role", "content"} <= keys or {"from", "value"} <= keys or not keys.isdisjoint(_WRAPPERS)
 
 
 def _literal(text: str) -> Any:
     """The list or object that a text writes in JSON, in Python, or as numpy prints it; None for any other."""
-    for parse in (json.loads, ast.literal_eval, _numpy_literal):
+    for parse in (json.loads, _python_literal, _numpy_literal):
         try:
             value = parse(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -207,13 +216,19 @@ def _literal(text: str) -> Any:
     return None
 
 
+def _python_literal(text: str) -> Any:
+    with warnings.catch_warnings():  # of escapes that Python does not know
+        warnings.simplefilter("ignore")
+        return ast.literal_eval(text)
+
+
 def _numpy_literal(text: str) -> Any:
     """An array of objects as numpy prints it: no commas between them (pandas writes parquet to CSV so)."""
-    return ast.literal_eval(_BETWEEN_OBJECTS.sub(lambda match: match[1] or "}, {", text))
+    return _python_literal(_BETWEEN_OBJECTS.sub(lambda match: match[1] or "}, {", text))
 
 
 def _is_conversation(value: Any) -> bool:
-    if isinstance(value, Mapping) and any(isinstance(value.get(key), list) for key in _WRAPPERS):
+    if isinstance(value, Mapping) and any(kind(value.get(key)) == "messages" for key in _WRAPPERS):
         return True
     return kind(value) in ("message", "messages", "conversations")
 
@@ -224,7 +239,7 @@ def _unwrap(row: Row) -> None:
         value = row.get(name)
         if not isinstance(value, Mapping):
             continue
-        turns = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), list)), None)
+        turns = next((value[key] for key in _WRAPPERS if kind(value.get(key)) == "messages"), None)
         if turns is None:
             continue
         row[name] = turns
@@ -269,7 +284,7 @@ def _rename_keys(value: Any, keys: Mapping[str, str]) -> Any:
 def _keys_inside(row: Row) -> Iterable[str]:
     """Keys of the objects in a row's cells, also those stored as text."""
     for value in row.values():
-        held = _literal(value) if isinstance(value, str) and _OBJECT.match(value) else value
+        held = _literal(value) if isinstance(value, str) and value[:1] in ("[", "{", '"') else value
         for item in held if isinstance(held, list) else [held]:
             if isinstance(item, Mapping):
                 yield from map(str, item)

@@ -19,7 +19,8 @@ from orpo.data.sides import Sides, part
 
 _STEMS = (
     "response", "answer", "output", "completion", "conversation", "conv", "human_ref", "orig_response",
-    "summary", "text", "generation", "candidate", "continuation", "reply", "message", "chat", "assistant", "solution",
+    "summary", "text", "generation", "candidate", "continuation", "reply", "message", "chat", "assistant",
+    "solution",
 )  # fmt: skip
 _SUFFIXES = (
     ("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"),

@@ -78,24 +78,39 @@ def question(row: Row) -> Turns:
     Raises:
         BadRow: None does.
     """
+    has = {name: kind(value) for name, value in row.items()}  # a look at a column is not yet a use
     for name in ("prompt", "messages", "conversations", "context"):
-        if kind(dict.get(row, name)) in ("messages", "message"):  # a look is not yet a use
+        if has.get(name) in ("messages", "message"):
             return with_system(row, turns_of(row[name], name))
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and is_transcript(prompt):
-        return with_system(row, asked_in(prompt))
-    if isinstance(prompt, str) and _STEERLM_TURN.search(prompt):
-        first, *others = _STEERLM_TURN.split(prompt.removesuffix("<extra_id_1>Assistant\n"))
-        return with_system(row, _turns(["", "User", first, *others]))
-    if isinstance(row.get("info"), Mapping):
-        return [{"role": "user", "content": _post(row["info"])}]
-    if isinstance(row.get("instruction"), Mapping):
-        return with_system(row, [{"role": "user", "content": text_of(row["instruction"], "full_text")}])
-    if prompt is None and row.get("instruction") is None and isinstance(row.get("history"), str):
-        return with_system(row, [{"role": "user", "content": row["history"]}])
-    if prompt is None and row.get("instruction") is None and isinstance(row.get("context"), str):
-        return with_system(row, [{"role": "user", "content": row["context"]}])
+    if has.get("prompt") == "text":
+        return with_system(row, _asked_in_prompt(row))
+    if has.get("info") == "other":
+        return [{"role": "user", "content": _post(_mapping(row, "info"))}]
+    if has.get("instruction") == "other":
+        return with_system(
+            row, [{"role": "user", "content": text_of(_mapping(row, "instruction"), "full_text")}]
+        )
+    if has.get("instruction", "null") == has.get("prompt", "null") == "null":
+        for name in ("history", "context"):
+            if has.get(name) == "text":
+                return with_system(row, [{"role": "user", "content": row[name]}])
     return instruction(row)
+
+
+def _asked_in_prompt(row: Row) -> Turns:
+    prompt = text_of(row, "prompt")
+    if is_transcript(prompt):
+        return asked_in(prompt)
+    if _STEERLM_TURN.search(prompt):
+        first, *others = _STEERLM_TURN.split(prompt.removesuffix("<extra_id_1>Assistant\n"))
+        return _turns(["", "User", first, *others])
+    return instruction(row)
+
+
+def _mapping(row: Row, name: str) -> Row:
+    if not isinstance(row[name], Mapping):
+        raise BadRow(name, f"is {type_name(row[name])}; expected text or an object")
+    return dict(row[name])
 
 
 def _post(info: Row) -> str:

@@ -1,4 +1,4 @@
-"""One answer and a verdict on it, as KTO and reward models use them: a bad one must not train as a good one."""
+"""One answer and a verdict on it, as in KTO: a bad answer must not train as a good one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from orpo.data.columns import NamedRow
 
 # Columns that say how good a single answer is.
 _VERDICTS = (
-    "label", "labels", "kto_tag", "desirable", "is_desirable", "reward", "rewards", "score", "scores", "rating",
-    "overall_score", "preference", "feedback", "thumbs", "vote", "votes", "upvoted", "liked", "good", "is_good",
-    "accepted", "is_accepted", "correct", "is_correct", "quality",
+    "label", "labels", "kto_tag", "desirable", "is_desirable", "reward", "rewards", "score", "scores",
+    "rating", "overall_score", "preference", "feedback", "thumbs", "vote", "votes", "upvoted", "liked",
+    "good", "is_good", "accepted", "is_accepted", "correct", "is_correct", "quality",
 )  # fmt: skip
 # Those of them in which 0 and 1 mean no and yes; in the others they are scores.
 _YES_OR_NO = {
