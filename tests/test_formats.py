@@ -71,6 +71,9 @@ def stops(*rows, match, **options):
         ]},
         {"prompt": "Q?", "responses": ["BAD", "GOOD"], "chosen_index": 1},
         {"prompt": "Q?", "responses": [[bot("BAD")], [bot("GOOD")]], "rewards": [0, 1]},
+        {"prompt": "Q?", "responses": [{**bot("BAD"), "score": 1}, {**bot("GOOD"), "score": 2}]},
+        {"instruction": "Q?", "output": ["BAD", "GOOD"], "scores": [1, 2]},
+        {"instruction": "Q?", "generations": ["BAD", "GOOD"], "ratings": [1, 2]},
     ],
 )  # fmt: skip
 def test_a_list_of_answers_is_ranked_by_the_numbers_whose_name_says_what_they_are(row):
@@ -83,19 +86,35 @@ def test_a_list_of_answers_is_ranked_by_the_numbers_whose_name_says_what_they_ar
     [
         (
             {"responses": ["one", "two", "three"]},
-            r"nothing says which is best; set columns: \{scores: \.\.\.\}, or data_fo",
+            r"nothing known says which is best; set columns: \{scores: \.\.\.\} where .* data_format: ra",
         ),
         (
             {"responses": ["one", "two"], "karma": [1, 2]},
-            r"responses holds .* set columns: \{scores: karma\}, more",
+            r"responses holds .* set columns: \{scores: karma\} where",
+        ),
+        (
+            {"responses": ["one", "two"], "ranking": [1, 0]},
+            r"\{scores: ranking\} .* \{ranks: ranking\} where 1 is best",
+        ),
+        (
+            {"output": ["one", "two"], "karma": [1, 2]},
+            r"output holds .* set columns: \{scores: karma\} where",
         ),
         (
             {"completions": [{"text": "one", "karma": 1}, {"text": "two", "karma": 3}]},
             r"set columns: \{scores: completions\.karma\}",
         ),
         (
-            {"completions": ["Step 1: we begin.", "Step 2: we add."], "labels": [True, True]},
+            {"completions": ["We begin.", "We add."], "labels": [True, True]},
             r"completions with a label for each looks like the steps of one solution",
+        ),
+        (
+            {"completions": ["Step 1: we begin.", "Step 2: we add."], "labels": [True, False]},
+            "the steps of one solution",
+        ),
+        (
+            {"completions": ["Step 1: we begin.", "Step 2: we add."], "rewards": [0.5, 1]},
+            "the steps of one solution",
         ),
         (
             {"responses": ["a", "b"], "x_score": [1, 2], "y_score": [2, 1]},
@@ -121,6 +140,8 @@ def test_unknown_numbers_can_be_mapped_to_scores():
     assert only(row, columns={"scores": "karma"}) == (ASKED, *GOOD_BAD)
     row = {"prompt": "Q?", "completions": [{"text": "BAD", "karma": 1}, {"text": "GOOD", "karma": 9}]}
     assert only(row, columns={"scores": "completions.karma"}) == (ASKED, *GOOD_BAD)
+    row = {"prompt": "Q?", "responses": ["BAD", "GOOD"], "ranking": [2, 1]}
+    assert only(row, columns={"ranks": "ranking"}) == (ASKED, *GOOD_BAD)
     row = {"prompt": "Q?", "completions": ["BAD", "GOOD"], "labels": [False, True]}
     assert only(row, columns={"scores": "labels"}) == (ASKED, *GOOD_BAD)
 
@@ -205,6 +226,16 @@ def test_two_answers_and_a_label_are_read_by_what_the_label_means(row):
     found = read(row)
     (pair,) = found.pairs
     assert (found.format.name, pair.prompt, pair.chosen, pair.rejected) == ("pairwise", ASKED, *GOOD_BAD)
+
+
+@pytest.mark.parametrize(
+    "name", ["PKU-SafeRLHF", "HelpSteer2", "SHP", "webgpt_comparisons", "alpaca_eval", "LLMBar"]
+)
+def test_labels_may_be_written_as_text_as_in_csv(name):
+    row = {
+        key: str(value) if isinstance(value, int | float) else value for key, value in JUDGED[name].items()
+    }
+    assert only(row) == (ASKED, *GOOD_BAD)
 
 
 @pytest.mark.parametrize(
@@ -528,6 +559,10 @@ def test_good_answers_with_a_label_train_where_sft_rows_are_used():
     found = read(*rows, sft_rows="use")
     assert [pair.chosen for pair in found.pairs] == ["a0", "a2", "a4"]
     assert found.report.dropped == {"an answer without a counterpart that label says is bad": 3}
+    both = {"prompt": "Q?", "completion": "a", "label": True, "score": 0.1}
+    assert len(read(both, sft_rows="use")) == 1
+    found = read(both, {**both, "correct": False}, sft_rows="use")
+    assert found.report.dropped == {"an answer without a counterpart that correct says is bad": 1}
     topic = {"prompt": "Q?", "completion": "a", "label": "geography"}
     assert len(read(topic, sft_rows="use")) == 1
 

@@ -20,17 +20,20 @@ from orpo.errors import DataError
 
 # Names other projects use for our columns; `columns` in the recipe maps any further ones.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "prompt": ("query",),
+    "prompt": ("query", "text_prompt"),
     "chosen": (
         "completion", "chosen_response", "response_chosen", "preferred_output", "response_j", "accepted",
+        "text_chosen",
     ),
     "rejected": (
         "rejected_response", "rejected_messages", "rejected_responses", "response_rejected",
-        "non_preferred_output", "response_k",
+        "non_preferred_output", "response_k", "text_rejected",
     ),
     "instruction": ("question",),
     "system": ("system_prompt",),
-    "answers": ("completions", "responses", "summaries"),
+    "answers": (
+        "completions", "responses", "summaries", "generations", "candidates", "outputs", "samples", "replies",
+    ),
     "messages": ("input.messages",),
     "tools": ("input.tools",),
 }  # fmt: skip

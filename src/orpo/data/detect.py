@@ -108,29 +108,32 @@ def _no_format(rows: Sequence[NamedRow]) -> str:
 
 def _steps(row: NamedRow) -> str | None:
     answers, labels = ranked.answer_list(row), row.get("labels")
+    name = row.theirs(ranked.answer_column(row) or "answers")
+    if ranked.are_steps(answers):
+        return f"{name} holds the steps of one solution, which are no preference"
     if not (isinstance(labels, list) and answers and len(labels) == len(answers)):
         return None
     return (
-        f"{row.theirs('answers')} with a label for each looks like the steps of one solution, which hold no "
-        f"preference; if these are whole answers, set columns: {{scores: {row.theirs('labels')}}}"
+        f"{name} with a label for each looks like the steps of one solution, which hold no preference; if "
+        f"these are whole answers, set columns: {{scores: {row.theirs('labels')}}}"
     )
 
 
 def _unranked(row: NamedRow) -> str | None:
-    answers = ranked.answer_list(row)
-    if not answers or row.get("chosen") is not None:
+    column = ranked.answer_column(row)
+    if column is None or row.get("chosen") is not None:
         return None
-    name = row.theirs("answers")
-    numbers = [number.replace("answers.", f"{name}.", 1) for number in ranked.unknown_numbers(row, answers)]
-    if numbers:
-        return (
-            f"{name} holds several answers and nothing known says which is best; set columns: "
-            f"{{scores: {numbers[0]}}}" + (f" (or {', '.join(numbers[1:])})" if numbers[1:] else "")
-            + ", more being better, or data_format: ranked where the first is the best"
-        )  # fmt: skip
+    name = row.theirs(column)
+    numbers = [
+        number.replace(f"{column}.", f"{name}.", 1)
+        for number in ranked.unknown_numbers(row, ranked.answer_list(row))
+    ]
+    which = numbers[0] if numbers else "..."
+    others = f" (or {', '.join(numbers[1:])})" if numbers[1:] else ""
     return (
-        f"{name} holds several answers and nothing says which is best; set columns: {{scores: ...}}, or "
-        "data_format: ranked where the first is the best"
+        f"{name} holds several answers and nothing known says which is best; set columns: "
+        f"{{scores: {which}}}{others} where more is better, {{ranks: {which}}} where 1 is best, "
+        "or data_format: ranked where the first is the best"
     )
 
 

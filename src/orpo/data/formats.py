@@ -129,8 +129,11 @@ def _read_hh(row: Row) -> list[Sides]:
 def _is_instruction(row: Row) -> bool:
     if row.get("prompt") is not None:
         return _has_texts(row, "prompt", "chosen") and row.get("system") is not None
-    answered = kind(row.get("chosen")) == "text" or kind(row.get("output")) in ("text", "texts")
-    return _has_texts(row, "instruction") and answered
+    if not _has_texts(row, "instruction"):
+        return False
+    if kind(row.get("output")) == "texts" and row.get("chosen") is None:
+        return not ranked.unknown_numbers(row, ranked.answer_list(row))
+    return _has_texts(row, "chosen") or _has_texts(row, "output")
 
 
 def _read_instruction(row: Row) -> list[Sides]:

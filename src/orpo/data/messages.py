@@ -8,6 +8,7 @@ understand.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,16 @@ def type_name(value: object) -> str:
     """The type of a value with its article: `an int`, `a list`."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def number_of(value: object) -> float | None:
+    """A finite number, also one written as text (CSV knows no other); None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def kind(value: object) -> str:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from orpo.data.messages import BadRow, Turns, Untrainable, kind, turns_of
+from orpo.data.messages import BadRow, Turns, Untrainable, kind, number_of, turns_of
 from orpo.data.questions import question
 from orpo.data.rows import Row
 from orpo.data.sides import Sides, part
@@ -46,11 +45,10 @@ Judge = Callable[[Row, str, Duel], int | None]
 
 def _by_name(row: Row, label: str, duel: Duel) -> int | None:
     """The value names an answer: its column, its suffix, `model_a`, or the model that wrote it."""
-    value = row.get(label)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    word = "_".join(str(value).strip().lower().split())
-    if word in _TIES:
+    value, number = row.get(label), number_of(row.get(label))
+    written = value if number is None or not number.is_integer() else int(number)
+    word = "_".join(str(written).lower().strip("[]").split())
+    if word in _TIES or word.startswith("tie_"):
         return None
     matches = [word in _names(row, duel, index) for index in (0, 1)]
     if isinstance(value, bool) or matches[0] == matches[1]:
@@ -77,34 +75,34 @@ def _names(row: Row, duel: Duel, index: int) -> set[str]:
 
 def _by_number(row: Row, label: str, duel: Duel) -> int | None:
     """As `_by_name`; a rater's mean between 1 and 2 speaks for the nearer one."""
-    value = row.get(label)
-    if isinstance(value, float) and 1 < value < 2 and duel.suffixes[0].endswith("1"):
-        return None if value == 1.5 else int(value > 1.5)
+    number = number_of(row.get(label))
+    if number is not None and 1 < number < 2 and duel.suffixes[0].endswith("1"):
+        return None if number == 1.5 else int(number > 1.5)
     return _by_name(row, label, duel)
 
 
 def _by_sign(row: Row, label: str, duel: Duel) -> int | None:
     """HelpSteer: from -3, the first is much better, to 3, the second is."""
-    value = row.get(label)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = number_of(row.get(label))
+    if isinstance(row.get(label), bool) or number is None:
         return _by_name(row, label, duel)
-    return None if value == 0 else int(value > 0)
+    return None if number == 0 else int(number > 0)
 
 
 def _one_is_first(row: Row, label: str, duel: Duel) -> int | None:
     """SHP: 1 where A is preferred, 0 where B is."""
-    value = row.get(label)
-    if isinstance(value, bool) or value not in (0, 1):
-        raise BadRow(label, f"is {value!r}; expected 0 or 1")
-    return int(value == 0)
+    number = number_of(row.get(label))
+    if number not in (0, 1):
+        raise BadRow(label, f"is {row.get(label)!r}; expected 0 or 1")
+    return int(number == 0)
 
 
 def _by_index(row: Row, label: str, duel: Duel) -> int | None:
     """Counted from 0, whatever the answers are called; a name does as well."""
-    value = row.get(label)
-    if duel.suffixes[0].endswith("1") or isinstance(value, bool) or value not in (0, 1):
+    number = number_of(row.get(label))
+    if duel.suffixes[0].endswith("1") or number not in (0, 1):
         return _by_name(row, label, duel)
-    return int(value)
+    return int(number)
 
 
 # Label -> what its values mean. The first that a row has decides; the others are named as not used.
@@ -129,7 +127,8 @@ LABELS: dict[str, Judge] = {
 _SPECIAL: dict[tuple[str, str], Judge] = {("human_ref_A", "labels"): _one_is_first}
 # Without a label: numbers for each answer, `score_0` or `conv_A_rating`; more is better, of ranks less.
 _NUMBERS = {
-    "score": 1, "rating": 1, "reward": 1, "winner_model": 1, "votes": 1, "preference_score": 1, "rank": -1,
+    "score": 1, "rating": 1, "reward": 1, "winner_model": 1, "overall_score": 1, "overall_rating": 1,
+    "votes": 1, "upvotes": 1, "preference_score": 1, "rank": -1,
 }  # fmt: skip
 
 
@@ -174,7 +173,7 @@ def _number_columns(row: Row, word: str, duel: Duel) -> tuple[str, str] | None:
         (f"{word}{separator}{first}", f"{word}{separator}{second}"),
         (f"{duel.first}_{word}", f"{duel.second}_{word}"),
     ):
-        if all(isinstance(row.get(name), int | float) for name in names):
+        if all(number_of(row.get(name)) is not None for name in names):
             return names
     return None
 
@@ -183,9 +182,7 @@ def _by_numbers(row: Row, word: str, duel: Duel) -> int | None:
     columns = _number_columns(row, word, duel)
     if columns is None:
         raise BadRow(word, "is missing for one of the two answers")
-    first, second = (_NUMBERS[word] * float(row[name]) for name in columns)
-    if not (math.isfinite(first) and math.isfinite(second)):
-        raise BadRow(word, "is no finite number")
+    first, second = (_NUMBERS[word] * (number_of(row[name]) or 0.0) for name in columns)
     return None if first == second else int(second > first)
 
 

@@ -7,12 +7,11 @@ only where the recipe asks for it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orpo.data.messages import BadRow, kind
+from orpo.data.messages import BadRow, kind, number_of
 from orpo.data.questions import question
 from orpo.data.rows import Row
 from orpo.data.sides import Sides, pair_up
@@ -20,14 +19,17 @@ from orpo.data.sides import Sides, pair_up
 # What a number is called -> which way it goes; the first of these that is there decides.
 MEANINGS = {
     "score": 1, "overall_score": 1, "rating": 1, "overall_rating": 1, "reward": 1, "rm_score": 1,
-    "pm_score": 1, "quality": 1, "rank": -1, "ranking": -1, "vote": 1, "upvote": 1, "like": 1,
+    "pm_score": 1, "quality": 1, "rank": -1, "vote": 1, "upvote": 1, "like": 1,
     "selected": 1, "is_selected": 1, "accepted": 1, "is_accepted": 1, "chosen": 1, "is_chosen": 1, "best": 1,
     "is_best": 1, "preferred": 1, "is_preferred": 1, "correct": 1, "is_correct": 1, "is_correct_answer": 1,
 }  # fmt: skip
-_LAST_WORDS = {"score": 1, "rating": 1, "reward": 1, "vote": 1, "upvote": 1, "rank": -1, "ranking": -1}
+_LAST_WORDS = {"score": 1, "rating": 1, "reward": 1, "vote": 1, "upvote": 1, "rank": -1}
 # Columns that hold the index of the best answer, counted from 0.
 _INDEX = ("choice", "best_index", "best_idx", "chosen_index", "chosen_idx", "preferred_index", "winner_index")
-_TEXT_KEYS = ("response", "answer", "content", "text", "completion", "output", "summary", "generation")
+_TEXT_KEYS = (
+    "response", "answer", "content", "text", "completion", "output", "summary", "generation", "reply", "body",
+)  # fmt: skip
+_MESSAGE_KEYS = ("role", "from", "content", "value", "tool_calls", "reasoning_content", "thinking", "name")
 
 
 class Ranking(NamedTuple):
@@ -39,20 +41,35 @@ class Ranking(NamedTuple):
     """One for each answer; more is better."""
 
 
+def answer_column(row: Row) -> str | None:
+    """Our name of the column that holds several answers."""
+    for name in ("answers", "output"):
+        if kind(dict.get(row, name)) in ("texts", "records", "messages", "conversations"):
+            return name
+    return None
+
+
 def answer_list(row: Row) -> list[Any]:
     """The answers of a row, if it holds several."""
-    answers = row.get("answers")
-    several = kind(answers) in ("texts", "records", "messages", "conversations")
-    return list(answers or []) if several else []
+    name = answer_column(row)
+    return [] if name is None else list(row[name])
+
+
+def are_steps(answers: Sequence[Any]) -> bool:
+    """Whether the texts are numbered steps of one solution and no answers of their own."""
+    return len(answers) > 1 and all(
+        isinstance(answer, str) and re.match(rf"\W*step {number}\b", answer, flags=re.IGNORECASE)
+        for number, answer in enumerate(answers, start=1)
+    )
 
 
 def is_ranked(row: Row) -> bool:
     """Whether a row holds several answers and something that says how good each is."""
-    if row.get("chosen") is not None and row.get("rejected") is not None:
+    if dict.get(row, "chosen") is not None and dict.get(row, "rejected") is not None:
         return False
     answers = answer_list(row)
     try:
-        return bool(answers) and (row.get("scores") is not None or ranking(row, answers) is not None)
+        return bool(answers) and not are_steps(answers) and ranking(row, answers) is not None
     except BadRow:
         return True
 
@@ -82,9 +99,11 @@ def read_best_first(row: Row) -> list[Sides]:
 
 
 def _answers(row: Row) -> list[Any]:
-    answers = row.get("answers")
-    if not isinstance(answers, list) or not answers:
-        raise BadRow("answers", "is missing or empty")
+    answers = answer_list(row)
+    if not answers:
+        raise BadRow("answers", "is missing, empty or no list of answers")
+    if are_steps(answers):
+        raise BadRow("answers", "holds the steps of one solution, which are no answers of their own")
     return answers
 
 
@@ -98,7 +117,9 @@ def _best_against_worse(row: Row, answers: Sequence[Any], scores: Sequence[float
 
 
 def _answer_text(answer: object) -> object:
-    if isinstance(answer, Mapping) and kind(answer) != "message":
+    if kind(answer) == "message":
+        return {key: answer[key] for key in _MESSAGE_KEYS if key in answer}  # type: ignore[index,operator]
+    if isinstance(answer, Mapping):
         for field in _TEXT_KEYS:
             if isinstance(answer.get(field), str):
                 return answer[field]
@@ -129,10 +150,11 @@ def ranking(row: Row, answers: Sequence[Any]) -> Ranking | None:
 
 def unknown_numbers(row: Row, answers: Sequence[Any]) -> list[str]:
     """Columns with a number for each answer; for the message where none of them has a known meaning."""
+    column = answer_column(row)
     return [
-        f"answers.{name}" if name not in row else name
+        name if name in row else f"{column}.{name}"
         for name, values in _candidates(row, answers)
-        if all(_number(value) is not None for value in values)
+        if all(number_of(value) is not None for value in values)
     ]
 
 
@@ -181,11 +203,11 @@ def _candidates(row: Row, answers: Sequence[Any]) -> Iterator[tuple[str, list[An
         paths = dict.fromkeys(path for answer in answers for path in _leaves(answer))
         for path in paths:
             values = [_at(answer, path) for answer in answers]
-            if any(_number(value) is not None for value in values):
+            if any(number_of(value) is not None for value in values):
                 yield path, values
     for name, values in row.items():
-        if name != "answers" and isinstance(values, list) and len(values) == len(answers):
-            numbers = [_number(value) is not None for value in values]
+        if name != answer_column(row) and isinstance(values, list) and len(values) == len(answers):
+            numbers = [number_of(value) is not None for value in values]
             if any(numbers):
                 yield name, values
 
@@ -204,17 +226,8 @@ def _at(value: Any, path: str) -> Any:
     return value
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _checked(values: object, number: int, name: str) -> list[float]:
-    numbers = [_number(value) for value in values] if isinstance(values, list) else []
+    numbers = [number_of(value) for value in values] if isinstance(values, list) else []
     found = [value for value in numbers if value is not None]
     if len(found) != number or len(numbers) != number:
         raise BadRow(name, "does not give one number for each answer")

@@ -130,13 +130,19 @@ def _keyword(name: str) -> str | None:
 def _data_files(folder: Path, config: str | None, is_data: Callable[[Path], bool]) -> list[Path]:
     """The files of the first of these places that has any: the folder, its `data`, its sub-folders."""
     root = folder / config if config and (folder / config).is_dir() else folder
-    for pattern in ("*", "data/*", "data/*/*", "*/*"):
+    for pattern in ("*", "data/*", "data/*/*", "*/*", "*/*/*"):
         files = [
             file
             for file in sorted(root.glob(pattern))
             if file.is_file() and is_data(file) and file.name not in _NO_DATA
             and not any(part.startswith(".") for part in file.relative_to(root).parts)
         ]  # fmt: skip
+        configs = {file.relative_to(root).parts[0] for file in files} if pattern == "*/*/*" else set()
+        if len(configs) > 1:
+            known = ", ".join(sorted(configs))
+            raise DataError(
+                f"{folder}: there are several configurations; set dataset_config to one of {known}"
+            )
         if files:
             return files
     raise DataError(f"{folder}: the folder holds no data file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orpo.data.columns import NamedRow
+from orpo.data.messages import number_of
 
 # Columns that say how good a single answer is.
 _VERDICTS = (
@@ -28,21 +29,27 @@ def unpaired_reason(row: NamedRow, *, uses: bool) -> str | None:
         row: Without a rejected answer.
         uses: `sft_rows: use`: rows without a rejected answer train as good ones.
     """
-    for name in _VERDICTS:
-        value = row.get(name)
-        if value is None or isinstance(value, list | dict):
-            continue
-        verdict = _verdict(name, value)
-        if verdict is None and isinstance(value, str) and not _is_number(value):
-            continue  # a label of another kind: a topic, a language
-        column = row.theirs(name)
-        if not uses:
-            return f"one answer with a verdict ({column}) is no pair: put the good and the bad one in one row"
-        if verdict is None:
-            return f"an answer without a counterpart, and how good {column} says it is is not known"
-        if not verdict:
-            return f"an answer without a counterpart that {column} says is bad"
+    verdicts = {name: _verdict(name, row[name]) for name in _VERDICTS if _says_how_good(row, name)}
+    if not verdicts:
+        return None
+    if not uses:
+        column = row.theirs(next(iter(verdicts)))
+        return f"one answer with a verdict ({column}) is no pair: put the good and the bad one in one row"
+    bad = next((name for name, good in verdicts.items() if good is False), None)
+    if bad is not None:
+        return f"an answer without a counterpart that {row.theirs(bad)} says is bad"
+    if not any(verdicts.values()):
+        column = row.theirs(next(iter(verdicts)))
+        return f"an answer without a counterpart, and whether {column} says it is good is not known"
     return None
+
+
+def _says_how_good(row: NamedRow, name: str) -> bool:
+    """Whether a column holds a verdict; a text of another kind is a topic or a language."""
+    value = dict.get(row, name)
+    if value is None or isinstance(value, list | dict):
+        return False
+    return not isinstance(value, str) or number_of(value) is not None or _verdict(name, value) is not None
 
 
 def _verdict(name: str, value: object) -> bool | None:
@@ -51,11 +58,3 @@ def _verdict(name: str, value: object) -> bool | None:
     if isinstance(value, bool | str) or name.removeprefix("is_") in _YES_OR_NO:
         return True if word in _GOOD else False if word in _BAD else None
     return None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
