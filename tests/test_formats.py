@@ -73,6 +73,9 @@ def stops(*rows, match, **options):
         {"prompt": "Q?", "responses": [[bot("BAD")], [bot("GOOD")]], "rewards": [0, 1]},
         {"prompt": "Q?", "responses": [{**bot("BAD"), "score": 1}, {**bot("GOOD"), "score": 2}]},
         {"instruction": "Q?", "output": ["BAD", "GOOD"], "scores": [1, 2]},
+        {"instruction": "Q?", "responses": [{"response": "BAD"}, {"response": "GOOD"}], "annotations": [
+            {"model": "m", "rating": "2"}, {"model": "n", "rating": "4"},
+        ]},
         {"instruction": "Q?", "generations": ["BAD", "GOOD"], "ratings": [1, 2]},
     ],
 )  # fmt: skip
@@ -567,6 +570,15 @@ def test_good_answers_with_a_label_train_where_sft_rows_are_used():
     assert len(read(topic, sft_rows="use")) == 1
 
 
+def test_scores_that_do_not_say_chosen_is_better_are_counted_and_printed():
+    row = {"prompt": "Q?", "chosen": "a", "rejected": "b", "score_chosen": 8.0, "score_rejected": 5.0}
+    found = read(row, {**row, "score_chosen": 1.0}, {**row, "score_chosen": "5.0"}, {**row, "status": "tie"})
+    assert "data: 2 of 4 rows train although score_chosen is not above score_rejected" in found.notices
+    assert "data: 1 of 4 rows train although status is tie" in found.notices
+    assert found.unused_columns["data"] == ["score_chosen", "score_rejected", "status"]
+    assert len(read({"prompt": "Q?", "chosen": "a", "rejected": "b", "status": "ok"}).notices) == 2
+
+
 def test_one_answer_a_row_in_columns_we_do_not_know_says_that_it_is_unpaired():
     stops({"prompt": "Q?", "response": "a", "label": True}, match=r"one answer and how good it is \(label\)")
 
@@ -811,6 +823,14 @@ def test_stack_exchange_paired_and_accepted_answers_have_names_of_their_own():
         ASKED,
         *GOOD_BAD,
     )
+
+
+def test_earlier_turns_in_history_are_part_of_the_prompt():
+    for history in ([["Hi", "Hello"]], [user("Hi"), bot("Hello")]):
+        row = {"prompt": "Q?", "history": history, "chosen": "GOOD", "rejected": "BAD"}
+        assert only(row) == ([user("Hi"), bot("Hello"), user("Q?")], *GOOD_BAD)
+    assert only({**row, "history": []}) == ("Q?", "GOOD", "BAD")
+    stops({**row, "history": [5]}, match="'history' is not a list of")
 
 
 def test_reading_a_row_notes_only_the_columns_that_were_read():

@@ -13,6 +13,7 @@ from orpo.data import pairwise, ranked
 from orpo.data.columns import NamedRow
 from orpo.data.formats import FORMATS, Format
 from orpo.data.messages import BadRow, kind
+from orpo.data.verdicts import VERDICTS
 from orpo.errors import ConfigError, DataError
 
 SAMPLE = 256
@@ -147,16 +148,16 @@ def _unjudged(row: NamedRow) -> str | None:
     )
 
 
+_SINGLE = ("response", "answer", "output", "text", "generation")
+
+
 def _unpaired(row: NamedRow) -> str | None:
-    label = next(
-        (name for name in ("label", "kto_tag", "reward", "score", "rating") if row.get(name) is not None),
-        None,
-    )
-    if label is None or row.get("rejected") is not None or row.get("chosen") is not None:
+    verdict = next((name for name in VERDICTS if row.get(name) is not None), None)
+    if verdict is None or not any(kind(row.get(name)) == "text" for name in _SINGLE):
         return None
     return (
-        f"each row seems to be one answer and how good it is ({row.theirs(label)}); put the good and the bad "
-        "answer to a prompt into one row, as chosen and rejected"
+        f"each row seems to be one answer and how good it is ({row.theirs(verdict)}); put the good and the "
+        "bad answer to a prompt into one row, as chosen and rejected"
     )
 
 

@@ -128,7 +128,8 @@ def _read_hh(row: Row) -> list[Sides]:
 
 def _is_instruction(row: Row) -> bool:
     if row.get("prompt") is not None:
-        return _has_texts(row, "prompt", "chosen") and row.get("system") is not None
+        earlier = row.get("system") is not None or (isinstance(row.get("history"), list) and row["history"])
+        return _has_texts(row, "prompt", "chosen") and bool(earlier)
     if not _has_texts(row, "instruction"):
         return False
     if kind(row.get("output")) == "texts" and row.get("chosen") is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
 from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
 from orpo.data.rows import RawRow, read_rows
-from orpo.data.unpaired import unpaired_reason
+from orpo.data.verdicts import contradiction, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 
@@ -112,6 +113,8 @@ def _notices(name: str, reading: _Reading) -> list[str]:
     lines = [f"{name}: format {reading.detected.name} ({reading.detected.reason})"]
     if reading.columns.unused:
         lines.append(f"{name}: columns not used: {', '.join(reading.columns.unused)}")
+    for words, number in reading.contradictions.items():
+        lines.append(f"{name}: {number} of {reading.counts.total} rows train although {words}")
     return lines
 
 
@@ -192,6 +195,7 @@ class _Reading:
         self.settings = settings
         self.counts = counts
         self.columns = Columns(settings.columns)
+        self.contradictions: Counter[str] = Counter()
         self._one_of_several = one_of_several
 
     def pairs(self, data: object) -> Iterator[PreferencePair]:
@@ -215,6 +219,7 @@ class _Reading:
             for pair in pairs:
                 reason = _cannot_train(pair) or self._cannot_use_alone(pair, named_row)
                 if reason is None:
+                    self.contradictions.update(filter(None, [contradiction(named_row)]))
                     yield pair
                 else:
                     self.counts.drop(reason, pair.source)

@@ -63,6 +63,8 @@ def instruction(row: Row) -> Turns:
 
 def _exchanges(history: object) -> Turns:
     turns: Turns = []
+    if kind(history) == "messages":
+        return turns_of(history, "history")
     if history is not None and not isinstance(history, list):
         raise BadRow("history", f"is {type_name(history)}; expected a list of [question, answer]")
     for exchange in history or []:

@@ -152,7 +152,7 @@ def unknown_numbers(row: Row, answers: Sequence[Any]) -> list[str]:
     """Columns with a number for each answer; for the message where none of them has a known meaning."""
     column = answer_column(row)
     return [
-        name if name in row else f"{column}.{name}"
+        name if name.partition(".")[0] in row else f"{column}.{name}"
         for name, values in _candidates(row, answers)
         if all(number_of(value) is not None for value in values)
     ]
@@ -187,8 +187,7 @@ def _order(values: Sequence[float]) -> Iterator[tuple[bool, bool]]:
 
 def _note(row: Row, name: str) -> str:
     """The name; a column next to the answers is noted as read."""
-    if name in row:
-        row.get(name)
+    row.get(name.partition(".")[0])
     return name
 
 
@@ -198,18 +197,26 @@ def _bare(name: str) -> str:
 
 
 def _candidates(row: Row, answers: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Values that come one for each answer: keys inside all of them, and lists next to them."""
-    if all(isinstance(answer, Mapping) for answer in answers):
-        paths = dict.fromkeys(path for answer in answers for path in _leaves(answer))
-        for path in paths:
-            values = [_at(answer, path) for answer in answers]
-            if any(number_of(value) is not None for value in values):
-                yield path, values
-    for name, values in row.items():
-        if name != answer_column(row) and isinstance(values, list) and len(values) == len(answers):
-            numbers = [number_of(value) is not None for value in values]
-            if any(numbers):
-                yield name, values
+    """Values that come one for each answer: inside the answers, in lists next to them, and inside those."""
+    for path, values in _inside(answers):
+        yield path, values
+    for name, cells in row.items():
+        if name == answer_column(row) or not isinstance(cells, list) or len(cells) != len(answers):
+            continue
+        if any(number_of(value) is not None for value in cells):
+            yield name, cells
+        for path, values in _inside(cells):
+            yield f"{name}.{path}", values
+
+
+def _inside(records: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Path of keys -> its value in every record, where some of these are numbers."""
+    if not all(isinstance(record, Mapping) for record in records):
+        return
+    for path in dict.fromkeys(path for record in records for path in _leaves(record)):
+        values = [_at(record, path) for record in records]
+        if any(number_of(value) is not None for value in values):
+            yield path, values
 
 
 def _leaves(value: Mapping[str, Any], depth: int = 3) -> Iterator[str]:

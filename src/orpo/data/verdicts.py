@@ -1,16 +1,20 @@
-"""One answer and a verdict on it, as in KTO: a bad answer must not train as a good one."""
+"""What further columns say of the answers: of one without a counterpart, and of a pair.
+
+A single answer with a verdict, as in KTO, must not train as a good one where it is bad. Scores of chosen and
+rejected that say the opposite are counted and printed.
+"""
 
 from __future__ import annotations
 
 from orpo.data.columns import NamedRow
 from orpo.data.messages import number_of
 
-# Columns that say how good a single answer is.
-_VERDICTS = (
+VERDICTS = (
     "label", "labels", "kto_tag", "desirable", "is_desirable", "reward", "rewards", "score", "scores",
     "rating", "overall_score", "preference", "feedback", "thumbs", "vote", "votes", "upvoted", "liked",
-    "good", "is_good", "accepted", "is_accepted", "correct", "is_correct", "quality",
+    "good", "is_good", "accepted", "is_accepted", "correct", "is_correct", "quality", "helpfulness",
 )  # fmt: skip
+"""Columns that say how good a single answer is."""
 # Those of them in which 0 and 1 mean no and yes; in the others they are scores.
 _YES_OR_NO = {
     "label", "labels", "kto_tag", "desirable", "preference", "feedback", "thumbs", "upvoted", "liked", "good",
@@ -29,7 +33,7 @@ def unpaired_reason(row: NamedRow, *, uses: bool) -> str | None:
         row: Without a rejected answer.
         uses: `sft_rows: use`: rows without a rejected answer train as good ones.
     """
-    verdicts = {name: _verdict(name, row[name]) for name in _VERDICTS if _says_how_good(row, name)}
+    verdicts = {name: _verdict(name, row[name]) for name in VERDICTS if _says_how_good(row, name)}
     if not verdicts:
         return None
     if not uses:
@@ -57,4 +61,27 @@ def _verdict(name: str, value: object) -> bool | None:
     word = "_".join(str(value).strip().lower().split())
     if isinstance(value, bool | str) or name.removeprefix("is_") in _YES_OR_NO:
         return True if word in _GOOD else False if word in _BAD else None
+    return None
+
+
+# Scores of the two sides, by the names they are published under.
+_SIDE_SCORES = tuple(
+    pair
+    for word in ("score", "rating", "avg_rating", "reward", "rm_score")
+    for separator in ("_", "-")
+    for pair in (
+        (f"{word}{separator}chosen", f"{word}{separator}rejected"),
+        (f"chosen{separator}{word}", f"rejected{separator}{word}"),
+    )
+)
+
+
+def contradiction(row: NamedRow) -> str | None:
+    """Which columns say that chosen is not better than rejected; None where none does."""
+    for chosen, rejected in _SIDE_SCORES:
+        high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
+        if high is not None and low is not None and high <= low:
+            return f"{chosen} is not above {rejected}"
+    if str(dict.get(row, "status")).lower() in ("tie", "tied"):
+        return f"status is {dict.get(row, 'status')}"
     return None
