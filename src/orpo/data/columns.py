@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from orpo.data.messages import BadRow, kind
 from orpo.data.rows import Row
@@ -38,6 +38,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "tools": ("input.tools",),
 }  # fmt: skip
 
+_MISSING = object()
 _SIDES = ("prompt", "chosen", "rejected", "messages", "conversations")
 _LISTS = ("answers", "scores", "history", "labels")
 """Columns that hold lists, so that text in them is JSON."""
@@ -62,18 +63,12 @@ class NamedRow(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """As of a dict, and noted."""
-        self._used.add(self.theirs(name))
+        self._used.add(self._theirs.get(name, name))
         return super().get(name, default)
 
     def __getitem__(self, name: str) -> Any:
-        self._used.add(self.theirs(name))
+        self._used.add(self._theirs.get(name, name))
         return super().__getitem__(name)
-
-
-class _Cell(NamedTuple):
-    column: str
-    """The data's name."""
-    value: Any
 
 
 class Columns:
@@ -89,6 +84,7 @@ class Columns:
         self.mapping = {ours: theirs for ours, theirs in mapping.items() if ours not in _KEYS}
         self._keys = {mapping[ours]: ours for ours in _KEYS if ours in mapping}
         self._opened = {theirs.split(".")[0] for theirs in self.mapping.values() if "." in theirs}
+        self._plans: dict[tuple[tuple[str, type], ...], dict[str, str]] = {}
         self._seen: dict[str, None] = {}
         self._used: set[str] = set()
 
@@ -116,7 +112,7 @@ class Columns:
             return
         present = dict.fromkeys(name for row in rows for name in row)
         for ours, theirs in self.mapping.items():
-            if any(_find(row, theirs) is not None for row in rows) or (may_lack and ours in present):
+            if any(_find(row, theirs) is not _MISSING for row in rows) or (may_lack and ours in present):
                 continue
             raise DataError(
                 f"columns: {ours}: there is no column {theirs!r}; the data has {', '.join(present)}"
@@ -133,14 +129,38 @@ class Columns:
             BadRow: A cell holds a conversation as text that cannot be parsed.
         """
         row = {str(name): self._parsed(str(name), value) for name, value in raw.items()}
-        cells = self._mapped(row)
-        self._translate(row, cells)
-        taken = {cell.column for cell in cells.values()}
-        self._see(row, taken)
+        pattern = tuple((name, type(value)) for name, value in row.items())
+        theirs = self._plans.get(pattern)
+        if theirs is None:
+            theirs = self._plan(row)
+            # What lies inside an object may differ from row to row.
+            if len(self._plans) < 1000 and not any(isinstance(value, Mapping) for value in row.values()):
+                self._plans[pattern] = theirs
+        taken = theirs.values()
         named = {name: value for name, value in row.items() if name not in taken}
-        named |= {ours: cell.value for ours, cell in cells.items()}
+        named |= {ours: _find(row, path) for ours, path in theirs.items()}
         _unwrap(named)
-        return NamedRow(named, {ours: cell.column for ours, cell in cells.items()}, self._used)
+        return NamedRow(named, theirs, self._used)
+
+    def _plan(self, row: Row) -> dict[str, str]:
+        """Our names of the columns that have others -> the data's names or paths; notes what was seen."""
+        theirs = {ours: path for ours, path in self.mapping.items() if _find(row, path) is not _MISSING}
+        taken = set(theirs.values())
+
+        def has(ours: str) -> bool:
+            return ours in theirs or (ours not in taken and row.get(ours) is not None)
+
+        for ours, paths in ALIASES.items():
+            if has(ours) or (ours == "instruction" and has("prompt")):
+                continue
+            free = (path for path in paths if path not in taken and _holds(row, path))
+            if (path := next(free, None)) is not None:
+                theirs[ours] = path
+        asked = any(has(name) for name in ("instruction", "prompt", "messages", "conversations"))
+        if not asked and kind(row.get("input")) == "text" and "input" not in taken:
+            theirs["instruction"] = "input"  # Axolotl's icr: the input is the question
+        self._see(row, set(theirs.values()))
+        return theirs
 
     def _see(self, row: Row, taken: set[str]) -> None:
         """Note the columns that hold something; of one that columns are taken out of, what it holds."""
@@ -155,31 +175,6 @@ class Columns:
                 names = [*inside, *rest]
             if value is not None:
                 self._seen.update(dict.fromkeys(names))
-
-    def _mapped(self, row: Row) -> dict[str, _Cell]:
-        found = {ours: _find(row, theirs) for ours, theirs in self.mapping.items()}
-        return {
-            ours: _Cell(self.mapping[ours], cell.value) for ours, cell in found.items() if cell is not None
-        }
-
-    def _translate(self, row: Row, cells: dict[str, _Cell]) -> None:
-        """Add the columns that other projects name differently."""
-        taken = {cell.column for cell in cells.values()}
-
-        def has(ours: str) -> bool:
-            return ours in cells or (ours not in taken and row.get(ours) is not None)
-
-        for ours, names in ALIASES.items():
-            if has(ours) or (ours == "instruction" and has("prompt")):
-                continue
-            for theirs in names:
-                cell = _find(row, theirs)
-                if cell is not None and cell.value is not None and theirs not in taken:
-                    cells[ours] = _Cell(theirs, cell.value)
-                    break
-        asked = any(has(name) for name in ("instruction", "prompt", "messages", "conversations"))
-        if not asked and kind(row.get("input")) == "text" and "input" not in taken:
-            cells["instruction"] = _Cell("input", row["input"])  # Axolotl's icr: the input is the question
 
     def _parsed(self, name: str, value: Any) -> Any:
         if isinstance(value, str) and value[:64].lstrip()[:1] in ("[", "{", '"'):
@@ -253,17 +248,22 @@ def _unwrap(row: Row) -> None:
             row["tools"] = tools
 
 
-def _find(row: Mapping[str, Any], path: str) -> _Cell | None:
-    """A column, or what lies at a path of keys inside one; None where it is not there."""
+def _find(row: Mapping[str, Any], path: str) -> Any:
+    """A column, or what lies at a path of keys inside one; `_MISSING` where there is none."""
     if path in row:
-        return _Cell(path, row[path])
+        return row[path]
     column, _, rest = path.partition(".")
     if not rest or column not in row:
-        return None
+        return _MISSING
     value = row[column]
     for key in rest.split("."):
         value = _step(_literal(value) if isinstance(value, str) else value, key)
-    return None if value is None else _Cell(path, value)
+    return _MISSING if value is None else value
+
+
+def _holds(row: Mapping[str, Any], path: str) -> bool:
+    value = _find(row, path)
+    return value is not None and value is not _MISSING
 
 
 def _step(value: Any, key: str) -> Any:

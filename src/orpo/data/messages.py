@@ -26,6 +26,7 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
     "function_call": "function_call",
 }  # fmt: skip
+_PLAIN_ROLES = ("system", "user", "assistant")
 
 
 class BadRow(DataError):  # noqa: N818 - a verdict on a row, worded for the user
@@ -95,6 +96,9 @@ def without_nulls(value: Any) -> Any:
 def _message(value: object, field: str) -> Message:
     if not isinstance(value, Mapping):
         raise BadRow(field, f"holds {type_name(value)}; expected a message")
+    role, content = value.get("role"), value.get("content")
+    if len(value) == 2 and isinstance(content, str) and role in _PLAIN_ROLES:
+        return {"role": role, "content": content}  # by far the commonest
     message = without_nulls(value)
     role = message.pop("role", None) or message.pop("from", None)
     message.pop("from", None)

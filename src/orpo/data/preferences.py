@@ -266,12 +266,12 @@ class _Reading:
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
 
 
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
+_MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
 
 
 def _refuse_media(row: NamedRow) -> None:
-    for name in _MEDIA:
-        if row.get(name):
+    for name in _MEDIA & row.keys():
+        if row[name]:
             raise BadRow(name, "belongs to the question, and only text is trained", "leave the column out")
 
 

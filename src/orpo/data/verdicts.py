@@ -74,10 +74,13 @@ _SIDE_SCORES = tuple(
         (f"chosen{separator}{word}", f"rejected{separator}{word}"),
     )
 )
+_CONTRADICTING = {"status", *(name for pair in _SIDE_SCORES for name in pair)}
 
 
 def contradiction(row: NamedRow) -> str | None:
     """Which columns say that chosen is not better than rejected; None where none does."""
+    if _CONTRADICTING.isdisjoint(row):
+        return None
     for chosen, rejected in _SIDE_SCORES:
         high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
         if high is not None and low is not None and high <= low:
