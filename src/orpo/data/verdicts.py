@@ -64,24 +64,20 @@ def _verdict(name: str, value: object) -> bool | None:
     return None
 
 
-# Scores of the two sides, by the names they are published under.
-_SIDE_SCORES = tuple(
-    pair
+# Score of chosen -> score of rejected, by the names they are published under.
+_SIDE_SCORES = {
+    names.format(side="chosen"): names.format(side="rejected")
     for word in ("score", "rating", "avg_rating", "reward", "rm_score")
-    for separator in ("_", "-")
-    for pair in (
-        (f"{word}{separator}chosen", f"{word}{separator}rejected"),
-        (f"chosen{separator}{word}", f"rejected{separator}{word}"),
-    )
-)
-_CONTRADICTING = {"status", *(name for pair in _SIDE_SCORES for name in pair)}
+    for names in (f"{word}_{{side}}", f"{word}-{{side}}", f"{{side}}_{word}", f"{{side}}-{word}")
+}
 
 
 def contradiction(row: NamedRow) -> str | None:
     """Which columns say that chosen is not better than rejected; None where none does."""
-    if _CONTRADICTING.isdisjoint(row):
-        return None
-    for chosen, rejected in _SIDE_SCORES:
+    for chosen in row:
+        rejected = _SIDE_SCORES.get(chosen)
+        if rejected is None:
+            continue
         high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
         if high is not None and low is not None and high <= low:
             return f"{chosen} is not above {rejected}"
