@@ -524,6 +524,14 @@ def test_a_rendered_row_among_plain_ones_is_malformed():
     )
 
 
+def test_half_a_character_is_said_with_its_row():
+    good = {"prompt": "Q?", "chosen": "caf\u00e9 \U0001f600", "rejected": "no"}
+    for name in good:
+        stops(good, {**good, name: "x \ud83d y"}, match=f"^row:1: '{name}' holds half of a character")
+    found = read(good, {**good, "chosen": "x \ud83d y"}, on_bad_row="skip")
+    assert len(found) == 1 and found.report.num_dropped == 1
+
+
 def test_an_answer_that_echoes_its_question_is_not_rendered():
     row = {"prompt": "2 + 2?", "chosen": "2 + 2? That is 4.", "rejected": "No idea. 2 + 2? Hm."}
     assert only(row) == tuple(row.values())
@@ -552,7 +560,7 @@ def test_a_bad_answer_without_a_counterpart_never_trains_and_is_not_pointed_to_s
         ("drop", "is no pair: put the good and the bad one"),
         ("use", "without a counterpart"),
     ):
-        with pytest.raises(DataError, match=f"no row can train: .*{words}") as error:
+        with pytest.raises(DataError, match=f"no row can .*{words}") as error:
             read(row, sft_rows=sft_rows, columns=columns)
         assert "sft_rows" not in str(error.value)
 

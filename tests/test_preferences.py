@@ -403,12 +403,10 @@ def test_a_conversation_that_does_not_end_with_the_assistant_is_dropped():
 
 def test_more_than_max_dropped_stops_with_the_table():
     rows = [GOOD] * 8 + [{**GOOD, "rejected": ""}] * 2
-    with pytest.raises(
-        DataError, match=r"20% of the rows do not train \(limit 10%\): dropped 2: empty rejected answer"
-    ):
+    with pytest.raises(DataError, match=r"20%.*: dropped 2: empty rejected answer"):
         read_preferences(rows)
     assert len(read_preferences(rows, max_dropped=0.2)) == 8
-    with pytest.raises(DataError, match="no row can train"):
+    with pytest.raises(DataError, match="no row can"):
         read({**GOOD, "rejected": ""})
     with pytest.raises(DataError, match="empty"):
         read()

@@ -166,6 +166,22 @@ def test_the_card_of_a_hub_snapshot_says_which_files_make_a_split(tmp_path):
         rows(tmp_path, split="test_prefs")
 
 
+def test_a_folder_of_data_files_may_hold_a_list_of_them(tmp_path):
+    """As LLaMA-Factory's `data/dataset_info.json`, which `save_to_disk` writes as well."""
+    write(tmp_path / "dataset_info.json", '{"mine": {"file_name": "pairs.jsonl"}}')
+    write(tmp_path / "pairs.jsonl", '{"a": 1}')
+    assert number_of(tmp_path) == [1]
+
+
+def test_a_folder_of_configurations_needs_one_named(tmp_path):
+    for number, name in enumerate(("en", "de")):
+        (tmp_path / name / "train").mkdir(parents=True)
+        write(tmp_path / name / "train" / "0000.jsonl", json.dumps({"a": number}))
+    with pytest.raises(DataError, match="several configurations; set dataset_config to one of de, en"):
+        rows(tmp_path)
+    assert number_of(tmp_path, config="de") == [1]
+
+
 def test_splits_may_be_sub_folders(tmp_path):
     for number, name in enumerate(("train", "test")):
         (tmp_path / name).mkdir()
@@ -221,6 +237,11 @@ def test_objects_of_the_datasets_library(tmp_path):
     assert [row for row, _ in rows(data.to_iterable_dataset())] == ROWS
     data.save_to_disk(str(tmp_path / "saved"))
     assert [row for row, _ in rows(tmp_path / "saved")] == ROWS
+    with pytest.raises(DataError, match="no split 'test_prefs'; it has train"):
+        rows(tmp_path / "saved", split="test_prefs")
+    write(tmp_path / "saved" / "state.json", "{")
+    with pytest.raises(DataError, match="saved: cannot be read"):
+        rows(tmp_path / "saved")
     with pytest.raises(DataError, match="no split 'test'; it has train"):
         rows(datasets.DatasetDict({"train": data}), split="test")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -255,7 +256,7 @@ class _Reading:
             for sides in self.detected.format.read(row)
         ]
         for pair in pairs:
-            _refuse_rendered(pair)
+            _check_texts(pair)
         return row, pairs
 
     def _cannot_use_alone(self, pair: PreferencePair, row: NamedRow) -> str | None:
@@ -266,24 +267,27 @@ class _Reading:
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
 
 
+_HALF = re.compile("[\ud800-\udfff]")
 _MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
 
 
 def _refuse_media(row: NamedRow) -> None:
-    for name in _MEDIA & row.keys():
+    for name in sorted(_MEDIA & row.keys()):
         if row[name]:
             raise BadRow(name, "belongs to the question, and only text is trained", "leave the column out")
 
 
-def _refuse_rendered(pair: PreferencePair) -> None:
-    """A side that begins with BOS or a header would be rendered a second time."""
-    for field_, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        texts = [side] if isinstance(side, str) else [turn["content"] for turn in side or []]
-        if any(turn_markers.is_rendered(text) for text in texts):
-            raise BadRow(
-                field_, "is rendered already: it begins with the tokens of a chat template",
-                "give the rows as they were before the chat template",
-            )  # fmt: skip
+def _check_texts(pair: PreferencePair) -> None:
+    """Stop at text that cannot be encoded, and at answers that would be rendered a second time."""
+    for name, side in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for text in [side] if isinstance(side, str) else [turn["content"] for turn in side or []]:
+            if not text.isascii() and _HALF.search(text):
+                raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+            if name != "prompt" and turn_markers.is_rendered(text):
+                raise BadRow(
+                    name, "is rendered already: it begins with the tokens of a chat template",
+                    "give the rows as they were before the chat template",
+                )  # fmt: skip
 
 
 def _tools(row: NamedRow) -> list[Any] | None:

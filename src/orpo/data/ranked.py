@@ -69,7 +69,7 @@ def is_ranked(row: Row) -> bool:
         return False
     answers = answer_list(row)
     try:
-        return bool(answers) and not are_steps(answers) and ranking(row, answers) is not None
+        return bool(answers) and ranking(row, answers) is not None
     except BadRow:
         return True
 

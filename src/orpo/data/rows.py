@@ -88,7 +88,7 @@ def _load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
 
 
 def _local_rows(path: Path, split: str | None, config: str | None) -> Iterator[RawRow]:
-    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+    if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         yield from _saved_rows(path, split)
         return
     for part in parse_split(split):
@@ -104,7 +104,10 @@ def _saved_rows(path: Path, split: str | None) -> Iterator[RawRow]:
     """A folder written by `save_to_disk`."""
     import datasets
 
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); is the folder damaged?") from error
     if not isinstance(loaded, Mapping):
         loaded = {str(loaded.split or DEFAULT): loaded}
     yield from read_rows(loaded, split=split)

@@ -77,8 +77,8 @@ def check_file(path: Path, name: str) -> None:
     if name in (DEFAULT, stem, _keyword(stem)) or name == _keyword(path.parent.name):
         return
     raise DataError(
-        f"{path}: a single file has no splits, so there is no {name!r}; set the split to null, or give a "
-        f"folder with one file for each split"
+        f"{path}: a single file has no splits, so there is no {name!r}; set dataset_train_split to train and "
+        f"dataset_test_split to null, or give a folder with one file for each split"
     )
 
 
