@@ -296,6 +296,7 @@ def test_a_label_of_unknown_meaning_stops_the_run():
     stops(row, match="two answers")
     farm = {"prompt": "Q?", "output_1": "x", "output_2": "y"}
     stops({**farm, "preference": 0}, match="'preference' is 0")
+    stops({**farm, "label": True}, match="'label' is True")
     assert only({**row, "mine": "b"}, columns={"winner": "mine"}) == (ASKED, [bot("y")], [bot("x")])
 
 
@@ -390,6 +391,14 @@ def test_conversations_in_the_cells_of_a_csv_file_are_parsed(tmp_path, write):
     path.write_text(text.getvalue(), encoding="utf-8", newline="")
     (pair,) = read_preferences(path).pairs
     assert (pair.prompt, pair.chosen, pair.rejected) == ([tricky[0]], [tricky[1]], [bot("no")])
+
+
+def test_rows_of_pandas_are_read():
+    pandas = pytest.importorskip("pandas")
+    numpy = pytest.importorskip("numpy")
+    frame = pandas.DataFrame([{"prompt": "Q?", "chosen": numpy.array(YES), "rejected": numpy.array(NO)}])
+    (pair,) = read_preferences(frame.to_dict("records")).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == (ASKED, YES[1:], NO[1:])
 
 
 @pytest.mark.parametrize("write", [json.dumps, python_text, lambda value: value])
@@ -627,6 +636,13 @@ def test_a_prompt_that_whole_conversations_do_not_repeat_stops_the_run():
     stops(row, match="'chosen' begins with another system text than the prompt")
 
 
+def test_rejected_answers_may_follow_the_context_of_a_whole_chosen_conversation():
+    for row in ({"prompt": "Q?", "chosen": YES}, {"chosen": YES}, {"prompt": ASKED, "chosen": YES}):
+        for rejected in ("no it is not", NO[1], NO[1:]):
+            assert only({**row, "rejected": rejected}) == (ASKED, YES[1:], NO[1:])
+        assert len(pairs_of({**row, "rejected": ["a", "b"]})) == 2
+
+
 def test_sides_may_continue_a_prompt_that_ends_with_an_answer():
     row = {"prompt": [user("Hi"), bot("Hello")], "chosen": YES, "rejected": NO}
     assert only(row) == ([user("Hi"), bot("Hello"), user("Q?")], YES[1:], NO[1:])
@@ -742,6 +758,8 @@ def test_transcripts_whose_turns_are_lines():
     quoted = "\n\nHuman: Q?\n\nAssistant: He wrote\nHuman: hm\nand left"
     prompt, chosen, _ = only({"chosen": quoted, "rejected": "\n\nHuman: Q?\n\nAssistant: BAD"})
     assert prompt == ASKED and chosen == [bot("He wrote\nHuman: hm\nand left")]
+    row = {"instruction": "Q?", "chosen": row["chosen"], "rejected": row["rejected"]}
+    assert only(row) == (ASKED, *GOOD_BAD)
     row = {"prompt": "Human: Q? Assistant:", "chosen": " yes", "rejected": " no"}
     assert only(row) == tuple(row.values())
 
@@ -805,6 +823,12 @@ def test_one_of_several_data_sets_may_have_our_names_already(tmp_path):
         (
             {"row_idx": 0, "row": {"prompt": "Q", "chosen": "a", "rejected": "b"}},
             r"set columns: \{prompt: row\.prompt, chosen: row\.chosen, rejected: row\.rejected\}",
+        ),
+        ({"prompt": ["Q"], "chosen": "a", "rejected": "b"}, "; prompt is a list; expected text or messages$"),
+        ({"question": {"x": 1}, "chosen": "a", "rejected": "b"}, "; question is a dict; expected text or"),
+        (
+            {"prompt": "Q", "chosen": ["a"], "rejected": ["b"]},
+            "; chosen is a list; expected text or messages$",
         ),
         (
             {"question": "Q", "ratings": [1, 2]},

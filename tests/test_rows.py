@@ -57,7 +57,7 @@ def test_a_line_that_is_no_object_is_handed_on_with_its_problem(tmp_path):
     (_, first), (row, source), (other, _) = rows(write(tmp_path / "p.jsonl", '{"a": 1}\n{"a": \n[1]\n'))
     assert (first, source) == ("p.jsonl:1", "p.jsonl:2")
     assert isinstance(row, DataError) and "is not JSON" in str(row)
-    assert isinstance(other, DataError) and "is a list" in str(other)
+    assert isinstance(other, DataError) and "is a list; expected an object" in str(other)
 
 
 def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
@@ -67,10 +67,11 @@ def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
 
 
 def test_csv_cells_are_text_or_json_lists_of_texts(tmp_path):
-    text = 'prompt,chosen,rejected\n"two\nlines",b,\nx,y,"[""b"", ""c""]"\n'
+    text = 'prompt,chosen,rejected\n"two\nlines",b,\nx,y,"[""b"", ""c""]"\nx,y,"[\'b\', \'c\']"\n'
     assert rows(write(tmp_path / "p.csv", text)) == [
         ({"prompt": "two\nlines", "chosen": "b", "rejected": ""}, "p.csv:2"),
         ({"prompt": "x", "chosen": "y", "rejected": ["b", "c"]}, "p.csv:4"),
+        ({"prompt": "x", "chosen": "y", "rejected": ["b", "c"]}, "p.csv:5"),
     ]
 
 

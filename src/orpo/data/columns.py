@@ -151,7 +151,7 @@ class Columns:
             return ours in theirs or (ours not in taken and row.get(ours) is not None)
 
         for ours, paths in ALIASES.items():
-            if has(ours) or (ours == "instruction" and has("prompt")):
+            if has(ours):
                 continue
             free = (path for path in paths if path not in taken and _holds(row, path))
             if (path := next(free, None)) is not None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from orpo.data import pairwise, ranked
 from orpo.data.columns import NamedRow
 from orpo.data.formats import FORMATS, Format
-from orpo.data.messages import BadRow, kind
+from orpo.data.messages import BadRow, kind, type_name
 from orpo.data.verdicts import VERDICTS
 from orpo.errors import ConfigError, DataError
 
@@ -171,6 +171,14 @@ def _nested(row: NamedRow) -> str | None:
     return None
 
 
+def _wrong_type(row: NamedRow) -> str | None:
+    for name in ("prompt", "instruction", "chosen", "rejected"):
+        what = kind(row.get(name))
+        if what in ("other", "records") or (what == "texts" and name != "rejected"):
+            return f"{row.theirs(name)} is {type_name(row[name])}; expected text or messages"
+    return None
+
+
 def _no_prompt(row: NamedRow) -> str | None:
     """Chosen and rejected are there, what they answer is not: columns that could be it."""
     if row.get("chosen") is None or row.get("rejected") is None:
@@ -193,5 +201,5 @@ def _no_answers(row: NamedRow) -> str | None:
 
 
 _HINTS: tuple[Callable[[NamedRow], str | None], ...] = (
-    _steps, _unranked, _unjudged, _nested, _unpaired, _no_prompt, _no_answers,
+    _steps, _unranked, _unjudged, _nested, _wrong_type, _unpaired, _no_prompt, _no_answers,
 )  # fmt: skip

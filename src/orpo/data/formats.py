@@ -106,11 +106,10 @@ def _conversations(row: Row, history: Turns) -> list[Sides]:
 
 
 def _is_hh(row: Row) -> bool:
-    if row.get("instruction") is not None or kind(row.get("prompt")) not in ("text", "null"):
+    if kind(row.get("prompt")) not in ("text", "null"):
         return False
-    return _has_texts(row, "chosen") and any(
-        is_transcript(row[name]) for name in ("prompt", "chosen") if row.get(name) is not None
-    )
+    texts = [row.get("chosen"), row.get("prompt")]
+    return _has_texts(row, "chosen") and any(is_transcript(text) for text in texts if text is not None)
 
 
 def _read_hh(row: Row) -> list[Sides]:

@@ -7,6 +7,7 @@ names only.
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import json
@@ -69,8 +70,13 @@ def _object_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
 
 def _as_row(row: object, source: str) -> RawRow:
     if isinstance(row, Mapping):
-        return RawRow(dict(row), source)
-    return RawRow(DataError(f"is a {type(row).__name__}, not an object with columns"), source)
+        return RawRow({name: _plain(value) for name, value in row.items()}, source)
+    return RawRow(DataError(f"is a {type(row).__name__}; expected an object with columns"), source)
+
+
+def _plain(value: Any) -> Any:
+    """Lists and numbers of numpy, as pandas hands them out, as Python's."""
+    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
 
 
 def _load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
@@ -216,14 +222,16 @@ def _csv_row(row: dict[Any, Any]) -> Row | DataError:
     return {key: _cell(value) for key, value in row.items()}
 
 
-def _cell(value: str) -> object:
-    """A CSV cell; a list of texts is written as JSON in one."""
-    if value.lstrip().startswith('["'):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value
+def _cell(text: str) -> object:
+    """A CSV cell; a list of texts is written in one as JSON or, by pandas, as Python."""
+    if text.lstrip().startswith(('["', "['")):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text)
+            except (ValueError, SyntaxError):
+                continue
+            return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else text
+    return text
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:

@@ -32,15 +32,20 @@ def part(chosen: Turns, rejected: Turns) -> Sides:
 
 def pair_up(history: Turns, chosen: object, rejected: object) -> list[Sides]:
     """A history plus one chosen and one or several rejected answers, which follow it or repeat it first."""
-    best = _follow(history, chosen, "chosen")
+    best = _follow(history, turns_of(chosen, "chosen"), "chosen")
     if rejected is None:
         return [Sides(best[:-1], best[-1:], None)]
-    answers = alternatives(rejected, "rejected")
+    answers = [turns_of(answer, "rejected") for answer in alternatives(rejected, "rejected")]
+    if not history and _begins_with_answer(*answers) and not _begins_with_answer(best):
+        history = best[:-1]  # the chosen conversation is whole, the rejected answers are not
     return [part(best, _follow(history, answer, "rejected")) for answer in answers]
 
 
-def _follow(history: Turns, answer: object, field: str) -> Turns:
-    turns = turns_of(answer, field)
+def _begins_with_answer(*sides: Turns) -> bool:
+    return all(turns and turns[0]["role"] == "assistant" for turns in sides)
+
+
+def _follow(history: Turns, turns: Turns, field: str) -> Turns:
     if not history or _same(turns[: len(history)], history):
         return [*history, *turns[len(history) :]]
     if not turns or turns[0]["role"] not in ("system", "user"):
