@@ -138,6 +138,12 @@ def test_a_list_of_answers_of_unknown_order_stops_the_run(row, match):
     stops({"prompt": "Q?", **row}, match=match)
 
 
+def test_numbers_next_to_an_output_list_are_not_passed_over():
+    row = {"instruction": "Q?", "output": ["BAD", "GOOD"], "karma": [1, 9]}
+    stops(row, match=r"output holds several answers .* set columns: \{scores: karma\}")
+    assert only(row, columns={"scores": "karma"}) == (ASKED, *GOOD_BAD)
+
+
 def test_unknown_numbers_can_be_mapped_to_scores():
     row = {"prompt": "Q?", "responses": ["BAD", "GOOD"], "karma": [1, 9]}
     assert only(row, columns={"scores": "karma"}) == (ASKED, *GOOD_BAD)
@@ -489,6 +495,19 @@ def test_a_rendered_prompt_and_sides_that_repeat_bos_and_header():
     asked = LLAMA3.removesuffix(header)
     row = {"prompt": asked, "chosen": header + "yes<|eot_id|>", "rejected": header + "no<|eot_id|>"}
     assert only(row) == (LLAMA3, "yes<|eot_id|>", "no<|eot_id|>")
+
+
+def test_a_rendered_prompt_of_several_turns_and_sides_that_bring_the_header():
+    asked = CHATML + "a<|im_end|>\n<|im_start|>user\nR?<|im_end|>\n"
+    header = "<|im_start|>assistant\n"
+    row = {"prompt": asked, "chosen": header + "yes", "rejected": header + "no"}
+    assert only(row) == (asked + header, "yes", "no")
+
+
+def test_rendered_sides_without_a_prompt_that_part_before_their_last_turn_stop_the_run():
+    later = "<|im_end|>\n<|im_start|>user\nR?<|im_end|>\n<|im_start|>assistant\n"
+    row = {"chosen": CHATML + "a" + later + "yes", "rejected": CHATML + "b" + later + "no"}
+    stops(row, match="'chosen' is rendered already, and parts before its last turn")
 
 
 def test_a_rendered_prompt_with_bare_answers_stays_as_it_is():
@@ -863,6 +882,25 @@ def test_earlier_turns_in_history_are_part_of_the_prompt():
         assert only(row) == ([user("Hi"), bot("Hello"), user("Q?")], *GOOD_BAD)
     assert only({**row, "history": []}) == ("Q?", "GOOD", "BAD")
     stops({**row, "history": [5]}, match="'history' is not a list of")
+
+
+def test_rows_of_one_set_may_fill_different_columns():
+    asked = {"messages": ASKED}
+    tools = [tool("f", a={"type": "string"})]
+    row = {"preferred_output": GOOD_BAD[0], "non_preferred_output": GOOD_BAD[1]}
+    found = read({"input": asked, **row}, {"input": {**asked, "tools": tools}, **row})
+    assert [pair.tools for pair in found.pairs] == [None, tools]
+    rows = [
+        {"prompt": "P", "chosen": "a", "completion": None, "rejected": "b"},
+        {"prompt": "P", "chosen": None, "completion": "c", "rejected": "b"},
+    ]
+    assert [chosen for _, chosen, _ in pairs_of(*rows)] == ["a", "c"]
+
+
+def test_tools_may_be_written_as_text_one_by_one():
+    row = {"prompt": ASKED, "chosen": "a", "rejected": "b", "tools": [json.dumps(tool("f"))]}
+    assert read(row).pairs[0].tools == [tool("f")]
+    stops({**row, "tools": ["{"]}, match="'tools' is text, but not JSON")
 
 
 def test_reading_a_row_notes_only_the_columns_that_were_read():

@@ -50,7 +50,8 @@ def test_standard_with_the_prompt_repeated_in_both_sides():
     rows = [{"prompt": f"Q{i}:", "chosen": f"Q{i}: a", "rejected": f"Q{i}: b"} for i in range(3)]
     assert one(rows[0], "standard_repeated") == ("Q0:", " a", " b")
     mixed = read(*rows, {"prompt": "Z", "chosen": "other", "rejected": "words"})
-    assert mixed.format.name == "standard" and mixed.pairs[0].chosen == "Q0: a"
+    assert mixed.format.name == "standard" and "of the first" not in mixed.format.reason
+    assert mixed.pairs[0].chosen == "Q0: a"
 
 
 def test_implicit_prompt_of_texts_ends_between_words():

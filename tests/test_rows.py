@@ -194,7 +194,8 @@ def test_splits_may_be_sub_folders(tmp_path):
     ("split", "kept"),
     [
         ("train[:5]", range(5)), ("train[15:]", range(15, 20)), ("train[2:4]", range(2, 4)),
-        ("train[:10%]", range(2)), ("train[-3:]", range(17, 20)), ("train[90%:]", range(18, 20)),
+        ("train[:10%]", range(2)), ("train[:33%]", range(7)),
+        ("train[-3:]", range(17, 20)), ("train[90%:]", range(18, 20)),
         ("train[:1]+train[19:]", [0, 19]),
     ],
 )  # fmt: skip
