@@ -25,8 +25,7 @@ _SUFFIXES = (
     ("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"),
 )  # fmt: skip
 _TIES = {
-    "tie", "ties", "tied", "both", "both_good", "both_bad", "bothbad",
-    "neither", "draw", "equal", "same",
+    "tie", "ties", "tied", "both", "both_good", "both_bad", "bothbad", "neither", "draw", "equal", "same",
 }  # fmt: skip
 TIE = "a tie: neither answer is better"
 
