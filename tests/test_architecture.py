@@ -36,7 +36,7 @@ ORDER = (
 FLOOR = {name: number for number, names in enumerate(ORDER) for name in names}
 
 MATHEMATICS = ("packing", "objective", "attention", "segments", "varlen", "head", "logits", "precision")
-WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory"}
+WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory", "stop_tokens"}
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
 LIGHT = ("errors", "pairs", "console", "settings", "run", "cli", "commands", "__init__")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}

@@ -8,8 +8,8 @@ import tiny_models
 import transformers
 from tiny_tokenizer import tiny_tokenizer
 
+from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.training.resolve import keep_template
-from orpo.training.stop_tokens import save_generation_config, stop_token_ids
 
 
 def kept(tokenizer, end_token, *, known=2, adapter=False):

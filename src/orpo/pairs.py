@@ -30,6 +30,7 @@ class PreferencePair:
         tools: Schemas of the tools the conversation may call.
         source: `pairs.jsonl:118`.
         group: Value of the row's `source` or `dataset` column, for reports by source.
+        chat_template_kwargs: Arguments of the chat template for this conversation (`enable_thinking`, ...).
     """
 
     prompt: list[Message] | str

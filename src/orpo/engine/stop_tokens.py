@@ -23,6 +23,15 @@ def stop_token_ids(model: Any) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
+def saved_stop_token_ids(name: str) -> list[int]:
+    """The same for a model folder or hub name, without loading the model."""
+    try:
+        ends = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        return []
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
 def stop_at(end_token: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """Let generation stop at a token, as well as where it stops already.
 

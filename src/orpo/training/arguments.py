@@ -55,7 +55,7 @@ class _Arguments(OrpoSettings, TrainingArguments):
     label_pad_token_id: int | None = inherited("label_pad_token_id")
     is_encoder_decoder: bool | None = inherited("is_encoder_decoder")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         objective, notices = resolve_objective(self)

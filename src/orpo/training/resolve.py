@@ -2,9 +2,9 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn

@@ -57,6 +57,7 @@ from orpo.engine.steps import (
     split_rows,
     step_loader,
 )
+from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.errors import ConfigError, DataError, RunError, first_line
 from orpo.evaluation.preferences import summarise
 from orpo.run.card import write_model_card
@@ -68,7 +69,7 @@ from orpo.run.checkpoints import (
     write_state,
     written_whole,
 )
-from orpo.run.directory import RunDirectory
+from orpo.run.directory import RunDirectory, is_adapter
 from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.settings.config import LayoutName, Objective
 from orpo.training.arguments import ORPOConfig
@@ -160,9 +161,14 @@ class ORPOTrainer(Trainer):
         if args.resize_embeddings:
             args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
         with args.main_process_first(desc="tokenizing the data"):
-            text = text_tokenizer(tokenizer)
+            text, stops = text_tokenizer(tokenizer), stop_token_ids(loaded)
             data = read_training(
-                train_dataset, eval_dataset, args, text, evaluates=args.eval_strategy != "no"
+                train_dataset,
+                eval_dataset,
+                args,
+                text,
+                evaluates=args.eval_strategy != "no",
+                stop_tokens=stops,
             )
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
@@ -341,7 +347,9 @@ class ORPOTrainer(Trainer):
 
     def _read(self, rows: Any) -> TokenizedDataset:
         """Read rows that were given to be evaluated, and say what became of them."""
-        read = read_pairs(rows, self.args, text_tokenizer(self.processing_class))
+        read = read_pairs(
+            rows, self.args, text_tokenizer(self.processing_class), stop_tokens=stop_token_ids(self.model)
+        )
         for line in read.lines():
             say(line)
         return read.pairs
@@ -687,6 +695,9 @@ class ORPOTrainer(Trainer):
         """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint."""
         with _no_bars():
             super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save and is_adapter(folder):
+            save_generation_config(folder, self.model)
         if _internal_call:
             return
         if (
