@@ -1,0 +1,95 @@
+"""`orpo data WORD`: see what a data set is and what of it trains, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from orpo.errors import ConfigError
+
+
+def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `orpo data` and its words to the command line."""
+    parser = words.add_parser(
+        "data",
+        help="see what a data set trains: data show",
+        description="See what a data set trains, before anything is trained.",
+    )
+    parser.set_defaults(run=lambda args: print(parser.format_help(), end="") or 0)
+    words_of_data = parser.add_subparsers(dest="data_word", metavar="WORD", title="words")
+    for add in (_add_show,):
+        add(words_of_data)
+
+
+def _add_show(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = words.add_parser(
+        "show",
+        help="print one row as the model reads it, token by token",
+        description="Print one row as the model reads it: template, prompt and both sides, special tokens, "
+        "what the NLL and the odds are over, and what was cut or changed.",
+        epilog="Any setting of a recipe is accepted too: --max_length 1024, --nll_on response, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("data", metavar="DATA", help="local file or folder, or hub name of the pairs")
+    parser.add_argument("--model", metavar="M", help="run directory, model or adapter folder, or hub name")
+    parser.add_argument(
+        "--row", default="0", metavar="K", help="index from 0, or pairs.jsonl:118 (default 0)"
+    )
+    parser.add_argument("--recipe", metavar="R", help="recipe, or run directory, whose settings are used")
+    parser.add_argument("--split", help="split of the data (default: all of a file, else train)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the row as a page too")
+    parser.set_defaults(run=run_show, takes_settings=True)
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Read one row, print it, write it."""
+    from orpo.run.checkpoints import model_folder
+    from orpo.settings.config import OrpoSettings, check_recipe, resolve_objective
+    from orpo.settings.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, overrides=args.settings)
+    for notice in recipe.notices:
+        print(notice, file=sys.stderr)
+    check_recipe(recipe.settings)
+    settings = OrpoSettings.from_recipe(recipe.settings)
+    model = args.model or settings.model_name_or_path
+    if not model:
+        raise ConfigError("no model is named: add --model M; tokens are those of a model's tokenizer")
+    objective, _ = resolve_objective(settings)
+    from orpo.data.one_row import find_row, read_row
+    from orpo.data.show import draw_page, draw_text, lay_out
+
+    found, folder = find_row(args.data, args.row, settings, args.split), model_folder(model)
+    from orpo.engine.loading import load_tokenizer
+    from orpo.engine.packing import nll_ranges
+    from orpo.engine.stop_tokens import saved_stop_token_ids
+
+    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    row = read_row(found, settings, tokenizer, stop_tokens=saved_stop_token_ids(folder))
+    layouts = [
+        lay_out(
+            pair,
+            tokenizer,
+            nll_ranges(pair, objective) if objective.nll_weight > 0 else [],
+            odds=objective.beta > 0,
+        )
+        for pair in row.pairs
+    ]
+    from rich.console import Console
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end the command
+    console = Console(highlight=False)
+    console.print(draw_text(row, layouts, marks=not console.is_terminal))
+    if args.html is not None:
+        _write(args.html, draw_page(row, layouts))
+        print(f"\npage {args.html}")
+    return 0
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        path.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"--html {path}: cannot be written: {error.strerror}") from None
