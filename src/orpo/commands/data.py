@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from orpo.console import say
 from orpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from orpo.data.one_row import OneRow
+    from orpo.data.show import Layout
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,53 +50,56 @@ def _add_show(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Read one row, print it, write it."""
+    """Read one row, print it, and write the page."""
     from orpo.run.checkpoints import model_folder
-    from orpo.settings.config import OrpoSettings, check_recipe, resolve_objective
+    from orpo.run.directory import RunDirectory
+    from orpo.settings.config import OrpoSettings, check_recipe, inherited_by_evaluation, resolve_objective
     from orpo.settings.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, overrides=args.settings)
     for notice in recipe.notices:
-        print(notice, file=sys.stderr)
-    check_recipe(recipe.settings)
-    settings = OrpoSettings.from_recipe(recipe.settings)
-    model = args.model or settings.model_name_or_path
+        say(notice, error=True)
+    model = args.model or recipe.settings.get("model_name_or_path")
     if not model:
-        raise ConfigError("no model is named: add --model M; tokens are those of a model's tokenizer")
+        raise ConfigError("no model is named, and a pair has the tokens of one; add --model M")
+    given = inherited_by_evaluation(RunDirectory(Path(model)).read_recipe()) | recipe.settings
+    check_recipe(given)
+    settings = OrpoSettings.from_recipe(given)
     objective, _ = resolve_objective(settings)
+    from orpo.data.named_templates import tokens_to_add
     from orpo.data.one_row import find_row, read_row
-    from orpo.data.show import draw_page, draw_text, lay_out
+    from orpo.data.show import lay_out
 
     found, folder = find_row(args.data, args.row, settings, args.split), model_folder(model)
-    from orpo.engine.loading import load_tokenizer
+    from orpo.engine.loading import load_tokenizer  # heavy: only now, when there is a row to show
     from orpo.engine.packing import nll_ranges
     from orpo.engine.stop_tokens import saved_stop_token_ids
 
-    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    revision = None if args.model else settings.model_revision
+    tokenizer = load_tokenizer(folder, revision=revision, trust_remote_code=settings.trust_remote_code)
+    if settings.resize_embeddings:
+        tokenizer.add_tokens(tokens_to_add(tokenizer, settings.chat_template), special_tokens=True)
     row = read_row(found, settings, tokenizer, stop_tokens=saved_stop_token_ids(folder))
-    layouts = [
-        lay_out(
-            pair,
-            tokenizer,
-            nll_ranges(pair, objective) if objective.nll_weight > 0 else [],
-            odds=objective.beta > 0,
-        )
-        for pair in row.pairs
-    ]
+    nll = [nll_ranges(pair, objective) if objective.nll_weight > 0 else [] for pair in row.pairs]
+    pairs = zip(row.pairs, nll, strict=True)
+    layouts = [lay_out(pair, tokenizer, ranges, odds=objective.beta > 0) for pair, ranges in pairs]
+    _draw(row, layouts, args.html)
+    return 0
+
+
+def _draw(row: OneRow, layouts: Sequence[Layout], page: Path | None) -> None:
     from rich.console import Console
+
+    from orpo.data.show import draw_page, draw_text
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end the command
     console = Console(highlight=False)
-    console.print(draw_text(row, layouts, marks=not console.is_terminal))
-    if args.html is not None:
-        _write(args.html, draw_page(row, layouts))
-        print(f"\npage {args.html}")
-    return 0
-
-
-def _write(path: Path, page: str) -> None:
+    console.print(draw_text(row, layouts, console), soft_wrap=True)
+    if page is None:
+        return
     try:
-        path.write_text(page, encoding="utf-8", errors="replace")
+        page.write_text(draw_page(row, layouts), encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ConfigError(f"--html {path}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--html {page}: cannot be written ({error.strerror}); name another file") from None
+    print(f"\npage        {page}")

@@ -99,6 +99,12 @@ DEFAULT = "chatml"
 
 
 def missing_tokens(tokenizer: Any, name: str) -> list[str]:
-    """Tokens a named template writes that the vocabulary lacks: what `resize_embeddings` is to add."""
+    """Tokens a named template writes that the vocabulary lacks."""
     template, vocabulary = NAMED[name], tokenizer.get_vocab()
     return [token for token in (*template.tokens, template.end) if token and token not in vocabulary]
+
+
+def tokens_to_add(tokenizer: Any, template: str | None) -> list[str]:
+    """Tokens that `resize_embeddings` adds for a template named, or for the default where it is used."""
+    name = template or (None if tokenizer.chat_template else DEFAULT)
+    return missing_tokens(tokenizer, name) if name in NAMED else []

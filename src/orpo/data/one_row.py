@@ -73,7 +73,9 @@ def find_row(data: Any, row: str | int, settings: OrpoSettings, split: str | Non
     """
     is_file = isinstance(data, str | Path) and Path(data).expanduser().is_file()
     split = split or (None if is_file else settings.dataset_train_split)
-    found, head, number = None, [], 0
+    found: RawRow | None = None
+    head: list[RawRow] = []
+    number = 0
     for raw in read_rows(data, split=split, config=settings.dataset_config):
         if found is None and _is_named(raw, number, str(row)):
             found = raw

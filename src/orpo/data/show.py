@@ -19,7 +19,7 @@ from orpo.data.one_row import OneRow
 from orpo.pairs import TokenizedPair
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console
     from rich.text import Text
 
 
@@ -41,6 +41,9 @@ _MEANINGS = {
 _STYLES = {Role.NONE: "dim", Role.NLL: "cyan", Role.BOTH: "green", Role.ODDS: "yellow"}
 _SIGNS = {"\n": "⏎\n", "\r": "␍", "\t": "⇥   "}
 _BLANK, _JOINERS = "␣", "\u200c\u200d"
+_LEGEND = f"⏎ newline, {_BLANK} blank at an edge"
+_INDENT = 12
+"""Cells of a label and the blank behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Token:
     Attributes:
         text: Exactly what decoding gives.
         ids: Its id, or their ids.
-        is_special: Whether it is an added token, which no text is tokenized to by accident.
+        is_special: Whether it is an added token (`<|im_end|>`), not a piece of text.
     """
 
     text: str
@@ -98,8 +101,8 @@ class Part:
         number = self.num_tokens()
         nll, odds = self.num_tokens(Role.NLL, Role.BOTH), self.num_tokens(Role.ODDS, Role.BOTH)
         parts = [f"{self.name}: {number:,} token{'' if number == 1 else 's'}"]
-        parts += [f"NLL over {nll:,}"] if nll else []
-        parts += [f"odds over {odds:,}"] if odds else []
+        parts += [f"{nll:,} in the NLL"] if nll else []
+        parts += [f"{odds:,} in the odds"] if odds else []
         return ", ".join(parts)
 
 
@@ -229,7 +232,7 @@ def _facts(row: OneRow) -> list[tuple[str, str]]:
     facts = [("row", row.source)]
     facts += [("format", row.format)] if row.format else []
     facts += [("not used", f"columns {', '.join(row.unused_columns)}")] if row.unused_columns else []
-    if row.pairs:
+    if row.pairs or row.template:
         facts.append(("template", row.template or "none: plain text"))
     facts += [("note", notice) for notice in row.notices]
     for verb, reason in row.outcomes:
@@ -245,41 +248,40 @@ def _titled(layouts: Sequence[Layout]) -> Iterator[tuple[str, Part | None]]:
         for part in layout.parts:
             yield which + part.title, part
         if layout.rejected is None:
-            yield f"{which}rejected: none, so that the NLL alone is trained", None
+            yield f"{which}rejected: none; the NLL alone is trained", None
 
 
 # -------------------------------------------------------------------------------------- terminal
 
 
-def draw_text(row: OneRow, layouts: Sequence[Layout], *, marks: bool = False) -> RenderableType:
-    """A row for a terminal, or for text.
+def draw_text(row: OneRow, layouts: Sequence[Layout], console: Console) -> Text:
+    """A row for a terminal, or as plain text, where « » stand around special tokens.
 
     Args:
         row: How it was read.
         layouts: Of its pairs.
-        marks: Put special tokens between « », where nothing is printed bold.
+        console: Where it is printed.
     """
-    from rich.console import Group
     from rich.text import Text
 
-    drawn: list[RenderableType] = [_table([(Text(label), Text(text)) for label, text in _facts(row)])]
+    marks = not console.is_terminal
+    lines = [_labelled(label, Text(visible(text)), console) for label, text in _facts(row)]
     for title, part in _titled(layouts):
-        segments = part.segments if part else ()
-        drawn += [Text(), Text(title, style="bold")]
-        drawn.append(_table([(_label(one.role), draw_segment(one, marks=marks)) for one in segments]))
-    if layouts:
-        special = "« » special token" if marks else "inverse: special token"
-        signs = f"{special}, ⏎ newline, {_BLANK} blank at an edge"
-        legend = [
-            *((_label(role), Text(words)) for role, words in _MEANINGS.items()),
-            (Text("signs"), Text(signs)),
+        lines += [Text(), Text(title, style="bold")]
+        lines += [
+            _labelled(segment.role, draw_segment(segment, marks=marks), console, _STYLES[segment.role])
+            for segment in (part.segments if part else ())
         ]
-        drawn += [Text(), _table(legend)]
-    return Group(*drawn)
+    if layouts:
+        lines.append(Text())
+        lines += [_labelled(role, Text(words), console, _STYLES[role]) for role, words in _MEANINGS.items()]
+        special = "« » special token" if marks else "inverse: special token"
+        lines.append(_labelled("signs", Text(f"{special}, {_LEGEND}"), console))
+    return Text("\n").join(lines)
 
 
 def draw_segment(segment: Segment, *, marks: bool = False) -> Text:
-    """A segment in the colour of its role, special tokens inverse."""
+    """A segment in the colour of its role, special tokens inverse; `marks` puts « » around these."""
     from rich.text import Text
 
     style = _STYLES[segment.role]
@@ -292,22 +294,15 @@ def draw_segment(segment: Segment, *, marks: bool = False) -> Text:
     return text
 
 
-def _label(role: Role) -> Text:
+def _labelled(label: str, text: Text, console: Console, style: str = "") -> Text:
+    """A text to the right of its label, wrapped to the width of the console."""
     from rich.text import Text
 
-    return Text(role, style=_STYLES[role])
-
-
-def _table(rows: Sequence[tuple[Text, Text]]) -> RenderableType:
-    """Labels to the left of what they are about."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 1))
-    table.add_column(no_wrap=True, min_width=max(len(role) for role in Role))
-    table.add_column(overflow="fold")
-    for label, text in rows:
-        table.add_row(label, text)
-    return table
+    first = Text(f"{label:<{_INDENT}}", style)
+    lines = text.wrap(console, max(console.width - _INDENT, 20), overflow="fold") or [Text()]
+    for line in lines:
+        line.rstrip()
+    return Text("\n" + " " * _INDENT).join([first + lines[0], *lines[1:]])
 
 
 def first_pair_lines(pair: TokenizedPair, tokenizer: Any, width: int) -> list[str]:
@@ -346,7 +341,9 @@ def _beginning(text: str, width: int) -> str:
 def draw_page(row: OneRow, layouts: Sequence[Layout]) -> str:
     """A row as one HTML page that loads nothing."""
     css = files("orpo.data").joinpath("show.css").read_text(encoding="utf-8")
-    facts = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in _facts(row))
+    facts = "".join(
+        f"<dt>{escape(label)}</dt><dd>{escape(visible(text))}</dd>" for label, text in _facts(row)[1:]
+    )
     parts = "".join(
         f"<section><h2>{escape(title)}</h2>{_segments_html(part.segments if part else ())}</section>"
         for title, part in _titled(layouts)
@@ -392,10 +389,7 @@ def _legend_html() -> str:
         f'<div class="{role.name.lower()}"><b>{role}</b><p>{escape(words)}</p></div>'
         for role, words in _MEANINGS.items()
     )
-    signs = (
-        'Each box is a token (point at it for its id); <span class="special">inverse</span>: a special token; '
-        f"⏎ newline; {_BLANK} blank at an edge."
-    )
+    signs = f'<span class="special">inverse</span>: special token, {_LEGEND}; point at a token for its id'
     return f'<section class="legend"><div class="segments">{rows}</div><p>{signs}</p></section>'
 
 

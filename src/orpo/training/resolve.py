@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
-from orpo.data.named_templates import DEFAULT, NAMED, missing_tokens
+from orpo.data.named_templates import tokens_to_add
 from orpo.data.source import SavedTemplate, TrainingData, read_training
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
@@ -131,8 +131,7 @@ def add_template_tokens(model: Any, tokenizer: Any, template: str | None) -> lis
     Raises:
         ConfigError: The model trains an adapter, which would leave the new rows as they were drawn.
     """
-    name = template or (None if tokenizer.chat_template else DEFAULT)
-    missing = missing_tokens(tokenizer, name) if name in NAMED else []
+    missing = tokens_to_add(tokenizer, template)
     if not missing:
         return []
     if hasattr(model, "peft_config"):
