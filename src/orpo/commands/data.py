@@ -20,7 +20,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Add `orpo data` and its words to the command line."""
     parser = words.add_parser(
         "data",
-        help="see what a data set trains: data show",
+        help="see what trains: a row as the model reads it, token by token",
         description="See what a data set trains, before anything is trained.",
     )
     parser.set_defaults(run=lambda args: print(parser.format_help(), end="") or 0)

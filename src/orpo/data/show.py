@@ -41,7 +41,7 @@ _MEANINGS = {
 _STYLES = {Role.NONE: "dim", Role.NLL: "cyan", Role.BOTH: "green", Role.ODDS: "yellow"}
 _SIGNS = {"\n": "⏎\n", "\r": "␍", "\t": "⇥   "}
 _BLANK, _JOINERS = "␣", "\u200c\u200d"
-_LEGEND = f"⏎ newline, {_BLANK} blank at an edge"
+_OTHER_SIGNS = f"⏎ newline, {_BLANK} blank at an edge"
 _INDENT = 12
 """Cells of a label and the blank behind it."""
 
@@ -251,11 +251,17 @@ def _titled(layouts: Sequence[Layout]) -> Iterator[tuple[str, Part | None]]:
             yield f"{which}rejected: none; the NLL alone is trained", None
 
 
+def _legend(layouts: Sequence[Layout]) -> list[tuple[Role, str]]:
+    """The roles that occur, and their meanings."""
+    roles = {segment.role for layout in layouts for part in layout.parts for segment in part.segments}
+    return [(role, words) for role, words in _MEANINGS.items() if role in roles]
+
+
 # -------------------------------------------------------------------------------------- terminal
 
 
 def draw_text(row: OneRow, layouts: Sequence[Layout], console: Console) -> Text:
-    """A row for a terminal, or as plain text, where « » stand around special tokens.
+    """A row for a terminal, or as plain text, with « » around special tokens.
 
     Args:
         row: How it was read.
@@ -264,19 +270,19 @@ def draw_text(row: OneRow, layouts: Sequence[Layout], console: Console) -> Text:
     """
     from rich.text import Text
 
-    marks = not console.is_terminal
+    marks = console.color_system is None  # nothing is printed bold either
     lines = [_labelled(label, Text(visible(text)), console) for label, text in _facts(row)]
     for title, part in _titled(layouts):
-        lines += [Text(), Text(title, style="bold")]
+        lines += [Text(), *_wrapped(Text(title, style="bold"), console, console.width)]
         lines += [
             _labelled(segment.role, draw_segment(segment, marks=marks), console, _STYLES[segment.role])
             for segment in (part.segments if part else ())
         ]
     if layouts:
         lines.append(Text())
-        lines += [_labelled(role, Text(words), console, _STYLES[role]) for role, words in _MEANINGS.items()]
+        lines += [_labelled(role, Text(words), console, _STYLES[role]) for role, words in _legend(layouts)]
         special = "« » special token" if marks else "inverse: special token"
-        lines.append(_labelled("signs", Text(f"{special}, {_LEGEND}"), console))
+        lines.append(_labelled("signs", Text(f"{special}, {_OTHER_SIGNS}"), console))
     return Text("\n").join(lines)
 
 
@@ -299,10 +305,16 @@ def _labelled(label: str, text: Text, console: Console, style: str = "") -> Text
     from rich.text import Text
 
     first = Text(f"{label:<{_INDENT}}", style)
-    lines = text.wrap(console, max(console.width - _INDENT, 20), overflow="fold") or [Text()]
+    lines = _wrapped(text, console, max(console.width - _INDENT, 20))
+    return Text("\n" + " " * _INDENT).join([first + lines[0], *lines[1:]])
+
+
+def _wrapped(text: Text, console: Console, width: int) -> Sequence[Text]:
+    """The lines of a text, at least one, without blanks at their ends."""
+    lines = list(text.wrap(console, width, overflow="fold"))
     for line in lines:
         line.rstrip()
-    return Text("\n" + " " * _INDENT).join([first + lines[0], *lines[1:]])
+    return lines
 
 
 def first_pair_lines(pair: TokenizedPair, tokenizer: Any, width: int) -> list[str]:
@@ -362,7 +374,7 @@ def draw_page(row: OneRow, layouts: Sequence[Layout]) -> str:
 <main>
 <h1>{escape(row.source)}</h1>
 <dl>{facts}</dl>
-{parts}{_legend_html() if layouts else ""}{_template_html(row)}
+{parts}{_legend_html(layouts) if layouts else ""}{_template_html(row)}
 </main>
 </body>
 </html>
@@ -384,12 +396,14 @@ def _token_html(token: Token, drawn: str) -> str:
     return f'<span{kind} title="{ids}">{escape(drawn)}</span>'
 
 
-def _legend_html() -> str:
+def _legend_html(layouts: Sequence[Layout]) -> str:
     rows = "".join(
         f'<div class="{role.name.lower()}"><b>{role}</b><p>{escape(words)}</p></div>'
-        for role, words in _MEANINGS.items()
+        for role, words in _legend(layouts)
     )
-    signs = f'<span class="special">inverse</span>: special token, {_LEGEND}; point at a token for its id'
+    signs = (
+        f'<span class="special">inverse</span>: special token, {_OTHER_SIGNS}; point at a token for its id'
+    )
     return f'<section class="legend"><div class="segments">{rows}</div><p>{signs}</p></section>'
 
 
