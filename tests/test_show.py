@@ -18,7 +18,18 @@ from tiny_tokenizer import SHAPES, tiny_tokenizer
 
 from orpo import cli
 from orpo.data.one_row import OneRow, find_row, read_row
-from orpo.data.show import Layout, Role, draw_page, draw_text, first_pair_lines, lay_out, visible
+from orpo.data.show import (
+    Layout,
+    Role,
+    Segment,
+    Token,
+    draw_page,
+    draw_segment,
+    draw_text,
+    first_pair_lines,
+    lay_out,
+    visible,
+)
 from orpo.engine.packing import Role as Scored
 from orpo.engine.packing import nll_ranges, pack
 from orpo.errors import DataError
@@ -118,12 +129,14 @@ def test_blanks_and_bytes_of_a_sentencepiece_vocabulary_are_kept():
     assert [token.text for token in layout.chosen.segments[0].tokens] == [" blue", "Ö", "</s>"]
 
 
-def test_a_character_cut_by_the_end_of_a_segment_is_not_joined_across_it():
+def test_half_a_character_stays_in_its_part_and_apart_from_special_tokens():
     tokenizer = sentencepiece()
     first, second, end = tokenizer.convert_tokens_to_ids(["<0xC3>", "<0x96>", "</s>"])
-    layout = lay_out(TokenizedPair([1, first], [second, end], [end]), tokenizer, [])
-    assert [part.num_tokens() for part in layout.parts] == [2, 2, 1]
-    assert [token.is_special for token in layout.chosen.segments[0].tokens] == [False, True]
+    pair = TokenizedPair([1, first], [second, end], [end, first, end])
+    layout = lay_out(pair, tokenizer, [], odds=False)
+    texts = [[token.text for one in part.segments for token in one.tokens] for part in layout.parts]
+    assert texts == [["<s>", "�"], ["�", "</s>"], ["</s>", "�", "</s>"]]
+    assert [token.is_special for token in layout.rejected.segments[0].tokens] == [True, False, True]
 
 
 @pytest.mark.parametrize("row", [ROW, PARTING, TEXTS], ids=["turns", "parting", "texts"])
@@ -183,9 +196,10 @@ def test_rows_are_found_by_index_and_by_source(tmp_path):
 def test_a_row_is_read_in_the_format_of_its_data_set():
     repeating = {"prompt": "Q: ", "chosen": "Q: yes", "rejected": "Q: no"}
     assert shown([repeating]).format.startswith("standard_repeated ")
-    row = shown([TEXTS, TEXTS, repeating], 2)
-    assert row.format.startswith("standard ")
-    assert decode(tiny_tokenizer(), row.pairs[0].chosen).startswith("Q: yes")
+    for data, index in (([TEXTS, TEXTS, repeating], 2), ([repeating, TEXTS, TEXTS], 0)):
+        row = shown(data, index)
+        assert row.format.startswith("standard ")
+        assert decode(tiny_tokenizer(), row.pairs[0].chosen).startswith("Q: yes")
 
 
 def test_what_happened_to_other_rows_is_not_said_of_a_row():
@@ -214,8 +228,10 @@ def test_a_row_that_cannot_be_parsed_says_so(tmp_path):
 def test_where_no_row_can_be_used_the_error_names_the_rows_by_their_own_lines(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n\n" + json.dumps(TEXTS | {"chosen": " "}) + "\n")
-    with pytest.raises(DataError, match=r"empty chosen answer \(first: pairs.jsonl:3\)"):
-        shown(file, 0)
+    for more in ("", "{not json\n"):
+        file.write_text(file.read_text() + more)
+        with pytest.raises(DataError, match=r"1: empty chosen answer \(first: pairs.jsonl:3\)$"):
+            shown(file, 0)
 
 
 def test_every_pair_of_a_row_is_shown():
@@ -257,6 +273,11 @@ def test_blanks_at_an_edge_and_special_tokens_stand_out_in_plain_text():
     assert "\x1b" not in text
 
 
+def test_blanks_next_to_a_special_token_within_a_segment_have_a_sign():
+    tokens = tuple(Token(text, (0,), text == "<s>") for text in ("  a ", " b ", "<s>", " c", " d "))
+    assert draw_segment(Segment(Role.NLL, tokens), marks=True).plain == "␣␣a  b␣«<s>»␣c d␣"
+
+
 def test_text_that_looks_like_a_special_token_is_not_drawn_as_one():
     tokenizer = tiny_tokenizer(None, special_tokens=False)
     text = printed(shown([ROW], tokenizer=tokenizer), [laid_out(ROW, tokenizer)[1]])
@@ -266,7 +287,7 @@ def test_text_that_looks_like_a_special_token_is_not_drawn_as_one():
 
 
 def test_a_terminal_shows_special_tokens_inverse_and_no_control_character_of_the_data():
-    row = TEXTS | {"chosen": "red \x1b[31m\x07"}
+    row = TEXTS | {"chosen": "red \x1b[31m\x07", "\x1b[31m": 1}
     text = printed(shown([row]), [laid_out(row, tiny_tokenizer())[1]], terminal=True)
     assert "\x1b[1;7;32m<|im_end|>\x1b[0m" in text
     assert "\x1b[31m" not in text
@@ -302,8 +323,10 @@ class _Page(HTMLParser):
 def test_the_page_is_self_contained_and_runs_nothing_of_the_data():
     attack = "<script>alert(1)</script><img src=x onerror=alert(1)>"
     row = ROW | {"prompt": [turn("user", attack)], attack: 1}
-    one = replace(shown([row]), source=attack)
-    layouts = [laid_out(row, tiny_tokenizer())[1]]
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(attack)
+    one = replace(shown([row], tokenizer=tokenizer), source=attack)
+    layouts = [laid_out(row, tokenizer)[1]]
     page = draw_page(one, layouts)
     parsed = _Page(page)
     assert not {"script", "img", "link", "iframe"} & set(parsed.tags)

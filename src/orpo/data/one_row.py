@@ -120,7 +120,6 @@ def read_row(
         raise DataError(line) from None
     assert read.counts is not None
     index = [number for number, name in enumerate(read.pairs.sources) if name == _FIRST]
-    is_text = any(read.preferences[read.pairs.pair_index[number]].is_text for number in index)
     detected = next(iter(read.formats.values()))
     return OneRow(
         source=source,
@@ -128,9 +127,9 @@ def read_row(
         outcomes=_outcomes(read.counts),
         format=f"{detected.name} ({detected.reason})",
         unused_columns=tuple(name for names in read.unused_columns.values() for name in names),
-        template=None if is_text else _template(read, settings, tokenizer),
-        template_text=None if is_text else read.pairs.chat_template,
-        notices=() if is_text else tuple(read.pairs.notices),
+        template=_template(read, settings, tokenizer),
+        template_text=read.pairs.chat_template,
+        notices=tuple(read.pairs.notices),
     )
 
 

@@ -190,11 +190,12 @@ def _tokens(tokenizer: Any, ids: Sequence[int], cuts: set[int]) -> Iterator[Toke
     context = done = 0
     for stop in range(1, len(ids) + 1):
         text = _decode(tokenizer, ids[context:stop])
-        ends = stop == len(ids) or stop in cuts or ids[stop] in added or ids[stop - 1] in added
+        ends = stop == len(ids) or stop in cuts or ids[stop] in added
         if text.endswith("\ufffd") and not ends:
             continue  # the first bytes of a character
-        known = len(_decode(tokenizer, ids[context:done]))
-        yield Token(text[known:], tuple(ids[done:stop]), ids[stop - 1] in added)
+        known = _decode(tokenizer, ids[context:done])
+        own = text[len(known) :] if text.startswith(known) else _decode(tokenizer, ids[done:stop])
+        yield Token(own, tuple(ids[done:stop]), ids[stop - 1] in added)
         context, done = done, stop
 
 
