@@ -1,8 +1,8 @@
 """Rows of plain texts: a conversation to be rendered, or text to be continued as it is.
 
 `{"prompt": "Convert 45 km to m.", "chosen": "45,000 m.", ...}` is a question and its answer, and training it
-without the model's chat template would teach what no chat ever asks. `{"prompt": "The sky is", "chosen": " blue.",
-...}` is text and its continuation. The rows decide, one line says what was decided, and a run remembers it.
+without the model's chat template would teach what no chat ever asks. `{"prompt": "The sky is", "chosen":
+" blue.", ...}` is text and its continuation. The rows decide, one line says so, and a run remembers it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _turn(role: str, text: object) -> Message:
 LINES: dict[TextRows, str] = {
     "chat": "texts are read as a user turn and an answer, through the chat template"
     " (text_rows: plain takes them as they are)",
-    "plain": "texts are taken as they are, without a chat template (text_rows: chat reads them as a user turn and"
-    " an answer)",
+    "plain": "texts are taken as they are, without a chat template"
+    " (text_rows: chat reads them as a user turn and an answer)",
 }
 """What to print of each reading."""
