@@ -144,7 +144,7 @@ class OrpoSettings:
     data_format: str | None = setting(None, "Name of the row format; unset: detected.", resume="derived")
     text_rows: TextRows | None = setting(
         None,
-        "Rows of plain texts: `chat` reads prompt and answers as turns, `plain` takes them as they are. Unset: "
+        "Rows of plain texts: `chat` reads prompt and answers as turns, `plain` takes them as is. Unset: "
         "chat where the model has a chat template and the answers do not continue their prompts' text.",
         resume="derived",
         evaluation=True,
