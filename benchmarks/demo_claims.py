@@ -14,35 +14,42 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from orpo.demo.experiment import PLANS, Plan
-from orpo.demo.study import Judge, train
+from orpo.demo.experiment import EXPERIMENTS, Experiment
+from orpo.demo.study import HeldOut, train
+from orpo.run.log import Figure
 
 RATES, EPOCHS, BETAS = (1e-3, 2e-3, 4e-3), (2.0, 3.0, 4.0, 6.0), (0.5, 1.0, 2.0, 3.0)
 NLL_MARGIN = 0.2
 Figures = dict[str, float]
 
 
-def measure(plan: Plan, beta: float, judge: Judge, folder: Path) -> Figures:
-    """Train once, or read what an earlier call found: means over the judge's pairs, tokens, seconds."""
-    base = hashlib.sha256((plan.base / "model.safetensors").read_bytes()).hexdigest()[:8]
-    settings = f"lr{plan.learning_rate:g}-epochs{plan.num_epochs:g}-beta{beta:g}-seed{plan.seed}"
-    name = f"{plan.data}-{base}-{judge.split}-{settings}"
+def measure(experiment: Experiment, beta: float, held_out: HeldOut, folder: Path) -> Figures:
+    """Train once, or read what an earlier call found: means over the held-out pairs, tokens, seconds."""
+    base = hashlib.sha256((experiment.base / "model.safetensors").read_bytes()).hexdigest()[:8]
+    peak, epochs, seed = experiment.learning_rate, experiment.num_epochs, experiment.seed
+    settings = f"lr{peak:g}-epochs{epochs:g}-beta{beta:g}-seed{seed}"
+    name = f"{experiment.data}-{base}-{held_out.split}-{settings}"
     kept = folder / f"{name}.json"
     if not kept.exists():
-        took = train(plan, beta, folder / name)
-        verdict = judge.look(folder / name, answering=False)
-        figures = {key: mean for key, (mean, _) in verdict.figures.items()}
+        took = train(experiment, beta, folder / name)
+        verdict = held_out.examine(folder / name, answering=False)
+        figures = means(verdict.figures)
         kept.write_text(json.dumps(figures | {"tokens": took.num_tokens, "seconds": took.seconds}) + "\n")
     figures = json.loads(kept.read_text())
-    print(f"{settings:34} {row(figures)}", flush=True)
+    print(f"{settings:34} {line(figures)}", flush=True)
     return figures
 
 
-def row(figures: Figures) -> str:
+def means(found: Mapping[str, Figure]) -> Figures:
+    """The figures without their errors."""
+    return {key: figure.mean for key, figure in found.items()}
+
+
+def line(figures: Figures) -> str:
     """The figures in one line."""
     return (
         f"chosen {figures['chosen_logprob']:6.3f}  rejected {figures['rejected_logprob']:6.3f}  "
@@ -51,28 +58,28 @@ def row(figures: Figures) -> str:
     )
 
 
-def choose(plan: Plan, folder: Path) -> None:
+def choose(experiment: Experiment, folder: Path) -> None:
     """Settings by the validation split."""
-    judge = Judge(plan, "validation")
-    plan = replace(plan, num_evaluations=2)
-    plans = [replace(plan, learning_rate=rate, num_epochs=epochs) for rate in RATES for epochs in EPOCHS]
-    sft = {one: measure(one, 0.0, judge, folder) for one in plans}
-    best = min(plans, key=lambda one: sft[one]["nll"])
+    held_out = HeldOut(experiment, "validation")
+    experiment = replace(experiment, num_evaluations=2)
+    grid = [replace(experiment, learning_rate=rate, num_epochs=epochs) for rate in RATES for epochs in EPOCHS]
+    sft = {one: measure(one, 0.0, held_out, folder) for one in grid}
+    best = min(grid, key=lambda one: sft[one]["nll"])
     limit = sft[best]["nll"] + NLL_MARGIN
-    orpo = {beta: measure(best, beta, judge, folder) for beta in BETAS}
+    orpo = {beta: measure(best, beta, held_out, folder) for beta in BETAS}
     within = [beta for beta in BETAS if orpo[beta]["nll"] <= limit] or [min(BETAS)]
     beta = max(within, key=lambda beta: orpo[beta]["log_odds_ratio"])
     print(f"chosen: learning_rate {best.learning_rate:g}, num_epochs {best.num_epochs:g}, beta {beta:g}")
 
 
-def claims(plan: Plan, seeds: Sequence[int], folder: Path) -> bool:
+def claims(experiment: Experiment, seeds: Sequence[int], folder: Path) -> bool:
     """Train, judge on the test split, and print the four claims; whether all of them hold."""
-    judge = Judge(plan, "test")
-    base = {key: mean for key, (mean, _) in judge.look(plan.base, answering=False).figures.items()}
-    print(f"{'base':34} {row(base)}")
-    runs = [replace(plan, seed=seed, num_evaluations=2) for seed in seeds]
-    sft = [measure(run, 0.0, judge, folder) for run in runs]
-    orpo = [measure(run, plan.beta, judge, folder) for run in runs]
+    held_out = HeldOut(experiment, "test")
+    base = means(held_out.examine(experiment.base, answering=False).figures)
+    print(f"{'base':34} {line(base)}")
+    runs = [replace(experiment, seed=seed, num_evaluations=2) for seed in seeds]
+    sft = [measure(run, 0.0, held_out, folder) for run in runs]
+    orpo = [measure(run, experiment.beta, held_out, folder) for run in runs]
     pairs = list(zip(sft, orpo, strict=True))
     checks = {
         "SFT raises the rejected log-prob by > 0.5": (
@@ -103,19 +110,19 @@ def main() -> int:
         description="The demo's claims over seeds, and the choice of its settings."
     )
     parser.add_argument("--choose", action="store_true", help="choose the settings on the validation split")
-    parser.add_argument("--data", choices=sorted(PLANS), default="politeness")
+    parser.add_argument("--data", choices=sorted(EXPERIMENTS), default="politeness")
     parser.add_argument("--base", type=Path, help="model to start from (default: the shipped one)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/demo_claims"))
     args = parser.parse_args()
-    plan = PLANS[args.data]
-    plan = replace(plan, base=args.base or plan.base)
-    plan.check()
+    experiment = EXPERIMENTS[args.data]
+    experiment = replace(experiment, base=args.base or experiment.base)
+    experiment.check()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.choose:
-        choose(plan, args.out)
+        choose(experiment, args.out)
         return 0
-    return 0 if claims(plan, args.seeds, args.out) else 1
+    return 0 if claims(experiment, args.seeds, args.out) else 1
 
 
 if __name__ == "__main__":

@@ -265,15 +265,16 @@ def _head_table(results: Results) -> list[str]:
 def _budget_table(results: Results) -> list[str]:
     lines: list[str] = []
     for shape in ("h256", "h512"):
-        for r in results.find(task="rows", shape=shape)[-1:]:
+        for r in results.find(task="micro_batches", shape=shape)[-1:]:
             fastest = min(r["cpu"])
             rows = [
                 [str(b), str(n), show(c, ".2f"), f"+{100 * (c / fastest - 1):.0f} %", show(m, ",.0f")]
-                for b, n, c, m in zip(r["budgets"], r["rows"], r["cpu"], r["peak_mib"], strict=True)
+                for b, n, c, m in zip(r["budgets"], r["micro_batches"], r["cpu"], r["peak_mib"], strict=True)
             ]
             lines += [f"{NAMES[shape]}, 32 pairs of HH-RLHF, {r['tokens']} tokens:", ""]
-            lines += table(["tokens_per_row", "rows", "CPU s", "above the fastest", "peak MiB"], rows)
-    return ["## Token budget of a row", "", *lines] if lines else []
+            header = ["tokens_per_micro_batch", "micro-batches", "CPU s", "above the fastest", "peak MiB"]
+            lines += table(header, rows)
+    return ["## Token budget of a micro-batch", "", *lines] if lines else []
 
 
 def _growth_note(folder: Path) -> list[str]:

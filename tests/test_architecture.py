@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 84
 """Lines of the longest function, `ORPOTrainer.__init__` with TRL's signature; it may only shrink."""
 
-# A folder, or a file beside the folders, imports only from those before it; those on one line stand side by
+# A folder, or a file next to the folders, imports only from those before it; those on one line stand side by
 # side and do not import each other.
 ORDER = (
     ("errors", "pairs", "console"),
@@ -48,7 +48,7 @@ def name_of(path: Path) -> str:
 
 
 def folder_of(name: str) -> str:
-    """`orpo.engine.head` -> `engine`; a file beside the folders is its own."""
+    """`orpo.engine.head` -> `engine`; a file next to the folders is its own."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
@@ -97,7 +97,7 @@ def test_folders_import_in_one_order(path):
     if path == PACKAGE / "__init__.py":
         return
     own = folder_of(name_of(path))
-    assert own in FLOOR, f"{own} has no place in ORDER"
+    assert own in FLOOR, f"{own} is not in ORDER"
     for module in own_imports(path):
         other = folder_of(module)
         assert other == own or FLOOR[other] < FLOOR[own], f"{ids(path)} imports {module}"
