@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,19 @@ def test_one_function_writes_figures_with_their_errors():
                 and isinstance(then, ast.FormattedValue) and then.format_spec is not None
             ]  # fmt: skip
             assert not written, ids(path)
+
+
+def test_a_row_is_a_line_of_data_and_no_micro_batch():
+    lines_of_data = "the stream has no row that can train"
+    for path in MODULES:
+        if folder_of(name_of(path)) == "engine":
+            text = path.read_text(encoding="utf-8").replace(lines_of_data, "")
+            assert not re.findall(r".*(?:(?<![A-Za-z])rows?(?![a-z])|Row|ROW).*", text), ids(path)
+
+
+def test_words_of_a_dialect_do_not_come_back():
+    for path in MODULES:
+        assert not re.findall(r".*\b(?:mend|anew|alike).*", path.read_text(encoding="utf-8")), ids(path)
 
 
 def test_no_function_is_longer_than_the_longest_was():

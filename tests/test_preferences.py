@@ -320,7 +320,7 @@ def test_a_malformed_row_stops_with_file_line_field_and_remedy(tmp_path):
     path.write_text("\n".join(map(json.dumps, [GOOD, {"prompt": "P", "chosen": 3, "rejected": "b"}])))
     with pytest.raises(
         DataError,
-        match=r"^pairs\.jsonl:2: 'chosen' is a int, not text; mend the row or set on_bad_row: skip$",
+        match=r"^pairs\.jsonl:2: 'chosen' is a int, not text; fix the row or set on_bad_row: skip$",
     ):
         read_preferences(path)
     path.write_text(json.dumps(GOOD) + "\n{oops\n")

@@ -30,7 +30,7 @@ ROLES = {
 class BadRow(DataError):  # noqa: N818 - a verdict on a row, worded for the user
     """A row that cannot be read as its format: which field, and what is wrong with it."""
 
-    def __init__(self, field: str, problem: str, remedy: str = "mend the row"):
+    def __init__(self, field: str, problem: str, remedy: str = "fix the row"):
         super().__init__(f"'{field}' {problem}; {remedy}")
         self.reason = f"'{field}' {problem}"
 

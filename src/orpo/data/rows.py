@@ -163,7 +163,7 @@ def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
             row, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             # Where a broken row of an array ends is unknown, so the rest cannot be read: no skipping here.
-            raise DataError(f"{name}:{error.lineno}: is not JSON ({error.msg}); mend the file") from error
+            raise DataError(f"{name}:{error.lineno}: is not JSON ({error.msg}); fix the file") from error
         yield _as_row(row, f"{name}:{line}")
 
 

@@ -176,7 +176,7 @@ class ORPOTrainer(Trainer):
         self._prepared: tuple[nn.Module, Preparation] | None = None
         self._tokens_per_micro_batch = 0
         self._evaluated_set: str | None = None  # its name, while an evaluation runs
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
         super().__init__(
             model=loaded,
             args=args,
@@ -558,8 +558,8 @@ class ORPOTrainer(Trainer):
         return custom
 
     def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._printed:
+            self._printed.add(line)
             say(line)
 
     def _score(self, dataloader: DataLoader[Any]) -> PairScores:
