@@ -388,11 +388,9 @@ def test_no_name_is_both_current_and_old():
 
 
 def test_recipes_with_our_own_old_name_of_a_setting_still_load(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text("tokens_per_row: 4096\n")
-    recipe = load_recipe(str(path))
+    recipe = load_text(tmp_path, "tokens_per_row: 4096\n")
     assert recipe.settings == {"tokens_per_micro_batch": 4096}
-    assert recipe.notices == ["tokens_per_row (recipe.yaml:1): now called tokens_per_micro_batch"]
+    assert recipe.notices == ("tokens_per_row (recipe.yaml:1): now called tokens_per_micro_batch",)
 
 
 def test_every_key_of_trl_is_known_and_each_different_default_has_its_reason():
