@@ -1,6 +1,6 @@
 """The demo's four claims over three seeds, and the choice of its settings.
 
-    python benchmarks/demo_claims.py              # SFT and ORPO for each seed, judged on the test split
+    python benchmarks/demo_claims.py              # SFT and ORPO for each seed, examined on the test split
     python benchmarks/demo_claims.py --choose     # the settings, by the validation split alone
 
 The rule of choice was written before any test pair was scored. Learning rate and epochs: the lowest NLL of
@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from orpo.demo.experiment import EXPERIMENTS, Experiment
 from orpo.demo.study import HeldOut, train
-from orpo.run.log import Figure
 
 RATES, EPOCHS, BETAS = (1e-3, 2e-3, 4e-3), (2.0, 3.0, 4.0, 6.0), (0.5, 1.0, 2.0, 3.0)
 NLL_MARGIN = 0.2
@@ -30,31 +29,27 @@ Figures = dict[str, float]
 def measure(experiment: Experiment, beta: float, held_out: HeldOut, folder: Path) -> Figures:
     """Train once, or read what an earlier call found: means over the held-out pairs, tokens, seconds."""
     base = hashlib.sha256((experiment.base / "model.safetensors").read_bytes()).hexdigest()[:8]
-    peak, epochs, seed = experiment.learning_rate, experiment.num_epochs, experiment.seed
-    settings = f"lr{peak:g}-epochs{epochs:g}-beta{beta:g}-seed{seed}"
+    settings = (
+        f"lr{experiment.learning_rate:g}-epochs{experiment.num_epochs:g}-beta{beta:g}-seed{experiment.seed}"
+    )
     name = f"{experiment.data}-{base}-{held_out.split}-{settings}"
     kept = folder / f"{name}.json"
     if not kept.exists():
         took = train(experiment, beta, folder / name)
         verdict = held_out.examine(folder / name, answering=False)
-        figures = means(verdict.figures)
+        figures = {key: figure.mean for key, figure in verdict.figures.items()}
         kept.write_text(json.dumps(figures | {"tokens": took.num_tokens, "seconds": took.seconds}) + "\n")
     figures = json.loads(kept.read_text())
-    print(f"{settings:34} {line(figures)}", flush=True)
+    print(f"{settings:34} {row(figures)}", flush=True)
     return figures
 
 
-def means(found: Mapping[str, Figure]) -> Figures:
-    """The figures without their errors."""
-    return {key: figure.mean for key, figure in found.items()}
-
-
-def line(figures: Figures) -> str:
+def row(figures: Figures) -> str:
     """The figures in one line."""
     return (
         f"chosen {figures['chosen_logprob']:6.3f}  rejected {figures['rejected_logprob']:6.3f}  "
         f"log odds ratio {figures['log_odds_ratio']:5.3f}  accuracy {100 * figures['accuracy']:5.1f} %  "
-        f"NLL {figures['nll']:.3f}"
+        f"NLL {figures['nll_token_mean']:.3f}"
     )
 
 
@@ -62,21 +57,25 @@ def choose(experiment: Experiment, folder: Path) -> None:
     """Settings by the validation split."""
     held_out = HeldOut(experiment, "validation")
     experiment = replace(experiment, num_evaluations=2)
-    grid = [replace(experiment, learning_rate=rate, num_epochs=epochs) for rate in RATES for epochs in EPOCHS]
-    sft = {one: measure(one, 0.0, held_out, folder) for one in grid}
-    best = min(grid, key=lambda one: sft[one]["nll"])
-    limit = sft[best]["nll"] + NLL_MARGIN
+    experiments = [
+        replace(experiment, learning_rate=rate, num_epochs=epochs) for rate in RATES for epochs in EPOCHS
+    ]
+    sft = {one: measure(one, 0.0, held_out, folder) for one in experiments}
+    best = min(experiments, key=lambda one: sft[one]["nll_token_mean"])
+    limit = sft[best]["nll_token_mean"] + NLL_MARGIN
     orpo = {beta: measure(best, beta, held_out, folder) for beta in BETAS}
-    within = [beta for beta in BETAS if orpo[beta]["nll"] <= limit] or [min(BETAS)]
+    within = [beta for beta in BETAS if orpo[beta]["nll_token_mean"] <= limit] or [min(BETAS)]
     beta = max(within, key=lambda beta: orpo[beta]["log_odds_ratio"])
     print(f"chosen: learning_rate {best.learning_rate:g}, num_epochs {best.num_epochs:g}, beta {beta:g}")
 
 
 def claims(experiment: Experiment, seeds: Sequence[int], folder: Path) -> bool:
-    """Train, judge on the test split, and print the four claims; whether all of them hold."""
+    """Train, examine on the test split, and print the four claims; whether all of them hold."""
     held_out = HeldOut(experiment, "test")
-    base = means(held_out.examine(experiment.base, answering=False).figures)
-    print(f"{'base':34} {line(base)}")
+    base = {
+        key: figure.mean for key, figure in held_out.examine(experiment.base, answering=False).figures.items()
+    }
+    print(f"{'base':34} {row(base)}")
     runs = [replace(experiment, seed=seed, num_evaluations=2) for seed in seeds]
     sft = [measure(run, 0.0, held_out, folder) for run in runs]
     orpo = [measure(run, experiment.beta, held_out, folder) for run in runs]

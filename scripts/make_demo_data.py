@@ -2,14 +2,14 @@
 
 Rows that share a prompt or an answer, compared as lower-case words, form one group, and no group is divided:
 no prompt and no answer of a held-out split occurs in training. The order is that of a hash, so that the split
-depends on the rows alone.
+depends on the rows alone. The politeness rows come from a public file (README.md). The harmless rows are the
+1177 that ship already: which rows of the published file they are is recorded nowhere else.
 
-    python scripts/make_demo_data.py --source ../shared/data
+    python scripts/make_demo_data.py --sources sources
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -18,6 +18,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import sources
+
+DEMO_DATA = Path(__file__).parents[1] / "src/orpo/demo/data"
 Row = dict[str, str]
 SHARES = {"test": 0.2, "validation": 0.1}
 FIRST_HUMAN_TURN = re.compile(r"\s*Human:(.*?)(?:\n\nAssistant:|\Z)", re.DOTALL)
@@ -28,10 +31,10 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower())) or text.strip()
 
 
-def politeness_rows(path: Path) -> list[Row]:
+def politeness_rows(data: bytes) -> list[Row]:
     """Instruction and input joined as `prompt`; the original answer, `output`, is left out."""
     rows = []
-    for row in json.loads(path.read_text()):
+    for row in json.loads(data):
         prompt = "\n\n".join(part.strip() for part in (row["instruction"], row["input"]) if part.strip())
         rows.append({"prompt": prompt, "chosen": row["chosen"].strip(), "rejected": row["rejected"].strip()})
     return rows
@@ -41,6 +44,12 @@ def politeness_keys(row: Row) -> list[str]:
     """What may not be shared between splits: the prompt, either answer."""
     answers = (normalised(row[side]) for side in ("chosen", "rejected"))
     return ["prompt " + normalised(row["prompt"]), *("answer " + answer for answer in answers)]
+
+
+def harmless_rows(folder: Path) -> list[Row]:
+    """The rows of every split in `folder`. Splitting them anew gives the same splits: groups stay whole."""
+    texts = [gzip.decompress(path.read_bytes()).decode() for path in sorted(folder.glob("*.jsonl.gz"))]
+    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def harmless_keys(row: Row) -> list[str]:
@@ -109,26 +118,19 @@ def write(folder: Path, parts: dict[str, list[Row]], compress: bool) -> None:
 
 
 def main() -> None:
-    """Both sets, their licences, and the counts on screen."""
-    parser = argparse.ArgumentParser(description="Write the demo's preference data.")
-    parser.add_argument("--source", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "src/orpo/demo/data")
+    """Both sets, and the counts on screen; the licences next to them are not touched."""
+    parser = sources.Parser("Write the demo's preference data.")
+    parser.add_argument("--out", type=Path, default=DEMO_DATA)
     args = parser.parse_args()
-    preference, licences = args.source / "preference", args.source / "licences"
-    harmless = gzip.decompress((preference / "hh_harmless.jsonl.gz").read_bytes()).decode().splitlines()
+    (politeness,) = parser.read_sources(args.sources, "preference/").values()
     sets = {
-        "politeness": (
-            politeness_rows(preference / "rasbt_instruction-data-with-preference.json"),
-            politeness_keys,
-            "rasbt_LLMs-from-scratch_Apache-2.0.txt",
-        ),
-        "harmless": ([json.loads(line) for line in harmless], harmless_keys, "hh-rlhf_MIT.txt"),
+        "politeness": (politeness_rows(politeness), politeness_keys),
+        "harmless": (harmless_rows(DEMO_DATA / "harmless"), harmless_keys),
     }
-    for name, (rows, keys, licence) in sets.items():
+    for name, (rows, keys) in sets.items():
         counts: Counter[str] = Counter()
         parts = split(usable(rows, counts), keys)
         write(args.out / name, parts, compress=name == "harmless")
-        (args.out / name / "LICENSE").write_bytes((licences / licence).read_bytes())
         sizes = {part: len(part_rows) for part, part_rows in parts.items()}
         print(f"{name}: {len(rows)} rows, dropped {dict(counts)}, {sizes}")
 

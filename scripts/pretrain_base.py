@@ -4,9 +4,9 @@ Reads the open text described in `pretrain_corpus.py`, trains a tokenizer, and t
 Muon for the matrices and AdamW for the rest. The learning rate is constant, then falls to zero. The budget of
 tokens is given, or, with `--minutes`, set from the speed so far when the decay has to begin; a run that then
 becomes too slow still cools down in time. The budget is recorded: given as `--tokens` with the same seed, it
-repeats the run. An interrupted run goes on from its last checkpoint.
+repeats the run. An interrupted run resumes from its last checkpoint. Where the sources come from: README.md.
 
-    python scripts/pretrain_base.py --corpus ../shared/data/pretrain --out runs/base --minutes 55
+    python scripts/pretrain_base.py --sources sources --minutes 55
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
+import sources
 import torch
 from pretrain_corpus import (
     END_OF_TURN,
     Document,
-    assert_no_held_out_answer,
+    assert_no_preference_answer,
     encode,
     load_documents,
     train_tokenizer,
 )
 from torch.nn import functional as F
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-matplotlib.use("svg")
-from matplotlib import pyplot
+if TYPE_CHECKING:  # imported where they are used: a missing source is named sooner
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SOURCES = ("books", "topical_chat", "gsm8k", "gpteacher")
 GRACE = 0.05  # by how much of the time limit a run may be late before time, not tokens, sets the rate
@@ -44,6 +44,8 @@ GRACE = 0.05  # by how much of the time limit a run may be late before time, not
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama with tied embeddings; residual outputs start at zero: every block starts as the identity."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden,
@@ -182,15 +184,12 @@ def cpu_seconds() -> float:
 
 
 def prepare(
-    args: argparse.Namespace,
+    args: argparse.Namespace, files: dict[str, bytes]
 ) -> tuple[list[np.ndarray], np.ndarray, list[Document], PreTrainedTokenizerFast]:
     """Training token ids by document, the documents' weights, held-out documents, tokenizer."""
-    documents, held_out = load_documents(args.corpus)
-    if args.preferences:
-        rows = json.loads(args.preferences.read_text())
-        answers = [row[side] for row in rows for side in ("chosen", "rejected")]
-        num_checked = assert_no_held_out_answer(documents + held_out, answers)
-        print(f"none of {num_checked:,} preference answers occurs in the text")
+    documents, held_out = load_documents(files)
+    num_checked = assert_no_preference_answer(documents + held_out)
+    print(f"none of {num_checked:,} preference answers occurs in the text")
     tokenizer = train_tokenizer(documents, args.vocab)
     tokens = encode(documents, tokenizer)
     print(f"{sum(map(len, tokens)):,} tokens in {sum(d.num_bytes for d in documents):,} bytes")
@@ -257,11 +256,14 @@ def fit(
 
 def write_curve(folder: Path, log: list[dict[str, float]]) -> None:
     """The loss as loss.csv and loss.svg."""
+    from matplotlib.figure import Figure
+
     with (folder / "loss.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, log[0])
         writer.writeheader()
         writer.writerows(log)
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
     axes.plot([row["tokens"] / 1e6 for row in log], [row["loss"] for row in log], linewidth=1)
     axes.set(xlabel="million tokens", ylabel="training loss, nats a token")
     axes.grid(alpha=0.3)
@@ -270,12 +272,14 @@ def write_curve(folder: Path, log: list[dict[str, float]]) -> None:
 
 def main() -> None:
     """From text to a folder with model, tokenizer and loss curve, and the run's figures in summary.json."""
-    args = parse()
+    from transformers import GenerationConfig
+
+    args, files = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     folder = args.out / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, weights, held_out, tokenizer = prepare(args)
+    tokens, weights, held_out, tokenizer = prepare(args, files)
     model = build_model(args, tokenizer)
     progress = fit(args, model, tokens, weights)
     write_curve(folder, progress.log)
@@ -308,12 +312,10 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def parse() -> argparse.Namespace:
-    """The defaults are those of the shipped model."""
-    parser = argparse.ArgumentParser(description="Pretrain the demo's base model.")
-    parser.add_argument("--corpus", type=Path, default=Path("../shared/data/pretrain"))
-    parser.add_argument("--preferences", type=Path, help="JSON list of pairs whose answers may not occur")
-    parser.add_argument("--out", type=Path, required=True)
+def parse() -> tuple[argparse.Namespace, dict[str, bytes]]:
+    """The arguments, whose defaults are those of the shipped model, and the checked sources."""
+    parser = sources.Parser("Pretrain the demo's base model.")
+    parser.add_argument("--out", type=Path, default=Path("runs/base"))
     parser.add_argument("--tokens", type=int, default=0, help="budget; 0: set from the speed")
     parser.add_argument("--minutes", type=float, default=0.0, help="wall-time limit; 0: none")
     parser.add_argument("--seed", type=int, default=0)
@@ -336,11 +338,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--log_every", type=int, default=20)
     parser.add_argument("--save_minutes", type=float, default=3.0)
     args = parser.parse_args()
+    files = parser.read_sources(args.sources, "pretrain/")
     if not args.tokens and not args.minutes:
         parser.error("give --tokens, --minutes or both")
     if not 0 < args.decay < 1:
         parser.error("--decay is a share of the run, above 0 and below 1")
-    return args
+    return args, files
 
 
 if __name__ == "__main__":

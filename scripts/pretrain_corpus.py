@@ -2,20 +2,28 @@
 
 A document is either running text (a passage of a book) or a conversation, kept as messages so that it can be
 rendered in the tokenizer's own chat template. Every 50th document of each source is held out for bits per
-byte. No preference data enters, and `assert_no_held_out_answer` makes sure that no held-out answer does.
+byte. No preference data enters, and `assert_no_preference_answer` makes sure that no answer of it does.
+
+Run as a script it checks the sources (README.md), reads them and prints what there is; nothing is written.
+
+    python scripts/pretrain_corpus.py --sources sources
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import sources
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 END_OF_TURN = "<|end|>"
@@ -39,6 +47,7 @@ SYSTEM_PROMPTS = {
 }
 PASSAGE_CHARACTERS = 6000
 HELD_OUT_EVERY = 50
+PREFERENCES = Path(__file__).parents[1] / "src/orpo/demo/data/politeness"
 
 _QUOTES = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--"}
@@ -86,17 +95,13 @@ def strip_gutenberg(raw: str) -> str:
     return body
 
 
-def book_passages(path: Path) -> list[Document]:
+def book_passages(data: bytes) -> list[Document]:
     """A book as passages of whole paragraphs, at most about `PASSAGE_CHARACTERS` each, lines unwrapped."""
-    data = gzip.decompress(path.read_bytes())
     try:
         raw = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raw = data.decode("latin-1")
-    try:
-        body = strip_gutenberg(raw)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from None
+    body = strip_gutenberg(raw)
     body = re.sub(r"\[(?:Illustration|Sidenote|Footnote)[^\]]*\]", "", body)
     paragraphs = [clean(re.sub(r"\s+", " ", part).replace("_", "")) for part in re.split(r"\n\s*\n", body)]
     passages, current, size = [], [], 0
@@ -114,10 +119,10 @@ def book_passages(path: Path) -> list[Document]:
     return [Document("books", text=passage) for passage in passages]
 
 
-def topical_chat(path: Path) -> list[Document]:
+def topical_chat(data: bytes) -> list[Document]:
     """Conversations between two people; the first speaker is the user, repeated speakers are joined."""
     documents = []
-    for conversation in json.loads(gzip.decompress(path.read_bytes())).values():
+    for conversation in json.loads(data).values():
         turns: list[tuple[str, str]] = []
         first = conversation["content"][0]["agent"]
         for turn in conversation["content"]:
@@ -130,10 +135,10 @@ def topical_chat(path: Path) -> list[Document]:
     return documents
 
 
-def gsm8k(path: Path) -> list[Document]:
+def gsm8k(data: bytes) -> list[Document]:
     """Questions and worked answers, without the calculator's annotations."""
     documents = []
-    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+    for line in data.decode().splitlines():
         row = json.loads(line)
         answer = re.sub(r"<<[^>]*>>", "", row["answer"])
         answer = re.sub(r"\n#### (.*)", r"\nThe answer is \1.", answer)
@@ -142,10 +147,10 @@ def gsm8k(path: Path) -> list[Document]:
     return documents
 
 
-def gpteacher(path: Path) -> list[Document]:
+def gpteacher(data: bytes) -> list[Document]:
     """Role-play instructions and answers (written by GPT-4)."""
     documents = []
-    for row in json.loads(gzip.decompress(path.read_bytes())):
+    for row in json.loads(data):
         question = "\n\n".join(part for part in (clean(row["instruction"]), clean(row["input"])) if part)
         answer = clean(row["response"])
         if question and answer:
@@ -153,17 +158,22 @@ def gpteacher(path: Path) -> list[Document]:
     return documents
 
 
-def load_documents(folder: Path) -> tuple[list[Document], list[Document]]:
-    """All documents of `folder` without duplicates, as (training, held out); a fourth get a system turn."""
-    chats = sorted((folder / "topical_chat").glob("*.json.gz"))
-    sources = {
-        "books": [d for path in sorted((folder / "books").glob("*.txt.gz")) for d in book_passages(path)],
-        "topical_chat": [d for path in chats for d in topical_chat(path)],
-        "gsm8k": gsm8k(folder / "gsm8k_train.jsonl.gz"),
-        "gpteacher": gpteacher(folder / "gpteacher_roleplay.json.gz"),
+def load_documents(files: Mapping[str, bytes]) -> tuple[list[Document], list[Document]]:
+    """All documents of the sources under `pretrain/` without duplicates, as (training, held out).
+
+    A fourth of the conversations get a system turn.
+    """
+    names = sorted(files)
+    books = [name for name in names if name.startswith("pretrain/books/")]
+    chats = [name for name in names if name.startswith("pretrain/topical_chat/")]
+    parts = {
+        "books": [document for name in books for document in book_passages(files[name])],
+        "topical_chat": [document for name in chats for document in topical_chat(files[name])],
+        "gsm8k": gsm8k(files["pretrain/gsm8k_train.jsonl"]),
+        "gpteacher": gpteacher(files["pretrain/gpteacher_roleplay.json"]),
     }
     train, held_out = [], []
-    for name, documents in sources.items():
+    for name, documents in parts.items():
         for i, document in enumerate(dict.fromkeys(documents)):
             if document.messages and i % 4 == 1:
                 system = ("system", SYSTEM_PROMPTS[name])
@@ -177,7 +187,13 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def assert_no_held_out_answer(documents: list[Document], answers: list[str], min_words: int = 6) -> int:
+def preference_answers() -> list[str]:
+    """Both answers of every politeness pair the demo ships, held out or not."""
+    lines = [line for path in sorted(PREFERENCES.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [row[side] for row in map(json.loads, lines) for side in ("chosen", "rejected")]
+
+
+def assert_no_preference_answer(documents: list[Document], min_words: int = 6) -> int:
     """Check that no answer of at least `min_words` words occurs in the documents; how many were checked.
 
     Raises:
@@ -185,15 +201,17 @@ def assert_no_held_out_answer(documents: list[Document], answers: list[str], min
     """
     parts = (part for d in documents for part in (d.text, *(content for _, content in d.messages)))
     haystack = " | ".join(normalised(part) for part in parts)
-    checked = [a for a in dict.fromkeys(map(normalised, answers)) if len(a.split()) >= min_words]
+    checked = [a for a in dict.fromkeys(map(normalised, preference_answers())) if len(a.split()) >= min_words]
     for answer in checked:
         if f" {answer} " in haystack:
-            raise ValueError(f"a held-out answer occurs in the pretraining text: {answer!r}")
+            raise ValueError(f"an answer of the demo's pairs occurs in the pretraining text: {answer!r}")
     return len(checked)
 
 
 def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with the chat template; it starts plain text as training does."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -234,3 +252,18 @@ def encode(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> lis
     texts = [render(document, tokenizer) for document in documents]
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+def main() -> None:
+    """Check and read the sources, and print what there is."""
+    parser = sources.Parser("Check the sources of the pretraining text and count their documents.")
+    train, held_out = load_documents(parser.read_sources(parser.parse_args().sources, "pretrain/"))
+    print(f"none of {assert_no_preference_answer(train + held_out):,} preference answers occurs in the text")
+    for name in dict.fromkeys(document.source for document in train):
+        kept, apart = ([d for d in part if d.source == name] for part in (train, held_out))
+        size = sum(document.num_bytes for document in kept)
+        print(f"{name}: {len(kept):,} documents of {size / 1e6:.1f} MB to train on, {len(apart):,} held out")
+
+
+if __name__ == "__main__":
+    main()

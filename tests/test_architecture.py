@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from orpo.run.directory import ADAPTER_CONFIG, RECIPE, RunDirectory
+from orpo.settings.renamed import understood_names
 from orpo.settings.schema import known_settings
 
 PACKAGE = Path(__file__).parent.parent / "src" / "orpo"
@@ -36,7 +37,7 @@ ORDER = (
 FLOOR = {name: number for number, names in enumerate(ORDER) for name in names}
 
 MATHEMATICS = ("packing", "objective", "attention", "segments", "varlen", "head", "logits", "precision")
-WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory"}
+WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory", "stop_tokens"}
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
 LIGHT = ("errors", "pairs", "console", "settings", "run", "cli", "commands", "__init__")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}
@@ -192,7 +193,7 @@ def test_no_file_of_a_run_directory_is_named_outside_run():
 
 
 def test_the_prefix_of_evaluated_metrics_is_put_on_in_one_place():
-    settings = {name for name in known_settings() if name.startswith("eval_")}
+    settings = {name for name in {*known_settings(), *understood_names()} if name.startswith("eval_")}
     for path in MODULES:
         if name_of(path) not in ("orpo.run.log", "orpo.training.trainer"):
             found = [text for text in texts(path) for word in text.split() if word.startswith("eval_")]

@@ -316,6 +316,7 @@ def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
         ("max_steps: true", "quote it"),
         ("learning_rate: fast", 'recipe.yaml:1: learning_rate: "fast" is not usable; expected a number'),
         ("max_steps: 1.5", "max_steps: 1.5 is not usable; expected a whole number"),
+        ("max_steps: .inf", "max_steps: inf is not usable; expected a whole number"),
         ("bf16: maybe", 'bf16: "maybe" is not usable; expected true or false'),
         ("lr_scheduler_type: cosin", "expected one of linear, cosine,"),
         ("on_bad_row: ignore", "expected one of stop, skip"),

@@ -77,7 +77,7 @@ def test_counting_continues_from_what_reading_has_counted():
     data = tokenize_pairs(found, tiny_tokenizer("mistral"), max_length=20)
     assert data.report.lines() == [
         "using 8 of 11 rows",
-        "skipped 1: 'prompt' is a int, not text (first: row:10)",
+        "skipped 1: 'prompt' is an int; expected text (first: row:10)",
         "dropped 1: empty chosen answer (first: row:8)",
         "dropped 1: too long: the last question with its answer exceeds max_length 20 (first: row:9)",
     ]

@@ -57,7 +57,7 @@ def test_a_line_that_is_no_object_is_handed_on_with_its_problem(tmp_path):
     (_, first), (row, source), (other, _) = rows(write(tmp_path / "p.jsonl", '{"a": 1}\n{"a": \n[1]\n'))
     assert (first, source) == ("p.jsonl:1", "p.jsonl:2")
     assert isinstance(row, DataError) and "is not JSON" in str(row)
-    assert isinstance(other, DataError) and "is a list" in str(other)
+    assert isinstance(other, DataError) and "is a list; expected an object" in str(other)
 
 
 def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
@@ -66,12 +66,12 @@ def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
     assert [row["a"] for row, _ in rows(path)] == ["\ufffd", "good"]
 
 
-def test_csv_cells_are_text_or_json_lists(tmp_path):
-    messages = [{"role": "user", "content": "hi"}]
-    text = 'prompt,chosen,rejected\n"two\nlines",b,\nx,"' + json.dumps(messages).replace('"', '""') + '",c\n'
+def test_csv_cells_are_text_or_json_lists_of_texts(tmp_path):
+    text = 'prompt,chosen,rejected\n"two\nlines",b,\nx,y,"[""b"", ""c""]"\nx,y,"[\'b\', \'c\']"\n'
     assert rows(write(tmp_path / "p.csv", text)) == [
         ({"prompt": "two\nlines", "chosen": "b", "rejected": ""}, "p.csv:2"),
-        ({"prompt": "x", "chosen": messages, "rejected": "c"}, "p.csv:4"),
+        ({"prompt": "x", "chosen": "y", "rejected": ["b", "c"]}, "p.csv:4"),
+        ({"prompt": "x", "chosen": "y", "rejected": ["b", "c"]}, "p.csv:5"),
     ]
 
 
@@ -86,13 +86,149 @@ def test_parquet_and_arrow(tmp_path):
         assert rows(tmp_path / name) == [(row, f"{name}:{i}") for i, row in enumerate(table.to_pylist())]
 
 
-def test_a_folder_gives_the_files_of_the_split_or_all(tmp_path):
+def number_of(path, **options):
+    return [row["a"] for row, _ in rows(path, **options)]
+
+
+def test_a_folder_gives_the_files_of_the_split_and_of_no_other(tmp_path):
     write(tmp_path / "train-0.jsonl", '{"a": 1}')
     write(tmp_path / "train-1.jsonl", '{"a": 2}')
     write(tmp_path / "test.jsonl", '{"a": 3}')
+    write(tmp_path / "constraints.jsonl", '{"a": 4}')
     write(tmp_path / "README.md", "no data")
-    assert [row["a"] for row, _ in rows(tmp_path, split="train")] == [1, 2]
-    assert [row["a"] for row, _ in rows(tmp_path, split="validation")] == [3, 1, 2]
+    assert number_of(tmp_path) == number_of(tmp_path, split=None) == [1, 2]
+    assert number_of(tmp_path, split="test") == [3]
+    assert number_of(tmp_path, split="train+test") == [1, 2, 3]
+    with pytest.raises(
+        DataError, match=r"there is no split 'validation'; the folder has constraints, test, train$"
+    ):
+        rows(tmp_path, split="validation")
+
+
+def test_a_folder_whose_files_name_no_split_is_read_whole(tmp_path):
+    write(tmp_path / "a.jsonl", '{"a": 1}')
+    write(tmp_path / "b.jsonl", '{"a": 2}')
+    assert number_of(tmp_path) == [1, 2]
+    with pytest.raises(DataError, match=r"no split 'test_prefs'; the folder has train$"):
+        rows(tmp_path, split="test_prefs")
+
+
+def test_a_single_file_has_no_splits(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", '{"a": 1}')
+    assert number_of(path) == number_of(path, split=None) == [1]
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl: a single file has no splits, so there is no 'test_prefs'"
+    ):
+        rows(path, split="test_prefs")
+    assert number_of(write(tmp_path / "my-test.jsonl", '{"a": 1}'), split="test") == [1]
+
+
+def test_files_that_could_all_be_the_split_are_not_mixed(tmp_path):
+    for number, name in enumerate(("train_gen", "train_prefs", "test_prefs")):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"a": number}))
+    with pytest.raises(DataError, match="'train' could be any of train_gen, train_prefs; name one"):
+        rows(tmp_path)
+    assert number_of(tmp_path, split="train_prefs") == [1]
+    assert number_of(tmp_path, split="test") == [2]
+
+
+def snapshot(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number, name in enumerate(("train_gen", "train_prefs", "test_prefs")):
+        table = pa.table({"a": [number]})
+        pq.write_table(table, tmp_path / "data" / f"{name}-00000-of-00001-6f9c2d.parquet")
+    return tmp_path
+
+
+def test_the_splits_of_a_hub_snapshot_are_in_its_data_folder(tmp_path):
+    snapshot(tmp_path)
+    for folder in (tmp_path, tmp_path / "data"):
+        assert number_of(folder, split="train_prefs") == [1]
+        assert number_of(folder, split="test_prefs") == [2]
+        with pytest.raises(
+            DataError, match="no split 'train'; the folder has test_prefs, train_gen, train_prefs"
+        ):
+            rows(folder)
+    (file,) = (tmp_path / "data").glob("train_prefs*")
+    assert number_of(file, split="train_prefs") == number_of(file) == [1]
+    with pytest.raises(DataError, match="no splits"):
+        rows(file, split="test_prefs")
+
+
+def test_the_card_of_a_hub_snapshot_says_which_files_make_a_split(tmp_path):
+    write(
+        snapshot(tmp_path) / "README.md",
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: data/train_prefs-*\n"
+        "- config_name: gen\n  data_files: data/train_gen*\n---\n# Pairs\n",
+    )
+    assert number_of(tmp_path) == [1] and number_of(tmp_path, config="gen") == [0]
+    with pytest.raises(DataError, match=r"no split 'test_prefs'; the folder has train$"):
+        rows(tmp_path, split="test_prefs")
+
+
+def test_a_folder_of_data_files_may_hold_a_list_of_them(tmp_path):
+    """As LLaMA-Factory's `data/dataset_info.json`, which `save_to_disk` writes as well."""
+    write(tmp_path / "dataset_info.json", '{"mine": {"file_name": "pairs.jsonl"}}')
+    write(tmp_path / "pairs.jsonl", '{"a": 1}')
+    assert number_of(tmp_path) == [1]
+
+
+def test_a_folder_of_configurations_needs_one_named(tmp_path):
+    for number, name in enumerate(("en", "de")):
+        (tmp_path / name / "train").mkdir(parents=True)
+        write(tmp_path / name / "train" / "0000.jsonl", json.dumps({"a": number}))
+    with pytest.raises(DataError, match="several configurations; set dataset_config to one of de, en"):
+        rows(tmp_path)
+    assert number_of(tmp_path, config="de") == [1]
+
+
+def test_splits_may_be_sub_folders(tmp_path):
+    for number, name in enumerate(("train", "test")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "0000.jsonl", json.dumps({"a": number}))
+    assert (number_of(tmp_path), number_of(tmp_path, split="test")) == ([0], [1])
+
+
+@pytest.mark.parametrize(
+    ("split", "kept"),
+    [
+        ("train[:5]", range(5)), ("train[15:]", range(15, 20)), ("train[2:4]", range(2, 4)),
+        ("train[:10%]", range(2)), ("train[:33%]", range(7)),
+        ("train[-3:]", range(17, 20)), ("train[90%:]", range(18, 20)),
+        ("train[:1]+train[19:]", [0, 19]),
+    ],
+)  # fmt: skip
+def test_a_slice_of_a_split_is_taken_as_the_datasets_library_takes_it(tmp_path, split, kept):
+    datasets = pytest.importorskip("datasets")
+    data = [{"a": number} for number in range(20)]
+    path = write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, data)))
+    assert number_of(path, split=split) == list(kept)
+    both = datasets.DatasetDict({"train": datasets.Dataset.from_list(data)})
+    assert number_of(both, split=split) == list(kept)
+    with pytest.raises(DataError, match=r"the split 'train\[:x\]' cannot be read"):
+        rows(path, split="train[:x]")
+
+
+def test_damaged_files_are_said_in_one_line(tmp_path):
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "p.jsonl.gz").write_bytes(b"plain text")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
+    (tmp_path / "p.arrow").write_bytes(b"")
+    for name in ("p.parquet", "p.jsonl.gz", "c.jsonl.gz", "p.arrow"):
+        with pytest.raises(DataError, match=rf"{name}: cannot be read .*; is the file damaged\?$") as error:
+            rows(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"p\.json:1: something follows the JSON array"):
+        rows(write(tmp_path / "p.json", '[{"a": 1}][{"a": 2}]'))
+
+
+def test_a_csv_row_with_too_many_or_too_few_cells_is_malformed(tmp_path):
+    text = "prompt,chosen,rejected\nHello, world,a b,c d\nx,y\nx,y,z\n"
+    more, fewer, good = rows(write(tmp_path / "p.csv", text))
+    assert "more cells than the header" in str(more[0]) and more[1] == "p.csv:2"
+    assert "fewer cells than the header" in str(fewer[0])
+    assert good == ({"prompt": "x", "chosen": "y", "rejected": "z"}, "p.csv:4")
 
 
 def test_objects_of_the_datasets_library(tmp_path):
@@ -103,6 +239,11 @@ def test_objects_of_the_datasets_library(tmp_path):
     assert [row for row, _ in rows(data.to_iterable_dataset())] == ROWS
     data.save_to_disk(str(tmp_path / "saved"))
     assert [row for row, _ in rows(tmp_path / "saved")] == ROWS
+    with pytest.raises(DataError, match="no split 'test_prefs'; it has train"):
+        rows(tmp_path / "saved", split="test_prefs")
+    write(tmp_path / "saved" / "state.json", "{")
+    with pytest.raises(DataError, match="saved: cannot be read"):
+        rows(tmp_path / "saved")
     with pytest.raises(DataError, match="no split 'test'; it has train"):
         rows(datasets.DatasetDict({"train": data}), split="test")
 

@@ -1,4 +1,4 @@
-"""Standard errors that know which pairs share a prompt, against the obvious formula and against repetition."""
+"""Standard errors that know which pairs share a prompt, against the usual formula and repetition."""
 
 import pytest
 import torch

@@ -11,8 +11,9 @@ from tiny_tokenizer import SHAPES, tiny_tokenizer
 from turns import bot, system, user
 
 from orpo.data.counts import RowCounts
+from orpo.data.named_templates import NAMED
 from orpo.data.preferences import read_preferences
-from orpo.data.templates import NAMED, prepare_template
+from orpo.data.templates import prepare_template
 from orpo.data.tokenize import PairTokenizer, shorter_prompts, stream_tokenized
 from orpo.errors import ConfigError, DataError, ModelError
 from orpo.pairs import PreferencePair
@@ -56,6 +57,11 @@ def encode(tokenizer, pair, max_length=None, **options):
     return tokens, encoder.counts
 
 
+def shown(tokenizer, turns, **more):
+    """The prompt of inference, by transformers alone."""
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **more)
+
+
 def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -76,7 +82,10 @@ def test_prompt_and_answers_are_what_the_family_publishes(shape, pad_is_eos):
     assert (tokens.chosen_context, tokens.rejected_context, tokens.assistant_spans) == (0, 0, ())
     assert not counts.dropped
     noted = {
-        "asks_to_think": ["the prompt ends before the header the chat template writes when asked"],
+        "asks_to_think": [
+            "inference starts behind '<think>', which an answer does not close: the prompt ends before it; "
+            "close it in the answers, or give another chat_template"
+        ],
         "llama3": ["a token crossed the boundary: the answer is tokenized apart from its prompt"],
     }
     assert list(counts.changed) == noted.get(shape, [])
@@ -162,7 +171,10 @@ def test_an_end_token_inside_the_data_is_neither_doubled_nor_trained_midway():
     )
     assert counts.changed == {"<|im_end|> at the end of an answer: not repeated": 1}
     tokens, counts = encode(tokenizer, chat([user("Q")], "A <|im_end|> b", "B"))
-    assert tokens is None and counts.dropped == {"the end-of-turn token occurs inside an answer": 1}
+    assert tokens is None and counts.dropped == {
+        "the end-of-turn token <|im_end|> occurs inside an answer; "
+        "take it out of the data, or give a chat_template that writes it at the end only": 1
+    }
 
 
 def test_answers_that_are_nothing_once_rendered_are_dropped():
@@ -187,10 +199,18 @@ def test_think_block_goes_into_both_answers_alike_and_own_thinking_stays():
     assert spans == ["A<|im_end|>"]
 
 
-def test_a_template_that_writes_the_prompt_differently_once_answered_has_no_boundary():
+def test_a_prompt_that_is_written_differently_once_answered_trains_as_inference_shows_it():
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    tokens, counts = encode(tokenizer, chat([user("Q")], "A", "B"))
+    tokens, counts = encode(tokenizer, chat([user("Q"), bot("O"), user("R")], "A", "B"))
+    assert tokens.prompt == shown(tokenizer, [user("Q"), bot("O"), user("R")])
+    assert tokenizer.decode(tokens.chosen) == "A<|im_end|>" and not counts.changed
+
+
+def test_without_a_boundary_the_row_is_dropped_and_the_run_stops():
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.chat_template = "{{ (messages[1:] | string) | length }}" + tokenizer.chat_template
+    tokens, counts = encode(tokenizer, chat([user("Q")], "a", "b"))
     assert tokens is None
     ((reason, _),) = counts.dropped.items()
     assert reason.startswith("no boundary: the chat template writes the prompt differently")
@@ -198,21 +218,19 @@ def test_a_template_that_writes_the_prompt_differently_once_answered_has_no_boun
         RowCounts(total=1, dropped=counts.dropped, examples=counts.examples).check(0.1)
 
 
-def test_a_header_written_only_when_asked_is_left_out_of_the_prompt():
-    """The boundary falls back to the end of the last message where the headers differ from the start."""
+def test_a_complete_header_written_only_when_asked_is_part_of_the_prompt():
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '|' + m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>reply\\n' }}{% endif %}"
     )
     tokens, counts = encode(tokenizer, chat([user("Q")], "reply", "ready"))
-    assert tokenizer.decode(tokens.prompt) == "<|im_start|>user|Q<|im_end|>"
-    assert tokenizer.decode(tokens.chosen) == "<|im_start|>assistant|reply<|im_end|>"
-    assert list(counts.changed) == ["the prompt ends before the header the chat template writes when asked"]
+    assert tokenizer.decode(tokens.prompt) == "<|im_start|>user|Q<|im_end|><|im_start|>reply\n"
+    assert tokenizer.decode(tokens.chosen) == "reply<|im_end|>" and not counts.changed
 
 
-def test_a_header_that_opens_thinking_differently_is_cut_at_its_line():
-    """As Nemotron 3: asked with an open think block, written with a closed one, then part of both answers."""
+def test_a_block_that_is_opened_when_asked_is_closed_by_what_the_template_writes():
+    """As Nemotron 3: asked with an open think block, written with a closed one."""
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -221,8 +239,8 @@ def test_a_header_that_opens_thinking_differently_is_cut_at_its_line():
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
     )
     tokens, _ = encode(tokenizer, chat([user("Q")], "A", "B"))
-    assert tokenizer.decode(tokens.prompt) == EXPECTED["chatml"][0]
-    assert tokenizer.decode(tokens.chosen) == "<think></think>A<|im_end|>"
+    assert tokenizer.decode(tokens.prompt) == EXPECTED["chatml"][0] + "<think>\n"
+    assert tokenizer.decode(tokens.chosen) == "</think>A<|im_end|>"
 
 
 def test_a_bos_that_the_template_writes_twice_is_left_out_once():
@@ -292,7 +310,10 @@ def test_tools_are_written_or_their_loss_is_counted():
     pair = chat([user("Q"), asked, {"role": "tool", "content": "3"}], "A", "B", tools=[schema])
     tokens, counts = encode(tokenizer, pair)
     assert "add_numbers" not in tokenizer.decode(tokens.prompt)
-    assert counts.changed == {"the chat template does not write the tools": 1}
+    assert set(counts.changed) == {
+        "the chat template does not write the tools",
+        "the chat template does not write the tool calls of earlier turns",
+    }
     tokens, counts = encode(tokenizer, pair, chat_template="chatml")
     text = tokenizer.decode(tokens.prompt)
     assert (

@@ -316,17 +316,19 @@ def test_a_stream_that_is_named_needs_no_held_out_data(model_folder, tmp_path):
 
 
 def test_named_data_and_model(model_folder, tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(ROWS["conversational_preference"](n)) + "\n" for n in NUMBERS))
+    rows = [json.dumps(ROWS["conversational_preference"](n)) + "\n" for n in NUMBERS]
+    for name, some in (("train", rows[:12]), ("held_out", rows[11:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
     args = ORPOConfig(
         output_dir=str(tmp_path / "run"),
         model_name_or_path=model_folder,
-        dataset_name=str(file),
+        dataset_name=str(tmp_path / "train.jsonl"),
         max_steps=2,
-        eval_dataset_name=str(file),
+        eval_dataset_name=str(tmp_path / "held_out.jsonl"),
+        max_dropped=0.2,
     )
     trainer = ORPOTrainer(args=args)
-    assert len(trainer.train_dataset) == len(trainer.eval_dataset) == 17
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (12, 5), "held out means held out"
     trainer.train()
     assert trainer.state.best_model_checkpoint
 
@@ -361,6 +363,22 @@ def test_unused_arguments_are_named_in_one_line(model, tokenizer, tmp_path, caps
         "data_collator has no effect: " in printed
         and "preprocess_logits_for_metrics has no effect: " in printed
     )
+
+
+def test_names_of_other_years_are_understood_in_python_too(model, tokenizer, tmp_path, capsys):
+    args = ORPOConfig(
+        output_dir=str(tmp_path), evaluation_strategy="no", warmup_ratio=0.1, torch_dtype=torch.float32,
+        max_seq_length=64, group_by_length=True, per_device_train_batch_size=2,
+    )  # fmt: skip
+    assert (args.warmup_steps, args.dtype, args.max_length) == (0.1, "float32", 64)
+    rows = [ROWS["conversational_preference"](n) for n in NUMBERS]
+    trainer = ORPOTrainer(model=model, args=args, train_dataset=rows, tokenizer=tokenizer)
+    assert trainer.processing_class is tokenizer
+    printed = capsys.readouterr().out
+    for name in ("evaluation_strategy", "warmup_ratio", "torch_dtype", "max_seq_length", "group_by_length"):
+        assert printed.count(f"{name}: ") == 1, name
+    with pytest.raises(TypeError, match="no_such_setting"):
+        ORPOConfig(output_dir=str(tmp_path), no_such_setting=1)
 
 
 def test_optimizers_and_dtypes_of_the_user(model, tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from orpo import __version__
 from orpo.commands import COMMANDS
-from orpo.console import say_error
+from orpo.console import say, say_error
 from orpo.errors import OrpoError, RunError
 
 _EPILOG = """examples:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_error(error, everywhere=isinstance(error, RunError))
         return 2
     except KeyboardInterrupt:
-        print("orpo: stopped", file=sys.stderr)
+        say("orpo: stopped", error=True)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; keep the interpreter from complaining when it flushes at exit.

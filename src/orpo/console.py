@@ -6,10 +6,10 @@ import os
 import sys
 
 
-def say(line: str) -> None:
-    """Print a line, from the first process of a run only."""
+def say(line: str, *, error: bool = False) -> None:
+    """Print a line, on stdout or as an error on stderr, from the first process of a run only."""
     if _rank() == 0:
-        print(line, flush=True)
+        print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def say_error(error: BaseException, *, everywhere: bool = False) -> None:

@@ -30,6 +30,7 @@ class PreferencePair:
         tools: Schemas of the tools the conversation may call.
         source: `pairs.jsonl:118`.
         group: Value of the row's `source` or `dataset` column, for reports by source.
+        chat_template_kwargs: Arguments of the chat template for this conversation (`enable_thinking`, ...).
     """
 
     prompt: list[Message] | str
@@ -38,6 +39,7 @@ class PreferencePair:
     tools: list[Any] | None = None
     source: str = ""
     group: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def is_text(self) -> bool:

@@ -22,6 +22,7 @@ class RowCounts:
         skipped: Malformed rows left out under `on_bad_row: skip`.
         dropped: Well-formed rows that cannot train.
         changed: Rows that train, though not as written (oldest turns dropped, system text folded, ...).
+        lost: Rows that train without a part of their answers; each row counts once.
         examples: Where the first row of each reason came from.
     """
 
@@ -29,6 +30,7 @@ class RowCounts:
     skipped: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -53,6 +55,10 @@ class RowCounts:
         """Count a row that trains in a changed form."""
         self._add(self.changed, reason, source)
 
+    def lose(self, reason: str, source: str) -> None:
+        """Count a row that trains without a part of its answers."""
+        self._add(self.lost, reason, source)
+
     def _add(self, table: dict[str, int], reason: str, source: str) -> None:
         table[reason] = table.get(reason, 0) + 1
         self.examples.setdefault(reason, source)
@@ -68,6 +74,7 @@ class RowCounts:
             (self.skipped, other.skipped),
             (self.dropped, other.dropped),
             (self.changed, other.changed),
+            (self.lost, other.lost),
         ):
             for reason, count in theirs.items():
                 mine[reason] = mine.get(reason, 0) + count
@@ -77,7 +84,9 @@ class RowCounts:
     def lines(self) -> list[str]:
         """The table, one printable line per reason, the most frequent first."""
         lines = [f"using {self.kept} of {self.total} rows"]
-        for verb, table in (("skipped", self.skipped), ("dropped", self.dropped), ("changed", self.changed)):
+        tables = {"skipped": self.skipped, "dropped": self.dropped}
+        tables |= {"incomplete": self.lost, "changed": self.changed}
+        for verb, table in tables.items():
             for reason, count in sorted(table.items(), key=lambda item: -item[1]):
                 lines.append(f"{verb} {count}: {reason} (first: {self.examples[reason]})")
         return lines
@@ -86,7 +95,7 @@ class RowCounts:
         """Stop where too much of the data would not be used.
 
         Args:
-            max_dropped: Largest share of dropped and skipped rows, in [0, 1].
+            max_dropped: Largest share of rows that are not used, or not whole, in [0, 1].
             name: Of the data set, for the message.
 
         Raises:
@@ -95,10 +104,13 @@ class RowCounts:
         reasons = "; ".join(self.lines()[1:]) or "it is empty"
         if self.kept <= 0:
             raise DataError(f"{name}: no row can be used: {reasons}")
-        share = self.num_dropped / self.total
+        num_lost = sum(self.lost.values())
+        number = self.num_dropped + num_lost
+        share = number / self.total
         if share > max_dropped:
+            whole = " whole" if num_lost else ""
             raise DataError(
-                f"{name}: {self.num_dropped} of {self.total} rows ({share:.0%}) cannot be used, more than"
+                f"{name}: {number} of {self.total} rows ({share:.0%}) cannot be used{whole}, more than"
                 f" max_dropped allows ({max_dropped:.0%}): {reasons}; fix the data or raise max_dropped"
             )
 
@@ -110,11 +122,12 @@ class RowCounts:
             "skipped": self.skipped,
             "dropped": self.dropped,
             "changed": self.changed,
+            "lost": self.lost,
             "examples": self.examples,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RowCounts:
         """Inverse of `to_dict`."""
-        tables = {name: dict(data[name]) for name in ("skipped", "dropped", "changed", "examples")}
+        tables = {name: dict(data[name]) for name in ("skipped", "dropped", "changed", "lost", "examples")}
         return cls(total=data["total"], **tables)

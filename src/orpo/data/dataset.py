@@ -33,7 +33,7 @@ from orpo.pairs import PreferencePair, TokenizedPair
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 _ARRAYS = ("tokens", "offsets", "contexts", "spans", "span_offsets", "pair_index")
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,8 @@ class TokenizedDataset:
         groups: Value of each pair's `source` column.
         report: What became of the rows, reading included.
         notices: Lines to print.
-        chat_template: The template to save with the model; None where all pairs were plain text.
+        chat_template: The template to save with the model, or all of them by name; None where all pairs were
+            plain text.
         end_token: The end-of-turn token of that template.
         folder: Where the arrays are mapped from.
     """
@@ -66,7 +67,7 @@ class TokenizedDataset:
     groups: list[str | None]
     report: RowCounts
     notices: list[str] = field(default_factory=list)
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None
     end_token: str | None = None
     folder: Path | None = None
 
@@ -158,6 +159,7 @@ def tokenize_pairs(
     cache_dir: str | os.PathLike[str] | None = None,
     drop_rejected: bool = False,
     max_dropped: float = 1.0,
+    **template_options: Any,
 ) -> TokenizedDataset:
     """Tokenize preference pairs.
 
@@ -171,23 +173,25 @@ def tokenize_pairs(
         drop_rejected: Leave the rejected sides out, once they have had their say about the length: SFT on the
             same rows.
         max_dropped: Largest share of rows that may be dropped, in [0, 1].
+        template_options: `chat_template_kwargs`, `stop_tokens` and `date`, as for `prepare_template`.
 
     Raises:
         DataError: No row is left, or too many rows were dropped.
         ConfigError: The chat template cannot be used.
     """
     known, pairs = (pairs.report, pairs.pairs) if isinstance(pairs, PreferenceSet) else (None, pairs)
+    encoder = PairTokenizer(tokenizer, max_length=max_length, chat_template=chat_template, **template_options)
+    # A template that cannot be used is said before any work.
+    is_chat = any(not pair.is_text for pair in pairs)
+    template = encoder.renderer.template.identity() if is_chat else None
     folder = None
     if cache_dir is not None:
-        key = _key(pairs, tokenizer, known, (chat_template, max_length, drop_rejected))
+        key = _key(pairs, tokenizer, known, (template, max_length, drop_rejected))
         folder = Path(cache_dir) / key
         if folder.exists():
             dataset = load(folder)
             dataset.report.check(max_dropped)
             return dataset
-    encoder = PairTokenizer(tokenizer, max_length=max_length, chat_template=chat_template)
-    if any(not pair.is_text for pair in pairs):
-        _ = encoder.renderer.template  # a template that cannot be used is said before any work
     parts = _encode_all(encoder, pairs, drop_rejected, num_proc or 1)
     dataset = _join(parts, pairs, encoder, known)
     dataset.report.check(max_dropped)
@@ -292,7 +296,7 @@ def _join(
         groups=[pairs[place].group for place in kept],
         report=report,
         notices=list(template.notices) if template else [],
-        chat_template=template.text if template else None,
+        chat_template=template.saved if template else None,
         end_token=template.end_token if template else None,
     )
 
@@ -304,12 +308,14 @@ def _key(pairs: Sequence[PreferencePair], tokenizer: Any, known: RowCounts | Non
     vocabulary = (
         backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     )
-    own = getattr(tokenizer, "chat_template", None)
     report = None if known is None else known.to_dict()
-    about = [_VERSION, type(tokenizer).__name__, str(tokenizer.special_tokens_map), own, settings, report]
+    about = [_VERSION, type(tokenizer).__name__, str(tokenizer.special_tokens_map), settings, report]
     digest.update(json.dumps([*about, vocabulary]).encode())
     for pair in pairs:
         # Version 2 of the format writes no references, so that equal pairs give equal bytes.
-        parts = (pair.prompt, pair.chosen, pair.rejected, pair.tools, pair.source, pair.group)
+        parts = (
+            pair.prompt, pair.chosen, pair.rejected, pair.tools, pair.source, pair.group,
+            pair.chat_template_kwargs,
+        )  # fmt: skip
         digest.update(marshal.dumps(parts, 2))
     return digest.hexdigest()

@@ -1,165 +1,205 @@
-"""Which format a data set is in: told once from the columns of its first rows and their types."""
+"""Which format a data set is in: told once from the columns of its first rows and their types.
+
+Rows that no format can be proved for stop the run with what they seem to be and what to set (`_HINTS`).
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
-from orpo.data.formats import HH_TURN, READERS, common_words
-from orpo.data.messages import ROLES, kind
-from orpo.data.rows import Row
-from orpo.errors import DataError
+from orpo.data import pairwise, ranked
+from orpo.data.columns import NamedRow
+from orpo.data.formats import FORMATS, Format
+from orpo.data.messages import BadRow, kind, type_name
+from orpo.data.verdicts import VERDICTS
+from orpo.errors import ConfigError, DataError
 
 SAMPLE = 256
 
-# Names other projects use for our columns; `columns` in the recipe maps any further ones.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "prompt": ("query",),
-    "chosen": ("completion", "chosen_response", "response_chosen"),
-    "rejected": ("rejected_response", "rejected_messages", "rejected_responses", "response_rejected"),
-    "instruction": ("question",),
-    "system": ("system_prompt",),
-    "answers": ("completions", "responses"),
-    "scores": ("ratings",),
-}
 
-_REASONS = {
-    "standard": "prompt, chosen and rejected are texts, used as they are, without a chat template",
-    "standard_repeated": "texts without a chat template; chosen and rejected begin with the prompt",
-    "standard_implicit": "texts without prompt column or chat template: the prompt is their common beginning",
-    "conversational": "a prompt column, chosen and rejected are messages",
-    "conversational_implicit": "chosen and rejected are conversations: the shared turns are the prompt",
-    "hh": "texts are transcripts with 'Human:' and 'Assistant:'",
-    "instruction": "an instruction, or a prompt with a system text, and answers: made into turns",
-    "sharegpt": "a conversation of from/value turns; chosen and rejected answer it",
-    "messages": "a list of messages; chosen and rejected answer it, or its last turn is the chosen answer",
-    "ranked": "several answers to a prompt, scored or best first: the best against each worse one",
-}
+class Detected(NamedTuple):
+    """The format of one data set."""
 
-
-class Format(NamedTuple):
-    """How the rows of one data set are read."""
-
-    name: str
+    format: Format
     reason: str
     """One line: what in the data spoke for it."""
 
+    @property
+    def name(self) -> str:
+        """Its `data_format`."""
+        return self.format.name
 
-def rename(row: Row, columns: Mapping[str, str] | None) -> Row:
-    """The row under our column names.
 
-    Args:
-        row: As read.
-        columns: Our name -> the data's name. `role` and `content` rename the keys of messages.
+def named(name: str) -> Detected:
+    """The format that `data_format` names.
+
+    Raises:
+        ConfigError: There is none of that name.
     """
-    row = dict(row)
-    for ours, theirs in (columns or {}).items():
-        if ours not in ("role", "content") and theirs in row:
-            row[ours] = row.pop(theirs)
-    for ours, others in ALIASES.items():
-        if ours not in row:
-            found = next((name for name in others if name in row), None)
-            if found is not None:
-                row[ours] = row.pop(found)
-    if (
-        not row.keys() & {"instruction", "prompt", "messages", "conversations"}
-        and kind(row.get("input")) == "text"
-    ):
-        row["instruction"] = row.pop("input")  # Axolotl's icr: the input is the question
-    keys = {theirs: ours for ours, theirs in (columns or {}).items() if ours in ("role", "content")}
-    if keys:
-        row = {name: _rename_keys(value, keys) for name, value in row.items()}
-    return row
+    found = _format(name)
+    if found is None:
+        raise ConfigError(f"data_format: {name!r} is unknown; use one of {_known()}")
+    return (
+        Detected(found.named, found.named.reason) if found.named else Detected(found, "as data_format says")
+    )
 
 
-def _rename_keys(value: Any, keys: Mapping[str, str]) -> Any:
-    if isinstance(value, Mapping):
-        return {keys.get(name, name): item for name, item in value.items()}
-    if isinstance(value, list):
-        return [_rename_keys(item, keys) for item in value]
-    return value
-
-
-def recognise(row: Row) -> str | None:
-    """The format one row speaks for, or None."""
-    chosen, rejected, prompt = (kind(row.get(name)) for name in ("chosen", "rejected", "prompt"))
-    if row.get("messages") is not None or row.get("conversations") is not None:
-        lists = chosen == "messages" and rejected in ("messages", "conversations", "null")
-        if not lists or (_turns_start(row["chosen"]) == "assistant" and prompt == "null"):
-            return _recognise_history(row)
-    if chosen in ("messages", "message") or rejected in ("messages", "message", "conversations"):
-        return "conversational_implicit" if prompt == "null" else "conversational"
-    if kind(row.get("answers")) in ("texts", "records", "messages"):
-        return "ranked"
-    return _recognise_texts(row, chosen, prompt)
-
-
-def _turns_start(value: Any) -> str | None:
-    first = value[0]
-    return ROLES.get(str(first.get("role") or first.get("from")).lower())
-
-
-def _recognise_history(row: Row) -> str | None:
-    turns = row.get("messages", row.get("conversations"))
-    if kind(turns) != "messages":
-        return None
-    return "sharegpt" if "from" in turns[0] else "messages"  # type: ignore[index]
-
-
-def _recognise_texts(row: Row, chosen: str, prompt: str) -> str | None:
-    if kind(row.get("instruction")) == "text":
-        return "instruction" if chosen == "text" or kind(row.get("output")) in ("text", "texts") else None
-    if chosen != "text":
-        return None
-    if prompt == "messages":
-        return "conversational"
-    first = row["prompt"] if prompt == "text" else row["chosen"]
-    if HH_TURN.match(first) and "Assistant:" in first:
-        return "hh"
-    if prompt == "null":
-        rejected = row.get("rejected")
-        shared = common_words(row["chosen"], rejected) if isinstance(rejected, str) else 0
-        return "standard_implicit" if shared else None
-    if prompt != "text":
-        return None
-    if row.get("system") is not None:
-        return "instruction"
-    sides = [side for side in (row["chosen"], row.get("rejected")) if isinstance(side, str)]
-    repeated = len(row["prompt"]) > 0 and all(side.startswith(row["prompt"]) for side in sides)
-    return "standard_repeated" if repeated and len(sides) == 2 else "standard"
-
-
-def detect(rows: Iterable[Row]) -> Format:
+def detect(rows: Iterable[NamedRow]) -> Detected:
     """The format most of the first rows speak for.
 
     Args:
-        rows: Renamed rows; at most 256 are looked at.
+        rows: The first rows, under our names.
 
     Raises:
         DataError: No row is of a known format.
     """
-    votes: Counter[str] = Counter()
-    columns: list[str] = []
-    seen = 0
-    for row in rows:
-        seen += 1
-        columns = columns or sorted(row)
-        name = recognise(row)
-        if name is not None:
-            votes[name] += 1
-        if seen == SAMPLE:
-            break
+    seen = list(rows)
+    votes: Counter[Format] = Counter()
+    examples: dict[Format, NamedRow] = {}
+    for row in seen:
+        found = next((one for one in FORMATS if one.matches(row)), None)
+        if found is not None:
+            votes[found] += 1
+            examples.setdefault(found, row)
+    if not seen:
+        raise DataError("the data set is empty")
     if not votes:
-        if not seen:
-            raise DataError("the data set is empty")
-        raise DataError(
-            f"cannot tell the format from the columns {', '.join(columns)}; map them with columns "
-            f"(chosen: {columns[0] if columns else 'better'}) or set data_format: {', '.join(READERS)}"
+        raise DataError(_no_format(seen))
+    for one in list(votes):
+        general = _format(one.yields_to)
+        if general is not None and votes[general]:
+            votes[general] += votes.pop(one)
+    winner, count = votes.most_common(1)[0]
+    parts = [winner.reason, _detail(winner, examples[winner])]
+    share = "" if count == len(seen) else f" ({count} of the first {len(seen)} rows)"
+    return Detected(winner, ": ".join(filter(None, parts)) + share)
+
+
+def _detail(format_: Format, row: NamedRow) -> str:
+    try:
+        return format_.detail(row) if format_.detail else ""
+    except BadRow:  # reading says so, with file and line
+        return ""
+
+
+def _format(name: str) -> Format | None:
+    return next((one for one in FORMATS if one.name == name), None)
+
+
+def _known() -> str:
+    return ", ".join(one.name for one in FORMATS)
+
+
+# ------------------------------------------------------------------------------------- what no format fits
+
+
+def _no_format(rows: Sequence[NamedRow]) -> str:
+    """What to say of rows in no known format: the columns that are there, and what to do about them."""
+    row = rows[0]
+    columns = ", ".join(sorted(row.theirs(name) for name in row))
+    hint = next((hint for hint in (find(row) for find in _HINTS) if hint), None)
+    if hint is None:
+        hint = (
+            f"map them with columns (prompt: ..., chosen: ..., rejected: ...) or set data_format: {_known()}"
         )
-    # A few answers that happen to repeat their prompt must not change how the others are read.
-    if votes["standard_repeated"] and votes["standard"]:
-        votes["standard"] += votes.pop("standard_repeated")
-    name, count = votes.most_common(1)[0]
-    told = _REASONS[name] + ("" if count == seen else f" ({count} of the first {seen} rows)")
-    return Format(name, told)
+    return f"cannot tell the format from the columns {columns}; {hint}"
+
+
+def _steps(row: NamedRow) -> str | None:
+    answers, labels = ranked.answer_list(row), row.get("labels")
+    name = row.theirs(ranked.answer_column(row) or "answers")
+    if ranked.are_steps(answers):
+        return f"{name} holds the steps of one solution, which are no preference"
+    if not (isinstance(labels, list) and answers and len(labels) == len(answers)):
+        return None
+    return (
+        f"{name} with a label for each looks like the steps of one solution, which hold no preference; if "
+        f"these are whole answers, set columns: {{scores: {row.theirs('labels')}}}"
+    )
+
+
+def _unranked(row: NamedRow) -> str | None:
+    column = ranked.answer_column(row)
+    if column is None or row.get("chosen") is not None:
+        return None
+    name = row.theirs(column)
+    numbers = [
+        number.replace(f"{column}.", f"{name}.", 1)
+        for number in ranked.unknown_numbers(row, ranked.answer_list(row))
+    ]
+    which = numbers[0] if numbers else "..."
+    others = f" (or {', '.join(numbers[1:])})" if numbers[1:] else ""
+    return (
+        f"{name} holds several answers and nothing known says which is best; set columns: "
+        f"{{scores: {which}}}{others} where more is better, {{ranks: {which}}} where 1 is best, "
+        "or data_format: ranked where the first is the best"
+    )
+
+
+def _unjudged(row: NamedRow) -> str | None:
+    duel = pairwise.find_duel(row)
+    if duel is None:
+        return None
+    return (
+        f"{duel.first} and {duel.second} are two answers, and nothing known says which is better; set "
+        "columns: {winner: ...} to a column that names the better one, or write chosen and rejected"
+    )
+
+
+_SINGLE = ("response", "answer", "output", "text", "generation")
+
+
+def _unpaired(row: NamedRow) -> str | None:
+    verdict = next((name for name in VERDICTS if row.get(name) is not None), None)
+    if verdict is None or not any(kind(row.get(name)) == "text" for name in _SINGLE):
+        return None
+    return (
+        f"each row seems to be one answer and how good it is ({row.theirs(verdict)}); put the good and the "
+        "bad answer to a prompt into one row, as chosen and rejected"
+    )
+
+
+def _nested(row: NamedRow) -> str | None:
+    for name, value in row.items():
+        if isinstance(value, dict) and {"chosen", "rejected"} <= value.keys():
+            inside = ", ".join(
+                f"{key}: {row.theirs(name)}.{key}" for key in value if key in ("prompt", "chosen", "rejected")
+            )
+            return f"the columns lie inside {row.theirs(name)!r}; set columns: {{{inside}}}"
+    return None
+
+
+def _wrong_type(row: NamedRow) -> str | None:
+    for name in ("prompt", "instruction", "chosen", "rejected"):
+        what = kind(row.get(name))
+        if what in ("other", "records") or (what == "texts" and name != "rejected"):
+            return f"{row.theirs(name)} is {type_name(row[name])}; expected text or messages"
+    return None
+
+
+def _no_prompt(row: NamedRow) -> str | None:
+    """Chosen and rejected are there, what they answer is not: columns that could be it."""
+    if row.get("chosen") is None or row.get("rejected") is None:
+        return None
+    others = [name for name in row if name not in ("chosen", "rejected")]
+    talks = [row.theirs(name) for name in others if kind(row[name]) == "messages"]
+    texts = [row.theirs(name) for name in others if kind(row[name]) == "text"]
+    if len(talks) == 1:
+        return f"nothing says what chosen and rejected answer; set columns: {{messages: {talks[0]}}}"
+    which = texts[0] if len(texts) == 1 else "..."
+    listed = f" (one of {', '.join(texts)})" if len(texts) > 1 else ""
+    return f"nothing says what chosen and rejected answer; set columns: {{prompt: {which}}}{listed}"
+
+
+def _no_answers(row: NamedRow) -> str | None:
+    if row.get("chosen") is None and row.get("rejected") is None:
+        return None
+    missing = "rejected" if row.get("chosen") is not None else "chosen"
+    return f"there is no {missing} answer; set columns: {{{missing}: ...}}"
+
+
+_HINTS: tuple[Callable[[NamedRow], str | None], ...] = (
+    _steps, _unranked, _unjudged, _nested, _wrong_type, _unpaired, _no_prompt, _no_answers,
+)  # fmt: skip

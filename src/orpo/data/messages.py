@@ -8,6 +8,7 @@ understand.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
     "function_call": "function_call",
 }  # fmt: skip
+_PLAIN_ROLES = ("system", "user", "assistant")
 
 
 class BadRow(DataError):  # noqa: N818 - a verdict on a row, worded for the user
@@ -33,6 +35,26 @@ class BadRow(DataError):  # noqa: N818 - a verdict on a row, worded for the user
     def __init__(self, field: str, problem: str, remedy: str = "fix the row"):
         super().__init__(f"'{field}' {problem}; {remedy}")
         self.reason = f"'{field}' {problem}"
+
+
+class Untrainable(Exception):  # noqa: N818 - a verdict on a row
+    """A well-formed row that holds no preference, and why."""
+
+
+def type_name(value: object) -> str:
+    """The type of a value with its article: `an int`, `a list`."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def number_of(value: object) -> float | None:
+    """A finite number, also one written as text (CSV knows no other); None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def kind(value: object) -> str:
@@ -58,23 +80,26 @@ def text_of(row: Row, field: str) -> str:
     """A cell that must be text."""
     value = row.get(field)
     if not isinstance(value, str):
-        raise BadRow(field, "is missing" if value is None else f"is a {type(value).__name__}, not text")
+        raise BadRow(field, "is missing" if value is None else f"is {type_name(value)}; expected text")
     return value
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Arrow tables give every struct all keys of the column; the ones a row did not set come back as None."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
+        return [without_nulls(item) for item in value]
     return value
 
 
 def _message(value: object, field: str) -> Message:
     if not isinstance(value, Mapping):
-        raise BadRow(field, f"holds a {type(value).__name__} where a message was expected")
-    message = _without_nulls(value)
+        raise BadRow(field, f"holds {type_name(value)}; expected a message")
+    role, content = value.get("role"), value.get("content")
+    if len(value) == 2 and isinstance(content, str) and role in _PLAIN_ROLES:
+        return {"role": role, "content": content}  # by far the commonest
+    message = without_nulls(value)
     role = message.pop("role", None) or message.pop("from", None)
     message.pop("from", None)
     content = message.pop("content", None)
@@ -131,7 +156,7 @@ def turns_of(value: object, field: str) -> Turns:
         return [_message(value, field)]
     if isinstance(value, list | tuple):
         return [_message(item, field) for item in value]
-    raise BadRow(field, "is missing" if value is None else f"is a {type(value).__name__}, not messages")
+    raise BadRow(field, "is missing" if value is None else f"is {type_name(value)}; expected messages")
 
 
 def alternatives(value: object, field: str) -> list[Any]:
@@ -145,7 +170,7 @@ def with_system(row: Row, turns: Turns) -> Turns:
     """The turns with the row's `system` column in front, unless they begin with a system turn."""
     system = row.get("system")
     if system is not None and not isinstance(system, str):
-        raise BadRow("system", f"is a {type(system).__name__}, not text")
+        raise BadRow("system", f"is {type_name(system)}; expected text")
     if not system or (turns and turns[0]["role"] == "system"):
         return turns
     return [{"role": "system", "content": system}, *turns]

@@ -10,16 +10,20 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orpo.data import turn_markers
+from orpo.data.columns import Columns, NamedRow
 from orpo.data.counts import RowCounts
-from orpo.data.detect import SAMPLE, Format, detect, rename
-from orpo.data.formats import READERS, Sides
-from orpo.data.messages import BadRow
-from orpo.data.rows import RawRow, Row, read_rows
+from orpo.data.detect import SAMPLE, Detected, detect, named
+from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
+from orpo.data.rows import RawRow, read_rows
+from orpo.data.verdicts import contradiction, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 
@@ -33,15 +37,17 @@ class PreferenceSet:
         formats: Name of each data set -> its format and why.
         report: What became of the rows.
         notices: Lines to print.
+        unused_columns: Name of each data set -> its columns that nothing was read from.
     """
 
     pairs: list[PreferencePair]
-    formats: dict[str, Format] = field(default_factory=dict)
+    formats: dict[str, Detected] = field(default_factory=dict)
     report: RowCounts = field(default_factory=RowCounts)
     notices: list[str] = field(default_factory=list)
+    unused_columns: dict[str, list[str]] = field(default_factory=dict)
 
     @property
-    def format(self) -> Format:
+    def format(self) -> Detected:
         """The format, where there is one data set."""
         return next(iter(self.formats.values()))
 
@@ -53,7 +59,7 @@ class PreferenceSet:
 class ReadSettings:
     """How rows are read; the names are those of the recipe."""
 
-    split: str = "train"
+    split: str | None = "train"
     config: str | None = None
     data_format: str | None = None
     columns: Mapping[str, str] | None = None
@@ -85,13 +91,14 @@ def read_preferences(
     """
     settings = settings or ReadSettings(**options)
     result = PreferenceSet([])
-    for name, (source, weight) in _sources(data).items():
-        counts = RowCounts()
-        found: dict[str, Format] = {}
-        pairs = list(_pairs(source, settings, counts, found))
-        result.report.add(counts)
-        result.formats[name] = found["format"]
-        result.notices.append(f"{name}: format {found['format'].name} ({found['format'].reason})")
+    sources = _sources(data)
+    for name, (source, weight) in sources.items():
+        reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
+        pairs = list(reading.pairs(source))
+        result.report.add(reading.counts)
+        result.formats[name] = reading.detected
+        result.unused_columns[name] = reading.columns.unused
+        result.notices.extend(_notices(name, reading))
         if weight is not None:
             taken = resample(pairs, weight, seed)
             result.notices.append(
@@ -101,6 +108,15 @@ def read_preferences(
         result.pairs.extend(pairs)
     result.report.check(max_dropped)
     return result
+
+
+def _notices(name: str, reading: _Reading) -> list[str]:
+    lines = [f"{name}: format {reading.detected.name} ({reading.detected.reason})"]
+    if reading.columns.unused:
+        lines.append(f"{name}: columns not used: {', '.join(reading.columns.unused)}")
+    for words, number in reading.contradictions.items():
+        lines.append(f"{name}: {number} of {reading.counts.total} rows train although {words}")
+    return lines
 
 
 def stream_preferences(
@@ -115,10 +131,12 @@ def stream_preferences(
         options: Fields of `ReadSettings`, instead of `settings`.
     """
     settings = settings or ReadSettings(**options)
-    for name, (source, weight) in _sources(data).items():
+    sources = _sources(data)
+    for name, (source, weight) in sources.items():
         if weight not in (None, 1):
             raise ConfigError(f"{name}: a weight needs the whole data set; leave streaming or the weight out")
-        yield from _pairs(source, settings, RowCounts() if counts is None else counts, {})
+        counts = RowCounts() if counts is None else counts
+        yield from _Reading(settings, counts, one_of_several=len(sources) > 1).pairs(source)
 
 
 def resample(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[PreferencePair]:
@@ -169,69 +187,140 @@ def _sources(data: object) -> dict[str, tuple[object, float | None]]:
     return {str(data) if isinstance(data, str | Path) else "data": (data, None)}
 
 
-def _pairs(
-    data: object, settings: ReadSettings, counts: RowCounts, found: dict[str, Format]
-) -> Iterator[PreferencePair]:
-    """The pairs of one data set; its format is left in `found`."""
-    raw = read_rows(data, split=settings.split, config=settings.config)
-    head = list(itertools.islice(raw, SAMPLE))
-    format_ = _format(head, settings)
-    found["format"] = format_
-    read = READERS[format_.name]
-    for row in itertools.chain(head, raw):
-        counts.total += 1
-        try:
-            pairs = _row_pairs(row, read, settings)
-        except BadRow as bad:
-            if settings.on_bad_row == "stop":
-                raise DataError(f"{row.source}: {bad} or set on_bad_row: skip") from None
-            counts.skip(bad.reason, row.source)
-            continue
-        counts.total += len(pairs) - 1
+class _Reading:
+    """The reading of one data set: its format and columns, and what becomes of its rows."""
+
+    detected: Detected
+
+    def __init__(self, settings: ReadSettings, counts: RowCounts, *, one_of_several: bool) -> None:
+        self.settings = settings
+        self.counts = counts
+        self.columns = Columns(settings.columns)
+        self.contradictions: Counter[str] = Counter()
+        self._one_of_several = one_of_several
+
+    def pairs(self, data: object) -> Iterator[PreferencePair]:
+        """The pairs of a data set, the others counted; sets `detected` before the first."""
+        raw = read_rows(data, split=self.settings.split, config=self.settings.config)
+        head = list(itertools.islice(raw, SAMPLE))
+        self.detected = self._detect(head)
+        for row in itertools.chain(head, raw):
+            self.counts.total += 1
+            try:
+                named_row, pairs = self._row_pairs(row)
+            except BadRow as bad:
+                if self.settings.on_bad_row == "stop":
+                    raise DataError(f"{row.source}: {bad} or set on_bad_row: skip") from None
+                self.counts.skip(bad.reason, row.source)
+                continue
+            except Untrainable as nothing:
+                self.counts.drop(str(nothing), row.source)
+                continue
+            self.counts.total += len(pairs) - 1
+            for pair in pairs:
+                reason = _cannot_train(pair) or self._cannot_use_alone(pair, named_row)
+                if reason is None:
+                    self.contradictions.update(filter(None, [contradiction(named_row)]))
+                    yield pair
+                else:
+                    self.counts.drop(reason, pair.source)
+
+    def _detect(self, head: Sequence[RawRow]) -> Detected:
+        parsed = [row for row in head if not isinstance(row.data, DataError)]
+        self.columns.check(
+            (row.data for row in parsed if isinstance(row.data, dict)), may_lack=self._one_of_several
+        )
+        if self.settings.data_format is not None:
+            return named(self.settings.data_format)
+        rows, problems = [], []
+        for row in parsed:
+            try:
+                rows.append(self.columns.name(row.data))  # type: ignore[arg-type]
+            except BadRow as bad:
+                problems.append(f"{row.source}: {bad}")
+        if problems and not rows:
+            raise DataError(problems[0])
+        detected = detect(rows)
+        self.columns.forget()
+        return detected
+
+    def _row_pairs(self, raw: RawRow) -> tuple[NamedRow, list[PreferencePair]]:
+        if isinstance(raw.data, DataError):
+            raise BadRow("row", str(raw.data))
+        row = self.columns.name(raw.data)
+        _refuse_media(row)
+        tools, arguments = _tools(row), _template_arguments(row)
+        group = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
+        pairs = [
+            PreferencePair(*sides, tools, raw.source, group, arguments)
+            for sides in self.detected.format.read(row)
+        ]
         for pair in pairs:
-            reason = _cannot_train(pair, settings)
-            if reason is None:
-                yield pair
-            else:
-                counts.drop(reason, pair.source)
+            _check_texts(pair)
+        return row, pairs
+
+    def _cannot_use_alone(self, pair: PreferencePair, row: NamedRow) -> str | None:
+        """Why a row without a rejected answer does not train; None where it does."""
+        if pair.rejected is not None:
+            return None
+        uses = self.settings.sft_rows == "use"
+        return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
 
 
-def _format(head: Sequence[RawRow], settings: ReadSettings) -> Format:
-    if settings.data_format is not None:
-        if settings.data_format not in READERS:
-            raise ConfigError(
-                f"data_format: {settings.data_format!r} is unknown; use one of {', '.join(READERS)}"
-            )
-        return Format(settings.data_format, "as data_format says")
-    return detect(rename(row.data, settings.columns) for row in head if isinstance(row.data, dict))
+_HALF = re.compile("[\ud800-\udfff]")
+_MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
 
 
-def _row_pairs(raw: RawRow, read: Any, settings: ReadSettings) -> list[PreferencePair]:
-    if isinstance(raw.data, DataError):
-        raise BadRow("row", str(raw.data))
-    row: Row = rename(raw.data, settings.columns)
-    tools = _tools(row)
-    group = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
-    sides: list[Sides] = read(row)
-    return [
-        PreferencePair(prompt, chosen, rejected, tools, raw.source, group)
-        for prompt, chosen, rejected in sides
-    ]
+def _refuse_media(row: NamedRow) -> None:
+    for name in sorted(_MEDIA & row.keys()):
+        if row[name]:
+            raise BadRow(name, "belongs to the question, and only text is trained", "leave the column out")
 
 
-def _tools(row: Row) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError:
-            raise BadRow("tools", "is text, but not JSON") from None
-    if tools is not None and not isinstance(tools, list):
-        raise BadRow("tools", f"is a {type(tools).__name__}, not a list of schemas")
-    return tools or None
+def _check_texts(pair: PreferencePair) -> None:
+    """Stop at text that cannot be encoded, and at answers that would be rendered a second time."""
+    for name, side in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for text in [side] if isinstance(side, str) else [turn["content"] for turn in side or []]:
+            if not text.isascii() and _HALF.search(text):
+                raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+            if name != "prompt" and turn_markers.is_rendered(text):
+                raise BadRow(
+                    name, "is rendered already: it begins with the tokens of a chat template",
+                    "give the rows as they were before the chat template",
+                )  # fmt: skip
 
 
-def _cannot_train(pair: PreferencePair, settings: ReadSettings) -> str | None:
+def _tools(row: NamedRow) -> list[Any] | None:
+    tools = _from_json(row, "tools")
+    if isinstance(tools, list):
+        tools = [_loaded(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
+    elif tools is not None:
+        raise BadRow("tools", f"is {type_name(tools)}; expected a list of schemas")
+    return without_nulls(tools) or None
+
+
+def _template_arguments(row: NamedRow) -> dict[str, Any] | None:
+    arguments = _from_json(row, "chat_template_kwargs")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise BadRow("chat_template_kwargs", f"is {type_name(arguments)}; expected an object")
+    return without_nulls(arguments) or None
+
+
+def _from_json(row: NamedRow, name: str) -> Any:
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    return _loaded(value, name) if value.strip() else None
+
+
+def _loaded(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise BadRow(name, "is text, but not JSON") from None
+
+
+def _cannot_train(pair: PreferencePair) -> str | None:
     """Why a well-formed row is of no use; None where it is."""
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if side is None:
@@ -243,7 +332,7 @@ def _cannot_train(pair: PreferencePair, settings: ReadSettings) -> str | None:
     if not pair.prompt:
         return "no prompt: the sides share no beginning"
     if pair.rejected is None:
-        return None if settings.sft_rows == "use" else "no rejected answer (sft_rows: drop)"
+        return None
     return "chosen and rejected are identical" if _answer(pair.chosen) == _answer(pair.rejected) else None
 
 

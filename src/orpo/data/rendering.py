@@ -1,22 +1,41 @@
 """A preference pair as text: what the chat template writes, and where in it prompt and answers lie.
 
-The prompt ends where the template has written the header it writes when asked for an answer; the answer ends
-with the end-of-turn token, once, and nothing behind it. All positions here are characters of rendered text at
-places where a message begins or ends; `tokenize` turns them into tokens and checks that they hold there too.
+The prompt is what inference shows: the text the template writes when asked for an answer. The answer is what
+it writes behind its header once it has one, and ends with the end-of-turn token, once, and nothing behind it.
+All positions here are characters of rendered text at places where a message begins or ends; `tokenize` turns
+them into tokens and checks that they hold there too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from orpo.data.templates import ChatTemplate, prepare_template
-from orpo.errors import ModelError, first_line
+from orpo.data.chat_template import ChatTemplate, settled, switch
+from orpo.data.reasoning import (
+    Block,
+    begins_with_tag,
+    behind_opening,
+    lost,
+    opened_block,
+    opens_the_same,
+    outside,
+)
+from orpo.data.spans import assistant_spans
+from orpo.data.templates import prepare_template, with_arguments
+from orpo.data.turn_ends import added_ids
+from orpo.errors import ConfigError, ModelError, first_line
 from orpo.pairs import Message, PreferencePair
 
 _MARKER = "ORPO turn marker"
+_NO_BOUNDARY = (
+    "no boundary: the chat template writes the prompt differently once it is answered; "
+    "give another chat_template"
+)
+_NO_CALL = "the chat template does not write tool calls; give a chat_template that does"
 
 
 class Dropped(Exception):  # noqa: N818 - a verdict, not an error
@@ -43,30 +62,55 @@ class Rendered(NamedTuple):
     """Where the earlier assistant turns lie in the chosen side, end-of-turn tokens included."""
     notes: list[str]
     """What was done to the pair, for the table of reasons."""
+    lost: list[str]
+    """What of its answers the template does not write."""
+    template: ChatTemplate | None
+    """What it was written with; None for plain text."""
 
 
 class Renderer:
     """Writes pairs with one tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        stop_tokens: Collection[int] | None = None,
+        date: datetime | None = None,
+    ):
         """Keep the settings; the template is settled when the first conversation needs it.
 
         Args:
             tokenizer: Of the model to train; it is not changed.
-            chat_template: As for `prepare_template`.
+            chat_template: As for `prepare_template`, like the rest.
+            chat_template_kwargs: Variables for the template; those of a pair win over them.
+            stop_tokens: Ids that generation stops at, besides EOS.
+            date: What the template writes as today's date.
         """
         self.tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._prepare = partial(
+            prepare_template,
+            tokenizer,
+            chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            stop_tokens=stop_tokens,
+            date=date,
+        )
+        self._by_arguments: dict[str, ChatTemplate] = {}
+        self._end_ids: dict[frozenset[str], set[int]] = {}
+        self._elsewhere: dict[tuple[str, Block | None], str] = {}
 
     @cached_property
     def template(self) -> ChatTemplate:
         """The chat template in use."""
-        return prepare_template(self.tokenizer, self._chat_template)
+        return self._prepare()
 
     @cached_property
     def added(self) -> frozenset[int]:
         """Ids of special and other added tokens: what may end a turn."""
-        return frozenset({*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids})
+        return frozenset(added_ids(self.tokenizer))
 
     @cached_property
     def _added_texts(self) -> tuple[str, ...]:
@@ -77,37 +121,62 @@ class Renderer:
 
         Raises:
             Dropped: The template refuses it, or shows no boundary.
+            ConfigError: The template cannot be used at all.
             ModelError: Nothing could end an answer.
         """
         if isinstance(pair.prompt, str):
             answers = [answer for answer in (pair.chosen, pair.rejected) if isinstance(answer, str)]
             sides = [RenderedSide(pair.prompt + self._end(answer), len(pair.prompt), 0) for answer in answers]
-            return Rendered(sides, [len(pair.prompt)], [], [])
+            return Rendered(sides, [len(pair.prompt)], [], [], [], None)
+        template = self._template_of(pair)
         try:
-            return _PairRenderer(self, pair).render()
+            return _PairRenderer(self, pair, template).render()
         except (Dropped, ModelError):
             raise
         except Exception as error:  # templates raise whatever they like
             raise Dropped(f"the chat template refuses the row: {first_line(error)}") from error
 
-    def turns(self, turns: Sequence[Message], tools: list[Any] | None, *, ask: bool) -> str:
-        """A conversation as the template writes it; `ask` adds the header after which the model answers."""
-        try:
-            return self.template.render(self.tokenizer, turns, tools, ask=ask)
-        except Exception:
-            if not any("tool_calls" in turn for turn in turns):
-                raise
-        # Some templates join the arguments of a call as text, where most expect an object.
-        return self.template.render(
-            self.tokenizer, [_with_text_arguments(turn) for turn in turns], tools, ask=ask
-        )
+    def _template_of(self, pair: PreferencePair) -> ChatTemplate:
+        """The template for a pair, which may bring tools and arguments of its own."""
+        template = self.template.for_tools(pair.tools)
+        if not pair.chat_template_kwargs:
+            return template
+        key = json.dumps([template is self.template, pair.chat_template_kwargs], sort_keys=True, default=str)
+        if key not in self._by_arguments:
+            try:
+                found = with_arguments(self.tokenizer, template, pair.chat_template_kwargs)
+            except ConfigError as error:
+                raise Dropped(str(error)) from error
+            self._by_arguments[key] = found
+        return self._by_arguments[key]
 
-    def finish(self, text: str) -> str:
+    def end_ids(self, template: ChatTemplate) -> set[int]:
+        """Tokens that end an answer, and so stand in none."""
+        tokens = template.stops | {template.end_token}
+        if tokens not in self._end_ids:
+            self._end_ids[tokens] = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens)))
+        return self._end_ids[tokens]
+
+    def finish(self, text: str, template: ChatTemplate) -> str:
         """A rendered conversation, cut behind the end-of-turn token of its last turn."""
-        template = self.template
         if text.endswith(template.suffix):
             return text[: len(text) - len(template.suffix)] + template.end
-        return self._end(text)
+        # A tool call may end otherwise than an answer; what stands behind the end is the same.
+        return self._end(text.removesuffix(template.suffix.removeprefix(template.end)))
+
+    def elsewhere(self, template: ChatTemplate, shown: str, block: Block | None) -> str:
+        """The note where answers begin otherwise than inference, with the way out."""
+        if (shown, block) not in self._elsewhere:
+            way = switch(self.tokenizer, template, on=block is None)
+            ways = (f"set {way}, or " if way else "") + "give another chat_template"
+            self._elsewhere[shown, block] = (
+                f"inference starts behind {shown!r}, but an answer opens a block of its own there: "
+                f"the prompt ends before it; {ways}"
+                if block is None
+                else f"inference starts behind {block.opening.strip()!r}, which an answer does not close: "
+                f"the prompt ends before it; close it in the answers, {'' if way else 'or '}{ways}"
+            )
+        return self._elsewhere[shown, block]
 
     def _end(self, text: str) -> str:
         """Text with its end token: the one it was written with, else the usual one."""
@@ -121,13 +190,66 @@ class Renderer:
         return text + str(self.tokenizer.eos_token)
 
 
+class _Headers(NamedTuple):
+    """What the template writes in front of one answer, when asked for it and once it has it."""
+
+    asked: str
+    """The conversation when asked: what inference shows."""
+    start: int
+    """Where the answer's header begins in it."""
+    head: str
+    """The conversation up to the content of its answer."""
+    own: int | None
+    """Where the answer's header begins in that; None where it is not found."""
+
+    @property
+    def shown(self) -> str:
+        return self.asked[self.start :]
+
+    @property
+    def written(self) -> str:
+        return "" if self.own is None else self.head[self.own :]
+
+    @property
+    def block(self) -> Block | None:
+        """A block that is opened when asked only."""
+        return opened_block(self.shown, self.written)
+
+    @property
+    def common(self) -> int:
+        """How much of both headers is the same, short of the block."""
+        most = len(self.shown) - (len(self.block.opening) if self.block is not None else 0)
+        return outside(self.shown, min(settled(self.shown, self.written), most))
+
+    def agreed(self, full: str) -> int:
+        """How much of the header shown an answered conversation begins its answer with, too.
+
+        Raises:
+            Dropped: The conversation is another one.
+        """
+        if self.own is None or not full.startswith(self.head[: self.own]):
+            raise Dropped(_NO_BOUNDARY)
+        return outside(self.shown, min(settled(self.shown, full[self.own :]), self.common))
+
+
+class _Written(NamedTuple):
+    """One side: its prompt as inference shows it, and the whole conversation."""
+
+    before: list[Message]
+    asked: str
+    full: str
+    answer: str | None
+    """What follows the prompt; None where the answer begins otherwise than inference."""
+    note: str | None = None
+
+
 class _PairRenderer:
     """One conversational pair."""
 
-    def __init__(self, renderer: Renderer, pair: PreferencePair):
+    def __init__(self, renderer: Renderer, pair: PreferencePair, template: ChatTemplate):
         assert not isinstance(pair.prompt, str)
         self.renderer = renderer
-        self.template = renderer.template
+        self.template = template
         self.pair = pair
         self.prompt: list[Message] = pair.prompt
         self.answers: list[list[Message]] = [
@@ -135,25 +257,54 @@ class _PairRenderer:
             for answer in (pair.chosen, pair.rejected)
             if answer is not None and not isinstance(answer, str)
         ]
-        self.notes: list[str] = []
+        self.notes = self._notes()
+        self._known: dict[str, _Headers] = {}
 
     def render(self) -> Rendered:
-        if self.pair.tools and self.template.ignores_tools:
-            self.notes.append("the chat template does not write the tools")
-        if self.template.folds_system and self.prompt and self.prompt[0]["role"] == "system":
-            self.notes.append("the chat template has no system turn: its text opens the first user turn")
-        sides = [self._side(answer) for answer in self.answers]
+        written = [self._write(answer) for answer in self.answers]
         if any(len(answer) > 1 for answer in self.answers):
+            sides = [self._side(one, self._kept([one])) for one in written]
             shared = self._shared(sides)
         else:
             # The prompt is the same text on both sides, so where it ends must be too.
-            boundary = min(side.boundary for side in sides)
-            sides = [side._replace(boundary=boundary, anchor=min(side.anchor, boundary)) for side in sides]
-            shared = [boundary]
-        return Rendered(sides, shared, self._spans(sides[0]), self.notes)
+            kept = self._kept(written)
+            sides = [self._side(one, kept) for one in written]
+            shared = [sides[0].boundary]
+        lost_parts = [
+            self._lost(answer[-1], side.text[side.boundary :])
+            for answer, side in zip(self.answers, sides, strict=True)
+        ]
+        turns, text = [*self.prompt, *self.answers[0][:-1]], sides[0].text[: sides[0].boundary]
+        spans, found = assistant_spans(self._turns, self.template, turns, text)
+        if not found:
+            self.notes.append(
+                "an earlier answer was not found in the rendering: not part of nll_on: assistant"
+            )
+        return Rendered(
+            sides, shared, spans, self.notes, [part for part in lost_parts if part], self.template
+        )
+
+    def _notes(self) -> list[str]:
+        """What the template does to such a pair whatever its words are."""
+        notes, template, prompt = [], self.template, self.prompt
+        if self.pair.tools and template.ignores_tools:
+            notes.append("the chat template does not write the tools")
+        if template.ignores_calls and any(turn.get("tool_calls") for turn in prompt):
+            notes.append("the chat template does not write the tool calls of earlier turns")
+        if template.folds_system and prompt and prompt[0]["role"] == "system":
+            notes.append(
+                "the chat template has no system turn: its text opens the first user turn"
+                if prompt[0]["content"].strip()
+                else "the chat template has no system turn: an empty one is left out"
+            )
+        if prompt and prompt[-1]["role"] == "assistant" and all(len(answer) == 1 for answer in self.answers):
+            notes.append("the prompt ends with an assistant turn: the answer is a turn of its own behind it")
+        unread = [name for name in self.pair.chat_template_kwargs or {} if not template.reads(name)]
+        return notes + [f"chat_template_kwargs: the chat template does not read {name!r}" for name in unread]
 
     def _turns(self, turns: Sequence[Message], *, ask: bool) -> str:
-        return self.renderer.turns(turns, self.pair.tools, ask=ask)
+        """A conversation as the template writes it; `ask` adds the header after which the model answers."""
+        return self.template.render(self.renderer.tokenizer, turns, self.pair.tools, ask=ask)
 
     def _try_turns(self, turns: Sequence[Message], *, ask: bool) -> str | None:
         """None where the template refuses a conversation that breaks off here."""
@@ -164,13 +315,21 @@ class _PairRenderer:
 
     # -------------------------------------------------------------------------------------- prompt and answer
 
-    def _side(self, answer: list[Message]) -> RenderedSide:
+    def _write(self, answer: list[Message]) -> _Written:
         before, last = [*self.prompt, *answer[:-1]], self._bare(answer[-1])
-        asked = self._turns(before, ask=True)
-        text = self.renderer.finish(self._turns([*before, last], ask=False))
-        boundary = len(asked) if text.startswith(asked) else self._boundary(before, asked, text)
-        anchor = max((text.rfind(token, 0, boundary) for token in self.template.anchors), default=0)
-        return RenderedSide(text, boundary, max(anchor, 0))
+        asked = self._asked if len(answer) == 1 else self._turns(before, ask=True)
+        full = self.renderer.finish(self._turns([*before, last], ask=False), self.template)
+        if full.startswith(asked):
+            return _Written(before, asked, full, full[len(asked) :])
+        headers = self._headers(before, asked)
+        if headers.block is None:
+            return _Written(before, asked, full, self._behind(headers, full))
+        return _Written(before, asked, full, *self._inside(headers, headers.block, last, full))
+
+    @cached_property
+    def _asked(self) -> str:
+        """The prompt as inference shows it: the same for both sides."""
+        return self._turns(self.prompt, ask=True)
 
     def _bare(self, last: Message) -> Message:
         """The answer without an end-of-turn token of its own: the template writes it."""
@@ -180,117 +339,101 @@ class _PairRenderer:
             self.notes.append(f"{end} at the end of an answer: not repeated")
         return {**last, "content": content}
 
-    def _boundary(self, before: list[Message], asked: str, text: str) -> int:
-        """Where the prompt ends if the template writes another header when asked than before an answer.
-
-        The last place up to which both agree and at which something begins: the answer's content, a line of
-        its header, or the header.
-        """
-        agree = common(asked, text)
+    def _headers(self, before: list[Message], asked: str) -> _Headers:
+        """Both headers of the answer to a conversation."""
+        if asked in self._known:
+            return self._known[asked]
         marked = self._turns([*before, {"role": "assistant", "content": _MARKER}], ask=False)
-        header = len(self._try_turns(before, ask=False) or "")
-        line = marked.rfind("\n", header, common(asked, marked)) + 1
-        places = [marked.find(_MARKER), line, header]
-        fitting = [place for place in places if 0 < place <= agree and text[:place] == marked[:place]]
-        if not fitting:
-            raise Dropped("no boundary: the chat template writes the prompt differently once it is answered")
-        self.notes.append("the prompt ends before the header the chat template writes when asked")
-        return max(fitting)
+        head, found, _ = marked.partition(_MARKER)
+        if not found:
+            raise Dropped(_NO_BOUNDARY)
+        bare = self._try_turns(before, ask=False) or head
+        start = settled(asked, bare)
+        own = start if head.startswith(asked[:start]) else _found_again(asked[:start], head)
+        self._known[asked] = _Headers(asked, start, head, own)
+        return self._known[asked]
+
+    def _behind(self, headers: _Headers, full: str) -> str | None:
+        """The answer behind a header that is complete; None where it opens a block of its own there."""
+        extra, own = headers.shown[headers.common :], headers.written[headers.common :]
+        if full.startswith(headers.head):
+            rest = full[len(headers.head) :]
+            # Inference shows something else in place of words or an empty block in front of an answer.
+            lead = own if not extra or (begins_with_tag(own) and not opens_the_same(own, extra)) else ""
+        elif headers.own is not None and full.startswith(headers.head[: headers.own + headers.common]):
+            lead, rest = "", full[headers.own + headers.common :]
+        else:
+            return None
+        return None if extra and opens_the_same(rest, extra) else lead + rest
+
+    def _inside(
+        self, headers: _Headers, block: Block, last: Message, full: str
+    ) -> tuple[str | None, str | None]:
+        """The answer behind a header that opens a block, None where it does not close it; and a note."""
+        position = (headers.own or 0) + headers.common
+        if headers.own is None or not full.startswith(headers.head[:position]):
+            return None, None
+        rest = full[position:]
+        if block.closing in rest:
+            return behind_opening(rest, block), None
+        _, closed, said = last["content"].partition(block.closing)
+        if not closed or said.strip() not in rest:
+            return None, None
+        # The template cuts the block out of an answer that has it: written as inference would continue.
+        ending = rest[rest.rindex(said.strip()) + len(said.strip()) :] if said.strip() else rest
+        tag = block.opening.strip()
+        note = f"the chat template cuts {tag} out of an answer: written behind the prompt's {tag}"
+        return behind_opening(last["content"], block).rstrip() + ending, note
+
+    def _kept(self, written: list[_Written]) -> int | None:
+        """How much of the header shown the prompts keep that begin these sides; None: all of it."""
+        if all(one.answer is not None for one in written):
+            self.notes += [one.note for one in written if one.note]
+            return None
+        kept = min(self._headers(one.before, one.asked).agreed(one.full) for one in written)
+        headers = self._headers(written[0].before, written[0].asked)
+        self.notes.append(self.renderer.elsewhere(self.template, headers.shown[kept:].strip(), headers.block))
+        return kept
+
+    def _side(self, written: _Written, kept: int | None) -> RenderedSide:
+        """The side as text; its prompt ends where inference starts, or behind so much of its header."""
+        if kept is None:
+            text, boundary = written.asked + (written.answer or ""), len(written.asked)
+        else:
+            headers = self._headers(written.before, written.asked)
+            boundary = headers.start + kept
+            text = written.asked[:boundary] + written.full[(headers.own or 0) + kept :]
+        anchor = max((text.rfind(token, 0, boundary) for token in self.template.anchors), default=0)
+        return RenderedSide(text, boundary, max(anchor, 0))
+
+    def _lost(self, last: Message, written: str) -> str | None:
+        """What of an answer the template does not write."""
+        names = [str(call.get("function", call).get("name")) for call in last.get("tool_calls") or []]
+        if any(name not in written for name in names) or (names and self.template.ignores_calls):
+            if not last["content"].strip():
+                raise Dropped(f"an answer is a tool call, and {_NO_CALL}")
+            return _NO_CALL
+        return lost(last, written)
 
     def _shared(self, sides: list[RenderedSide]) -> list[int]:
         """Where both conversations could be cut, if they part before the last turn."""
         ends = []
-        for place in range(len(self.prompt), 0, -1):
-            next_turns = [[*self.prompt, *answer][place] for answer in self.answers]
+        for index in range(len(self.prompt), 0, -1):
+            next_turns = [[*self.prompt, *answer][index] for answer in self.answers]
             asks = (True, False) if all(turn["role"] == "assistant" for turn in next_turns) else (False,)
-            for text in (self._try_turns(self.prompt[:place], ask=ask) for ask in asks):
+            for text in (self._try_turns(self.prompt[:index], ask=ask) for ask in asks):
                 if text and all(side.text.startswith(text) for side in sides):
                     ends.append(len(text))
         if not ends:
             raise Dropped("no boundary: the sides share no whole message once rendered")
         return ends
 
-    # -------------------------------------------------------------------------------------- earlier answers
 
-    def _spans(self, side: RenderedSide) -> list[tuple[int, int]]:
-        turns = [*self.prompt, *self.answers[0][:-1]]
-        places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if not places:
-            return []
-        text = side.text[: side.boundary]
-        spans = self._spans_at_once(turns, places, text)
-        if spans is None:
-            found = [self._span(turns, place, text) for place in places]
-            spans = [span for span in found if span is not None]
-            if len(spans) < len(places):
-                self.notes.append(
-                    "an earlier answer was not found in the rendering: not part of nll_on: assistant"
-                )
-        return spans
-
-    def _spans_at_once(
-        self, turns: list[Message], places: list[int], text: str
-    ) -> list[tuple[int, int]] | None:
-        """From one rendering with a marker for every answer; None if the text does not match it."""
-        if any(set(turns[place]) > {"role", "content"} for place in places):
-            return None
-        marked = [{**turn, "content": _MARKER} if turn["role"] == "assistant" else turn for turn in turns]
-        first, *pieces = self._turns(marked, ask=True).split(_MARKER)
-        if len(pieces) != len(places):
-            return None
-        pieces[-1] = pieces[-1][: len(text)]
-        spans, position, end = [], len(first), self.template.end
-        for place, piece in zip(places, pieces, strict=True):
-            content = turns[place]["content"]
-            last = place == places[-1]
-            said = next(
-                (one for one in (content, content.strip()) if _goes_on(text, position, one, piece, last)),
-                None,
-            )
-            if said is None:
-                return None
-            stop = position + len(said)
-            spans.append((position, stop + (len(end) if text.startswith(end, stop) else 0)))
-            position = stop + len(piece)
-        return spans if text.startswith(first) else None
-
-    def _span(self, turns: list[Message], place: int, text: str) -> tuple[int, int] | None:
-        """One answer: from the end of the conversation before it, when asked, to its end when answered."""
-        before = self._try_turns(turns[:place], ask=True)
-        after = self._try_turns(turns[: place + 1], ask=False)
-        if before is not None and after is not None:
-            after = self.renderer.finish(after)
-            if text.startswith(before) and text.startswith(after):
-                return len(before), len(after)
-        marked = self._try_turns(
-            [*turns[:place], {"role": "assistant", "content": _MARKER}, *turns[place + 1 :]], ask=True
-        )
-        first, _, rest = (marked or "").partition(_MARKER)
-        if rest and text.startswith(first) and (stop := text.find(rest[: len(text)], len(first))) >= 0:
-            end = self.template.end
-            return len(first), stop + (len(end) if text.startswith(end, stop) else 0)
-        return None
-
-
-def _goes_on(text: str, position: int, content: str, piece: str, last: bool) -> bool:
-    """Whether the text has this content here, then the template's piece (the boundary may cut it short)."""
-    if not text.startswith(content, position):
-        return False
-    rest = text[position + len(content) :]
-    return piece.startswith(rest) if last and len(rest) < len(piece) else rest.startswith(piece)
-
-
-def common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the common beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _with_text_arguments(turn: Message) -> Message:
-    if "tool_calls" not in turn:
-        return turn
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-        for call in turn["tool_calls"]
-    ]
-    return {**turn, "tool_calls": calls}
+def _found_again(text: str, other: str) -> int | None:
+    """Where the end of `text` stands in `other`, by as much of it as is there; None if nothing of it is."""
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if text[-middle:] in other else (low, middle - 1)
+    ending = text[len(text) - low :]
+    return other.rindex(ending) + low if ending.strip() else None

@@ -7,14 +7,17 @@ names only.
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from orpo.data.splits import DEFAULT, check_file, files_of_split, parse_split
 from orpo.errors import DataError, first_line
 
 Row = dict[str, Any]
@@ -28,33 +31,36 @@ class RawRow(NamedTuple):
     source: str
 
 
-def read_rows(data: object, *, split: str = "train", config: str | None = None) -> Iterator[RawRow]:
+def read_rows(data: object, *, split: str | None = DEFAULT, config: str | None = None) -> Iterator[RawRow]:
     """Yield the rows of a file, a folder of files, a hub name or an object, in order.
 
     Args:
         data: Local path, hub name, `Dataset`, `IterableDataset`, `DatasetDict` or an iterable of mappings.
-        split: Split of a hub data set or `DatasetDict`.
-        config: Configuration of a hub data set.
+        split: Split in the notation of `datasets` (`train`, `train[:100]`, `train+test`); None is `train`. A
+            single file is the split `train` as a whole. An object without splits is read whole.
+        config: Configuration of a hub data set, or of a folder that holds one.
 
     Raises:
-        DataError: Nothing of that name can be read.
+        DataError: Nothing of that name can be read, or it has no such split.
     """
     if isinstance(data, str | Path):
         path = Path(data).expanduser()
         if path.exists():
-            yield from _local_rows(path, split)
+            yield from _local_rows(path, split, config)
         elif _reader(path) is not None:
             raise DataError(f"{data}: no such file; give an existing path or a hub name")
         else:
-            yield from _object_rows(_load_hub(str(data), config, split), str(data))
-        return
-    if isinstance(data, Mapping):  # a DatasetDict
-        if split not in data:
-            raise DataError(f"the data set has no split {split!r}; it has {', '.join(map(str, data))}")
-        data = data[split]
-    if not isinstance(data, Iterable):
+            yield from _object_rows(_load_hub(str(data), config, split or DEFAULT), str(data))
+    elif isinstance(data, Mapping):  # a DatasetDict
+        for part in parse_split(split):
+            if part.name not in data:
+                known = ", ".join(map(str, data))
+                raise DataError(f"the data set has no split {part.name!r}; it has {known}")
+            yield from part.take(_object_rows(data[part.name], "row"))
+    elif isinstance(data, Iterable):
+        yield from _object_rows(data, "row")
+    else:
         raise DataError(f"cannot read rows from {type(data).__name__}; give a path, a hub name or a data set")
-    yield from _object_rows(data, "row")
 
 
 def _object_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
@@ -64,8 +70,13 @@ def _object_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
 
 def _as_row(row: object, source: str) -> RawRow:
     if isinstance(row, Mapping):
-        return RawRow(dict(row), source)
-    return RawRow(DataError(f"is a {type(row).__name__}, not an object with columns"), source)
+        return RawRow({name: _plain(value) for name, value in row.items()}, source)
+    return RawRow(DataError(f"is a {type(row).__name__}; expected an object with columns"), source)
+
+
+def _plain(value: Any) -> Any:
+    """Lists and numbers of numpy, as pandas hands them out, as Python's."""
+    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
 
 
 def _load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
@@ -82,24 +93,42 @@ def _load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
     return loaded
 
 
-def _local_rows(path: Path, split: str) -> Iterator[RawRow]:
-    if not path.is_dir():
-        read = _reader(path)
-        if read is None:
-            raise DataError(f"{path}: unknown file type; use one of {', '.join(_READERS)} (.gz as well)")
-        yield from read(path)
+def _local_rows(path: Path, split: str | None, config: str | None) -> Iterator[RawRow]:
+    if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        yield from _saved_rows(path, split)
         return
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        import datasets
+    for part in parse_split(split):
+        if path.is_dir():
+            files = files_of_split(path, part.name, config, lambda file: _reader(file) is not None)
+        else:
+            check_file(path, part.name)
+            files = [path]
+        yield from part.take(row for file in files for row in _file_rows(file))
 
-        yield from read_rows(datasets.load_from_disk(str(path)), split=split)
-        return
-    files = [file for file in sorted(path.iterdir()) if _reader(file) is not None]
-    chosen = [file for file in files if split in file.name] or files
-    if not chosen:
-        raise DataError(f"{path}: the folder holds no data file; expected one of {', '.join(_READERS)}")
-    for file in chosen:
-        yield from _local_rows(file, split)
+
+def _saved_rows(path: Path, split: str | None) -> Iterator[RawRow]:
+    """A folder written by `save_to_disk`."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); is the folder damaged?") from error
+    if not isinstance(loaded, Mapping):
+        loaded = {str(loaded.split or DEFAULT): loaded}
+    yield from read_rows(loaded, split=split)
+
+
+def _file_rows(path: Path) -> Iterator[RawRow]:
+    read = _reader(path)
+    if read is None:
+        raise DataError(f"{path}: unknown file type; use one of {', '.join(_READERS)} (.gz as well)")
+    try:
+        yield from read(path)
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); is the file damaged?") from error
 
 
 def _open(path: Path) -> IO[str]:
@@ -119,8 +148,8 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
 def _parse_json(text: str, source: str) -> RawRow:
     try:
         return _as_row(json.loads(text), source)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return RawRow(DataError(f"is not JSON ({error})"), source)
+    except (ValueError, RecursionError) as error:
+        return RawRow(DataError(f"is not JSON ({first_line(error)})"), source)
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
@@ -140,8 +169,9 @@ def _read_json(path: Path) -> Iterator[RawRow]:
             else []
         )
         if len(tables) != 1:
+            several = f" (there are several: {', '.join(map(str, loaded))})" if len(tables) > 1 else ""
             raise DataError(
-                f"{path.name}:1: expected a JSON array of rows; wrap the rows in [ ] or write jsonl"
+                f"{path.name}:1: expected a JSON array of rows{several}; wrap the rows in [ ] or write jsonl"
             )
         yield from _object_rows(tables[0], path.name)
         return
@@ -158,6 +188,8 @@ def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
         if position >= len(text):
             raise DataError(f"{name}:{line}: the JSON array does not end; is the file cut off?")
         if text[position] == "]":
+            if text[position + 1 :].strip():
+                raise DataError(f"{name}:{line}: something follows the JSON array; fix the file")
             return
         try:
             row, position = decoder.raw_decode(text, position)
@@ -180,18 +212,26 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             except csv.Error as error:
                 yield RawRow(DataError(f"is not CSV ({error})"), f"{path.name}:{line}")
                 continue
-            row.pop(None, None)
-            yield RawRow({key: _cell(value) for key, value in row.items()}, f"{path.name}:{line}")
+            yield RawRow(_csv_row(row), f"{path.name}:{line}")
 
 
-def _cell(value: str | None) -> object:
-    """A CSV cell; a list or an object of messages is written as JSON in one."""
-    if value is not None and value.lstrip().startswith(("[{", '["', '{"')):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value
+def _csv_row(row: dict[Any, Any]) -> Row | DataError:
+    if None in row or None in row.values():
+        more = "more" if None in row else "fewer"
+        return DataError(f"has {more} cells than the header; put text that holds a comma into quotes")
+    return {key: _cell(value) for key, value in row.items()}
+
+
+def _cell(text: str) -> object:
+    """A CSV cell; a list of texts is written in one as JSON or, by pandas, as Python."""
+    if text.lstrip().startswith(('["', "['")):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text)
+            except (ValueError, SyntaxError):
+                continue
+            return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else text
+    return text
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:

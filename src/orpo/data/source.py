@@ -6,16 +6,17 @@ evaluation and inspection of data read in the same way and each says what it mus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.constants import HF_HOME
 
 from orpo.data.counts import RowCounts
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
-from orpo.data.detect import Format
+from orpo.data.detect import Detected
 from orpo.data.findings import Findings, find, pair_key
 from orpo.data.preferences import (
     PreferenceSet,
@@ -44,6 +45,7 @@ class ReadPairs:
         pairs: The pairs as tokens.
         preferences: The pairs as messages or text; empty where they came as tokens.
         formats: By data set, how its rows were read.
+        unused_columns: By data set, columns that nothing was read from.
         counts: What became of the rows; None where the pairs came as tokens.
         findings: What is odd about the set; None where nobody looked.
         notices: Further lines to print.
@@ -52,7 +54,8 @@ class ReadPairs:
     name: str
     pairs: TokenizedDataset
     preferences: Sequence[PreferencePair] = ()
-    formats: Mapping[str, Format] = field(default_factory=dict)
+    formats: Mapping[str, Detected] = field(default_factory=dict)
+    unused_columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     counts: RowCounts | None = None
     findings: Findings | None = None
     notices: tuple[str, ...] = ()
@@ -66,11 +69,19 @@ class ReadPairs:
     def to_json(self) -> dict[str, Any]:
         """For data_report.json."""
         report: dict[str, Any] = {"formats": {key: format_.name for key, format_ in self.formats.items()}}
+        report["unused_columns"] = {key: list(names) for key, names in self.unused_columns.items() if names}
         if self.counts is not None:
             report["rows"] = self.counts.to_dict()
         if self.findings is not None:
             report["findings"] = self.findings.to_dict()
         return report
+
+
+class SavedTemplate(NamedTuple):
+    """The template to save with a model, or all of them by name, and the end-of-turn token it writes."""
+
+    text: str | dict[str, str] | None = None
+    end_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class TokenizedStream:
     """
 
     open: Callable[[], Iterator[TokenizedPair]]
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None
     end_token: str | None = None
 
     def __iter__(self) -> Iterator[TokenizedPair]:
@@ -107,10 +118,8 @@ class TrainingData:
 
     def lines(self) -> list[str]:
         """Everything to print; a line that several sets have in common is printed once."""
-        sets = (
-            [self.train, *self.evals.values()] if isinstance(self.train, ReadPairs) else self.evals.values()
-        )
-        return [*self.notices, *(line for one in sets for line in one.lines())]
+        sets = [one for one in (self.train, *self.evals.values()) if isinstance(one, ReadPairs)]
+        return list(dict.fromkeys([*self.notices, *(line for one in sets for line in one.lines())]))
 
     def to_json(self) -> dict[str, Any]:
         """For data_report.json."""
@@ -133,11 +142,11 @@ class TrainingData:
         return sets if set(sets) - {""} else sets.get("")
 
     @property
-    def template(self) -> tuple[str | None, str | None]:
+    def template(self) -> SavedTemplate:
         """The chat template that the pairs were written with, and its end-of-turn token."""
         sets = [self.train_pairs, *(one.pairs for one in self.evals.values())]
-        found = ((one.chat_template, one.end_token) for one in sets if one is not None and one.chat_template)
-        return next(found, (None, None))
+        known = (one for one in sets if one is not None and one.chat_template)
+        return next((SavedTemplate(one.chat_template, one.end_token) for one in known), SavedTemplate())
 
 
 def read_pairs(
@@ -145,8 +154,9 @@ def read_pairs(
     settings: OrpoSettings,
     tokenizer: Any,
     *,
-    split: str = "train",
+    split: str | None = "train",
     name: str = EVALUATION,
+    stop_tokens: Sequence[int] = (),
 ) -> ReadPairs:
     """Read one set into memory, a stream too.
 
@@ -154,8 +164,9 @@ def read_pairs(
         data: A name, `Dataset`, `IterableDataset`, rows or tokenized pairs.
         settings: How to read and tokenize.
         tokenizer: Of the model.
-        split: Split of a hub data set.
+        split: Split of a hub data set; None: all of a file or folder.
         name: Of the set, for messages.
+        stop_tokens: Ids that generation stops at by the model's own configuration.
 
     Raises:
         DataError: The data cannot be read, or too many rows are dropped.
@@ -163,11 +174,18 @@ def read_pairs(
     tokenized = _as_tokenized(data)
     if tokenized is not None:
         return ReadPairs(name=name, pairs=tokenized)
-    return _tokenized(_preferences(data, settings, split, name), settings, tokenizer, name)
+    reading = _Reading(settings, tokenizer, stop_tokens)
+    return reading.tokenized(reading.preferences(data, split, name), name)
 
 
 def read_training(
-    train: Any, evals: Any, settings: OrpoSettings, tokenizer: Any, *, evaluates: bool
+    train: Any,
+    evals: Any,
+    settings: OrpoSettings,
+    tokenizer: Any,
+    *,
+    evaluates: bool,
+    stop_tokens: Sequence[int] = (),
 ) -> TrainingData:
     """Read the data of a run.
 
@@ -177,54 +195,148 @@ def read_training(
         settings: How to read and tokenize.
         tokenizer: Of the model.
         evaluates: Whether prompts are to be held out where there is no evaluation data.
+        stop_tokens: As for `read_pairs`.
 
     Raises:
         DataError: The data cannot be read, too many rows are dropped, or pairs are trained on and evaluated.
         ConfigError: A stream without `max_steps`.
     """
     train = settings.dataset_name if train is None else train
+    leaves_out = evals is None  # objects from Python are evaluated as they are, with a line
     evals = _named_evaluation_data(settings) if evals is None else evals
     sets = {} if evals is None else dict(evals) if _is_named(evals) else {"": evals}
+    reading = _Reading(settings, tokenizer, stop_tokens)
     if train is not None and _as_tokenized(train) is None and _is_stream(train, settings):
-        stream = _stream(train, settings, tokenizer)
-        return TrainingData(train=stream, evals=_read_evals(sets, settings, tokenizer))
+        return TrainingData(train=reading.stream(train), evals=reading.evaluation_sets(sets))
     if train is None or (tokenized := _as_tokenized(train)) is not None:
         known = None if train is None else ReadPairs(name=TRAINING, pairs=tokenized)  # type: ignore[arg-type]
-        return TrainingData(train=known, evals=_read_evals(sets, settings, tokenizer))
-    read = _preferences(train, settings, settings.dataset_train_split, TRAINING)
+        return TrainingData(train=known, evals=reading.evaluation_sets(sets))
+    read = reading.preferences(train, settings.dataset_train_split, TRAINING)
     notices: tuple[str, ...] = ()
     if evaluates and not sets and settings.eval_split > 0:
         read, held_out, notices = _hold_out(read, settings)
-        known_evals = {"": _tokenized(held_out, settings, tokenizer, EVALUATION)}
+        known_evals = {"": reading.tokenized(held_out, EVALUATION)}
     else:
-        known_evals = _read_evals(sets, settings, tokenizer, trained={pair_key(p) for p in read.pairs})
-    tokenized_train = _tokenized(read, settings, tokenizer, TRAINING)
+        trained = {pair_key(pair) for pair in read.pairs}
+        known_evals = reading.evaluation_sets(sets, trained, leaves_out=leaves_out)
+    tokenized_train = reading.tokenized(read, TRAINING)
     evaluated = [pair for one in known_evals.values() for pair in one.preferences]
     findings = find(read.pairs, evaluated or None, tokenized_train.pairs)
     return TrainingData(train=replace(tokenized_train, findings=findings), evals=known_evals, notices=notices)
 
 
-def _read_evals(
-    sets: Mapping[str, Any],
-    settings: OrpoSettings,
-    tokenizer: Any,
-    trained: frozenset[Any] | set[Any] = frozenset(),
-) -> dict[str, ReadPairs]:
-    """Read the evaluation sets; pairs that are trained on are left out of them, and counted."""
-    split = settings.dataset_test_split or settings.dataset_train_split
-    found = {}
-    for key, data in sets.items():
-        name = f"{EVALUATION} {key}" if key else EVALUATION
-        tokenized = _as_tokenized(data)
-        if tokenized is not None:
-            found[key] = ReadPairs(name=name, pairs=tokenized)
-            continue
-        read = _without(_preferences(data, settings, split, name), trained)
-        found[key] = _tokenized(read, settings, tokenizer, name)
-    return found
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What every set of a run is read with."""
+
+    settings: OrpoSettings
+    tokenizer: Any
+    stop_tokens: Sequence[int]
+
+    def preferences(self, data: Any, split: str | None, name: str) -> PreferenceSet:
+        """Rows -> pairs, nothing of which is dropped yet beyond what cannot train."""
+        try:
+            return read_preferences(
+                data, max_dropped=1.0, seed=_seed(self.settings), settings=self._read_settings(split)
+            )
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+
+    def tokenized(self, read: PreferenceSet, name: str) -> ReadPairs:
+        """Pairs -> tokens, with the check of how many rows are left."""
+        pairs = tokenize_pairs(
+            read,
+            self.tokenizer,
+            max_length=self.settings.max_length,
+            chat_template=self.settings.chat_template,
+            num_proc=self.settings.dataset_num_proc,
+            cache_dir=Path(HF_HOME) / "orpo" if len(read) >= CACHED_FROM else None,
+            **self._template_options,
+        )
+        pairs.report.check(self.settings.max_dropped, name)
+        notices = list(read.notices)
+        if self.settings.chat_template_kwargs and not pairs.chat_template:
+            notices.append("chat_template_kwargs have no effect: plain-text rows use no chat template")
+        return ReadPairs(
+            name=name,
+            pairs=pairs,
+            preferences=read.pairs,
+            formats=read.formats,
+            unused_columns=read.unused_columns,
+            counts=pairs.report,
+            notices=tuple(notices),
+        )
+
+    def evaluation_sets(
+        self, sets: Mapping[str, Any], trained: Collection[Any] = (), *, leaves_out: bool = True
+    ) -> dict[str, ReadPairs]:
+        """Read the evaluation sets; pairs that are `trained` on are left out or named, and counted."""
+        split = self.settings.dataset_test_split or self.settings.dataset_train_split
+        if self.settings.eval_dataset_name is not None and self.settings.dataset_test_split is None:
+            split = "train"  # of a file or folder of its own: all of it
+        found = {}
+        for key, data in sets.items():
+            name = f"{EVALUATION} {key}" if key else EVALUATION
+            tokenized = _as_tokenized(data)
+            if tokenized is not None:
+                found[key] = ReadPairs(name=name, pairs=tokenized)
+                continue
+            read = self.preferences(data, split, name)
+            read = _without(read, trained) if leaves_out else _with_warning(read, trained)
+            found[key] = self.tokenized(read, name)
+        return found
+
+    def stream(self, data: Any) -> TokenizedStream:
+        """Rows that are read and tokenized as they come."""
+        if getattr(self.settings, "max_steps", 0) <= 0:
+            raise ConfigError("the length of a stream is not known; set max_steps")
+        read = self._read_settings(self.settings.dataset_train_split)
+        text = end_token = None
+        if self.settings.chat_template or self.tokenizer.chat_template:
+            template = prepare_template(self.tokenizer, self.settings.chat_template, **self._template_options)
+            text, end_token = template.saved, template.end_token
+
+        def tokens() -> Iterator[TokenizedPair]:
+            return stream_tokenized(
+                stream_preferences(data, settings=read),
+                self.tokenizer,
+                max_length=self.settings.max_length,
+                chat_template=self.settings.chat_template,
+                **self._template_options,
+            )
+
+        return TokenizedStream(tokens, text, end_token)
+
+    def _read_settings(self, split: str | None) -> ReadSettings:
+        s = self.settings
+        return ReadSettings(
+            split=split, config=s.dataset_config, data_format=s.data_format, columns=s.columns,
+            on_bad_row=s.on_bad_row, sft_rows=s.sft_rows,
+        )  # fmt: skip
+
+    @property
+    def _template_options(self) -> dict[str, Any]:
+        """What `prepare_template` takes besides the template."""
+        date = self.settings.template_date
+        return {
+            "chat_template_kwargs": self.settings.chat_template_kwargs,
+            "stop_tokens": self.stop_tokens,
+            "date": None if date is None else datetime.fromisoformat(date),
+        }
 
 
-def _without(read: PreferenceSet, trained: frozenset[Any] | set[Any]) -> PreferenceSet:
+def _with_warning(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
+    """The set with a line about the pairs that are trained on."""
+    sources = [pair.source for pair in read.pairs if pair_key(pair) in trained]
+    if sources:
+        read.notices.append(
+            f"{len(sources)} of {len(read)} pairs are also trained on (first: {sources[0]});"
+            " what they show does not carry over to new data"
+        )
+    return read
+
+
+def _without(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
     """The set without the pairs that are trained on."""
     kept = []
     for pair in read.pairs:
@@ -235,7 +347,9 @@ def _without(read: PreferenceSet, trained: frozenset[Any] | set[Any]) -> Prefere
     return replace(read, pairs=kept)
 
 
-def _hold_out(read: PreferenceSet, settings: OrpoSettings) -> tuple[PreferenceSet, PreferenceSet, tuple[str]]:
+def _hold_out(
+    read: PreferenceSet, settings: OrpoSettings
+) -> tuple[PreferenceSet, PreferenceSet, tuple[str, ...]]:
     """Training pairs, held-out pairs, and a line; what was dropped while reading stays with the former."""
     train, held_out = split_holdout(read.pairs, settings.eval_split, _seed(settings))
     if not held_out:
@@ -245,11 +359,8 @@ def _hold_out(read: PreferenceSet, settings: OrpoSettings) -> tuple[PreferenceSe
         f" ({settings.eval_split:.0%} of the prompts); eval_split: 0 turns this off"
     )
     counts = replace(read.report, total=read.report.total - len(held_out))
-    return (
-        replace(read, pairs=train, report=counts),
-        PreferenceSet(held_out, report=RowCounts(total=len(held_out))),
-        (line,),
-    )
+    kept = replace(read, pairs=train, report=counts)
+    return kept, PreferenceSet(held_out, report=RowCounts(total=len(held_out))), (line,)
 
 
 def _named_evaluation_data(settings: OrpoSettings) -> Any:
@@ -260,62 +371,6 @@ def _named_evaluation_data(settings: OrpoSettings) -> Any:
 
 def _is_stream(data: Any, settings: OrpoSettings) -> bool:
     return settings.streaming or type(data).__name__ == "IterableDataset"
-
-
-def _read_settings(settings: OrpoSettings, split: str) -> ReadSettings:
-    return ReadSettings(
-        split=split, config=settings.dataset_config, data_format=settings.data_format,
-        columns=settings.columns, on_bad_row=settings.on_bad_row, sft_rows=settings.sft_rows,
-    )  # fmt: skip
-
-
-def _preferences(data: Any, settings: OrpoSettings, split: str, name: str) -> PreferenceSet:
-    try:
-        return read_preferences(
-            data, max_dropped=1.0, seed=_seed(settings), settings=_read_settings(settings, split)
-        )
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from None
-
-
-def _tokenized(read: PreferenceSet, settings: OrpoSettings, tokenizer: Any, name: str) -> ReadPairs:
-    pairs = tokenize_pairs(
-        read,
-        tokenizer,
-        max_length=settings.max_length,
-        chat_template=settings.chat_template,
-        num_proc=settings.dataset_num_proc,
-        cache_dir=Path(HF_HOME) / "orpo" if len(read) >= CACHED_FROM else None,
-    )
-    pairs.report.check(settings.max_dropped, name)
-    return ReadPairs(
-        name=name,
-        pairs=pairs,
-        preferences=read.pairs,
-        formats=read.formats,
-        counts=pairs.report,
-        notices=tuple(read.notices),
-    )
-
-
-def _stream(data: Any, settings: OrpoSettings, tokenizer: Any) -> TokenizedStream:
-    if getattr(settings, "max_steps", 0) <= 0:
-        raise ConfigError("the length of a stream is not known; set max_steps")
-    read = _read_settings(settings, settings.dataset_train_split)
-    text = end_token = None
-    if settings.chat_template or tokenizer.chat_template:
-        template = prepare_template(tokenizer, settings.chat_template)
-        text, end_token = template.text, template.end_token
-
-    def tokens() -> Iterator[TokenizedPair]:
-        return stream_tokenized(
-            stream_preferences(data, settings=read),
-            tokenizer,
-            max_length=settings.max_length,
-            chat_template=settings.chat_template,
-        )
-
-    return TokenizedStream(tokens, text, end_token)
 
 
 def _seed(settings: OrpoSettings) -> int:

@@ -8,13 +8,15 @@ so that padding may equal EOS.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple
 
+from orpo.data.chat_template import ChatTemplate, common
 from orpo.data.counts import RowCounts
-from orpo.data.rendering import Dropped, Rendered, RenderedSide, Renderer, common
+from orpo.data.rendering import Dropped, Rendered, RenderedSide, Renderer
 from orpo.data.templates import adds_bos
 from orpo.pairs import Message, PreferencePair, TokenizedPair
 
@@ -36,6 +38,7 @@ class _Outcome(NamedTuple):
     tokens: TokenizedPair | None
     reason: str | None
     notes: list[str]
+    lost: list[str]
 
 
 class _Tokens(NamedTuple):
@@ -54,17 +57,35 @@ class PairTokenizer:
         counts: Reasons of dropped and changed pairs, filled by `encode`.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int | None, chat_template: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int | None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        stop_tokens: Collection[int] | None = None,
+        date: datetime | None = None,
+    ):
         """Keep the settings; the template is settled when the first conversation needs it.
 
         Args:
             tokenizer: Of the model to train (any object with the interface of a transformers tokenizer).
             max_length: Longest prompt + response, in tokens; None: no limit.
-            chat_template: As for `prepare_template`.
+            chat_template: As for `prepare_template`, like the rest.
+            chat_template_kwargs: Variables for the template; those of a pair win over them.
+            stop_tokens: Ids that generation stops at, besides EOS.
+            date: What the template writes as today's date.
         """
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.renderer = Renderer(tokenizer, chat_template)
+        self.renderer = Renderer(
+            tokenizer,
+            chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            stop_tokens=stop_tokens,
+            date=date,
+        )
         self.counts = RowCounts()
         self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
 
@@ -83,6 +104,8 @@ class PairTokenizer:
             else:
                 for note in dict.fromkeys(outcome.notes):
                     self.counts.change(note, pair.source)
+                for part in outcome.lost[:1]:  # a row counts once, however much of it is lost
+                    self.counts.lose(part, pair.source)
         return [outcome.tokens for outcome in outcomes]
 
     def _encode(self, pairs: Sequence[PreferencePair]) -> list[_Outcome]:
@@ -98,14 +121,14 @@ class PairTokenizer:
         outcomes = []
         for pair, one in zip(pairs, rendered, strict=True):
             if isinstance(one, str):
-                outcomes.append(_Outcome(None, one, []))
+                outcomes.append(_Outcome(None, one, [], []))
                 continue
             parts = [next(tokens) for _ in one.sides]
             try:
                 apart = [_APART] if any(part is not None and part.apart for part in parts) else []
-                outcomes.append(_Outcome(self._assemble(pair, one, parts), None, one.notes + apart))
+                outcomes.append(_Outcome(self._assemble(pair, one, parts), None, one.notes + apart, one.lost))
             except Dropped as dropped:
-                outcomes.append(_Outcome(None, str(dropped), []))
+                outcomes.append(_Outcome(None, str(dropped), [], []))
         return outcomes
 
     # --------------------------------------------------------------------------------------- text to tokens
@@ -134,26 +157,37 @@ class PairTokenizer:
         known = dict(zip(texts, self._encode_texts(texts), strict=True))
         result: list[_Tokens | None] = []
         crossed: list[tuple[int, Tokens, Tokens]] = []
-        for place, (side, prompt) in enumerate(zip(sides, prompts, strict=True)):
+        for index, (side, prompt) in enumerate(zip(sides, prompts, strict=True)):
             head, tail = known[prompt].ids, known[side.text[side.anchor :]].ids
             header = head if side.anchor == 0 else self._last_header(side, head, tail)
             result.append(_Tokens(self._with_bos(head), known[prompt], tail[len(header) :]))
             if tail[: len(header)] != header or len(tail) == len(header):
-                crossed.append((place, header, tail))
+                crossed.append((index, header, tail))
         # A token lies across these boundaries. At inference the prompt is tokenized without its answer.
-        apart = self._encode_texts([sides[place].text[sides[place].boundary :] for place, _, _ in crossed])
-        for (place, header, tail), answer in zip(crossed, apart, strict=True):
-            same = self._decode(header + answer.ids) == self._decode(tail)
-            part = result[place]
-            result[place] = (
-                part._replace(answer=answer.ids, apart=True) if same and part is not None else None
-            )
+        apart = self._encode_apart([sides[index].text[sides[index].boundary :] for index, _, _ in crossed])
+        for (index, header, tail), answers in zip(crossed, apart, strict=True):
+            part, whole = result[index], self._decode(tail)
+            same = next((ids for ids in answers if self._decode(header + ids) == whole), None)
+            result[index] = part._replace(answer=same, apart=True) if part is not None and same else None
         return result
+
+    def _encode_apart(self, answers: list[str]) -> list[list[Tokens]]:
+        """Each answer by itself: as the tokenizer reads a text, and as it reads one inside a text.
+
+        SentencePiece vocabularies put a blank in front of a text, which the prompt may end with already.
+        """
+        (front,) = self._encode_texts(["\n"]) if answers else [_Encoded([], None)]
+        plain = self._encode_texts(answers)
+        inside = self._encode_texts(["\n" + answer for answer in answers])
+        return [
+            [one.ids, two.ids[len(front.ids) :] if two.ids[: len(front.ids)] == front.ids else one.ids]
+            for one, two in zip(plain, inside, strict=True)
+        ]
 
     def _last_header(self, side: RenderedSide, head: Tokens, tail: Tokens) -> Tokens:
         """The prompt's tokens from the anchor on."""
-        places = (place for place in range(len(head) - 1, -1, -1) if head[place] == tail[0])
-        return head[next(places, 0) :]
+        starts = (index for index in range(len(head) - 1, -1, -1) if head[index] == tail[0])
+        return head[next(starts, 0) :]
 
     def _decode(self, ids: Tokens) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -172,9 +206,12 @@ class PairTokenizer:
     ) -> TokenizedPair:
         whole = [part for part in parts if part is not None and part.head]
         if len(whole) < len(parts):
-            raise Dropped("no boundary: the prompt's tokens are not a prefix of the conversation's")
+            raise Dropped(
+                "no boundary: the prompt's tokens are not a prefix of the conversation's; "
+                "give a chat_template whose header of an answer ends in no blank"
+            )
         for part in whole:
-            self._check(part.answer)
+            self._check(part.answer, rendered.template)
         if len(whole) == 2 and whole[0].head + whole[0].answer == whole[1].head + whole[1].answer:
             raise Dropped("chosen and rejected are identical once rendered")
         shared = self._shared(rendered, whole)
@@ -190,13 +227,26 @@ class PairTokenizer:
             source=pair.source,
         )
 
-    def _check(self, answer: Tokens) -> None:
+    def _check(self, answer: Tokens, template: ChatTemplate | None) -> None:
         if not answer or answer[-1] not in self.renderer.added:
             raise Dropped("an answer does not end with an end-of-turn token")
-        if self.renderer.added.issuperset(answer):
+        if not self._says_something(answer):
             raise Dropped("an answer is empty once rendered")
-        if answer[-1] in answer[:-1]:
-            raise Dropped("the end-of-turn token occurs inside an answer")
+        ends = {answer[-1]} if template is None else {answer[-1], *self.renderer.end_ids(template)}
+        stop = next((token for token in answer[:-1] if token in ends), None)
+        if stop is not None:
+            raise Dropped(
+                f"the end-of-turn token {self._decode([stop])} occurs inside an answer; "
+                "take it out of the data, or give a chat_template that writes it at the end only"
+            )
+
+    def _says_something(self, answer: Tokens) -> bool:
+        """Whether there is more than added tokens and blanks in an answer."""
+        added = self.renderer.added
+        if any(self._decode([token]).strip() for token in answer if token not in added):
+            return True
+        # The bytes of one letter show nothing by themselves.
+        return self._decode([token for token in answer if token not in added]).strip() != ""
 
     def _shared(self, rendered: Rendered, parts: list[_Tokens]) -> int:
         """How many tokens both sides start with, cut back to a message boundary."""
@@ -212,16 +262,19 @@ class PairTokenizer:
         shift = len(part.head) - len(part.prompt.ids)  # BOS put in front, or a doubled one taken away
         text = rendered.sides[0].text[: rendered.sides[0].boundary]
         return tuple(
-            (self._place(part.prompt, text, start) + shift, self._place(part.prompt, text, stop) + shift)
+            (
+                self._token_at(part.prompt, text, start) + shift,
+                self._token_at(part.prompt, text, stop) + shift,
+            )
             for start, stop in rendered.spans
         )
 
-    def _place(self, encoded: _Encoded, text: str, position: int) -> int:
+    def _token_at(self, encoded: _Encoded, text: str, position: int) -> int:
         """Number of tokens before a character."""
         if encoded.record is None:
             return common(self._encode_texts([text[:position]])[0].ids, encoded.ids)
-        for place in range(position, len(text)):
-            token = encoded.record.char_to_token(place)
+        for index in range(position, len(text)):
+            token = encoded.record.char_to_token(index)
             if token is not None:
                 return int(token)
         return len(encoded.ids)
@@ -231,16 +284,16 @@ class PairTokenizer:
     def _shorten(self, pairs: Sequence[PreferencePair], outcomes: list[_Outcome], limit: int) -> None:
         """Replace the outcomes that are too long, by bisection over the places where a prompt may be cut."""
         searches = {
-            place: _Search(pairs[place], outcome)
-            for place, outcome in enumerate(outcomes)
+            index: _Search(pairs[index], outcome)
+            for index, outcome in enumerate(outcomes)
             if outcome.tokens is not None and _longest(outcome.tokens) > limit
         }
         while active := [search for search in searches.values() if search.low < search.high]:
             tried = self._encode([search.next_pair() for search in active])
             for search, outcome in zip(active, tried, strict=True):
                 search.take(outcome, limit)
-        for place, search in searches.items():
-            outcomes[place] = search.result(limit)
+        for index, search in searches.items():
+            outcomes[index] = search.result(limit)
 
 
 class _Search:
@@ -273,7 +326,7 @@ class _Search:
             len(tokens.chosen) - tokens.chosen_context, len(tokens.rejected) - tokens.rejected_context
         )
         what = "an answer alone" if answer >= limit else "the last question with its answer"
-        return _Outcome(None, f"too long: {what} exceeds max_length {limit}", [])
+        return _Outcome(None, f"too long: {what} exceeds max_length {limit}", [], [])
 
 
 def _longest(tokens: TokenizedPair) -> int:
@@ -285,8 +338,8 @@ def shorter_prompts(prompt: list[Message] | str) -> list[list[Message]]:
     if isinstance(prompt, str):
         return []
     start = 1 if prompt[:1] and prompt[0]["role"] == "system" else 0
-    users = [place for place in range(start + 1, len(prompt)) if prompt[place]["role"] == "user"]
-    return [prompt[:start] + prompt[place:] for place in users]
+    users = [index for index in range(start + 1, len(prompt)) if prompt[index]["role"] == "user"]
+    return [prompt[:start] + prompt[index:] for index in users]
 
 
 def stream_tokenized(
@@ -297,6 +350,7 @@ def stream_tokenized(
     chat_template: str | None = None,
     counts: RowCounts | None = None,
     drop_rejected: bool = False,
+    **options: Any,
 ) -> Iterator[TokenizedPair]:
     """Tokenize pairs as they come, 512 at a time.
 
@@ -307,8 +361,9 @@ def stream_tokenized(
         chat_template: As for `prepare_template`.
         counts: Gets the reasons as rows are dropped or changed; their total is the reader's to count.
         drop_rejected: Leave the rejected sides out, once they have had their say about the length.
+        options: Further settings of `PairTokenizer`.
     """
-    encoder = PairTokenizer(tokenizer, max_length=max_length, chat_template=chat_template)
+    encoder = PairTokenizer(tokenizer, max_length=max_length, chat_template=chat_template, **options)
     if counts is not None:
         encoder.counts = counts
     remaining = iter(pairs)

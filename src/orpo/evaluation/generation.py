@@ -18,11 +18,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
-from orpo.data.templates import ChatTemplate, prepare_template
+from orpo.data.chat_template import ChatTemplate
+from orpo.data.templates import prepare_template
 from orpo.engine.loading import load_model, load_tokenizer
+from orpo.engine.scorer import base_model
+from orpo.engine.stop_tokens import saved_stop_token_ids, stop_token_ids
 from orpo.errors import ConfigError, ModelError
 from orpo.pairs import Message
 from orpo.run.checkpoints import model_folder
+from orpo.run.directory import is_adapter
 from orpo.settings.config import OrpoSettings
 
 
@@ -45,9 +49,11 @@ def load_trained(name: str, settings: OrpoSettings) -> nn.Module:
     dtype = settings.dtype or ("auto" if torch.accelerator.is_available() else "float32")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model: nn.Module = load_model(
-        replace(settings, model_name_or_path=model_folder(name), dtype=dtype, use_peft=False)
-    )
+    folder = model_folder(name)
+    model: nn.Module = load_model(replace(settings, model_name_or_path=folder, dtype=dtype, use_peft=False))
+    stops = saved_stop_token_ids(folder) if is_adapter(folder) else []
+    if stops:  # PEFT does not read what a run has written next to its adapter
+        base_model(model).generation_config.eos_token_id = stops
     return model.to(this_device()).eval()
 
 
@@ -103,7 +109,7 @@ class ChatModel:
         name: str,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
         """Probe the template.
 
@@ -191,7 +197,7 @@ class ChatModel:
         options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        ends = {self.tokenizer.eos_token_id}
+        ends = {self.tokenizer.eos_token_id, *stop_token_ids(self.model)}
         if self.template is not None:
             ends.add(self.tokenizer.convert_tokens_to_ids(self.template.end_token))
         with torch.no_grad(), _seeded(sampling.seed):

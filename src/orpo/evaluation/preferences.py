@@ -24,6 +24,7 @@ from orpo.engine.metrics import METRICS
 from orpo.engine.model import prepare_model
 from orpo.engine.score import score
 from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
+from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import ConfigError
 from orpo.evaluation.generation import load_trained
 from orpo.evaluation.statistics import clustered_mean
@@ -235,8 +236,9 @@ def evaluate(
     resolved = OrpoSettings.from_recipe(recipe)
     tokenizer = load_tokenizer(folder, trust_remote_code=resolved.trust_remote_code)
     source = data if isinstance(data, str | Path) else type(data).__name__
-    split = split or resolved.dataset_test_split or "test"
-    read = read_pairs(data, resolved, tokenizer, split=split, name=Path(source).name)
+    stops = saved_stop_token_ids(folder)
+    split = split or _default_split(source, resolved)
+    read = read_pairs(data, resolved, tokenizer, split=split, name=Path(source).name, stop_tokens=stops)
     _say_all([] if quiet else read.lines())
     loaded = load_trained(folder, resolved)
     batches, notices = _batch_settings(loaded, resolved)
@@ -256,6 +258,11 @@ def evaluate(
     path = run.evaluation(name or Path(source).name.split(".")[0] or "data")
     write_json(path, result.to_json())
     return replace(result, path=path)
+
+
+def _default_split(source: str | Path, settings: OrpoSettings) -> str | None:
+    """A single file is evaluated whole; elsewhere it is the recipe's test split, or `test`."""
+    return None if Path(source).is_file() else settings.dataset_test_split or "test"
 
 
 def _batch_settings(model: nn.Module, settings: OrpoSettings) -> tuple[BatchSettings, Sequence[str]]:

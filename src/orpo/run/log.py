@@ -56,7 +56,9 @@ def figures_from_json(values: Mapping[str, Any], where: object) -> dict[str, Fig
     """
     flat_errors = any(name.endswith("_se") for name in values)
     if flat_errors or not all(is_number(_mean(value)) for value in values.values()):
-        raise DataError(f"{where}: not the figures of this version of orpo; delete the file and make it again")
+        raise DataError(
+            f"{where}: not the figures of this version of orpo; delete the file and make it again"
+        )
     return {name: Figure.from_json(value) for name, value in values.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from datetime import date
 from typing import Any, Literal, Self
 
 from orpo.errors import ConfigError
@@ -81,6 +82,14 @@ class OrpoSettings:
     )
     disable_dropout: bool = setting(True, "Set every dropout of the model to 0.")
     chat_template: str | None = setting(None, "Jinja template, a file, or one of our named templates.")
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
+        None, "Arguments of the chat template: enable_thinking, reasoning_effort, ...", resume="derived"
+    )
+    template_date: str | None = setting(
+        None,
+        "Date that chat templates write, YYYY-MM-DD. Unset: the day on which the run starts.",
+        evaluation=True,
+    )
     resize_embeddings: bool = setting(
         False, "Add the template's special tokens to the vocabulary and train them."
     )
@@ -265,6 +274,7 @@ def check_settings(settings: OrpoSettings) -> None:
     for key, facts in FACTS.items():
         facts.check(key, getattr(settings, key, None))
     resolve_objective(settings)
+    _check_date(settings.template_date)
     if settings.load_in_4bit and settings.load_in_8bit:
         raise ConfigError("load_in_4bit and load_in_8bit are both set; choose one")
     if (settings.load_in_4bit or settings.load_in_8bit) and not (
@@ -275,6 +285,13 @@ def check_settings(settings: OrpoSettings) -> None:
         )
     if settings.streaming and getattr(settings, "max_steps", 1) <= 0:
         raise ConfigError(_NO_LENGTH)
+
+
+def _check_date(text: str | None) -> None:
+    try:
+        date.fromisoformat(text or "2000-01-01")
+    except ValueError:
+        raise ConfigError(f"template_date: {text!r} is no date; write it as 2026-11-27") from None
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> None:

@@ -18,7 +18,14 @@ import yaml
 
 from orpo.errors import ConfigError
 from orpo.run.directory import RunDirectory
-from orpo.settings.renamed import NO_EFFECT, current_entries
+from orpo.settings.renamed import (
+    NO_EFFECT,
+    ONE_THING,
+    RENAMED,
+    current_entries,
+    takes_as,
+    understood_names,
+)
 from orpo.settings.schema import (
     YamlLoader,
     accepts_mapping,
@@ -80,13 +87,15 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     notices: list[str] = []
     problems: list[str] = []
     environment: dict[str, str] = {}
-    for source in (_read_recipe(Path(files[0])) if files else [], typed):
+    written = _without_replaced(_read_recipe(Path(files[0])) if files else [], typed)
+    everything = {entry.key: entry.value for entry in (*written, *typed)}
+    for source in (written, typed):
         for entry in source:
             if entry.key == "env" and isinstance(entry.value, dict):
                 environment |= {str(name): str(value) for name, value in entry.value.items()}
                 continue
             try:
-                notice = _apply(entry, settings, {other.key for other in source})
+                notice = _apply(entry, settings, {other.key for other in source}, everything)
             except ValueError as error:
                 problems.append(f"{entry.where}: {error}")
             else:
@@ -95,6 +104,13 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError("; ".join(problems))
     notices += _idle(settings)
     return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
+
+
+def _without_replaced(written: list[Entry], typed: list[Entry]) -> list[Entry]:
+    """The file's entries but for those of a thing that the command line sets too, under whatever name."""
+    given = {entry.key for entry in typed}
+    replaced = {name for names in ONE_THING if names & given for name in names}
+    return [entry for entry in written if entry.key not in replaced]
 
 
 def _idle(settings: Mapping[str, Any]) -> list[str]:
@@ -111,8 +127,14 @@ def _idle(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _apply(entry: Entry, settings: dict[str, Any], named: set[str]) -> str:
+def _apply(entry: Entry, settings: dict[str, Any], named: set[str], everything: Mapping[str, Any]) -> str:
     """Store an entry under today's names; a name in `named`, the keys of its source, beats its old name.
+
+    Args:
+        entry: A key and its value.
+        settings: Where it is stored.
+        named: The keys of its source.
+        everything: All keys and values of file and command line, for names whose meaning depends on others.
 
     Returns:
         What to tell the user about the key, or nothing.
@@ -120,10 +142,10 @@ def _apply(entry: Entry, settings: dict[str, Any], named: set[str]) -> str:
     Raises:
         ValueError: The key is unknown, or its value cannot be used.
     """
-    current, notice = current_entries(entry.key, entry.value)
+    current, notice = current_entries(entry.key, entry.value, everything)
     for key, value in current.items():
         if key != entry.key and key in named:
-            notice += f"; ignored, since {key} is set too"
+            notice += "" if everything[key] == value else f"; ignored, since {key} is set too"
         else:
             _set(settings, key, value, typed=entry.where == _TYPED)
     return notice
@@ -152,9 +174,28 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
 
 
 def _nearest(key: str) -> str:
-    names = [*known_settings(), *NO_EFFECT]
-    near = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else "; `orpo config --help` says how to list them all"
+    """A hint at a setting whose name is made of the same words: `lora_rank` never stands for `local_rank`."""
+    typed = key.lower().replace("-", "_").strip("_")
+    names = [*known_settings(), *understood_names()]
+    near = [n for n in difflib.get_close_matches(typed, names, n=5, cutoff=0.6) if _same_words(typed, n)]
+    if not near:
+        return "; `orpo config --help` says how to list them all"
+    return f"; did you mean {RENAMED.get(near[0], near[0])!r}?"
+
+
+def _same_words(typed: str, name: str) -> bool:
+    """Whether the words typed are those of the name but for slips: all, or two and more in a row."""
+    if re.findall(r"\d+", typed) != re.findall(r"\d+", name):
+        return False
+    words, whole = typed.split("_"), name.split("_")
+    starts = range(len(whole) - len(words) + 1) if len(words) > 1 or len(whole) == 1 else ()
+    runs = (whole[start : start + len(words)] for start in starts)
+    near = any(all(map(_is_slip, words, run)) for run in runs)
+    return near or _is_slip(typed.replace("_", ""), name.replace("_", ""), at_least=0.9)
+
+
+def _is_slip(one: str, other: str, at_least: float = 0.75) -> bool:
+    return difflib.SequenceMatcher(None, one, other).ratio() >= at_least
 
 
 def _shown(value: Any) -> str:
@@ -252,7 +293,7 @@ def _negated(key: str) -> str | None:
 
 def _take_values(key: str, rest: list[str]) -> list[str]:
     """Remove and return the words that belong to `--key`: several for a list, none for a lone boolean."""
-    known = known_settings().get(key.partition(".")[0])
+    known = known_settings().get(takes_as(key.partition(".")[0]))
     several = known is not None and any(get_origin(member) is list for member in members(known.kind))
     lone = _negated(key) is not None or (known is not None and only_boolean(known.kind))
     values: list[str] = []

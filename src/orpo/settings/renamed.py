@@ -1,14 +1,19 @@
-"""Names in TRL, transformers and alignment-handbook recipes that are not, or no longer, settings here.
+"""Names in recipes and scripts that are not, or no longer, settings here.
 
-Each is understood, in one printed line: renamed, translated, or without effect and why.
+Each is understood, in one printed line: renamed, translated, or without effect and why. Here are those of
+TRL, transformers and alignment-handbook; those of further tools are in other_tools.py and foreign_data.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-RENAMED = {
+from orpo.errors import ConfigError
+from orpo.settings import other_tools
+from orpo.settings.foreign_data import EVALUATION, TRAINING, evaluation_data, training_data
+
+RENAMED = other_tools.RENAMED | {
     "evaluation_strategy": "eval_strategy",
     "torch_dtype": "dtype",
     "warmup_ratio": "warmup_steps",
@@ -38,7 +43,7 @@ _POSITIONS = "the tokens that are scored are listed, nothing is masked by an id"
 _PACKED = "pairs of any length are packed together without padding"
 _GONE = "transformers 5 has no such setting"
 
-NO_EFFECT = {
+NO_EFFECT = other_tools.NO_EFFECT | {
     "max_prompt_length": _LENGTHS,
     "max_target_length": _LENGTHS,
     "truncation_mode": _LENGTHS,
@@ -78,9 +83,27 @@ NO_EFFECT = {
     ),
 }
 
+_DATA = dict.fromkeys(TRAINING, training_data) | dict.fromkeys(EVALUATION, evaluation_data)
+_SEVERAL = {*_DATA, "target_modules", "lora_target", "adapters"}
+"""Names whose values may be several words on the command line, next to those that RENAMED maps to a list."""
+ONE_THING = (
+    {*TRAINING, "dataset_name", "dataset_mixer"},
+    {*EVALUATION, "eval_dataset_name"},
+    {"lora_target_modules", "lora_target_linear", "lora_target", "target_modules", "target_regex"},
+    {"chat_template", "chat_template_jinja", "template", "template_type"},
+)
+"""Several names of one thing: on the command line, one of them beats all that a file has of them."""
 
-def current_entries(key: str, value: Any) -> tuple[dict[str, Any], str]:
+
+def current_entries(
+    key: str, value: Any, written: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], str]:
     """Today's keys and values for a key as written, and what to tell the user about it.
+
+    Args:
+        key: As written.
+        value: As written.
+        written: All keys and values written with it, for those whose meaning depends on others.
 
     Returns:
         The entries to set, none where the key has no effect, and the rest of a printed line, empty where
@@ -89,13 +112,65 @@ def current_entries(key: str, value: Any) -> tuple[dict[str, Any], str]:
     Raises:
         ValueError: The key asks for what cannot be done; the message names it.
     """
+    written = {key: value} if written is None else written
     if key in _TRANSLATED:
         return _TRANSLATED[key](value)
+    if key in _DATA:
+        return _DATA[key](key, value, written)
     if key in RENAMED:
         return {RENAMED[key]: value}, f"now called {RENAMED[key]}"
     if key in NO_EFFECT:
         return {}, f"no effect: {NO_EFFECT[key]}"
-    return {key: value}, ""
+    return other_tools.translate(key, value, written) or ({key: value}, "")
+
+
+def understood_names() -> set[str]:
+    """Every name that is not a setting and is understood all the same."""
+    tables: list[Collection[str]] = [RENAMED, NO_EFFECT, _TRANSLATED, _DATA]
+    return set().union(*tables, other_tools.TRANSLATED, other_tools.REFUSED)
+
+
+def takes_as(key: str) -> str:
+    """The setting whose values `key` takes on the command line: itself, or what it is now called."""
+    return "dataset_name" if key in _SEVERAL else RENAMED.get(key, key)
+
+
+def current_keywords(
+    given: Mapping[str, Any], accepted: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments of a Python script under today's names.
+
+    Args:
+        given: Keyword -> value; a name that is not understood is passed on, for the class to refuse.
+        accepted: Keywords the class takes itself, among them some without effect: passed on as they are.
+
+    Returns:
+        The settings, and a line for each keyword that was renamed, translated or left out. A keyword under
+        today's name beats an old one.
+
+    Raises:
+        ConfigError: A keyword asks for what cannot be done.
+    """
+    own = {key for key in given if key in accepted and key not in other_tools.TRANSLATED}
+    settings = {key: given[key] for key in own}
+    lines = []
+    for key, value in given.items():
+        if key in own:
+            continue
+        try:
+            current, notice = current_entries(key, _plain_dtype(value), given)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        ignored = [name for name in current if name != key and name in given and given[name] != current[name]]
+        settings |= {name: item for name, item in current.items() if name == key or name not in given}
+        notice += f"; ignored, since {', '.join(ignored)} is set too" if ignored else ""
+        lines += [f"{key}: {notice}"] if notice else []
+    return settings, lines
+
+
+def _plain_dtype(value: Any) -> Any:
+    """`torch.bfloat16` -> "bfloat16", without importing torch."""
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
 
 
 def _truth(value: Any) -> bool:

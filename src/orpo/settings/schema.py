@@ -260,7 +260,7 @@ def _number(value: Any, kind: type) -> int | float:
         text = value.replace("_", "")
         value = int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
     number: int | float = value
-    if kind is int and number != int(number):
+    if kind is int and isinstance(number, float) and not number.is_integer():
         raise ValueError(value)
     return int(number) if kind is int else number
 

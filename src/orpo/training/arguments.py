@@ -7,6 +7,7 @@ settings is written as None and filled in here, so that "not set" differs from "
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -26,16 +27,12 @@ from orpo.settings.config import (
     settings_where,
 )
 from orpo.settings.inherited import inherited
-from orpo.settings.renamed import NO_EFFECT
+from orpo.settings.renamed import NO_EFFECT, current_keywords
 
 
 @dataclass
-class ORPOConfig(OrpoSettings, TrainingArguments):
-    """Arguments of `ORPOTrainer`; every keyword of TRL's class of the same name is accepted.
-
-    Attributes:
-        notices: Lines about what was resolved or has no effect, for the trainer to print.
-    """
+class _Arguments(OrpoSettings, TrainingArguments):
+    """The fields of `ORPOConfig`, with what is filled in where they are not set."""
 
     # Defaults that differ from those of TrainingArguments (settings/inherited.py).
     learning_rate: float = inherited("learning_rate")
@@ -58,13 +55,13 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
     label_pad_token_id: int | None = inherited("label_pad_token_id")
     is_encoder_decoder: bool | None = inherited("is_encoder_decoder")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         objective, notices = resolve_objective(self)
         for key, value in dataclasses.asdict(objective).items():
             setattr(self, key, value)
-        self.notices = notices + [
+        self.notices: list[str] = notices + [
             f"{key} has no effect: {NO_EFFECT[key]}"
             for key, default in ((f.name, f.default) for f in dataclasses.fields(self))
             if key in NO_EFFECT and default is None and getattr(self, key) is not None
@@ -156,6 +153,23 @@ class ORPOConfig(OrpoSettings, TrainingArguments):
         shown = [name for name in values if name in always or values[name] != defaults[name]]
         names = dict.fromkeys([*OWN, "output_dir", *shown])
         return {name: values[name] for name in names if name not in never and values[name] is not None}
+
+
+class ORPOConfig(_Arguments):
+    """Arguments of `ORPOTrainer`; every keyword of TRL's class of the same name is accepted.
+
+    Names that other tools use, or that transformers has renamed, are understood as in a recipe.
+
+    Attributes:
+        notices: Lines about what was renamed, resolved or has no effect, for the trainer to print.
+    """
+
+    __signature__ = inspect.signature(_Arguments)
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        settings, renamed = current_keywords(given, [f.name for f in dataclasses.fields(_Arguments)])
+        super().__init__(*args, **settings)
+        self.notices = renamed + self.notices
 
 
 _OBJECT = object()

@@ -3,16 +3,21 @@
 import copy
 import os
 from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
-from orpo.data.templates import DEFAULT, NAMED, missing_tokens
+from orpo.data.named_templates import DEFAULT, NAMED, missing_tokens
+from orpo.data.source import SavedTemplate
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
+from orpo.engine.stop_tokens import stop_at
 from orpo.errors import ConfigError, ModelError
+from orpo.run.directory import RunDirectory
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
@@ -31,6 +36,9 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
             "set use_cpu: true, or start it with torchrun on a machine with accelerators"
         )
     args.notices = list(args.notices)
+    if args.template_date is None:  # a run that resumes on another day trains on the same tokens
+        before = RunDirectory(Path(str(args.output_dir))).read_recipe().get("template_date")
+        args.template_date = str(before or date.today())
     if args.n_gpu > 1:
         args.notices.append(
             f"one of {args.n_gpu} GPUs is used; start with torchrun --nproc_per_node {args.n_gpu} for all"
@@ -141,21 +149,15 @@ def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def keep_template(template: tuple[str | None, str | None], processing_class: Any, model: Any) -> None:
+def keep_template(template: SavedTemplate, processing_class: Any, model: Any) -> None:
     """Keep the template the data was written with, and let generation stop at its end of turn."""
     text, end_token = template
     tokenizer = text_tokenizer(processing_class)
     if text is None:
         return
     processing_class.chat_template = tokenizer.chat_template = text
-    generation = None if model is None else getattr(base_model(model), "generation_config", None)
-    if generation is None or end_token is None:
-        return
-    end = tokenizer.convert_tokens_to_ids(end_token)
-    ends = generation.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if end not in ends:
-        generation.eos_token_id = [end, *ends]
+    if end_token is not None:
+        stop_at(end_token, tokenizer, model)
 
 
 def settle_evaluation(args: ORPOConfig, set_names: Sequence[str]) -> None:

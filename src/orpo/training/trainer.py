@@ -57,6 +57,7 @@ from orpo.engine.steps import (
     split_batches,
     step_loader,
 )
+from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.errors import ConfigError, DataError, RunError, first_line
 from orpo.evaluation.preferences import summarise
 from orpo.run.card import write_model_card
@@ -68,7 +69,7 @@ from orpo.run.checkpoints import (
     write_state,
     written_whole,
 )
-from orpo.run.directory import RunDirectory
+from orpo.run.directory import RunDirectory, is_adapter
 from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.settings.config import LayoutName, Objective
 from orpo.training.arguments import ORPOConfig
@@ -127,6 +128,7 @@ class ORPOTrainer(Trainer):
         preprocess_logits_for_metrics: Any = None,
         peft_config: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """Load what is given by name, tokenize the data, and check that they fit.
 
@@ -147,6 +149,7 @@ class ORPOTrainer(Trainer):
             peft_config: Train this adapter instead of the weights.
             compute_metrics: Gets `predictions`, the mean log-probabilities [n, 2] of (chosen, rejected), and
                 `label_ids`, n zeros: the column that is preferred.
+            tokenizer: Old name of `processing_class`.
 
         Raises:
             OrpoError: Settings, model or data cannot be trained with.
@@ -154,13 +157,18 @@ class ORPOTrainer(Trainer):
         args = own_arguments(args)
         set_seed(args.seed)  # an adapter's weights are drawn before Trainer sets the seed
         loaded: Any = resolve_model(model, args, model_init, peft_config)
-        tokenizer = resolve_tokenizer(processing_class, args)
+        tokenizer = resolve_tokenizer(processing_class or tokenizer, args)
         if args.resize_embeddings:
             args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
         with args.main_process_first(desc="tokenizing the data"):
-            text = text_tokenizer(tokenizer)
+            text, stops = text_tokenizer(tokenizer), stop_token_ids(loaded)
             data = read_training(
-                train_dataset, eval_dataset, args, text, evaluates=args.eval_strategy != "no"
+                train_dataset,
+                eval_dataset,
+                args,
+                text,
+                evaluates=args.eval_strategy != "no",
+                stop_tokens=stops,
             )
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
@@ -339,7 +347,9 @@ class ORPOTrainer(Trainer):
 
     def _read(self, rows: Any) -> TokenizedDataset:
         """Read rows that were given to be evaluated, and say what became of them."""
-        read = read_pairs(rows, self.args, text_tokenizer(self.processing_class))
+        read = read_pairs(
+            rows, self.args, text_tokenizer(self.processing_class), stop_tokens=stop_token_ids(self.model)
+        )
         for line in read.lines():
             say(line)
         return read.pairs
@@ -692,6 +702,9 @@ class ORPOTrainer(Trainer):
         """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint."""
         with _no_bars():
             super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save and is_adapter(folder):
+            save_generation_config(folder, self.model)
         if _internal_call:
             return
         if (

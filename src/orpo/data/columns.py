@@ -1,0 +1,293 @@
+"""The columns of a data set under our names: mapped, translated, unpacked; and a note of which were read.
+
+Other projects name columns differently, nest them (`input.messages`) or store conversations as text. Here
+every row becomes one with our names, so that `formats` need not know; a row also notes each column that is
+read, so that the columns that were of no use can be named.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from orpo.data.messages import BadRow, kind
+from orpo.data.rows import Row
+from orpo.errors import DataError
+
+# Names other projects use for our columns; `columns` in the recipe maps any further ones.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("query", "text_prompt"),
+    "chosen": (
+        "completion", "chosen_response", "response_chosen", "preferred_output", "response_j", "accepted",
+        "text_chosen",
+    ),
+    "rejected": (
+        "rejected_response", "rejected_messages", "rejected_responses", "response_rejected",
+        "non_preferred_output", "response_k", "text_rejected",
+    ),
+    "instruction": ("question",),
+    "system": ("system_prompt",),
+    "answers": (
+        "completions", "responses", "summaries", "generations", "candidates", "outputs", "samples", "replies",
+    ),
+    "messages": ("input.messages",),
+    "tools": ("input.tools",),
+}  # fmt: skip
+
+_MISSING = object()
+_SIDES = ("prompt", "chosen", "rejected", "messages", "conversations")
+_LISTS = ("answers", "scores", "history", "labels")
+"""Columns that hold lists, so that text in them is JSON."""
+_KEYS = ("role", "content")
+_WRAPPERS = ("messages", "conversations")
+_OBJECT = re.compile(r"""\s*"?\s*(?:\[\s*)*\{\s*\\?['"]""")
+_KEY = re.compile(r"""['"](\w+)\\?['"]\s*:""")
+_BETWEEN_OBJECTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s+\{""")
+
+
+class NamedRow(dict[str, Any]):
+    """A row under our column names that notes which of the data's columns are read."""
+
+    def __init__(self, row: Row, theirs: Mapping[str, str], used: set[str]) -> None:
+        super().__init__(row)
+        self._theirs = theirs
+        self._used = used
+
+    def theirs(self, name: str) -> str:
+        """The data's name of one of our columns."""
+        return self._theirs.get(name, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict, and noted."""
+        self._used.add(self._theirs.get(name, name))
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self._used.add(self._theirs.get(name, name))
+        return super().__getitem__(name)
+
+
+class Columns:
+    """How the columns of one data set are named, and which of them were seen and read.
+
+    Args:
+        mapping: Our name -> the data's name, `input.messages` for one inside another, `answers.votes` for one
+            inside every entry of a list. `role` and `content` rename the keys of messages.
+    """
+
+    def __init__(self, mapping: Mapping[str, str] | None = None) -> None:
+        mapping = mapping or {}
+        self.mapping = {ours: theirs for ours, theirs in mapping.items() if ours not in _KEYS}
+        self._keys = {mapping[ours]: ours for ours in _KEYS if ours in mapping}
+        self._opened = {theirs.split(".")[0] for theirs in self.mapping.values() if "." in theirs}
+        self._plans: dict[tuple[tuple[str, type], ...], dict[str, str]] = {}
+        self._seen: dict[str, None] = {}
+        self._used: set[str] = set()
+
+    @property
+    def unused(self) -> list[str]:
+        """The data's columns that held something and that no row was read from, in their order."""
+        return [name for name in self._seen if name not in self._used]
+
+    def forget(self) -> None:
+        """Take columns that were read while the format was being told as not read."""
+        self._used.clear()
+
+    def check(self, head: Iterable[Row], *, may_lack: bool = False) -> None:
+        """Stop where a column is mapped that no row has.
+
+        Args:
+            head: The first rows, as read.
+            may_lack: Accept a data set that has our name instead, as one of several may.
+
+        Raises:
+            DataError: It names the columns that are there.
+        """
+        rows = [{str(name): value for name, value in row.items()} for row in head]
+        if not rows:
+            return
+        present = dict.fromkeys(name for row in rows for name in row)
+        for ours, theirs in self.mapping.items():
+            if any(_find(row, theirs) is not _MISSING for row in rows) or (may_lack and ours in present):
+                continue
+            raise DataError(
+                f"columns: {ours}: there is no column {theirs!r}; the data has {', '.join(present)}"
+            )
+        keys = {key for row in rows for key in _keys_inside(row)}
+        for theirs, ours in self._keys.items():
+            if theirs not in keys and not may_lack:
+                raise DataError(f"columns: {ours}: no message has a key {theirs!r}")
+
+    def name(self, raw: Row) -> NamedRow:
+        """The row under our column names.
+
+        Raises:
+            BadRow: A cell holds a conversation as text that cannot be parsed.
+        """
+        row = {str(name): self._parsed(str(name), value) for name, value in raw.items()}
+        pattern = tuple((name, type(value)) for name, value in row.items())
+        theirs = self._plans.get(pattern)
+        if theirs is None:
+            theirs = self._plan(row)
+            # What lies inside an object may differ from row to row.
+            if len(self._plans) < 1000 and not any(isinstance(value, Mapping) for value in row.values()):
+                self._plans[pattern] = theirs
+        taken = theirs.values()
+        named = {name: value for name, value in row.items() if name not in taken}
+        named |= {ours: _find(row, path) for ours, path in theirs.items()}
+        _unwrap(named)
+        return NamedRow(named, theirs, self._used)
+
+    def _plan(self, row: Row) -> dict[str, str]:
+        """Our names of the columns that have others -> the data's names or paths; notes what was seen."""
+        theirs = {ours: path for ours, path in self.mapping.items() if _find(row, path) is not _MISSING}
+        taken = set(theirs.values())
+
+        def has(ours: str) -> bool:
+            return ours in theirs or (ours not in taken and row.get(ours) is not None)
+
+        for ours, paths in ALIASES.items():
+            if has(ours):
+                continue
+            free = (path for path in paths if path not in taken and _holds(row, path))
+            if (path := next(free, None)) is not None:
+                theirs[ours] = path
+        asked = any(has(name) for name in ("instruction", "prompt", "messages", "conversations"))
+        if not asked and kind(row.get("input")) == "text" and "input" not in taken:
+            theirs["instruction"] = "input"  # Axolotl's icr: the input is the question
+        self._see(row, set(theirs.values()))
+        return theirs
+
+    def _see(self, row: Row, taken: set[str]) -> None:
+        """Note the columns that hold something; of one that columns are taken out of, what it holds."""
+        for name, value in row.items():
+            inside = [column for column in taken if column.startswith(f"{name}.")]
+            names = [name]
+            if inside and isinstance(value, Mapping):
+                keys = [f"{name}.{key}" for key, item in value.items() if item is not None]
+                rest = [
+                    key for key in keys if not any(f"{column}.".startswith(f"{key}.") for column in inside)
+                ]
+                names = [*inside, *rest]
+            if value is not None:
+                self._seen.update(dict.fromkeys(names))
+
+    def _parsed(self, name: str, value: Any) -> Any:
+        if isinstance(value, str) and value[:64].lstrip()[:1] in ("[", "{", '"'):
+            value = self._stored(name, value)
+        return _rename_keys(value, self._keys) if self._keys else value
+
+    def _stored(self, name: str, text: str) -> Any:
+        """What a text cell holds, where that is a conversation or a list; else the text."""
+        ours = next((our for our, theirs in self.mapping.items() if theirs == name), name)
+        is_list = ours in _LISTS or any(name in ALIASES.get(column, ()) for column in _LISTS)
+        is_opened = is_list or name in self._opened
+        if not (is_opened or _OBJECT.match(text)):
+            return text
+        value = _literal(text)
+        if value is not None and (is_opened or _is_conversation(_rename_keys(value, self._keys))):
+            return value
+        if value is None and _begins_conversation(text):
+            raise BadRow(name, "begins like a conversation stored as text, but is neither JSON nor Python")
+        return text
+
+
+def _begins_conversation(text: str) -> bool:
+    keys = set(_KEY.findall(text[:4000]))
+    return {"role", "content"} <= keys or {"from", "value"} <= keys or not keys.isdisjoint(_WRAPPERS)
+
+
+def _literal(text: str) -> Any:
+    """The list or object that a text writes in JSON, in Python, or as numpy prints it; None for any other."""
+    for parse in (json.loads, _python_literal, _numpy_literal):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, str) and value[:1] in ("[", "{"):  # JSON within JSON
+            return _literal(value)
+        return value if isinstance(value, list | dict) else None
+    return None
+
+
+def _python_literal(text: str) -> Any:
+    with warnings.catch_warnings():  # of escapes that Python does not know
+        warnings.simplefilter("ignore")
+        return ast.literal_eval(text)
+
+
+def _numpy_literal(text: str) -> Any:
+    """An array of objects as numpy prints it: no commas between them (pandas writes parquet to CSV so)."""
+    return _python_literal(_BETWEEN_OBJECTS.sub(lambda match: match[1] or "}, {", text))
+
+
+def _is_conversation(value: Any) -> bool:
+    if isinstance(value, Mapping) and any(kind(value.get(key)) == "messages" for key in _WRAPPERS):
+        return True
+    return kind(value) in ("message", "messages", "conversations")
+
+
+def _unwrap(row: Row) -> None:
+    """`{"messages": [...], "tools": [...]}` in a side is its messages; the tools become the row's."""
+    for name in _SIDES:
+        value = row.get(name)
+        if not isinstance(value, Mapping):
+            continue
+        turns = next((value[key] for key in _WRAPPERS if kind(value.get(key)) == "messages"), None)
+        if turns is None:
+            continue
+        row[name] = turns
+        tools = value.get("tools")
+        if tools and row.get("tools") not in (None, tools):
+            raise BadRow(name, "brings other tools than the rest of the row")
+        if tools:
+            row["tools"] = tools
+
+
+def _find(row: Mapping[str, Any], path: str) -> Any:
+    """A column, or what lies at a path of keys inside one; `_MISSING` where there is none."""
+    if path in row:
+        return row[path]
+    column, _, rest = path.partition(".")
+    if not rest or column not in row:
+        return _MISSING
+    value = row[column]
+    for key in rest.split("."):
+        value = _step(_literal(value) if isinstance(value, str) else value, key)
+    return _MISSING if value is None else value
+
+
+def _holds(row: Mapping[str, Any], path: str) -> bool:
+    value = _find(row, path)
+    return value is not None and value is not _MISSING
+
+
+def _step(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(key)
+    if isinstance(value, list) and key.isdecimal():
+        return value[int(key)] if int(key) < len(value) else None
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return [item.get(key) if isinstance(item, Mapping) else None for item in value]
+    return None
+
+
+def _rename_keys(value: Any, keys: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {keys.get(name, name): item for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rename_keys(item, keys) for item in value]
+    return value
+
+
+def _keys_inside(row: Row) -> Iterable[str]:
+    """Keys of the objects in a row's cells, also those stored as text."""
+    for value in row.values():
+        held = _literal(value) if isinstance(value, str) and value[:1] in ("[", "{", '"') else value
+        for item in held if isinstance(held, list) else [held]:
+            if isinstance(item, Mapping):
+                yield from map(str, item)

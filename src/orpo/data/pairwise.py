@@ -1,0 +1,270 @@
+"""Two answers and a label that says which is better, as raters' data is published.
+
+The tables say what the columns of well-known sets mean: how two answers are named, which labels there are,
+and which value speaks for which answer. A value in no table stops the run; a tie is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from orpo.data.messages import BadRow, Turns, Untrainable, kind, number_of, turns_of
+from orpo.data.questions import question
+from orpo.data.rows import Row
+from orpo.data.sides import Sides, part
+
+_STEMS = (
+    "response", "answer", "output", "completion", "conversation", "conv", "human_ref", "orig_response",
+    "summary", "text", "generation", "candidate", "continuation", "reply", "message", "chat", "assistant",
+    "solution",
+)  # fmt: skip
+_SUFFIXES = (
+    ("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("a", "b"), ("A", "B"), ("0", "1"), ("1", "2"),
+)  # fmt: skip
+_TIES = {
+    "tie", "ties", "tied", "both", "both_good", "both_bad", "bothbad", "neither", "draw", "equal", "same",
+}  # fmt: skip
+TIE = "a tie: neither answer is better"
+
+
+class Duel(NamedTuple):
+    """How the two answers of a data set are named."""
+
+    first: str
+    second: str
+    suffixes: tuple[str, str]
+
+
+Judge = Callable[[Row, str, Duel], int | None]
+"""A row, the label's column and the answers -> 0 or 1, the better one; None for a tie."""
+
+
+def _by_name(row: Row, label: str, duel: Duel) -> int | None:
+    """The value names an answer: its column, its suffix, `model_a`, or the model that wrote it."""
+    value, number = row.get(label), number_of(row.get(label))
+    written = value if number is None or not number.is_integer() else int(number)
+    word = "_".join(str(written).lower().strip("[]").split())
+    if word in _TIES or word.startswith("tie_"):
+        return None
+    matches = [word in _names(row, duel, index) for index in (0, 1)]
+    if isinstance(value, bool) or matches[0] == matches[1]:
+        raise BadRow(
+            label,
+            f"is {value!r}, which names neither {duel.first} nor {duel.second}",
+            f"write {duel.first}, {duel.second} or tie",
+        )
+    return matches.index(True)
+
+
+def _names(row: Row, duel: Duel, index: int) -> set[str]:
+    column, suffix = (duel.first, duel.second)[index], duel.suffixes[index]
+    bare = suffix.strip("_").lower()
+    models = [row.get(f"{stem}{suffix}") for stem in ("model", "generator")]
+    stems = ("model", "response", "answer", "output", "assistant", "option")
+    return {
+        column.lower(),
+        bare,
+        *(f"{stem}_{bare}" for stem in stems),
+        *(str(m).lower() for m in models if m),
+    }
+
+
+def _by_number(row: Row, label: str, duel: Duel) -> int | None:
+    """As `_by_name`; a rater's mean between 1 and 2 speaks for the nearer one."""
+    number = number_of(row.get(label))
+    if number is not None and 1 < number < 2 and duel.suffixes[0].endswith("1"):
+        return None if number == 1.5 else int(number > 1.5)
+    return _by_name(row, label, duel)
+
+
+def _by_sign(row: Row, label: str, duel: Duel) -> int | None:
+    """HelpSteer: from -3, the first is much better, to 3, the second is."""
+    number = number_of(row.get(label))
+    if isinstance(row.get(label), bool) or number is None:
+        return _by_name(row, label, duel)
+    return None if number == 0 else int(number > 0)
+
+
+def _one_is_first(row: Row, label: str, duel: Duel) -> int | None:
+    """SHP: 1 where A is preferred, 0 where B is."""
+    number = number_of(row.get(label))
+    if number not in (0, 1):
+        raise BadRow(label, f"is {row.get(label)!r}; expected 0 or 1")
+    return int(number == 0)
+
+
+def _by_index(row: Row, label: str, duel: Duel) -> int | None:
+    """Counted from 0, whatever the answers are called; a name does as well."""
+    number = number_of(row.get(label))
+    if duel.suffixes[0].endswith("1") or number not in (0, 1):
+        return _by_name(row, label, duel)
+    return int(number)
+
+
+# Label -> what its values mean. The first that a row has decides; the others are named as not used.
+LABELS: dict[str, Judge] = {
+    "better_response_id": _by_name,
+    "better_response": _by_name,
+    "better": _by_name,
+    "winner": _by_name,
+    "preferred": _by_name,
+    "preferred_response": _by_name,
+    "preference": _by_number,
+    "human_preference": _by_name,
+    "orig_preference": _by_name,
+    "choice": _by_index,
+    "label": _by_name,
+    "labels": _by_name,
+    "chosen": _by_name,
+    "overall_preference": _by_sign,
+    "preference_strength": _by_sign,
+}
+# Where the answers are called so, a label means something else.
+_SPECIAL: dict[tuple[str, str], Judge] = {("human_ref_A", "labels"): _one_is_first}
+# Without a label: numbers for each answer, `score_0` or `conv_A_rating`; more is better, of ranks less.
+_NUMBERS = {
+    "score": 1, "rating": 1, "reward": 1, "winner_model": 1, "overall_score": 1, "overall_rating": 1,
+    "votes": 1, "upvotes": 1, "preference_score": 1, "rank": -1,
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _duel(columns: frozenset[str]) -> Duel | None:
+    for stem in _STEMS:
+        for suffixes in _SUFFIXES:
+            first, second = f"{stem}{suffixes[0]}", f"{stem}{suffixes[1]}"
+            if first in columns and second in columns:
+                return Duel(first, second, suffixes)
+    return None
+
+
+def find_duel(row: Row) -> Duel | None:
+    """The two answers of a row, if it names them so and both are there."""
+    if dict.get(row, "chosen") is not None and dict.get(row, "rejected") is not None:
+        return None
+    found = _duel(frozenset(name for name, value in row.items() if value is not None))
+    answers = ("text", "texts", "messages", "message")
+    if found is None or any(kind(row.get(name)) not in answers for name in found[:2]):
+        return None
+    return found
+
+
+def _judge(row: Row, duel: Duel) -> tuple[str, Judge] | None:
+    """What says which answer is better, and how it is read."""
+    for label, judge in LABELS.items():
+        if row.get(label) is not None and kind(row[label]) in ("text", "other"):
+            return label, _SPECIAL.get((duel.first, label), judge)
+    for word in _NUMBERS:
+        columns = _number_columns(row, word, duel)
+        if columns is not None:
+            return word, _by_numbers
+    return None
+
+
+def _number_columns(row: Row, word: str, duel: Duel) -> tuple[str, str] | None:
+    first, second = duel.suffixes
+    separator = "" if first.startswith("_") else "_"
+    for names in (
+        (f"{word}{first}", f"{word}{second}"),
+        (f"{word}{separator}{first}", f"{word}{separator}{second}"),
+        (f"{duel.first}_{word}", f"{duel.second}_{word}"),
+    ):
+        if all(number_of(row.get(name)) is not None for name in names):
+            return names
+    return None
+
+
+def _by_numbers(row: Row, word: str, duel: Duel) -> int | None:
+    columns = _number_columns(row, word, duel)
+    if columns is None:
+        raise BadRow(word, "is missing for one of the two answers")
+    first, second = (_NUMBERS[word] * (number_of(row[name]) or 0.0) for name in columns)
+    return None if first == second else int(second > first)
+
+
+def is_pairwise(row: Row) -> bool:
+    """Whether a row has two answers and a label with a known meaning."""
+    duel = find_duel(row)
+    return duel is not None and _judge(row, duel) is not None
+
+
+def detail(row: Row) -> str:
+    """Which columns hold the answers, and which says which is better."""
+    duel = find_duel(row)
+    found = _judge(row, duel) if duel is not None else None
+    if duel is None or found is None:
+        return ""
+    label, judge = found
+    columns = _number_columns(row, label, duel) if judge is _by_numbers else None
+    return f"{duel.first} and {duel.second}, the better one by {' and '.join(columns or (label,))}"
+
+
+def read_pairwise(row: Row) -> list[Sides]:
+    """The better answer as chosen, the other as rejected.
+
+    Raises:
+        BadRow: An answer is missing, or the label's value is not known.
+        Untrainable: A tie.
+    """
+    duel = find_duel(row)
+    if duel is None:
+        raise BadRow("response", "is missing: the row has no two answers")
+    found = _judge(row, duel)
+    if found is None:
+        raise BadRow("label", f"is missing: nothing says which of {duel.first} and {duel.second} is better")
+    label, judge = found
+    better = judge(row, label, duel)
+    if better is None:
+        raise Untrainable(TIE)
+    sides = _conversations(row, duel)
+    return [part(sides[better], sides[1 - better])]
+
+
+def _conversations(row: Row, duel: Duel) -> tuple[Turns, Turns]:
+    answers = (row[duel.first], row[duel.second])
+    if all(kind(answer) == "messages" for answer in answers):
+        whole = [turns_of(answer, name) for answer, name in zip(answers, duel[:2], strict=True)]
+        if all(turns and turns[0]["role"] != "assistant" for turns in whole):
+            return _judged(row, whole[0]), _judged(row, whole[1])
+    if (listed := _listed_turns(row, answers)) is not None:
+        return listed
+    history = question(row)
+    first, second = (history + turns_of(row[name], name) for name in duel[:2])
+    return first, second
+
+
+def _judged(row: Row, turns: Turns) -> Turns:
+    """The turns up to the exchange that was judged, where `turn` says which."""
+    number = row.get("turn")
+    answers = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
+    if isinstance(number, int) and 0 < number < len(answers):
+        return turns[: answers[number - 1] + 1]
+    return turns
+
+
+def _listed_turns(row: Row, answers: tuple[Any, Any]) -> tuple[Turns, Turns] | None:
+    """Prompt and answers as lists of texts, one for each exchange (lmsys-arena-human-preference-55k)."""
+    asked, *answered = (_texts(value) for value in (row.get("prompt"), *answers))
+    if asked is None or any(texts is None or len(texts) != len(asked) for texts in answered):
+        return None
+    first, second = (
+        [
+            {"role": role, "content": text}
+            for exchange in zip(asked, texts or [], strict=True)
+            for role, text in zip(("user", "assistant"), exchange, strict=True)
+        ]
+        for texts in answered
+    )
+    return first, second
+
+
+def _texts(value: Any) -> list[str] | None:
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    return list(value) if kind(value) == "texts" else None

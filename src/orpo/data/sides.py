@@ -1,0 +1,82 @@
+"""What a row says: a shared beginning and two ways to go on.
+
+Rows write this as two whole conversations, as a history and two answers, or as something in between (a prompt
+that the sides repeat, with other blanks or without its system turn); here all of them become `Sides`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from orpo.data.messages import BadRow, Turns, alternatives, turns_of
+from orpo.pairs import Message
+
+
+class Sides(NamedTuple):
+    """The shared beginning and the two ways to go on; `rejected` None is an SFT-only row."""
+
+    prompt: Turns | str
+    chosen: Turns | str
+    rejected: Turns | str | None
+
+
+def part(chosen: Turns, rejected: Turns) -> Sides:
+    """Two whole conversations, cut where they part; each keeps at least its last turn."""
+    shared = 0
+    longest = min(len(chosen), len(rejected)) - 1
+    while shared < longest and _same(chosen[shared : shared + 1], rejected[shared : shared + 1]):
+        shared += 1
+    return Sides(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def pair_up(history: Turns, chosen: object, rejected: object) -> list[Sides]:
+    """A history plus one chosen and one or several rejected answers, which follow it or repeat it first."""
+    best = _follow(history, turns_of(chosen, "chosen"), "chosen")
+    if rejected is None:
+        return [Sides(best[:-1], best[-1:], None)]
+    answers = [turns_of(answer, "rejected") for answer in alternatives(rejected, "rejected")]
+    if not history and _begins_with_answer(*answers) and not _begins_with_answer(best):
+        history = best[:-1]  # the chosen conversation is whole, the rejected answers are not
+    return [part(best, _follow(history, answer, "rejected")) for answer in answers]
+
+
+def _begins_with_answer(*sides: Turns) -> bool:
+    return all(turns and turns[0]["role"] == "assistant" for turns in sides)
+
+
+def _follow(history: Turns, turns: Turns, field: str) -> Turns:
+    if not history or _same(turns[: len(history)], history):
+        return [*history, *turns[len(history) :]]
+    if not turns or turns[0]["role"] not in ("system", "user"):
+        return history + turns
+    return _joined(history, turns, field)
+
+
+def _joined(history: Turns, turns: Turns, field: str) -> Turns:
+    """History and a side that begins with a question: it repeats the history, or goes on from an answer."""
+    (system, asked), (own_system, said) = _without_system(history), _without_system(turns)
+    if system and own_system and not _same(system, own_system):
+        raise BadRow(field, "begins with another system text than the prompt")
+    for start in range(len(said) - len(asked) + 1):
+        end = start + len(asked)
+        if _same(said[start:end], asked):
+            return [*(system or own_system), *said[:start], *asked, *said[end:]]
+    if asked[-1]["role"] == "assistant":
+        return [*(system or own_system), *asked, *said]
+    raise BadRow(field, "begins with another question than the prompt")
+
+
+def _without_system(turns: Turns) -> tuple[Turns, Turns]:
+    number = 1 if turns and turns[0]["role"] == "system" else 0
+    return turns[:number], turns[number:]
+
+
+def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
+    """Whether turns are the same, blanks aside."""
+    if some == others:
+        return True
+    return len(some) == len(others) and all(
+        {**one, "content": one["content"].split()} == {**other, "content": other["content"].split()}
+        for one, other in zip(some, others, strict=True)
+    )

@@ -1,0 +1,86 @@
+"""What further columns say of the answers: of one without a counterpart, and of a pair.
+
+A single answer with a verdict, as in KTO, must not train as a good one where it is bad. Scores of chosen and
+rejected that say the opposite are counted and printed.
+"""
+
+from __future__ import annotations
+
+from orpo.data.columns import NamedRow
+from orpo.data.messages import number_of
+
+VERDICTS = (
+    "label", "labels", "kto_tag", "desirable", "is_desirable", "reward", "rewards", "score", "scores",
+    "rating", "overall_score", "preference", "feedback", "thumbs", "vote", "votes", "upvoted", "liked",
+    "good", "is_good", "accepted", "is_accepted", "correct", "is_correct", "quality", "helpfulness",
+)  # fmt: skip
+"""Columns that say how good a single answer is."""
+# Those of them in which 0 and 1 mean no and yes; in the others they are scores.
+_YES_OR_NO = {
+    "label", "labels", "kto_tag", "desirable", "preference", "feedback", "thumbs", "upvoted", "liked", "good",
+    "accepted", "correct",
+}  # fmt: skip
+_GOOD = {
+    "true", "1", "desirable", "chosen", "good", "positive", "preferred", "accepted", "yes", "up", "thumbs_up",
+}  # fmt: skip
+_BAD = {"false", "0", "undesirable", "rejected", "bad", "negative", "no", "down", "thumbs_down"}
+
+
+def unpaired_reason(row: NamedRow, *, uses: bool) -> str | None:
+    """Why an answer without a counterpart must not train; None where nothing says it is bad.
+
+    Args:
+        row: Without a rejected answer.
+        uses: `sft_rows: use`: rows without a rejected answer train as good ones.
+    """
+    verdicts = {name: _verdict(name, row[name]) for name in VERDICTS if _says_how_good(row, name)}
+    if not verdicts:
+        return None
+    if not uses:
+        column = row.theirs(next(iter(verdicts)))
+        return f"one answer with a verdict ({column}) is no pair: put the good and the bad one in one row"
+    bad = next((name for name, good in verdicts.items() if good is False), None)
+    if bad is not None:
+        return f"an answer without a counterpart that {row.theirs(bad)} says is bad"
+    if not any(verdicts.values()):
+        column = row.theirs(next(iter(verdicts)))
+        return f"an answer without a counterpart, and whether {column} says it is good is not known"
+    return None
+
+
+def _says_how_good(row: NamedRow, name: str) -> bool:
+    """Whether a column holds a verdict; a text of another kind is a topic or a language."""
+    value = dict.get(row, name)
+    if value is None or isinstance(value, list | dict):
+        return False
+    return not isinstance(value, str) or number_of(value) is not None or _verdict(name, value) is not None
+
+
+def _verdict(name: str, value: object) -> bool | None:
+    """Whether the answer is good, where the value can only mean yes or no."""
+    word = "_".join(str(value).strip().lower().split())
+    if isinstance(value, bool | str) or name.removeprefix("is_") in _YES_OR_NO:
+        return True if word in _GOOD else False if word in _BAD else None
+    return None
+
+
+# Score of chosen -> score of rejected, by the names they are published under.
+_SIDE_SCORES = {
+    names.format(side="chosen"): names.format(side="rejected")
+    for word in ("score", "rating", "avg_rating", "reward", "rm_score")
+    for names in (f"{word}_{{side}}", f"{word}-{{side}}", f"{{side}}_{word}", f"{{side}}-{word}")
+}
+
+
+def contradiction(row: NamedRow) -> str | None:
+    """Which columns say that chosen is not better than rejected; None where none does."""
+    for chosen in row:
+        rejected = _SIDE_SCORES.get(chosen)
+        if rejected is None:
+            continue
+        high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
+        if high is not None and low is not None and high <= low:
+            return f"{chosen} is not above {rejected}"
+    if str(dict.get(row, "status")).lower() in ("tie", "tied"):
+        return f"status is {dict.get(row, 'status')}"
+    return None
