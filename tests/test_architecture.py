@@ -182,7 +182,7 @@ def run_files() -> set[str]:
 
 
 def test_no_file_of_a_run_directory_is_named_outside_run():
-    names = run_files() - {RECIPE}  # every example in a help text has a recipe.yaml
+    names = run_files() - {RECIPE, "README.md"}  # help texts have recipes, folders of data have cards
     assert len(names) > 10
     for path in MODULES:
         if folder_of(name_of(path)) != "run":
@@ -220,7 +220,7 @@ def test_nothing_reads_the_source_of_this_package():
         text = path.read_text(encoding="utf-8")
         assert "__file__" not in text, ids(path)
         assert "inspect.getsource" not in text, ids(path)
-        assert name_of(path) == "orpo.settings.schema" or "import ast" not in text.splitlines(), ids(path)
+        assert name_of(path) == "orpo.settings.schema" or "ast.parse" not in text, ids(path)
 
 
 def test_one_function_writes_figures_with_their_errors():

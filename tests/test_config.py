@@ -423,6 +423,20 @@ def test_the_facts_of_inherited_settings_are_of_settings_that_exist():
     assert INHERITED.keys() - theirs.keys() == trl_only | {"is_encoder_decoder"}
 
 
+def test_splits_of_a_recipe_s_own_data_are_not_those_of_other_data(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("dataset_name: a/b\ndataset_train_split: train_prefs\ndataset_test_split: test_prefs\n")
+    other = load_recipe(path, ["--dataset_name", "pairs.jsonl"])
+    assert other.settings == {"dataset_name": "pairs.jsonl"}
+    assert other.notices == (
+        "dataset_train_split, dataset_test_split: of a/b in the recipe, not of the data on the command line",
+    )
+    named = load_recipe(path, ["--dataset_name", "c/d", "--dataset_test_split", "test"])
+    assert named.settings == {"dataset_name": "c/d", "dataset_test_split": "test"}
+    same = load_recipe(path, ["--dataset_name", "a/b", "--beta", "0.2"])
+    assert same.settings["dataset_test_split"] == "test_prefs" and not same.notices
+
+
 def test_what_orpo_eval_takes_from_a_run_is_what_decides_a_score():
     recipe = {"beta": 0.3, "nll_on": "response", "max_length": None, "learning_rate": 1e-3, "eval_split": 0.1}
     assert inherited_by_evaluation(recipe) == {"beta": 0.3, "nll_on": "response"}

@@ -441,7 +441,7 @@ class ScalesItsHiddenStates(transformers.LlamaForCausalLM):
 @pytest.mark.parametrize("sabotaged", [ScalesItsLogits, ScalesItsHiddenStates])
 def test_the_probe_refuses_a_model_that_does_something_unknown_before_its_loss(sabotaged, trained):
     model = sabotaged(tiny_models.build("Llama").config).requires_grad_(trained)
-    with pytest.raises(ModelError, match="do not reproduce the model's own loss"):
+    with pytest.raises(ModelError, match="does not reproduce the model's own loss"):
         prepare_model(model, OBJECTIVE)
 
 

@@ -1,13 +1,12 @@
 """Where generation stops after training: generation_config, config and tokenizer, adapters included."""
 
-from types import SimpleNamespace
-
 import peft
 import pytest
 import tiny_models
 import transformers
 from tiny_tokenizer import tiny_tokenizer
 
+from orpo.data.source import SavedTemplate
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.training.resolve import keep_template
 
@@ -18,7 +17,7 @@ def kept(tokenizer, end_token, *, known=2, adapter=False):
     model.generation_config = transformers.GenerationConfig(eos_token_id=known)
     if adapter:
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    reader = SimpleNamespace(chat_template="{{ messages }}", end_token=end_token)
+    reader = SavedTemplate("{{ messages }}", end_token)
     keep_template(reader, tokenizer, model)
     return model
 
@@ -65,13 +64,13 @@ def test_plain_text_leaves_everything_as_it_was():
     before = (tokenizer.chat_template, tokenizer.eos_token)
     model = tiny_models.build("Llama")
     stops = stop_token_ids(model)
-    keep_template(SimpleNamespace(chat_template=None, end_token=None), tokenizer, model)
+    keep_template(SavedTemplate(None, None), tokenizer, model)
     assert (tokenizer.chat_template, tokenizer.eos_token) == before and stop_token_ids(model) == stops
 
 
 def test_several_templates_are_all_kept():
     tokenizer = tiny_tokenizer("chatml")
     named = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    keep_template(SimpleNamespace(chat_template=named, end_token="<|im_end|>"), tokenizer, None)
+    keep_template(SavedTemplate(named, "<|im_end|>"), tokenizer, None)
     assert tokenizer.chat_template == named and tokenizer.eos_token == "<|im_end|>"
     assert stop_token_ids(None) == []

@@ -606,9 +606,7 @@ def test_reasoning_that_is_not_written_is_counted_and_stops_the_run():
     pairs = [pair_of([user("Q")], thinks)] + [pair_of([user("Q")], f"A{i}") for i in range(9)]
     kept = tokenize_pairs(pairs, tiny_tokenizer("chatml"), max_length=None, max_dropped=0.1)
     assert len(kept) == 10 and kept.report.lines()[1] == f"incomplete 1: {reason} (first: p.jsonl:1)"
-    with pytest.raises(
-        DataError, match=r"10% of the rows do not train, or not whole \(limit 5%\): incomplete 1"
-    ):
+    with pytest.raises(DataError, match=r"1 of 10 rows \(10%\) cannot be used whole, .*: incomplete 1"):
         tokenize_pairs(pairs, tiny_tokenizer("chatml"), max_length=None, max_dropped=0.05)
 
 
@@ -640,7 +638,7 @@ def test_counts_of_lost_parts_are_kept_and_joined():
     again.add(counts)
     assert again.lost == {"r": 2} and again.total == 8 and again.kept == 8
     again.check(0.25)
-    with pytest.raises(DataError, match="25% of the rows do not train, or not whole"):
+    with pytest.raises(DataError, match=r"2 of 8 rows \(25%\) cannot be used whole"):
         again.check(0.2)
 
 

@@ -214,7 +214,7 @@ def test_without_a_boundary_the_row_is_dropped_and_the_run_stops():
     assert tokens is None
     ((reason, _),) = counts.dropped.items()
     assert reason.startswith("no boundary: the chat template writes the prompt differently")
-    with pytest.raises(DataError, match="no row can train: dropped 1: no boundary"):
+    with pytest.raises(DataError, match="no row can be used: dropped 1: no boundary"):
         RowCounts(total=1, dropped=counts.dropped, examples=counts.examples).check(0.1)
 
 

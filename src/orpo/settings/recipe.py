@@ -100,8 +100,11 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 problems.append(f"{entry.where}: {error}")
             else:
                 notices += [f"{entry.key} ({entry.where}): {notice}"] if notice else []
+        if source is written:
+            of_file = dict(settings)
     if problems:
         raise ConfigError("; ".join(problems))
+    notices += _leave_behind(settings, of_file, {entry.key for entry in typed})
     notices += _idle(settings)
     return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
 
@@ -111,6 +114,22 @@ def _without_replaced(written: list[Entry], typed: list[Entry]) -> list[Entry]:
     given = {entry.key for entry in typed}
     replaced = {name for names in ONE_THING if names & given for name in names}
     return [entry for entry in written if entry.key not in replaced]
+
+
+_PARTS_OF_DATA = ("dataset_config", "dataset_train_split", "dataset_test_split")
+
+
+def _leave_behind(settings: dict[str, Any], of_file: Mapping[str, Any], typed: set[str]) -> list[str]:
+    """Drop the splits that a recipe names in its own data where the command line names other data."""
+    name = of_file.get("dataset_name")
+    if name is None or settings.get("dataset_name") == name:
+        return []
+    parts = [part for part in _PARTS_OF_DATA if part in of_file and part not in typed]
+    for part in parts:
+        del settings[part]
+    return (
+        [f"{', '.join(parts)}: of {name} in the recipe, not of the data on the command line"] if parts else []
+    )
 
 
 def _idle(settings: Mapping[str, Any]) -> list[str]:

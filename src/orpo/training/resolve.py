@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.named_templates import DEFAULT, NAMED, missing_tokens
-from orpo.data.source import SavedTemplate
+from orpo.data.source import SavedTemplate, TrainingData, read_training
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
-from orpo.engine.stop_tokens import stop_at
+from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError
 from orpo.run.directory import RunDirectory
 from orpo.run.log import flat_name
@@ -147,6 +147,15 @@ def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     """The tokenizer inside a multimodal processor, or itself."""
     tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
     return tokenizer
+
+
+def read_for_training(
+    train: Any, evals: Any, args: ORPOConfig, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> TrainingData:
+    """Read what there is to train and evaluate on; prompts are held out where evaluation is not turned off."""
+    evaluates = args.eval_strategy != IntervalStrategy.NO
+    stops = stop_token_ids(model)
+    return read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
 
 
 def keep_template(template: SavedTemplate, processing_class: Any, model: Any) -> None:

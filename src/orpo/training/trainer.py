@@ -40,7 +40,7 @@ from transformers.trainer_utils import (
 
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
-from orpo.data.source import TokenizedStream, TrainingData, read_pairs, read_training
+from orpo.data.source import TokenizedStream, TrainingData, read_pairs
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
@@ -80,6 +80,7 @@ from orpo.training.resolve import (
     check_model,
     keep_template,
     own_arguments,
+    read_for_training,
     resolve_model,
     resolve_tokenizer,
     settle_evaluation,
@@ -112,6 +113,10 @@ class ORPOTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     objective: Objective
+    stopped_by: str | None = None
+    _prepared: tuple[nn.Module, Preparation] | None = None
+    _tokens_per_micro_batch = 0
+    _evaluated_set: str | None = None  # its name, while an evaluation runs
     _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
 
     def __init__(  # noqa: PLR0913 - TRL's signature
@@ -161,15 +166,7 @@ class ORPOTrainer(Trainer):
         if args.resize_embeddings:
             args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
         with args.main_process_first(desc="tokenizing the data"):
-            text, stops = text_tokenizer(tokenizer), stop_token_ids(loaded)
-            data = read_training(
-                train_dataset,
-                eval_dataset,
-                args,
-                text,
-                evaluates=args.eval_strategy != "no",
-                stop_tokens=stops,
-            )
+            data = read_for_training(train_dataset, eval_dataset, args, text_tokenizer(tokenizer), loaded)
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
         settle_evaluation(args, list(data.evals))
@@ -180,10 +177,6 @@ class ORPOTrainer(Trainer):
         self._identity = run_identity(args, data.train_pairs)
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
-        self.stopped_by: str | None = None
-        self._prepared: tuple[nn.Module, Preparation] | None = None
-        self._tokens_per_micro_batch = 0
-        self._evaluated_set: str | None = None  # its name, while an evaluation runs
         self._printed: set[str] = set()
         super().__init__(
             model=loaded,
