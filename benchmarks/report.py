@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ BARS = {
     ("h256", "uf"): (2.5, 1.7),
     ("h256", "long"): (3.0, 1.8),
 }
-"""Least speed-up against TRL in random order and length-grouped, over a whole `train()`."""
+"""Required speed-up over TRL in random order and length-grouped, for a whole `train()`."""
 NAMES = {
     "h256": "Llama h256 L6 V32000", "h512": "Llama h512 L8 V32000", "v152k": "Llama h256 L6 V151936 tied",
     "opt": "OPT-125M (V50272)", "hh": "HH-RLHF", "uf": "UltraFeedback-like", "long": "long prompts",
@@ -85,7 +86,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def write_report(path: Path, raw: Spec, _cells: Any = None) -> None:
-    """Write the report of the results there are."""
+    """Write the report of the results so far."""
     results, machine = Results(raw), raw["machine"]
     lines = [
         "# Measured against TRL 1.16", "",
@@ -98,7 +99,14 @@ def write_report(path: Path, raw: Spec, _cells: Any = None) -> None:
         *_train_table(results), *_step_table(results), *_memory_table(results), *_agreement_table(results),
         *_head_table(results), *_budget_table(results), *_growth_note(path.parent), *_errors(raw),
     ]  # fmt: skip
-    path.write_text("\n".join(lines).rstrip() + "\n")
+    path.write_text("\n".join(map(wrapped, lines)).rstrip() + "\n")
+
+
+def wrapped(line: str) -> str:
+    """Prose in lines of at most 120 characters; tables, headings, pictures and list items as they are."""
+    if line.startswith(("|", "#", "!", "-")):
+        return line
+    return textwrap.fill(line, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _load_note(results: Results) -> str:
@@ -108,7 +116,8 @@ def _load_note(results: Results) -> str:
     return (
         f"Load average while measuring: {min(loads):.1f} to {max(loads):.1f}, median "
         f"{statistics.median(loads):.1f} "
-        "(1 would be the benchmark alone); above the number of cores, CPU times are inflated on both sides."
+        "(1 means that only the benchmark was running). A load above the number of cores inflates CPU times "
+        "on both sides."
     )
 
 
@@ -139,9 +148,9 @@ def _train_table(results: Results) -> list[str]:
         "TRL length-grouped, CPU s", "ours is faster by (bar)", "by wall time", "runs",
     ]  # fmt: skip
     note = [
-        "The bar is on CPU time. Wall time depends on what else the machine did; so, with few runs under "
-        "load, does up to a fifth of the CPU time: where length-grouped TRL comes out slower than random "
-        "order, that is the likely reason.",
+        "The bar applies to CPU time. Wall time depends on what else the machine was doing. With few runs "
+        "under load, so does up to a fifth of the CPU time: this is the likely reason where length-grouped "
+        "TRL comes out slower than random order.",
         "",
     ]
     return ["## Whole `train()` loop, one epoch", "", *note, *table(header, rows)]
@@ -168,9 +177,9 @@ def _step_table(results: Results) -> list[str]:
         "TRL, share", "best GEMM, GF/s", "AdamW's share of our step",
     ]  # fmt: skip
     note = [
-        "Forward and backward of one batch. FLOP limit: the floating-point operations the loss needs (each "
-        "token and key once, matrix products only) at the best GEMM rate timed right before and after each "
-        "step, in the same precision; medians. "
+        "Forward and backward of one batch; medians. The FLOP limit is the time for the floating-point "
+        "operations that the loss needs (each token and key once, matrix products only) at the best GEMM "
+        "rate, timed right before and after each step in the same precision. "
         "Bar: 70 % for h512 and OPT in fp32.", "",
     ]  # fmt: skip
     return ["## One step", "", *note, *table(header, rows)]
@@ -215,8 +224,9 @@ def _memory_table(results: Results) -> list[str]:
         "ours needs less by (bar)",
     ]
     note = [
-        "Above model and AdamW's moments, gradients included; one batch, the allocator's defaults, each in "
-        "its own process. The last rows are whole epochs with the heap kept, where freed memory counts.", "",
+        "Memory above that of the model and AdamW's moments, gradients included. One batch, the allocator's "
+        "defaults, each in its own process. The last rows are whole epochs with the heap kept, so memory "
+        "that was freed counts.", "",
     ]  # fmt: skip
     return ["## Peak memory", "", *note, *table(header, rows)]
 
@@ -231,9 +241,9 @@ def _agreement_table(results: Results) -> list[str]:
             ])  # fmt: skip
     header = ["workload", "pairs", "loss", "difference to TRL", "worst relative gradient difference", "in"]
     note = [
-        "One batch, the same weights and token ids (checked) on both sides. Bars in fp32: 1e-6 and 1e-5.",
-        "",
-    ]
+        "One batch, with the same weights and token ids (checked) on both sides. "
+        "Bars in fp32: 1e-6 and 1e-5.", "",
+    ]  # fmt: skip
     return ["## The same loss and gradients", "", *note, *table(header, rows)]
 
 
@@ -249,8 +259,8 @@ def _head_table(results: Results) -> list[str]:
                 "-" if loss is None or exact is None else f"{abs(loss - exact):.1e}",
             ])  # fmt: skip
     note = [
-        "From hidden states to loss and both gradients; h256, V 32000, 8 pairs of HH-RLHF, fp32. Memory "
-        "above the inputs, heap kept, gradients (33 MiB) included.", "",
+        "From hidden states to the loss and both gradients: h256, V 32000, 8 pairs of HH-RLHF, fp32. Memory "
+        "is what is used above the inputs, with the heap kept, gradients (33 MiB) included.", "",
     ]  # fmt: skip
     if not any("Liger" in row[0] for row in rows):
         note = [*note[:-1], "Liger: not installed where this was measured (`pip install liger-kernel`).", ""]
@@ -264,6 +274,7 @@ def _head_table(results: Results) -> list[str]:
 
 def _budget_table(results: Results) -> list[str]:
     lines: list[str] = []
+    header = ["tokens_per_micro_batch", "micro-batches", "CPU s", "above the fastest", "peak MiB"]
     for shape in ("h256", "h512"):
         for r in results.find(task="micro_batches", shape=shape)[-1:]:
             fastest = min(r["cpu"])
@@ -272,7 +283,6 @@ def _budget_table(results: Results) -> list[str]:
                 for b, n, c, m in zip(r["budgets"], r["micro_batches"], r["cpu"], r["peak_mib"], strict=True)
             ]
             lines += [f"{NAMES[shape]}, 32 pairs of HH-RLHF, {r['tokens']} tokens:", ""]
-            header = ["tokens_per_micro_batch", "micro-batches", "CPU s", "above the fastest", "peak MiB"]
             lines += table(header, rows)
     return ["## Token budget of a micro-batch", "", *lines] if lines else []
 

@@ -26,6 +26,7 @@ from orpo.data.rows import RawRow, read_rows
 from orpo.data.verdicts import contradiction, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
+from orpo.settings.config import TextRows
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PreferenceSet:
         report: What became of the rows.
         notices: Lines to print.
         unused_columns: Name of each data set -> its columns that nothing was read from.
+        text_rows: How its plain texts are read; None where it has none, or nobody has decided.
     """
 
     pairs: list[PreferencePair]
@@ -45,6 +47,7 @@ class PreferenceSet:
     report: RowCounts = field(default_factory=RowCounts)
     notices: list[str] = field(default_factory=list)
     unused_columns: dict[str, list[str]] = field(default_factory=dict)
+    text_rows: TextRows | None = None
 
     @property
     def format(self) -> Detected:

@@ -25,7 +25,7 @@ from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import saved_stop_token_ids, stop_token_ids
 from orpo.errors import ConfigError, ModelError
 from orpo.pairs import Message
-from orpo.run.checkpoints import model_folder
+from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import is_adapter
 from orpo.settings.config import OrpoSettings
 
@@ -142,6 +142,8 @@ class ChatModel:
         """
         settings = settings or OrpoSettings()
         tokenizer = load_tokenizer(model_folder(name), trust_remote_code=settings.trust_remote_code)
+        if run_recipe(name).get("text_rows") == "plain":
+            tokenizer.chat_template = None  # it never saw one
         return cls(name, load_trained(name, settings), tokenizer, chat_template)
 
     def answer(

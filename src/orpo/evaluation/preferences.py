@@ -29,7 +29,7 @@ from orpo.errors import ConfigError
 from orpo.evaluation.generation import load_trained
 from orpo.evaluation.statistics import clustered_mean
 from orpo.pairs import TokenizedPair
-from orpo.run.checkpoints import model_folder
+from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import RunDirectory, write_json
 from orpo.run.log import Figure, Figures, figures_to_json
 from orpo.settings.config import (
@@ -231,7 +231,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} is out of range; expected at least 1")
     folder, run = model_folder(model), RunDirectory(Path(model))
-    recipe = inherited_by_evaluation(run.read_recipe()) | settings
+    recipe = inherited_by_evaluation(run_recipe(str(model))) | settings
     check_recipe(recipe)
     resolved = OrpoSettings.from_recipe(recipe)
     tokenizer = load_tokenizer(folder, trust_remote_code=resolved.trust_remote_code)

@@ -19,6 +19,7 @@ from orpo.settings.inherited import INHERITED
 ObjectiveName = Literal["orpo", "response", "llamafactory", "tempered"]
 NllOn = Literal["full", "response", "assistant"]
 NllReduction = Literal["token", "pair"]
+TextRows = Literal["chat", "plain"]
 LayoutName = Literal["shared", "packed", "padded"]
 
 
@@ -141,6 +142,13 @@ class OrpoSettings:
         resume="free",
     )
     data_format: str | None = setting(None, "Name of the row format; unset: detected.", resume="derived")
+    text_rows: TextRows | None = setting(
+        None,
+        "Rows of plain texts: `chat` reads prompt and answers as turns, `plain` takes them as they are. Unset: chat "
+        "where the model has a chat template and the answers do not continue the text of their prompts.",
+        resume="derived",
+        evaluation=True,
+    )
     columns: dict[str, str] | None = setting(
         None, "Our column name -> the data's column name.", resume="derived"
     )

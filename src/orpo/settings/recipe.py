@@ -87,7 +87,8 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     notices: list[str] = []
     problems: list[str] = []
     environment: dict[str, str] = {}
-    written = _without_replaced(_read_recipe(Path(files[0])) if files else [], typed)
+    of_file = _read_recipe(Path(files[0])) if files else []
+    written = _without_replaced(of_file, typed)
     everything = {entry.key: entry.value for entry in (*written, *typed)}
     for source in (written, typed):
         for entry in source:
@@ -100,8 +101,6 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 problems.append(f"{entry.where}: {error}")
             else:
                 notices += [f"{entry.key} ({entry.where}): {notice}"] if notice else []
-        if source is written:
-            of_file = dict(settings)
     if problems:
         raise ConfigError("; ".join(problems))
     notices += _leave_behind(settings, of_file, {entry.key for entry in typed})
@@ -119,17 +118,17 @@ def _without_replaced(written: list[Entry], typed: list[Entry]) -> list[Entry]:
 _PARTS_OF_DATA = ("dataset_config", "dataset_train_split", "dataset_test_split")
 
 
-def _leave_behind(settings: dict[str, Any], of_file: Mapping[str, Any], typed: set[str]) -> list[str]:
+def _leave_behind(settings: dict[str, Any], of_file: list[Entry], typed: set[str]) -> list[str]:
     """Drop the splits that a recipe names in its own data where the command line names other data."""
-    name = of_file.get("dataset_name")
-    if name is None or settings.get("dataset_name") == name:
+    names = next(names for names in ONE_THING if "dataset_name" in names)
+    written = next((entry.value for entry in of_file if entry.key in names), None)
+    if written is None or not names & typed or settings.get("dataset_name") == written:
         return []
-    parts = [part for part in _PARTS_OF_DATA if part in of_file and part not in typed]
+    parts = [part for part in _PARTS_OF_DATA if part in settings and part not in typed]
     for part in parts:
         del settings[part]
-    return (
-        [f"{', '.join(parts)}: of {name} in the recipe, not of the data on the command line"] if parts else []
-    )
+    line = f"{', '.join(parts)}: of {written} in the recipe, not of the data on the command line"
+    return [line] if parts else []
 
 
 def _idle(settings: Mapping[str, Any]) -> list[str]:

@@ -152,7 +152,7 @@ def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 def read_for_training(
     train: Any, evals: Any, args: ORPOConfig, tokenizer: PreTrainedTokenizerBase, model: Any
 ) -> TrainingData:
-    """Read what there is to train and evaluate on; prompts are held out where evaluation is not turned off."""
+    """Read what there is to train and evaluate on; prompts are held out unless evaluation is off."""
     evaluates = args.eval_strategy != IntervalStrategy.NO
     stops = stop_token_ids(model)
     return read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)

@@ -169,6 +169,7 @@ class ORPOTrainer(Trainer):
             data = read_for_training(train_dataset, eval_dataset, args, text_tokenizer(tokenizer), loaded)
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
+        args.text_rows = data.text_rows or args.text_rows
         settle_evaluation(args, list(data.evals))
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
