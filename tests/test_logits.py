@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orpo.engine import head
-from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.head import Denominators, Head, score_batch
 from orpo.engine.logits import OnePass, logprob_slopes, product, token_logprobs
 from orpo.engine.packing import pack
 from orpo.pairs import TokenizedPair
@@ -81,7 +81,7 @@ def test_the_head_is_the_same_by_the_gpu_way(monkeypatch, chunk_tokens, softcap,
             inputs[1], inputs[2] if biased else None, scale=0.8, softcap=softcap,
             chunk_tokens=chunk_tokens, max_chunk_tokens=chunk_tokens,
         )  # fmt: skip
-        loss, scores = score_row(inputs[0], projection, batch, Objective(beta=0.7), Denominators(11.0, 2.0))
+        loss, scores = score_batch(inputs[0], projection, batch, Objective(beta=0.7), Denominators(11.0, 2.0))
         return [loss, scores.chosen_logprob_P, *torch.autograd.grad(loss, inputs)]
 
     expected = run()

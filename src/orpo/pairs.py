@@ -79,5 +79,5 @@ class TokenizedPair:
     source: str = ""
 
     def __len__(self) -> int:
-        """Tokens the pair occupies in a packed row, its prompt counted once."""
+        """Tokens the pair occupies in a micro-batch, its prompt counted once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)

@@ -172,7 +172,7 @@ class ChatModel:
         return answer
 
     def _fitting(self, opening: Sequence[Message], max_tokens: int) -> torch.Tensor:
-        """The conversation as tokens, shape [1, N]; its oldest turns go where it grows too long."""
+        """The conversation as tokens, shape [1, N]; its oldest turns are left out where it grows too long."""
         config: Any = self.model.config
         most = getattr(config.get_text_config(), "max_position_embeddings", None)
         while True:

@@ -54,7 +54,7 @@ RENAMED = {
 
 _MODEL = "the model's own files say it"
 _CACHE = "tokenized sets are kept and found again by themselves"
-_PACKED = "rows are packed without padding, pairs of any length together"
+_PACKED = "pairs of any length are packed together without padding"
 _LENGTHS = "a prompt that does not fit loses its oldest turns, a response is never cut"
 _KERNELS = "the engine has its own kernels"
 _QUANTIZED = "the base under QLoRA is quantized twice, as NF4"

@@ -26,6 +26,7 @@ RENAMED = other_tools.RENAMED | {
     "preprocessing_num_workers": "dataset_num_proc",
     "dataset_streaming": "streaming",
     "max_seq_length": "max_length",
+    "tokens_per_row": "tokens_per_micro_batch",
     "alpha": "beta",
     "lambda": "beta",
     "lambda_orpo": "beta",
@@ -39,7 +40,7 @@ RENAMED = other_tools.RENAMED | {
 
 _LENGTHS = "a prompt that does not fit loses its oldest turns, a response is never cut"
 _POSITIONS = "the tokens that are scored are listed, nothing is masked by an id"
-_PACKED = "rows are packed without padding, pairs of any length together"
+_PACKED = "pairs of any length are packed together without padding"
 _GONE = "transformers 5 has no such setting"
 
 NO_EFFECT = other_tools.NO_EFFECT | {
