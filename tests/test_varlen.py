@@ -5,7 +5,6 @@ versions, with the arithmetic written out for any device.
 """
 
 import inspect
-import logging
 
 import pytest
 import torch
@@ -292,19 +291,18 @@ def test_a_wrong_gradient_is_found():
     assert "gradient in the key" in disagreement(kernel, Case(CPU, torch.float32, 4, 2, 32, 32))
 
 
-def test_what_fails_the_known_problem_is_passed_over_in_one_line(monkeypatch, caplog):
+def test_what_fails_the_known_problem_is_skipped_in_one_line(monkeypatch, capsys):
     inputs = heads(MIXED)
     monkeypatch.setattr(attention, "KERNEL", anywhere(with_signature(no_kernel)))
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):  # tried once
-            segments = Segments(MIXED)
-            attend(*inputs, segments)
-            assert segments.backend == "segments"
-    assert len(caplog.messages) == 1
-    assert "no kernel image" in caplog.messages[0] and "\n" not in caplog.messages[0]
+    for _ in range(2):  # tried once
+        segments = Segments(MIXED)
+        attend(*inputs, segments)
+        assert segments.backend == "segments"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "no kernel image" in line
 
 
-def test_a_layer_of_another_shape_is_tried_anew(monkeypatch, caplog):
+def test_a_layer_of_another_shape_is_tried_again(monkeypatch):
     def few_heads_only(*args, **options):
         assert args[0].shape[1] == args[1].shape[1], "no groups"
         return torch_2_12(*args, **options)

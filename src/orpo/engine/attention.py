@@ -10,20 +10,18 @@ Shape suffixes: H = heads, N = tokens of a micro-batch, D = size of a head.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from orpo.console import say
 from orpo.engine.packing import Run
 from orpo.engine.precision import HALF, compute_dtype
 from orpo.engine.segments import Options, Segments, attend_segments
 from orpo.engine.varlen import Case, VarlenKernel
 from orpo.errors import first_line
-
-logger = logging.getLogger(__name__)
 
 KERNEL = VarlenKernel()
 
@@ -86,7 +84,7 @@ def _serves(kernel: VarlenKernel, case: Case) -> bool:
         return False
     problem = disagreement(kernel, case)
     if problem is not None:
-        logger.warning("attention: %s is not used: %s", kernel.description, problem)
+        say(f"attention: {kernel.description} is not used: {problem}")
     return problem is None
 
 
