@@ -281,7 +281,7 @@ class _Reading:
             cache_dir=Path(HF_HOME) / "orpo" if len(read) >= CACHED_FROM else None,
             **self._template_options,
         )
-        pairs.report.check(self.settings.max_dropped, name)
+        pairs.counts.check(self.settings.max_dropped, name)
         notices = list(read.notices)
         if self.settings.chat_template_kwargs and not pairs.chat_template:
             notices.append("chat_template_kwargs have no effect: plain-text rows use no chat template")
@@ -291,7 +291,7 @@ class _Reading:
             preferences=read.pairs,
             formats=read.formats,
             unused_columns=read.unused_columns,
-            counts=pairs.report,
+            counts=pairs.counts,
             notices=tuple(notices),
         )
 
@@ -377,7 +377,7 @@ def _without(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
     kept = []
     for pair in read.pairs:
         if pair_key(pair) in trained:
-            read.report.drop("the training data has the same pair", pair.source)
+            read.counts.drop("the training data has the same pair", pair.source)
         else:
             kept.append(pair)
     return replace(read, pairs=kept)
@@ -394,9 +394,9 @@ def _hold_out(
         f"no evaluation data: {len(held_out)} of {len(read)} pairs are held out"
         f" ({settings.eval_split:.0%} of the prompts); eval_split: 0 turns this off"
     )
-    counts = replace(read.report, total=read.report.total - len(held_out))
-    kept = replace(read, pairs=train, report=counts)
-    return kept, PreferenceSet(held_out, report=RowCounts(total=len(held_out))), (line,)
+    counts = replace(read.counts, total=read.counts.total - len(held_out))
+    kept = replace(read, pairs=train, counts=counts)
+    return kept, PreferenceSet(held_out, counts=RowCounts(total=len(held_out))), (line,)
 
 
 def _named_evaluation_data(settings: OrpoSettings) -> Any:
