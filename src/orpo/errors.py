@@ -26,4 +26,4 @@ class ModelError(OrpoError, ValueError):
 
 
 class RunError(OrpoError, RuntimeError):
-    """A run cannot go on: a non-finite loss, a damaged checkpoint, a full disk."""
+    """A run cannot continue: a non-finite loss, a damaged checkpoint, a full disk."""

@@ -16,7 +16,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A prompt and two ways to go on.
+    """A prompt and two ways to continue it.
 
     Either all three parts are messages (`{"role": ..., "content": ...}`, for the chat template) or all three
     are text.

@@ -46,7 +46,7 @@ class TokenizedDataset:
         contexts: `[n, 2]`, tokens of `chosen` and of `rejected` that belong to earlier turns.
         spans: `[m, 2]`, all assistant spans.
         span_offsets: `[n + 1]`, where each pair's spans start.
-        pair_index: `[n]`, place of each pair among those given to `tokenize_pairs`.
+        pair_index: `[n]`, index of each pair among those given to `tokenize_pairs`.
         sources: Where each pair came from.
         groups: Value of each pair's `source` column.
         counts: What became of the rows, reading included.
@@ -76,7 +76,7 @@ class TokenizedDataset:
 
     def __getitem__(self, index: int) -> TokenizedPair:
         index = range(len(self))[index]
-        a, b, c, d = (int(place) for place in self.offsets[3 * index : 3 * index + 4])
+        a, b, c, d = (int(offset) for offset in self.offsets[3 * index : 3 * index + 4])
         first, last = self.span_offsets[index : index + 2]
         chosen_context, rejected_context = self.contexts[index].tolist()
         return TokenizedPair(
@@ -223,7 +223,7 @@ def _encode_range(
     for first in range(start, stop, BATCH):
         encoder.counts = RowCounts()
         tokenized = encoder.encode(pairs[first : min(first + BATCH, stop)])
-        kept = [place for place, tokens in enumerate(tokenized, start=first) if tokens is not None]
+        kept = [index for index, tokens in enumerate(tokenized, start=first) if tokens is not None]
         arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
         parts.append(_Part(arrays, kept, encoder.counts))
     return parts
@@ -287,13 +287,13 @@ def _join(
         joined[name] = np.concatenate([part.arrays[name] for part in parts])
     for name in ("offsets", "span_offsets"):
         joined[name] = _offsets(np.concatenate([np.diff(part.arrays[name]) for part in parts]).tolist())
-    kept = [place for part in parts for place in part.kept]
+    kept = [index for part in parts for index in part.kept]
     template = encoder.renderer.template if any(not pair.is_text for pair in pairs) else None
     return TokenizedDataset(
         **joined,
         pair_index=np.array(kept, dtype=np.int64),
-        sources=[pairs[place].source for place in kept],
-        groups=[pairs[place].group for place in kept],
+        sources=[pairs[index].source for index in kept],
+        groups=[pairs[index].group for index in kept],
         counts=counts,
         notices=list(template.notices) if template else [],
         chat_template=template.saved if template else None,

@@ -30,7 +30,7 @@ def decide(pairs: Sequence[PreferencePair], *, has_template: bool) -> TextRows |
 
 
 def _continues(pair: PreferencePair) -> bool:
-    """Whether the answer goes on in the text of the prompt: behind a header, or in the middle of a line."""
+    """Whether the answer continues the text of the prompt: after a header, or in the middle of a line."""
     prompt, chosen = str(pair.prompt), str(pair.chosen)
     return ends_with_header(prompt) or chosen[:1].isspace() or prompt[-1:].isspace()
 

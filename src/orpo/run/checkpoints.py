@@ -183,7 +183,7 @@ def written_whole(target: Path, *, is_writer: bool, wait: Any) -> Iterator[Path]
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RunError(
             f"{target} could not be written ({first_line(error)}); {_free(target.parent)}. "
-            "Make room and run again: training goes on from the checkpoint before."
+            "Make room and run again: training resumes from the checkpoint before."
         ) from error
 
 
