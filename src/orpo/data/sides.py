@@ -54,7 +54,7 @@ def _follow(history: Turns, turns: Turns, field: str) -> Turns:
 
 
 def _joined(history: Turns, turns: Turns, field: str) -> Turns:
-    """History and a side that begins with a question: it repeats the history, or continues after an answer."""
+    """History and a side that begins with a question: it repeats the history, or follows an answer."""
     (system, asked), (own_system, said) = _without_system(history), _without_system(turns)
     if system and own_system and not _same(system, own_system):
         raise BadRow(field, "begins with another system text than the prompt")
