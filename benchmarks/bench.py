@@ -1,7 +1,7 @@
 """Measure ours against TRL 1.16 on this machine and write RESULTS.md; `--full` measures the grid.
 
 Every run is a process of its own (measure.py), one at a time, ours and TRL's taking turns. Raw numbers go to
-results.json after each run: a second call goes on where the first one was, `--fresh` begins anew. Without
+results.json after each run: a second call resumes where the first stopped, `--fresh` starts again. Without
 `--full` the cells of the project's bar are measured, then measured again while the time budget lasts.
 """
 
@@ -102,7 +102,10 @@ HEADS: list[Spec] = [
 ]
 MAIN_HEADS = [s for s in HEADS if s["variant"] in ("ours", "full", "torch", "liger")]
 BUDGETS: list[Spec] = [
-    {"task": "rows", "shape": shape, "data": "hh", "per_step": 32, "budgets": [512, 1024, 2048, 4096, 8192]}
+    {
+        "task": "micro_batches", "shape": shape, "data": "hh", "per_step": 32,
+        "budgets": [512, 1024, 2048, 4096, 8192],
+    }
     for shape in ("h256", "h512")
 ]
 

@@ -5,8 +5,8 @@ Results are written after every cell, as DIR/gpu.json and as tables, DIR/gpu.md.
 run again, so a short lease can be used in several calls:
 
     --parts exactness                    attention, head and model against references (3 minutes)
-    --parts steps --models 0.5B          one optimizer step beside TRL's and Liger's (5 minutes a model)
-    --parts tuning --models 0.5B,1.5B    compiled layers, row and chunk sizes, fused AdamW, a profile
+    --parts steps --models 0.5B          one optimizer step next to TRL's and Liger's (5 minutes a model)
+    --parts tuning --models 0.5B,1.5B    compiled layers, micro-batch and chunk sizes, fused AdamW, a profile
 
 `--smoke` runs the same code on a CPU with tiny sizes; its numbers mean nothing.
 
@@ -44,8 +44,8 @@ from gpu_steps import (
     useful_flops,
 )  # fmt: skip
 
-from orpo.engine.attention import KERNEL, attend_row, output_and_gradients, relative_error
-from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.attention import KERNEL, attend_by_kernel, output_and_gradients, relative_error
+from orpo.engine.head import Denominators, Head, score_batch
 from orpo.engine.logits import logprob_slopes, token_logprobs
 from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
@@ -166,7 +166,7 @@ def attention_cell(layer: str, dtype: torch.dtype, sizes: Sizes) -> dict[str, An
         return attend_segments(*heads, segments, options)
 
     def by_kernel(*heads: torch.Tensor) -> torch.Tensor:
-        return attend_row(KERNEL, *heads, segments, options)
+        return attend_by_kernel(KERNEL, *heads, segments, options)
 
     exact = output_and_gradients(by_segments, [x.double() for x in inputs])
     result: dict[str, Any] = {"tokens": num_tokens}
@@ -199,7 +199,7 @@ def head_cell(dtype: torch.dtype, shape: Shape, sizes: Sizes) -> dict[str, Any]:
     def run(kind: torch.dtype, fused: bool) -> tuple[torch.Tensor, ...]:
         h, w = (x.to(kind).requires_grad_() for x in (hidden, weight))
         if fused:
-            loss, pairs = score_row(
+            loss, pairs = score_batch(
                 h, Head(w, chunk_tokens=512, max_chunk_tokens=512), batch, OBJECTIVE, counts
             )
             means = torch.stack([pairs.chosen_logprob_P, pairs.rejected_logprob_P])
@@ -279,7 +279,8 @@ def step_cell(shape: Shape, data: str, kind: str, sizes: Sizes) -> dict[str, Any
     lora, checkpointing = "LoRA" in kind, "checkpointing" in kind
     pairs = make_pairs(*sizes.data[data], shape.vocab)
     model, attention = adapted(shape, sizes, lora, checkpointing)
-    steps = {"ours": our_step(model, pairs, sizes, sizes.tokens_per_row), **peer_steps(model, pairs, sizes)}
+    ours = our_step(model, pairs, sizes, sizes.tokens_per_micro_batch)
+    steps = {"ours": ours, **peer_steps(model, pairs, sizes)}
     timings = interleaved(steps, sizes)
     flops = useful_flops(pairs, shape, frozen=lora)
     tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
@@ -304,7 +305,7 @@ def compile_cell(shape: Shape, data: str, sizes: Sizes) -> dict[str, Any]:
     """Our step with decoder layers compiled and not."""
     pairs = make_pairs(*sizes.data[data], shape.vocab)
     model, _ = adapted(shape, sizes, lora=False, checkpointing=False)
-    step = our_step(model, pairs, sizes, sizes.tokens_per_row)
+    step = our_step(model, pairs, sizes, sizes.tokens_per_micro_batch)
     for layer in model.model.layers:
         layer.compile(dynamic=True)
     compiled = {layer: layer._compiled_call_impl for layer in model.model.layers}
@@ -320,14 +321,14 @@ def compile_cell(shape: Shape, data: str, sizes: Sizes) -> dict[str, Any]:
     return {"steps": interleaved({"eager": switched(False), "compiled layers": switched(True)}, sizes)}
 
 
-def rows_cell(shape: Shape, data: str, sizes: Sizes) -> dict[str, Any]:
-    """Our step under several token budgets of a row."""
+def budgets_cell(shape: Shape, data: str, sizes: Sizes) -> dict[str, Any]:
+    """Our step under several token budgets of a micro-batch."""
     pairs = make_pairs(*sizes.data[data], shape.vocab)
     model, _ = adapted(shape, sizes, lora=False, checkpointing=False)
-    budgets = [sizes.tokens_per_row * k // 4 for k in (1, 2, 4, 8)]
+    budgets = [sizes.tokens_per_micro_batch * k // 4 for k in (1, 2, 4, 8)]
     return {
         "steps": interleaved(
-            {f"{b} tokens per row": our_step(model, pairs, sizes, b) for b in budgets}, sizes
+            {f"{b} tokens per micro-batch": our_step(model, pairs, sizes, b) for b in budgets}, sizes
         )
     }
 
@@ -344,7 +345,7 @@ def chunks_cell(shape: Shape, sizes: Sizes) -> dict[str, Any]:
         tokens = max(1, mib * 2**20 // (4 * shape.vocab))
         head = Head(weight, chunk_tokens=tokens, max_chunk_tokens=tokens)
         with torch.autocast(sizes.device.type, torch.bfloat16):
-            loss, _ = score_row(hidden, head, batch, OBJECTIVE, counts)
+            loss, _ = score_batch(hidden, head, batch, OBJECTIVE, counts)
         torch.autograd.grad(loss, (hidden, weight))
 
     calls = {f"{mib} MiB": functools.partial(run, mib, True) for mib in (128, 256, 1024, 4096)}
@@ -369,7 +370,7 @@ def profile_cell(shape: Shape, name: str, sizes: Sizes, folder: Path) -> dict[st
     from torch.profiler import ProfilerActivity, profile
 
     model, attention = adapted(shape, sizes, lora=False, checkpointing=False)
-    step = our_step(model, make_pairs(*sizes.data["hh"], shape.vocab), sizes, sizes.tokens_per_row)
+    step = our_step(model, make_pairs(*sizes.data["hh"], shape.vocab), sizes, sizes.tokens_per_micro_batch)
     step()
     cuda = sizes.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
@@ -443,7 +444,7 @@ def exactness(report: Report, models: dict[str, Shape], size: Sizes) -> None:
 
 
 def steps(report: Report, models: dict[str, Shape], size: Sizes) -> None:
-    """Ours beside the peers."""
+    """Ours next to the peers."""
     for name, shape in models.items():
         for kind in ("full", "full, checkpointing", "LoRA"):
             for data in size.data:
@@ -457,7 +458,7 @@ def tuning(report: Report, models: dict[str, Shape], size: Sizes) -> None:
     for name, shape in models.items():
         report.cell(f"profile, {name}", lambda s=shape, n=name: profile_cell(s, n, size, report.path.parent))
         report.cell(f"compiled layers, {name}", lambda s=shape: compile_cell(s, "ultrafeedback", size))
-        report.cell(f"tokens per row, {name}", lambda s=shape: rows_cell(s, "hh", size))
+        report.cell(f"tokens per micro-batch, {name}", lambda s=shape: budgets_cell(s, "hh", size))
         report.cell(f"chunks of logits, {name}", lambda s=shape: chunks_cell(s, size))
         report.cell(f"AdamW, {name}", lambda s=shape: adamw_cell(s, size))
 

@@ -64,7 +64,7 @@ class Sizes:
     data: dict[str, tuple[tuple[int, int, int], int]]
     repeats: int
     micro_batches: tuple[int, ...]
-    tokens_per_row: int
+    tokens_per_micro_batch: int
     gemm: int
 
 
@@ -194,12 +194,12 @@ def make_step(
 def our_step(
     model: torch.nn.Module, pairs: list[TokenizedPair], sizes: Sizes, tokens: int
 ) -> Callable[[], None]:
-    """Our step over rows of at most `tokens` tokens."""
+    """Our step over micro-batches of at most `tokens` tokens."""
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
-    plan = plan_step(lengths, num_ranks=1, tokens_per_row=tokens)[0]
-    rows = [pack([pairs[i] for i in row.pairs], OBJECTIVE) for row in plan]
-    counts = Denominators(sum(r.nll_weight for r in rows), sum(r.num_preferences for r in rows))
-    losses = [lambda r=row: model(batch=r.to(sizes.device), denominators=counts).loss for row in rows]
+    plan = plan_step(lengths, num_ranks=1, tokens_per_micro_batch=tokens)[0]
+    batches = [pack([pairs[i] for i in planned.pairs], OBJECTIVE) for planned in plan]
+    counts = Denominators(sum(b.nll_weight for b in batches), sum(b.num_preferences for b in batches))
+    losses = [lambda b=batch: model(batch=b.to(sizes.device), denominators=counts).loss for batch in batches]
     return make_step(model, losses, sizes)
 
 

@@ -1,4 +1,4 @@
-"""From hidden states to loss and gradients alone: ours beside five other ways, on the same hidden states.
+"""From hidden states to loss and gradients alone: ours next to five other ways, on the same hidden states.
 
 Each variant runs in a process of its own (`measure.py` with task `head`). All compute the ORPO loss of the
 same pairs, gradients to hidden states and vocabulary matrix included; what differs is what they keep, repeat
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from workloads import SHAPES, make_pairs
 
-from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.head import Denominators, Head, score_batch
 from orpo.engine.objective import log_odds, odds_ratio_loss
 from orpo.engine.packing import PackedBatch, Role, pack
 from orpo.settings.config import Objective
@@ -40,7 +40,7 @@ VARIANTS = {
 def make_head(
     variant: str, shape: str, data: str, num_pairs: int
 ) -> tuple[Loss, Tensor, Tensor, PackedBatch]:
-    """The variant as a function of packed hidden states [N, D] and matrix [V, D]; these two; the row."""
+    """The variant as a function of packed hidden states [N, D] and matrix [V, D]; these two; the batch."""
     spec = SHAPES[shape]
     batch = pack(make_pairs(data, spec.vocab, num_pairs), OBJECTIVE)
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def make_head(
         chunk = {"chunk_tokens": int(option), "max_chunk_tokens": max(int(option), 1024)} if option else {}
 
         def loss(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-            return score_row(hidden_ND, Head(weight_VD, **chunk), batch, OBJECTIVE, denominators)[0]
+            return score_batch(hidden_ND, Head(weight_VD, **chunk), batch, OBJECTIVE, denominators)[0]
 
     elif name in ("full", "checkpoint", "torch"):
         token_logprobs = {"full": _full, "checkpoint": _checkpointed, "torch": _torch(option)}[name]
@@ -110,19 +110,19 @@ def _padded(batch: PackedBatch, head: Callable[..., Tensor]) -> Loss:
         for side, (start, length) in enumerate(
             ((offset + prompt, chosen), (offset + prompt + chosen, rejected))
         ):
-            place = torch.cat([torch.arange(offset, offset + prompt), torch.arange(start, start + length)])
-            sides[side].append(place)
-            label = ids_N[place].clone()
+            index = torch.cat([torch.arange(offset, offset + prompt), torch.arange(start, start + length)])
+            sides[side].append(index)
+            label = ids_N[index].clone()
             label[:prompt] = -100
             labels[side].append(label)
         offset += prompt + chosen + rejected
-    places = torch.nn.utils.rnn.pad_sequence([*sides[0], *sides[1]], batch_first=True)
+    indices = torch.nn.utils.rnn.pad_sequence([*sides[0], *sides[1]], batch_first=True)
     label_BL = torch.nn.utils.rnn.pad_sequence([*labels[0], *labels[1]], batch_first=True, padding_value=-100)
-    ids = [ids_N[place] for place in (*sides[0], *sides[1])]
+    ids = [ids_N[index] for index in (*sides[0], *sides[1])]
     nll_label_BL = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
 
     def loss(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-        return head(hidden_ND[places], weight_VD, label_BL, nll_label_BL)
+        return head(hidden_ND[indices], weight_VD, label_BL, nll_label_BL)
 
     return loss
 

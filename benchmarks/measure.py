@@ -1,7 +1,7 @@
 """One measurement in a process of its own: `python measure.py '{"task": ..., ...}'` prints one JSON line.
 
 CPU time is that of the whole process (user + system) around the thing measured, because the machine may be
-shared; wall time is given beside it. Peak memory is the kernel's high-water mark (VmHWM), reset once imports
+shared; wall time is given next to it. Peak memory is the kernel's high-water mark (VmHWM), reset once imports
 are warm and the model is built; what is reported is the part above model and Adam's two moments, gradients
 included.
 """
@@ -38,7 +38,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     tasks: dict[str, Callable[..., dict[str, Any]]] = {
-        "train": train, "step": step, "agreement": agreement, "rows": rows_budget, "head": head,
+        "train": train, "step": step, "agreement": agreement, "micro_batches": micro_batches, "head": head,
         "sweep": sweep,
     }  # fmt: skip
     result = tasks[spec.pop("task")](**{k: v for k, v in spec.items() if k not in ("threads", "rep")})
@@ -139,27 +139,29 @@ def agreement(shape: str, data: str, per_step: int, dtype: str = "fp32") -> dict
     }  # fmt: skip
 
 
-def rows_budget(shape: str, data: str, per_step: int, budgets: list[int], repeats: int = 3) -> dict[str, Any]:
-    """One step of ours under several token budgets per row, interleaved: time and peak memory.
+def micro_batches(
+    shape: str, data: str, per_step: int, budgets: list[int], repeats: int = 3
+) -> dict[str, Any]:
+    """One step of ours under several token budgets of a micro-batch, interleaved: time and peak memory.
 
     A budget's peak is measured after the heap has been given back, in rising order of the budgets.
     """
     import ctypes
 
     from orpo.engine.model import prepare_model
-    from orpo.engine.steps import RowSettings, build_step
+    from orpo.engine.steps import BatchSettings, build_step
     from orpo.settings.config import Objective
 
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
     objective = Objective(beta=BETA)
     layout = prepare_model(model, objective, probe=False).layout
     steps = {
-        b: build_step(workload, range(len(workload)), RowSettings(objective, layout, b)) for b in budgets
+        b: build_step(workload, range(len(workload)), BatchSettings(objective, layout, b)) for b in budgets
     }
 
     def run(budget: int) -> None:
-        for row in steps[budget].rows:
-            model(batch=row, denominators=steps[budget].denominators).loss.backward()
+        for batch in steps[budget].batches:
+            model(batch=batch, denominators=steps[budget].denominators).loss.backward()
         model.zero_grad(set_to_none=True)
 
     run(min(budgets))
@@ -178,8 +180,8 @@ def rows_budget(shape: str, data: str, per_step: int, budgets: list[int], repeat
             run(budget)
             times[budget].append(timer.stop()["cpu"])
     return {
-        "budgets": budgets, "rows": [len(steps[b].rows) for b in budgets],
-        "tokens": sum(row.num_tokens for row in steps[budgets[0]].rows),
+        "budgets": budgets, "micro_batches": [len(steps[b].batches) for b in budgets],
+        "tokens": sum(batch.num_tokens for batch in steps[budgets[0]].batches),
         "cpu": [statistics.median(times[b]) for b in budgets], "cpu_min": [min(times[b]) for b in budgets],
         "peak_mib": [peaks[b] for b in budgets],
     }  # fmt: skip
@@ -306,14 +308,14 @@ def _step_of(
         return run
     from orpo.engine.steps import build_step
 
-    settings = trainer._row_settings(evaluating=False)
+    settings = trainer._batch_settings(evaluating=False)
     ready = build_step(pairs, range(len(pairs)), settings)
 
     def run() -> float:
         total = 0.0
-        for row in ready.rows:
+        for batch in ready.batches:
             with trainer.accelerator.autocast():
-                loss = model(batch=row, denominators=ready.denominators).loss
+                loss = model(batch=batch, denominators=ready.denominators).loss
             loss.backward()
             total += loss.item()
         return total

@@ -276,11 +276,11 @@ def _budget_table(results: Results) -> list[str]:
     lines: list[str] = []
     header = ["tokens_per_micro_batch", "micro-batches", "CPU s", "above the fastest", "peak MiB"]
     for shape in ("h256", "h512"):
-        for r in results.find(task="rows", shape=shape)[-1:]:
+        for r in results.find(task="micro_batches", shape=shape)[-1:]:
             fastest = min(r["cpu"])
             rows = [
                 [str(b), str(n), show(c, ".2f"), f"+{100 * (c / fastest - 1):.0f} %", show(m, ",.0f")]
-                for b, n, c, m in zip(r["budgets"], r["rows"], r["cpu"], r["peak_mib"], strict=True)
+                for b, n, c, m in zip(r["budgets"], r["micro_batches"], r["cpu"], r["peak_mib"], strict=True)
             ]
             lines += [f"{NAMES[shape]}, 32 pairs of HH-RLHF, {r['tokens']} tokens:", ""]
             lines += table(header, rows)

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 84
 """Lines of the longest function, `ORPOTrainer.__init__` with TRL's signature; it may only shrink."""
 
-# A folder, or a file beside the folders, imports only from those before it; those on one line stand side by
+# A folder, or a file next to the folders, imports only from those before it; those on one line stand side by
 # side and do not import each other.
 ORDER = (
     ("errors", "pairs", "console"),
@@ -49,7 +50,7 @@ def name_of(path: Path) -> str:
 
 
 def folder_of(name: str) -> str:
-    """`orpo.engine.head` -> `engine`; a file beside the folders is its own."""
+    """`orpo.engine.head` -> `engine`; a file next to the folders is its own."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
@@ -98,7 +99,7 @@ def test_folders_import_in_one_order(path):
     if path == PACKAGE / "__init__.py":
         return
     own = folder_of(name_of(path))
-    assert own in FLOOR, f"{own} has no place in ORDER"
+    assert own in FLOOR, f"{own} is not in ORDER"
     for module in own_imports(path):
         other = folder_of(module)
         assert other == own or FLOOR[other] < FLOOR[own], f"{ids(path)} imports {module}"
@@ -235,6 +236,19 @@ def test_one_function_writes_figures_with_their_errors():
                 and isinstance(then, ast.FormattedValue) and then.format_spec is not None
             ]  # fmt: skip
             assert not written, ids(path)
+
+
+def test_a_row_is_a_line_of_data_and_no_micro_batch():
+    lines_of_data = "the stream has no row that can train"
+    for path in MODULES:
+        if folder_of(name_of(path)) == "engine":
+            text = path.read_text(encoding="utf-8").replace(lines_of_data, "")
+            assert not re.findall(r".*(?:(?<![A-Za-z])rows?(?![a-z])|Row|ROW).*", text), ids(path)
+
+
+def test_words_of_a_dialect_do_not_come_back():
+    for path in MODULES:
+        assert not re.findall(r".*\b(?:mend|anew|alike).*", path.read_text(encoding="utf-8")), ids(path)
 
 
 def test_no_function_is_longer_than_the_longest_was():

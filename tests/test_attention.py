@@ -10,7 +10,7 @@ from orpo.engine.packing import Run
 from orpo.engine.segments import Segments
 
 HEADS, SIZE = 4, 8
-ROWS = {
+MICRO_BATCHES = {
     "one run": [Run(5, 4, 3)],
     "one token everywhere": [Run(1, 1, 1)],
     "several runs": [Run(3, 4, 6), Run(1, 1, 9), Run(12, 10, 1), Run(2, 5, 5)],
@@ -23,7 +23,7 @@ OPTIONS = {
     "scale": {"scale": 0.3},
     "window": {"window": 4},
     "window of one token": {"window": 1},
-    "window longer than the row": {"window": 100},
+    "window longer than the micro-batch": {"window": 100},
     "softcap": {"softcap": 0.7},
     "softcap, scale and window": {"softcap": 0.7, "scale": 0.5, "window": 3},
 }
@@ -78,7 +78,7 @@ def assert_same_attention(runs, num_key_heads, options):
 
 @pytest.mark.parametrize("num_key_heads", [4, 2, 1])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("runs", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("runs", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
 def test_values_and_gradients_equal_a_dense_mask(runs, options, num_key_heads):
     assert_same_attention(runs, num_key_heads, options)
 
@@ -89,13 +89,13 @@ def test_values_and_gradients_equal_a_dense_mask(runs, options, num_key_heads):
     st.one_of(st.none(), st.just(0.7)),
 )
 @settings(max_examples=30)
-def test_any_row_equals_a_dense_mask(runs, window, softcap):
+def test_any_micro_batch_equals_a_dense_mask(runs, window, softcap):
     assert_same_attention(runs, 2, {"window": window, "softcap": softcap})
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_low_precision_is_no_worse_than_the_dense_mask_in_low_precision(options):
-    runs = ROWS["several runs"]
+    runs = MICRO_BATCHES["several runs"]
     exact = dense_attention(*heads(sum(map(sum, runs)), 2), runs, **options)
     low = [head.detach().bfloat16() for head in heads(sum(map(sum, runs)), 2)]
     ours = attend(*low, Segments(runs), **options)

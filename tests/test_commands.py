@@ -1,4 +1,4 @@
-"""Whole commands on a tiny model: train, stop, go on, evaluate, talk, report."""
+"""Whole commands on a tiny model: train, stop, resume, evaluate, talk, report."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ from orpo.run.directory import read_run
 from orpo.run.log import Figure
 
 BIN = [sys.executable, "-m", "orpo"]
-pytestmark = pytest.mark.timeout(300)  # a process imports everything anew, on a machine that may be busy
+pytestmark = pytest.mark.timeout(300)  # a process imports everything again, on a machine that may be busy
 
 
 def orpo_main(*words: object) -> tuple[int, str]:
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_and_a_stopped_one_too(world):
              "--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "no"]  # fmt: skip
 
     def start_and_signal(number: signal.Signals, step: int) -> tuple[int, str]:
-        """In a forked process, because importing everything anew takes seconds."""
+        """In a forked process, because importing everything again takes seconds."""
         log = world / f"log-{number.name}"
         process = multiprocessing.get_context("fork").Process(target=logged_main, args=(log, words))
         process.start()
@@ -265,7 +265,12 @@ def test_eval_does_not_depend_on_the_batch_size(trained, world):
     """Peers' defect 7: evaluation numbers that change with the evaluation batch size."""
     run_dir, _ = trained
     whole = evaluate(run_dir, world / "test.jsonl")
-    for words in (["--batch_size", 1], ["--batch_size", 4], ["--tokens_per_row", 64], ["--layout", "padded"]):
+    for words in (
+        ["--batch_size", 1],
+        ["--batch_size", 4],
+        ["--tokens_per_micro_batch", 64],
+        ["--layout", "padded"],
+    ):
         other = evaluate(run_dir, world / "test.jsonl", *words)
         for one, two in ((other, whole), (other["groups"]["odd"], whole["groups"]["odd"])):
             for name, figure in two["metrics"].items():

@@ -1,4 +1,4 @@
-"""Recipes: the files and command lines other tools' users have load unchanged; a mistake is named at once."""
+"""Recipes: the files and command lines other tools' users have load unchanged; a mistake is named clearly."""
 
 import dataclasses
 import math
@@ -140,8 +140,8 @@ def test_recipes_of_2024_load_with_one_line_for_each_renamed_key(tmp_path):
         "lora_dropout": 0.05,
     }
     assert {key: recipe.settings[key] for key in expected} == expected
-    told = [notice.split()[0] for notice in recipe.notices]
-    assert told == [
+    lines = [notice.split()[0] for notice in recipe.notices]
+    assert lines == [
         "torch_dtype",
         "use_flash_attention_2",
         "dataset_mixer",
@@ -388,6 +388,12 @@ def test_no_name_is_both_current_and_old():
     assert not RENAMED.keys() & NO_EFFECT.keys()
 
 
+def test_recipes_with_our_own_old_name_of_a_setting_still_load(tmp_path):
+    recipe = load_text(tmp_path, "tokens_per_row: 4096\n")
+    assert recipe.settings == {"tokens_per_micro_batch": 4096}
+    assert recipe.notices == ("tokens_per_row (recipe.yaml:1): now called tokens_per_micro_batch",)
+
+
 def test_every_key_of_trl_is_known_and_each_different_default_has_its_reason():
     trl = pytest.importorskip("trl")
     folder = Path(trl.__file__).parent
@@ -497,7 +503,7 @@ def test_an_explicit_key_beats_the_preset_in_a_printed_line():
         ("lora_r", 0, 1),
         ("max_length", 1, None),
         ("max_dropped", 1.1, 1.0),
-        ("tokens_per_row", 0, 512),
+        ("tokens_per_micro_batch", 0, 512),
         ("learning_rate", -1e-6, 0.0),
         ("warmup_steps", -1, 0),
         ("num_train_epochs", 0, 0.5),

@@ -55,7 +55,7 @@ def test_items_arrays_and_labels_agree_with_tokenizing_one_by_one():
         data[len(data)]
     assert any(t.chosen_context for t in content(data)) and any(t.assistant_spans for t in content(data))
     assert (
-        data.end_token == "<|im_end|>" and data.report.total == len(pairs) and data.report.kept == len(data)
+        data.end_token == "<|im_end|>" and data.counts.total == len(pairs) and data.counts.kept == len(data)
     )
 
 
@@ -65,7 +65,7 @@ def test_two_processes_make_the_same_set():
     one = tokenize_pairs(pairs, tokenizer, max_length=64)
     two = tokenize_pairs(pairs, tokenizer, max_length=64, num_proc=2)
     assert content(one) == content(two)
-    assert one.report.to_dict() == two.report.to_dict() and one.pair_index.tolist() == two.pair_index.tolist()
+    assert one.counts.to_dict() == two.counts.to_dict() and one.pair_index.tolist() == two.pair_index.tolist()
 
 
 def test_counting_continues_from_what_reading_has_counted():
@@ -75,13 +75,13 @@ def test_counting_continues_from_what_reading_has_counted():
     rows += [{"prompt": "long " * 50, "chosen": "a", "rejected": "b"}, {"prompt": 3}]
     found = read_preferences(rows, on_bad_row="skip", max_dropped=1.0)
     data = tokenize_pairs(found, tiny_tokenizer("mistral"), max_length=20)
-    assert data.report.lines() == [
+    assert data.counts.lines() == [
         "using 8 of 11 rows",
         "skipped 1: 'prompt' is an int; expected text (first: row:10)",
         "dropped 1: empty chosen answer (first: row:8)",
         "dropped 1: too long: the last question with its answer exceeds max_length 20 (first: row:9)",
     ]
-    assert data.chat_template is None and found.report.total == 11 and len(found.report.dropped) == 1
+    assert data.chat_template is None and found.counts.total == 11 and len(found.counts.dropped) == 1
     with pytest.raises(DataError, match=r"the data: 3 of 11 rows \(27%\) cannot be used"):
         tokenize_pairs(found, tiny_tokenizer("mistral"), max_length=20, max_dropped=0.1)
 
@@ -109,7 +109,7 @@ def test_the_cache_is_mapped_and_gives_the_same_set(tmp_path, monkeypatch):
     again = tokenize_pairs(pairs, tokenizer, max_length=64, cache_dir=tmp_path)
     for data in (first, again, pickle.loads(pickle.dumps(again)), pickle.loads(pickle.dumps(fresh))):
         assert content(data) == content(fresh)
-        assert data.report.to_dict() == fresh.report.to_dict()
+        assert data.counts.to_dict() == fresh.counts.to_dict()
         assert (data.notices, data.chat_template, data.groups) == (
             fresh.notices,
             fresh.chat_template,

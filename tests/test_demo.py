@@ -19,7 +19,7 @@ from orpo.demo import screen
 from orpo.demo.experiment import EXPERIMENTS, FAST, free_directory
 from orpo.demo.study import Training, shown_prompts
 from orpo.engine.loading import load_tokenizer
-from orpo.engine.steps import RowSettings, StepDataset
+from orpo.engine.steps import BatchSettings, StepDataset
 from orpo.errors import ConfigError
 from orpo.pairs import PreferencePair
 from orpo.run.log import Figure
@@ -33,16 +33,16 @@ MODELS = ["base", "SFT", "ORPO"]
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The run directory, and what was on the screen."""
-    place = tmp_path_factory.mktemp("demo")
+    folder = tmp_path_factory.mktemp("demo")
     environment = os.environ | {
         "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"
     }  # fmt: skip
     process = subprocess.run(
         [sys.executable, "-m", "orpo", "demo", "--fast"],
-        cwd=place, env=environment, capture_output=True, text=True, timeout=580,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    return place / "runs" / "demo", process.stdout
+    return folder / "runs" / "demo", process.stdout
 
 
 def lines(path):
@@ -68,8 +68,8 @@ def test_screen_shows_the_table_with_standard_errors(demo):
     for name in MODELS:
         assert set(found[name]) >= FIGURES
         assert all(value["se"] > 0 for value in found[name].values())
-    row = next(line for line in text.splitlines() if line.startswith("rejected log-prob"))
-    means = [float(value) for value in re.findall(r"(-?\d+\.\d+) ±", row)]
+    line = next(line for line in text.splitlines() if line.startswith("rejected log-prob"))
+    means = [float(value) for value in re.findall(r"(-?\d+\.\d+) ±", line)]
     assert means == [round(found[name]["rejected_logprob"]["mean"], 3) for name in MODELS]
 
 
@@ -98,9 +98,9 @@ def test_sft_never_runs_a_rejected_answer_and_orpo_reads_each_prompt_once(demo):
     plan = replace(EXPERIMENTS["politeness"], **FAST)
     read = read_preferences(str(plan.split("train")), data_format="instruction")
     pairs = tokenize_pairs(read, load_tokenizer(str(plan.base)), max_length=plan.max_length)
-    settings = RowSettings(Objective(beta=0.0), "shared", 4096)
+    settings = BatchSettings(Objective(beta=0.0), "shared", 4096)
     steps = StepDataset(pairs, settings, pairs_per_step=plan.pairs_per_step, seed=plan.seed)
-    seen = [pair for number in range(plan.max_steps) for row in steps[number].pairs for pair in row]
+    seen = [pair for number in range(plan.max_steps) for pairs in steps[number].pairs for pair in pairs]
     training = json.loads((demo[0] / "demo.json").read_text())["training"]
     assert training["SFT"]["tokens"] == sum(len(pair.prompt) + len(pair.chosen) for pair in seen)
     assert training["ORPO"]["tokens"] == training["SFT"]["tokens"] + sum(len(pair.rejected) for pair in seen)
@@ -149,7 +149,7 @@ def test_eval_chat_and_report_accept_the_run_directory(demo, capsys, monkeypatch
     assert str(folder) in capsys.readouterr().out
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
-    assert "SFT, rejected" in page  # still beside the other run
+    assert "SFT, rejected" in page  # still next to the other run
     assert "Evaluation: test" in page
 
 

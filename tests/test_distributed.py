@@ -1,4 +1,4 @@
-"""One process, several rows, several ranks: the same training. Ranks are forked, on gloo."""
+"""One process, several micro-batches, several ranks: the same training. Ranks are forked, on gloo."""
 
 import json
 import os
@@ -40,17 +40,20 @@ def assert_same(one, other):
             assert other["evaluation"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-def test_accumulation_rows_and_ranks_do_not_change_the_training(tmp_path):
+def test_accumulation_micro_batches_and_ranks_do_not_change_the_training(tmp_path):
     """peers 6"""
     one = run(tmp_path)
-    assert_same(one, run(tmp_path, tokens_per_row=30))
+    assert_same(one, run(tmp_path, tokens_per_micro_batch=30))
     assert_same(one, run(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4))
     assert_same(
-        one, run(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, tokens_per_row=60)
+        one,
+        run(
+            tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, tokens_per_micro_batch=60
+        ),
     )
     for settings in (
         {"per_device_train_batch_size": 2},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "tokens_per_row": 25},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "tokens_per_micro_batch": 25},
     ):
         ranks = on_ranks(lambda s=settings: run(tmp_path, **s))
         assert [rank["world_size"] for rank in ranks] == [2, 2]
@@ -59,17 +62,17 @@ def test_accumulation_rows_and_ranks_do_not_change_the_training(tmp_path):
 
 
 def test_ranks_exchange_gradients_once_a_step(tmp_path):
-    """Exchanging them with each row gives the same weights, later."""
+    """Exchanging them after each micro-batch gives the same weights, later."""
 
     def run():
-        trainer = tiny_trainer(tmp_path, per_device_train_batch_size=2, tokens_per_row=2, max_steps=3)
+        trainer = tiny_trainer(tmp_path, per_device_train_batch_size=2, tokens_per_micro_batch=2, max_steps=3)
         plain, waiting = trainer.accelerator.no_sync, []
         trainer.accelerator.no_sync = lambda model: waiting.append(model) or plain(model)
         trainer.train()
-        return len(waiting), len(trainer._last_step.rows), trainer.state.global_step
+        return len(waiting), len(trainer._last_step.batches), trainer.state.global_step
 
-    for waiting, rows, steps in on_ranks(run):
-        assert rows == 2 and waiting == steps * (rows - 1)
+    for waiting, batches, steps in on_ranks(run):
+        assert batches == 2 and waiting == steps * (batches - 1)
 
 
 # ------------------------------------------------------------------------------------------ FSDP2
@@ -121,13 +124,13 @@ def sharded(folder, *, peft=False, **settings):
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_sharded_ranks_train_as_one_process_does(tmp_path, peft):
-    settings = {"per_device_train_batch_size": 2, "tokens_per_row": 60}
+    settings = {"per_device_train_batch_size": 2, "tokens_per_micro_batch": 60}
     one = tiny_trainer(
         tmp_path,
         evaluation=random_pairs(7, seed=1),
         eval_strategy="steps",
         eval_steps=4,
-        tokens_per_row=30,
+        tokens_per_micro_batch=30,
         arguments={"peft_config": tiny_adapter() if peft else None},
     )
     one.train()
@@ -189,7 +192,7 @@ def test_signals_at_different_steps_stop_at_the_first(tmp_path):
 def test_a_loss_that_is_not_a_number_on_one_rank_stops_all(tmp_path):
     def run():
         pairs = [*random_pairs(7), TokenizedPair([96], [96], [96], source="data.jsonl:118")]
-        trainer = tiny_trainer(tmp_path, train=pairs, per_device_train_batch_size=4, tokens_per_row=2)
+        trainer = tiny_trainer(tmp_path, train=pairs, per_device_train_batch_size=4, tokens_per_micro_batch=2)
         with torch.no_grad():
             trainer.model.get_input_embeddings().weight[96] = float("nan")
         try:

@@ -288,7 +288,7 @@ def test_the_other_label_turns_the_sides_round(name, change):
 )
 def test_a_tie_is_dropped_and_counted(name, change):
     found = read(JUDGED[name], {**JUDGED[name], **change})
-    assert len(found) == 1 and found.report.dropped == {"a tie: neither answer is better": 1}
+    assert len(found) == 1 and found.counts.dropped == {"a tie: neither answer is better": 1}
 
 
 def test_a_label_of_unknown_meaning_stops_the_run():
@@ -431,7 +431,7 @@ def test_a_stored_conversation_that_cannot_be_parsed_stops_the_run():
     )
     good = {"prompt": "Q?", "chosen": json.dumps(YES), "rejected": json.dumps(NO)}
     found = read(good, good, {**good, "rejected": cut}, on_bad_row="skip")
-    assert len(found) == 2 and found.report.num_dropped == 1
+    assert len(found) == 2 and found.counts.num_dropped == 1
 
 
 def test_an_answer_that_is_json_stays_text():
@@ -557,7 +557,7 @@ def test_half_a_character_is_said_with_its_row():
     for name in good:
         stops(good, {**good, name: "x \ud83d y"}, match=f"^row:1: '{name}' holds half of a character")
     found = read(good, {**good, "chosen": "x \ud83d y"}, on_bad_row="skip")
-    assert len(found) == 1 and found.report.num_dropped == 1
+    assert len(found) == 1 and found.counts.num_dropped == 1
 
 
 def test_an_answer_that_echoes_its_question_is_not_rendered():
@@ -597,11 +597,11 @@ def test_good_answers_with_a_label_train_where_sft_rows_are_used():
     rows = [{"prompt": "Q?", "completion": f"a{i}", "label": i % 2 == 0} for i in range(6)]
     found = read(*rows, sft_rows="use")
     assert [pair.chosen for pair in found.pairs] == ["a0", "a2", "a4"]
-    assert found.report.dropped == {"an answer without a counterpart that label says is bad": 3}
+    assert found.counts.dropped == {"an answer without a counterpart that label says is bad": 3}
     both = {"prompt": "Q?", "completion": "a", "label": True, "score": 0.1}
     assert len(read(both, sft_rows="use")) == 1
     found = read(both, {**both, "correct": False}, sft_rows="use")
-    assert found.report.dropped == {"an answer without a counterpart that correct says is bad": 1}
+    assert found.counts.dropped == {"an answer without a counterpart that correct says is bad": 1}
     topic = {"prompt": "Q?", "completion": "a", "label": "geography"}
     assert len(read(topic, sft_rows="use")) == 1
 

@@ -11,7 +11,7 @@ from reference import log_odds
 from tiny_models import mixed_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orpo.engine.head import Denominators, Head, score_row
+from orpo.engine.head import Denominators, Head, score_batch
 from orpo.engine.packing import Role, pack
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
@@ -47,7 +47,7 @@ def inputs(batch, *, bias=False, dtype=torch.float64, hidden=HIDDEN, vocab=VOCAB
 def score(tensors, batch, chunk=(100, 100), objective=OBJECTIVE, denominators=DENOMINATORS, **head):
     hidden_ND, weight_VD, bias_V = tensors
     head = Head(weight_VD, bias_V, chunk_tokens=chunk[0], max_chunk_tokens=chunk[1], **head)
-    return score_row(hidden_ND, head, batch, objective, denominators)
+    return score_batch(hidden_ND, head, batch, objective, denominators)
 
 
 def full_logits(tensors, batch, objective=OBJECTIVE, denominators=DENOMINATORS, scale=1.0, softcap=None):
@@ -111,10 +111,10 @@ def test_gradients_are_central_differences_of_the_loss(options):
     step = 1e-5
     with torch.no_grad():
         for tensor, slope in zip(wanted, slopes, strict=True):
-            for place, expected in zip(range(tensor.numel()), slope.flatten(), strict=True):
+            for index, expected in zip(range(tensor.numel()), slope.flatten(), strict=True):
                 values = []
                 for move in (step, -2 * step, step):
-                    tensor.view(-1)[place] += move
+                    tensor.view(-1)[index] += move
                     values.append(score(tensors, batch, **options)[0])
                 torch.testing.assert_close(
                     expected, (values[0] - values[1]) / (2 * step), rtol=1e-6, atol=1e-8
@@ -278,7 +278,7 @@ def test_autocast_computes_in_bf16_and_returns_float32_gradients():
 
 
 class MemoryPeak(TorchDispatchMode):
-    """Largest tensor made, and most bytes alive at once, counted by storage."""
+    """Largest tensor made, and most bytes alive together, counted by storage."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models and tokenizers load as the settings say, and what cannot be loaded is said in one line."""
+"""Models and tokenizers load as the settings say, and what cannot be loaded is named in one line."""
 
 import importlib
 import json
@@ -132,7 +132,7 @@ def test_adapter_modules_that_do_not_exist_are_said(folder):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("how", ["as the model", "beside the model"])
+@pytest.mark.parametrize("how", ["as the model", "next to the model"])
 def test_an_adapter_folder_goes_on_training(folder, adapter, how):
     model = load(adapter) if how == "as the model" else load(folder, adapter_name_or_path=adapter)
     assert isinstance(model, PeftModel)

@@ -1,4 +1,4 @@
-"""The token budget of a row follows the memory there is."""
+"""The token budget of a micro-batch follows the memory there is."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo.engine import memory
-from orpo.engine.memory import default_tokens_per_row, free_memory
+from orpo.engine.memory import default_tokens_per_micro_batch, free_memory
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -28,16 +28,16 @@ def model():
 
 
 def budget(monkeypatch, model, room, most=8192, **kwargs):
-    monkeypatch.setattr(memory, "MAX_TOKENS_PER_CPU_ROW", most)
+    monkeypatch.setattr(memory, "MAX_TOKENS_ON_CPU", most)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(room))
-    return default_tokens_per_row(model, CPU, **kwargs)
+    return default_tokens_per_micro_batch(model, CPU, **kwargs)
 
 
 def states(model):
     return 12 * sum(weight.numel() for weight in model.parameters())
 
 
-def test_half_of_what_gradients_and_moments_leave_goes_to_the_row(monkeypatch, model):
+def test_half_of_what_gradients_and_moments_leave_goes_to_the_micro_batch(monkeypatch, model):
     per_token = 24 * 16 * 2048 * 4
     assert budget(monkeypatch, model, states(model) + 2 * 4096 * per_token) == 4096
     assert budget(monkeypatch, model, states(model) + 2 * 4095 * per_token) == 3840  # a multiple of 256
@@ -68,7 +68,7 @@ def test_evaluation_keeps_one_layer(monkeypatch, model):
 
 
 def test_bounds(monkeypatch, model):
-    most = memory.MAX_TOKENS_PER_CPU_ROW
+    most = memory.MAX_TOKENS_ON_CPU
     assert budget(monkeypatch, model, 10_000 * GIB, most) == most == 2048
     assert budget(monkeypatch, model, 0, most) == 1024
 

@@ -62,7 +62,7 @@ def obvious(pairs):
 
 
 @given(st.lists(pair, min_size=1, max_size=8), st.integers(1, 4))
-def test_window_means_do_not_depend_on_rows(pairs, size):
+def test_window_means_do_not_depend_on_micro_batches(pairs, size):
     window = MetricWindow(Objective(), CPU)
     for start in range(0, len(pairs), size):
         window.add_pairs(scores(pairs[start : start + size]))
@@ -87,15 +87,15 @@ def test_window_adds_ranks_before_it_divides():
 
 def test_a_window_folded_and_restored_continues_as_if_it_had_not_been():
     whole, first, second = (MetricWindow(Objective(), CPU) for _ in range(3))
-    rows = [scores([(-1.0, -2.0, 5, 0.1, True)]), scores([(-0.3, -0.2, 9, 0.7, True)])]
-    for row in rows:
-        whole.add_pairs(row)
+    batches = [scores([(-1.0, -2.0, 5, 0.1, True)]), scores([(-0.3, -0.2, 9, 0.7, True)])]
+    for batch in batches:
+        whole.add_pairs(batch)
         whole.add_step(torch.tensor(1.1), 3, 1)
         whole.fold(lambda sums: sums)
-    first.add_pairs(rows[0])
+    first.add_pairs(batches[0])
     first.add_step(torch.tensor(1.1), 3, 1)
     second.restore(first.fold(lambda sums: sums))
-    second.add_pairs(rows[1])
+    second.add_pairs(batches[1])
     second.add_step(torch.tensor(1.1), 3, 1)
     assert second.close(lambda sums: sums) == whole.close(lambda sums: sums)
 

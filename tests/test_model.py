@@ -1,4 +1,4 @@
-"""A prepared model scores packed rows as it would score each response alone, and is otherwise unchanged."""
+"""A prepared model scores packed pairs as it would score each response alone, and is otherwise unchanged."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def prepared(model, objective=OBJECTIVE, layout="shared"):
 
 
 def our_loss_and_gradients(model, pairs, objective=OBJECTIVE, layout="shared"):
-    """Of a prepared model, on one row."""
+    """Of a prepared model, on one micro-batch."""
     model.zero_grad()
     loss = model(batch=pack(pairs, objective, layout=layout)).loss
     loss.backward()
@@ -49,7 +49,7 @@ def assert_exact(ours, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", tiny_models.SHARING)
-def test_loss_and_all_gradients_equal_separate_rows(name):
+def test_loss_and_all_gradients_equal_separate_sequences(name):
     model = tiny_models.build(name)
     expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
     chosen = copy.deepcopy(model)
@@ -61,7 +61,7 @@ def test_loss_and_all_gradients_equal_separate_rows(name):
 
 
 @pytest.mark.parametrize("name", tiny_models.FALLING_BACK)
-def test_a_model_that_cannot_follow_a_packed_row_falls_back_visibly_and_is_exact(name):
+def test_a_model_that_cannot_follow_a_packed_micro_batch_falls_back_visibly_and_is_exact(name):
     model = tiny_models.build(name)
     expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
     preparation = prepare_model(model, OBJECTIVE)
@@ -84,14 +84,14 @@ def test_a_model_that_cannot_follow_a_packed_row_falls_back_visibly_and_is_exact
     ],
     ids=str,
 )
-def test_every_objective_equals_separate_rows(objective, layout):  # peers 10, 24, 27
+def test_every_objective_equals_separate_sequences(objective, layout):  # peers 10, 24, 27
     model = tiny_models.build("Llama")
     expected = reference.loss_and_gradients(model, PAIRS, objective)
     ours = our_loss_and_gradients(prepared(model, objective, layout), PAIRS, objective, layout)
     assert_exact(ours, expected)
 
 
-def test_logprobs_are_those_of_separate_rows():  # peers 16, 41
+def test_logprobs_are_those_of_separate_sequences():  # peers 16, 41
     model = tiny_models.build("Llama")
     output = prepared(model)(batch=pack(PAIRS, OBJECTIVE))
     logprobs = reference.logprobs_of(copy.deepcopy(model).double())
@@ -119,7 +119,7 @@ def test_logprobs_are_those_of_separate_rows():  # peers 16, 41
     ids=str,
 )
 @pytest.mark.parametrize("reduction", ["token", "pair"])
-def test_rows_add_up_to_the_step_for_any_grouping_and_order(groups, reduction):  # peers 6
+def test_micro_batches_add_up_to_the_step_for_any_grouping_and_order(groups, reduction):  # peers 6
     objective = Objective(beta=0.7, nll_reduction=reduction)
     model = prepared(tiny_models.build("Llama"), objective)
     whole = pack(PAIRS, objective)
@@ -135,7 +135,7 @@ def test_rows_add_up_to_the_step_for_any_grouping_and_order(groups, reduction): 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_empty_row_adds_nothing(layout):
+def test_an_empty_micro_batch_adds_nothing(layout):
     model = prepared(tiny_models.build("Llama"), layout=layout)
     batch = pack(PAIRS[:1], OBJECTIVE, layout=layout, empty=True)
     output = model(batch=batch, denominators=Denominators(10, 2))
@@ -148,7 +148,7 @@ def test_an_empty_row_adds_nothing(layout):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "OPT"])
-def test_low_precision_is_no_worse_than_separate_rows_in_low_precision(name):
+def test_low_precision_is_no_worse_than_separate_sequences_in_low_precision(name):
     model = tiny_models.build(name).bfloat16()
     expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
     naive_model = copy.deepcopy(model)
@@ -199,7 +199,7 @@ def test_tied_embeddings_get_the_gradient_of_both_ends():
 def test_a_small_chunk_of_logits_changes_nothing():
     wide = tiny_models.build("Llama", vocab_size=60_000)
     expected = reference.loss_and_gradients(wide, PAIRS, OBJECTIVE)
-    prepare_model(wide, OBJECTIVE, logits_memory_mib=1, probe=False)  # four tokens at once
+    prepare_model(wide, OBJECTIVE, logits_memory_mib=1, probe=False)  # four tokens together
     assert_exact(our_loss_and_gradients(wide, PAIRS), expected)
 
 
@@ -230,7 +230,7 @@ def adapted(name="Llama", target_modules="all-linear", **settings):
 
 
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
-def test_adapters_equal_separate_rows(settings):
+def test_adapters_equal_separate_sequences(settings):
     model = adapted(**settings)
     expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
     assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
@@ -255,7 +255,7 @@ def test_adapters_active_together_add_up_on_the_vocabulary_matrix():
 @pytest.mark.parametrize(
     ("name", "target_modules"), [("Qwen2", "all-linear"), ("Mamba", ["in_proj", "x_proj"])]
 )
-def test_adapters_on_tied_heads_and_fallbacks_equal_separate_rows(name, target_modules):
+def test_adapters_on_tied_heads_and_fallbacks_equal_separate_sequences(name, target_modules):
     model = adapted(name, target_modules)
     expected = reference.loss_and_gradients(model, PAIRS, OBJECTIVE)
     layout = prepare_model(model, OBJECTIVE).layout
@@ -398,7 +398,7 @@ def test_two_prepared_models_do_not_disturb_each_other():
         assert_exact(our_loss_and_gradients(two, PAIRS), expected[1])
 
 
-def test_without_gradients_a_row_gives_the_same_numbers():
+def test_without_gradients_a_micro_batch_gives_the_same_numbers():
     model = prepared(tiny_models.build("Llama"))
     batch = pack(PAIRS, OBJECTIVE)
     expected = model(batch=batch)
@@ -441,7 +441,7 @@ class ScalesItsHiddenStates(transformers.LlamaForCausalLM):
 @pytest.mark.parametrize("sabotaged", [ScalesItsLogits, ScalesItsHiddenStates])
 def test_the_probe_refuses_a_model_that_does_something_unknown_before_its_loss(sabotaged, trained):
     model = sabotaged(tiny_models.build("Llama").config).requires_grad_(trained)
-    with pytest.raises(ModelError, match="do not reproduce the model's own loss"):
+    with pytest.raises(ModelError, match="does not reproduce the model's own loss"):
         prepare_model(model, OBJECTIVE)
 
 
@@ -499,12 +499,12 @@ def test_the_probe_falls_back_where_attention_ignores_the_segments(deaf_layers):
     assert_exact(our_loss_and_gradients(model, PAIRS, layout="padded"), expected)
 
 
-def test_a_layer_that_stops_listening_to_the_segments_is_noticed_at_the_next_row():
+def test_a_layer_that_stops_listening_to_the_segments_is_noticed_in_the_next_pass():
     model = tiny_models.build("Llama")
     prepare_model(model, OBJECTIVE)
     attention = model.model.layers[1].self_attn
     attention.forward = deaf_attention(attention)
-    with pytest.raises(ModelError, match=r"called our attention 1 times in a row, 2 times"):
+    with pytest.raises(ModelError, match=r"called our attention 1 times in a forward pass, 2 times"):
         model(batch=pack(PAIRS, OBJECTIVE))
 
 
@@ -518,7 +518,7 @@ def test_the_probe_is_longer_than_the_sliding_window():
 
 
 @pytest.mark.parametrize(("name", "reason"), [("GptOss", "needs s_aux"), ("GPTJ", "cannot be replaced")])
-def test_without_a_probe_attention_that_we_do_not_know_is_refused_at_the_first_row(name, reason):
+def test_without_a_probe_attention_that_we_do_not_know_is_refused_in_the_first_pass(name, reason):
     model = prepared(tiny_models.build(name))
     with pytest.raises(ModelError, match=reason):
         model(batch=pack(PAIRS, OBJECTIVE))
@@ -540,11 +540,11 @@ def test_a_layout_asked_for_that_is_not_exact_is_refused():
 MISMATCHES = [("packed", "shared"), ("padded", "shared"), ("padded", "packed"), ("shared", "padded")]
 
 
-@pytest.mark.parametrize(("prepared_for", "row"), MISMATCHES)
-def test_a_row_of_another_layout_is_refused(prepared_for, row):
+@pytest.mark.parametrize(("prepared_for", "layout"), MISMATCHES)
+def test_a_micro_batch_of_another_layout_is_refused(prepared_for, layout):
     model = prepared(tiny_models.build("Llama"), layout=prepared_for)
     with pytest.raises(ModelError, match="layout"):
-        model(batch=pack(PAIRS, OBJECTIVE, layout=row))
+        model(batch=pack(PAIRS, OBJECTIVE, layout=layout))
 
 
 def test_an_encoder_decoder_model_is_refused():
@@ -577,7 +577,7 @@ def mixture():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_router_loss_of_a_row_is_the_models_own(layout):  # peers 22
+def test_router_loss_of_a_micro_batch_is_the_models_own(layout):  # peers 22
     model = mixture()
     pair = TokenizedPair(tiny_models.token_ids(6), tiny_models.token_ids(5), [])
     ids = torch.tensor([[*pair.prompt, *pair.chosen]])
@@ -590,7 +590,7 @@ def test_router_loss_of_a_row_is_the_models_own(layout):  # peers 22
     assert router.abs().max() > 0
 
 
-def test_router_loss_of_padded_rows_leaves_padding_out():
+def test_router_loss_of_padded_pairs_leaves_padding_out():
     model = mixture()
     batch = pack(PAIRS, OBJECTIVE, layout="padded")
     own = own_router_loss(model, {"input_ids": batch.input_ids_BN, "attention_mask": batch.attention_mask_BN})
@@ -600,7 +600,7 @@ def test_router_loss_of_padded_rows_leaves_padding_out():
     ] == pytest.approx(expected, rel=1e-5)
 
 
-def test_router_loss_of_a_shared_row_counts_every_stored_token_once():
+def test_router_loss_of_a_shared_micro_batch_counts_every_stored_token_once():
     model = mixture()
     per_layer = []
     with torch.no_grad():
@@ -617,35 +617,35 @@ def test_router_loss_of_a_shared_row_counts_every_stored_token_once():
     assert our_loss_and_gradients(prepared(model), PAIRS)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_router_losses_of_rows_are_weighted_by_their_pairs():
+def test_router_losses_of_micro_batches_are_weighted_by_their_pairs():
     model = prepared(mixture())
     plain = prepared(tiny_models.build("Mixtral"))
-    rows = [pack(PAIRS[:1], OBJECTIVE), pack(PAIRS[1:3], OBJECTIVE)]
-    denominators = Denominators(sum(row.nll_weight for row in rows), 3, 3)
-    whole = [(model(batch=row).loss - plain(batch=row).loss).item() for row in rows]
+    batches = [pack(PAIRS[:1], OBJECTIVE), pack(PAIRS[1:3], OBJECTIVE)]
+    denominators = Denominators(sum(batch.nll_weight for batch in batches), 3, 3)
+    whole = [(model(batch=batch).loss - plain(batch=batch).loss).item() for batch in batches]
     split = [
         (
-            model(batch=row, denominators=denominators).loss
-            - plain(batch=row, denominators=denominators).loss
+            model(batch=batch, denominators=denominators).loss
+            - plain(batch=batch, denominators=denominators).loss
         ).item()
-        for row in rows
+        for batch in batches
     ]
     assert split == pytest.approx([whole[0] / 3, 2 * whole[1] / 3], rel=1e-4)
 
 
 def test_router_loss_is_there_without_a_rejected_side():
-    """Where nothing is preferred, under `beta: 0` or for rows with a chosen answer alone."""
+    """Where nothing is preferred, under `beta: 0` or for pairs with a chosen answer alone."""
     alone = [TokenizedPair(pair.prompt, pair.chosen, []) for pair in PAIRS[:3]]
     model, plain = prepared(mixture()), prepared(tiny_models.build("Mixtral"))
-    row = pack(alone, OBJECTIVE)
+    batch = pack(alone, OBJECTIVE)
     counts = step_denominators(alone, OBJECTIVE)
-    assert (model(batch=row, denominators=counts).loss - plain(batch=row, denominators=counts).loss) > 0.1
+    assert (model(batch=batch, denominators=counts).loss - plain(batch=batch, denominators=counts).loss) > 0.1
 
 
-def test_router_loss_is_left_out_of_empty_rows_and_of_evaluation():
+def test_router_loss_is_left_out_of_empty_micro_batches_and_of_evaluation():
     model, plain = prepared(mixture()), prepared(tiny_models.build("Mixtral"))
     empty = pack(PAIRS[:1], OBJECTIVE, empty=True)
     assert model(batch=empty, denominators=Denominators(1, 1)).loss.item() == 0
     with torch.no_grad():
-        row = pack(PAIRS, OBJECTIVE)
-        assert torch.equal(model(batch=row).loss, plain(batch=row).loss)
+        batch = pack(PAIRS, OBJECTIVE)
+        assert torch.equal(model(batch=batch).loss, plain(batch=batch).loss)

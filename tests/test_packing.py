@@ -1,4 +1,4 @@
-"""A row scores exactly the tokens it should, each from exactly the context it should, in every layout."""
+"""A micro-batch scores exactly the tokens it should, each from exactly its own context, in every layout."""
 
 from collections import Counter
 
@@ -57,15 +57,15 @@ def read_by(batch):
         kept = batch.attention_mask_BN.sum(1).tolist()
         return [tuple(line[: n + 1]) if n < k else None for line, k in zip(ids_BN, kept, strict=True)
                 for n in range(len(line))]  # fmt: skip
-    read, offset, (row,) = [], 0, ids_BN
+    read, offset, (sequence,) = [], 0, ids_BN
     for run in batch.runs:
-        own = row[offset : offset + sum(run)]
+        own = sequence[offset : offset + sum(run)]
         first = own[: run.prompt + run.chosen]
         second = own[: run.prompt] + own[run.prompt + run.chosen :]
         read += [tuple(first[: n + 1]) for n in range(len(first))]
         read += [tuple(second[: run.prompt + n + 1]) for n in range(run.rejected)]
         offset += sum(run)
-    assert offset == len(row)
+    assert offset == len(sequence)
     return read
 
 
@@ -100,7 +100,7 @@ def test_a_position_counts_the_tokens_read_before_it(layout, pairs):
 
 @given(pairs=st.lists(tokenized_pairs(), min_size=1, max_size=3))
 @settings(max_examples=20)
-def test_a_shared_row_stores_every_token_once(pairs):
+def test_a_shared_micro_batch_stores_every_token_once(pairs):
     batch = pack(pairs, Objective())
     stored = [token for pair in pairs for token in (*pair.prompt, *pair.chosen, *pair.rejected)]
     assert batch.input_ids_BN.tolist() == [stored]
@@ -191,7 +191,7 @@ def test_beta_zero_runs_no_rejected_side_unless_asked(layout):
 
 @pytest.mark.parametrize("nll_on", ["full", "response", "assistant"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_counts_of_a_row_are_those_of_its_pairs(layout, nll_on):
+def test_counts_of_a_micro_batch_are_those_of_its_pairs(layout, nll_on):
     pairs = mixed_pairs()
     tokens = pack(pairs, Objective(nll_on=nll_on), layout=layout)
     assert tokens.num_pairs == 5
@@ -204,7 +204,7 @@ def test_counts_of_a_row_are_those_of_its_pairs(layout, nll_on):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_empty_row_is_computed_and_weighs_nothing(layout):
+def test_an_empty_micro_batch_is_computed_and_weighs_nothing(layout):
     batch = pack([TokenizedPair([1, 2], [3, 4], [5])], Objective(), layout=layout, empty=True)
     assert batch.num_tokens >= 4
     assert (batch.num_pairs, batch.num_preferences, batch.nll_weight) == (0, 0, 0.0)
@@ -221,7 +221,7 @@ def test_padding_is_on_the_right_hidden_and_never_a_source():
     assert mask.sum(1).max() == mask.shape[1]
 
 
-def test_packed_rows_have_a_run_for_each_side():
+def test_packed_pairs_have_a_run_for_each_side():
     pairs = mixed_pairs()
     runs = pack(pairs, Objective(), layout="packed").runs
     expected = [(len(p.prompt), len(side), 0) for p in pairs for side in (p.chosen, p.rejected) if side]
@@ -234,7 +234,7 @@ def test_index_is_the_place_in_the_data_set():
     assert pack(pairs, Objective(), index=[7, 3, 9, 1, 4]).index == (7, 3, 9, 1, 4)
 
 
-def test_moving_a_row_keeps_everything_else():
+def test_moving_a_micro_batch_keeps_everything_else():
     batch = pack(mixed_pairs(), Objective(), layout="padded", index=[4, 3, 2, 1, 0])
     moved = batch.to("meta")
     tensors = [value for name in type(batch).__slots__ if torch.is_tensor(value := getattr(moved, name))]

@@ -80,7 +80,7 @@ def test_every_trained_weight_has_a_gradient_and_it_is_not_zero(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"logits_memory_mib": 1, "tokens_per_row": 20},
+        {"logits_memory_mib": 1, "tokens_per_micro_batch": 20},
         {"layout": "packed"},
         {"layout": "padded"},
         {"gradient_checkpointing": True},

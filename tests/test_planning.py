@@ -1,4 +1,4 @@
-"""Every pair once, B pairs a step, the same number of rows on every rank, within the budget, balanced."""
+"""Every pair once, B pairs a step, equally many micro-batches on every rank, within the budget, balanced."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def steps(draw):
     return {
         "lengths": lengths,
         "num_ranks": draw(st.integers(1, 5)),
-        "tokens_per_row": draw(st.integers(2, 400)),
+        "tokens_per_micro_batch": draw(st.integers(2, 400)),
         "layout": draw(st.sampled_from(LAYOUTS)),
     }
 
@@ -35,35 +35,35 @@ def spread(step):
     return plan_step(
         step["lengths"],
         num_ranks=step["num_ranks"],
-        tokens_per_row=step["tokens_per_row"],
+        tokens_per_micro_batch=step["tokens_per_micro_batch"],
         layout=step["layout"],
     )
 
 
-def row_tokens(step, row):
-    """Tokens of a row, padding included, by writing its sides out."""
-    chosen = [[1] * (prompt + chosen) for prompt, chosen, _ in step["lengths"][list(row)]]
-    rejected = [[1] * (prompt + rejected) for prompt, _, rejected in step["lengths"][list(row)] if rejected]
+def batch_tokens(step, batch):
+    """Tokens of a micro-batch, padding included, by writing its sides out."""
+    chosen = [[1] * (prompt + chosen) for prompt, chosen, _ in step["lengths"][list(batch)]]
+    rejected = [[1] * (prompt + rejected) for prompt, _, rejected in step["lengths"][list(batch)] if rejected]
     if step["layout"] == "padded":
         return len(chosen + rejected) * max(map(len, chosen + rejected))
     tokens = sum(map(len, chosen + rejected))
-    shared = sum(prompt for prompt, _, rejected in step["lengths"][list(row)] if rejected)
+    shared = sum(prompt for prompt, _, rejected in step["lengths"][list(batch)] if rejected)
     return tokens - shared if step["layout"] == "shared" else tokens
 
 
 def rank_loads(step, plan):
     cost = pair_cost(step["lengths"], step["layout"])
-    return [sum(cost[i] for row in rank if not row.empty for i in row.pairs) for rank in plan]
+    return [sum(cost[i] for batch in rank if not batch.empty for i in batch.pairs) for rank in plan]
 
 
 @given(steps())
-def test_every_pair_of_a_step_is_in_exactly_one_row(step):
-    planned = [i for rank in spread(step) for row in rank if not row.empty for i in row.pairs]
+def test_every_pair_of_a_step_is_in_exactly_one_micro_batch(step):
+    planned = [i for rank in spread(step) for batch in rank if not batch.empty for i in batch.pairs]
     assert sorted(planned) == list(range(len(step["lengths"])))
 
 
 @given(steps())
-def test_every_rank_runs_the_same_number_of_rows(step):
+def test_every_rank_runs_the_same_number_of_micro_batches(step):
     plan = spread(step)
     assert len(plan) == step["num_ranks"]
     assert len({len(rank) for rank in plan}) == 1
@@ -71,46 +71,46 @@ def test_every_rank_runs_the_same_number_of_rows(step):
 
 
 @given(steps())
-def test_a_row_keeps_to_its_budget_unless_it_is_one_overlong_pair(step):
-    for row in (row for rank in spread(step) for row in rank):
-        assert len(row.pairs) == 1 or row_tokens(step, row.pairs) <= step["tokens_per_row"]
+def test_a_micro_batch_keeps_to_its_budget_unless_it_is_one_overlong_pair(step):
+    for batch in (batch for rank in spread(step) for batch in rank):
+        assert len(batch.pairs) == 1 or batch_tokens(step, batch.pairs) <= step["tokens_per_micro_batch"]
 
 
-def test_the_widest_side_sets_the_width_of_a_padded_row():
-    lengths = np.array([[1, 9, 9], [15, 5, 0]])  # two lines of 10 and one of 20: 60 tokens in one row
+def test_the_widest_side_sets_the_width_of_a_padded_micro_batch():
+    lengths = np.array([[1, 9, 9], [15, 5, 0]])  # two lines of 10 and one of 20: 60 tokens together
     step = {"lengths": lengths, "num_ranks": 1, "layout": "padded"}
-    assert len(spread({**step, "tokens_per_row": 59})[0]) == 2
-    assert len(spread({**step, "tokens_per_row": 60})[0]) == 1
+    assert len(spread({**step, "tokens_per_micro_batch": 59})[0]) == 2
+    assert len(spread({**step, "tokens_per_micro_batch": 60})[0]) == 1
 
 
 @given(steps())
 def test_no_rank_is_without_a_pair_while_another_has_two(step):
-    per_rank = [sum(len(row.pairs) for row in rank if not row.empty) for rank in spread(step)]
+    per_rank = [sum(len(batch.pairs) for batch in rank if not batch.empty) for rank in spread(step)]
     assert min(per_rank) >= 1 or max(per_rank) <= 1
 
 
 @given(steps())
-def test_an_empty_row_stands_only_where_no_row_can_be_split(step):
+def test_an_empty_micro_batch_stands_only_where_none_can_be_split(step):
     for rank in spread(step):
-        if any(row.empty for row in rank):
-            assert all(len(row.pairs) == 1 for row in rank)
+        if any(batch.empty for batch in rank):
+            assert all(len(batch.pairs) == 1 for batch in rank)
 
 
-def test_a_rank_short_of_rows_splits_one_rather_than_run_an_empty_one():
+def test_a_rank_short_of_micro_batches_splits_one_rather_than_run_an_empty_one():
     lengths = np.array([[11, 1, 1], [9, 1, 1], [9, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 0]])
-    step = {"lengths": lengths, "num_ranks": 2, "tokens_per_row": 20, "layout": "shared"}
-    split, whole = [[row.pairs for row in rank] for rank in spread(step)]
+    step = {"lengths": lengths, "num_ranks": 2, "tokens_per_micro_batch": 20, "layout": "shared"}
+    split, whole = [[batch.pairs for batch in rank] for rank in spread(step)]
     assert sorted(whole) == [(1,), (2,)]
-    assert [len(row) for row in split] == [2, 2]
+    assert [len(batch) for batch in split] == [2, 2]
     assert sorted(sum(split, ())) == [0, 3, 4, 5]
-    assert not any(row.empty for rank in spread(step) for row in rank)
+    assert not any(batch.empty for rank in spread(step) for batch in rank)
 
 
 @given(steps())
-def test_an_empty_row_costs_as_little_as_the_shortest_pair_of_the_step(step):
+def test_an_empty_micro_batch_costs_as_little_as_the_shortest_pair_of_the_step(step):
     tokens = pair_tokens(step["lengths"], step["layout"])
-    for row in (row for rank in spread(step) for row in rank if row.empty):
-        assert [tokens[i] for i in row.pairs] == [min(tokens)]
+    for batch in (batch for rank in spread(step) for batch in rank if batch.empty):
+        assert [tokens[i] for i in batch.pairs] == [min(tokens)]
 
 
 @given(steps())
@@ -120,10 +120,10 @@ def test_ranks_differ_by_at_most_the_costliest_pair(step):
 
 
 @given(steps())
-def test_no_two_rows_of_one_rank_alone_would_fit_into_one(step):
+def test_no_two_micro_batches_of_one_rank_alone_would_fit_into_one(step):
     (rank,) = spread({**step, "num_ranks": 1})
     for one, other in itertools.combinations(rank, 2):
-        assert row_tokens(step, (*one.pairs, *other.pairs)) > step["tokens_per_row"]
+        assert batch_tokens(step, (*one.pairs, *other.pairs)) > step["tokens_per_micro_batch"]
 
 
 @given(steps())
@@ -138,7 +138,7 @@ def test_real_lengths_are_balanced_within_two_percent():
         step = {
             "lengths": lengths[start : start + 64],
             "num_ranks": 4,
-            "tokens_per_row": 8192,
+            "tokens_per_micro_batch": 8192,
             "layout": "shared",
         }
         loads = rank_loads(step, spread(step))
@@ -146,14 +146,17 @@ def test_real_lengths_are_balanced_within_two_percent():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_planned_tokens_are_the_tokens_of_the_packed_row(layout):
+def test_planned_tokens_are_the_tokens_of_the_packed_micro_batch(layout):
     pairs = mixed_pairs()
     lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
     planned = [pack([pair], Objective(), layout=layout).num_tokens for pair in pairs]
     assert pair_tokens(lengths, layout).tolist() == planned
     step = {"lengths": lengths, "layout": layout}
-    for row in itertools.combinations(range(len(pairs)), 3):
-        assert row_tokens(step, row) == pack([pairs[i] for i in row], Objective(), layout=layout).num_tokens
+    for batch in itertools.combinations(range(len(pairs)), 3):
+        assert (
+            batch_tokens(step, batch)
+            == pack([pairs[i] for i in batch], Objective(), layout=layout).num_tokens
+        )
 
 
 def test_cost_counts_the_tokens_attended_to():

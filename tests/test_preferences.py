@@ -253,7 +253,7 @@ def test_ranked_and_scored_lists_give_the_best_against_each_worse():
     }
     assert several(nectar, "ranked") == [(HELLO, *YES_NO)]
     equal = read({"prompt": "Q", "responses": ["a", "b"], "scores": [1, 1]}, row)
-    assert equal.report.dropped == {"chosen and rejected are identical": 1} and len(equal) == 2
+    assert equal.counts.dropped == {"chosen and rejected are identical": 1} and len(equal) == 2
 
 
 def test_tools_and_tool_calls():
@@ -371,9 +371,9 @@ def test_a_malformed_row_is_skipped_and_counted_on_request(good, bad, field):
     with pytest.raises(DataError, match=f"^row:3: '{field}' "):
         read(good, good, good, bad)
     found = read(good, good, good, bad, on_bad_row="skip")
-    assert len(found) == 3 and found.report.total == 4
-    ((reason, count),) = found.report.skipped.items()
-    assert reason.startswith(f"'{field}'") and count == 1 and found.report.examples[reason] == "row:3"
+    assert len(found) == 3 and found.counts.total == 4
+    ((reason, count),) = found.counts.skipped.items()
+    assert reason.startswith(f"'{field}'") and count == 1 and found.counts.examples[reason] == "row:3"
 
 
 @pytest.mark.parametrize(
@@ -392,14 +392,14 @@ def test_a_malformed_row_is_skipped_and_counted_on_request(good, bad, field):
 )
 def test_a_well_formed_row_that_cannot_train_is_dropped_and_counted(row, reason):
     found = read(GOOD, row)
-    assert found.report.dropped == {reason: 1} and found.report.examples == {reason: "row:1"}
-    assert (len(found), found.report.total, found.report.kept) == (1, 2, 1)
+    assert found.counts.dropped == {reason: 1} and found.counts.examples == {reason: "row:1"}
+    assert (len(found), found.counts.total, found.counts.kept) == (1, 2, 1)
 
 
 def test_a_conversation_that_does_not_end_with_the_assistant_is_dropped():
     row = {"chosen": [user("Q"), bot("a"), user("R")], "rejected": [user("Q"), bot("b")]}
     good = {"chosen": [user("Q"), bot("a")], "rejected": [user("Q"), bot("b")]}
-    assert read(good, row).report.dropped == {"the last turn of chosen is not the assistant's": 1}
+    assert read(good, row).counts.dropped == {"the last turn of chosen is not the assistant's": 1}
 
 
 def test_more_than_max_dropped_stops_with_the_table():
@@ -587,7 +587,7 @@ def test_whatever_a_row_holds_it_is_read_or_told(rows, data_format, sft_rows):
     except DataError as error:
         assert "\n" not in str(error)  # noqa: PT017
         return
-    assert found.report.kept == len(found) > 0
+    assert found.counts.kept == len(found) > 0
     for pair in found.pairs:
         sides = [side for side in (pair.chosen, pair.rejected) if side is not None]
         assert pair.prompt and all(type(side) is type(pair.prompt) and side for side in sides)

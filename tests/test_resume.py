@@ -107,14 +107,18 @@ def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, tmp_path, step)
 
 
 def test_a_resumed_run_keeps_its_rows_though_memory_has_changed(tmp_path, monkeypatch):
-    """A row budget that nobody set follows the memory there is, when the run begins."""
+    """A token budget that nobody set follows the memory there is, when the run begins."""
     for room, steps in ((40, 2), (10_000, 7)):
-        monkeypatch.setattr("orpo.training.trainer.default_tokens_per_row", lambda *_, room=room, **__: room)
+        monkeypatch.setattr(
+            "orpo.training.trainer.default_tokens_per_micro_batch", lambda *_, room=room, **__: room
+        )
         trainer = make(
-            tmp_path, tokens_per_row=None, arguments={"callbacks": [StopAt(steps)] if steps < 7 else []}
+            tmp_path,
+            tokens_per_micro_batch=None,
+            arguments={"callbacks": [StopAt(steps)] if steps < 7 else []},
         )
         trainer.train(resume_from_checkpoint=steps == 7)
-        assert trainer._row_settings(evaluating=False).tokens_per_row == 40
+        assert trainer._batch_settings(evaluating=False).tokens_per_micro_batch == 40
         assert trainer.state.global_step == steps
 
 
@@ -233,7 +237,7 @@ def test_changed_recipe_is_refused_with_the_differences(uninterrupted, tmp_path)
             "save_total_limit": 9,
             "report_to": "none",
             "run_name": "new",
-            "tokens_per_row": 40,
+            "tokens_per_micro_batch": 40,
         },
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"learning_rate": 2e-2, "force": True},

@@ -605,7 +605,7 @@ def test_reasoning_that_is_not_written_is_counted_and_stops_the_run():
     assert tokens is not None and encoder.counts.lost == {reason: 1}
     pairs = [pair_of([user("Q")], thinks)] + [pair_of([user("Q")], f"A{i}") for i in range(9)]
     kept = tokenize_pairs(pairs, tiny_tokenizer("chatml"), max_length=None, max_dropped=0.1)
-    assert len(kept) == 10 and kept.report.lines()[1] == f"incomplete 1: {reason} (first: p.jsonl:1)"
+    assert len(kept) == 10 and kept.counts.lines()[1] == f"incomplete 1: {reason} (first: p.jsonl:1)"
     with pytest.raises(DataError, match=r"1 of 10 rows \(10%\) cannot be used whole, .*: incomplete 1"):
         tokenize_pairs(pairs, tiny_tokenizer("chatml"), max_length=None, max_dropped=0.05)
 

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.engine.packing import pack
 from orpo.engine.steps import (
-    RowSettings,
+    BatchSettings,
     StepDataset,
     StepStream,
     build_step,
     num_nll_tokens,
     shuffled,
-    split_rows,
+    split_batches,
 )
 from orpo.errors import ConfigError, DataError, ModelError, RunError
 from orpo.pairs import TokenizedPair
@@ -57,7 +57,7 @@ def test_overridden_hooks_are_these():
         "get_test_dataloader": "the same for predict",
         "num_examples": "a loader's items are not examples",
         "get_total_train_batch_size": "accumulation is inside a step",
-        "training_step": "rows of a step, ranks exchange gradients once",
+        "training_step": "micro-batches of a step, ranks exchange gradients once",
         "evaluate": "each set has a record of its own, whatever its name",
         "evaluation_loop": "means over examples",
         "log": "the window's numbers",
@@ -68,7 +68,7 @@ def test_overridden_hooks_are_these():
     private = {
         "_get_grad_norm": "the only place after backward and before the optimizer that may raise",
         "_issue_warnings_after_load": "tied weights are not missing",
-        "_save_checkpoint": "written beside and renamed; with the open log window and a manifest",
+        "_save_checkpoint": "written under another name and renamed; with the open log window and a manifest",
     }
     overridden = {
         name
@@ -82,38 +82,40 @@ def test_overridden_hooks_are_these():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_denominators_are_the_sums_of_the_packed_rows(objective):
+def test_denominators_are_the_sums_of_the_packed_pairs(objective):
     pairs = tiny_models.mixed_pairs()
     for pair in pairs:
-        row = pack([pair], objective)
+        batch = pack([pair], objective)
         expected = 1 if objective.nll_reduction == "pair" else num_nll_tokens(pair, objective)
-        assert row.nll_weight == pytest.approx(expected)
-    settings = RowSettings(objective, "shared", tokens_per_row=40)
+        assert batch.nll_weight == pytest.approx(expected)
+    settings = BatchSettings(objective, "shared", tokens_per_micro_batch=40)
     step = build_step(pairs, range(len(pairs)), settings)
-    assert step.denominators.nll == pytest.approx(sum(row.nll_weight for row in step.rows))
-    assert step.denominators.pairs == sum(row.num_preferences for row in step.rows)
+    assert step.denominators.nll == pytest.approx(sum(batch.nll_weight for batch in step.batches))
+    assert step.denominators.pairs == sum(batch.num_preferences for batch in step.batches)
 
 
-def test_ranks_share_a_step_without_overlap_and_with_equally_many_rows():
+def test_ranks_share_a_step_without_overlap_and_with_equally_many_micro_batches():
     pairs = random_pairs(9)
     steps = [
         build_step(
-            pairs, range(9), RowSettings(Objective(), "shared", tokens_per_row=40, rank=rank, num_ranks=3)
+            pairs,
+            range(9),
+            BatchSettings(Objective(), "shared", tokens_per_micro_batch=40, rank=rank, num_ranks=3),
         )
         for rank in range(3)
     ]
-    assert len({len(step.rows) for step in steps}) == 1 and len({step.denominators for step in steps}) == 1
-    seen = [index for step in steps for row in step.rows if not row.empty for index in row.index]
+    assert len({len(step.batches) for step in steps}) == 1 and len({step.denominators for step in steps}) == 1
+    seen = [index for step in steps for batch in step.batches if not batch.empty for index in batch.index]
     assert sorted(seen) == list(range(9))
 
 
 def test_token_budget_loader_shows_each_pair_once_and_has_a_constant_length():
     """trap 1: the stock path duplicated and lost pairs, and its epochs differed in length."""
     for budget in (20, 60, 10_000):
-        steps = StepDataset(random_pairs(61), RowSettings(Objective(), "shared", budget), pairs_per_step=8)
+        steps = StepDataset(random_pairs(61), BatchSettings(Objective(), "shared", budget), pairs_per_step=8)
         for epoch in range(3):
             steps.set_epoch(epoch)
-            seen = [i for n in range(len(steps)) for row in steps[n].rows for i in row.index]
+            seen = [i for n in range(len(steps)) for batch in steps[n].batches for i in batch.index]
             assert sorted(seen) == list(range(61)) and len(steps) == 8
 
 
@@ -123,7 +125,7 @@ def test_epochs_have_orders_of_their_own(tmp_path):
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            seen.append([i for row in trainer._last_step.rows for i in row.index])
+            seen.append([i for batch in trainer._last_step.batches for i in batch.index])
 
     trainer.add_callback(Watch())
     trainer.train()
@@ -135,11 +137,15 @@ def test_stream_steps_are_alike_on_every_rank_and_begin_anew():
     pairs = random_pairs(5)
     steps = []
     for rank in range(2):
-        settings = RowSettings(Objective(), "shared", 1000, rank=rank, num_ranks=2)
+        settings = BatchSettings(Objective(), "shared", 1000, rank=rank, num_ranks=2)
         stream = iter(StepStream(lambda: pairs, settings, pairs_per_step=4, shuffle_buffer=3))
         steps.append([next(stream) for _ in range(5)])
     seen = [
-        p.source for one, two in zip(*steps, strict=True) for s in (one, two) for row in s.pairs for p in row
+        p.source
+        for one, two in zip(*steps, strict=True)
+        for s in (one, two)
+        for pairs in s.pairs
+        for p in pairs
     ]
     assert sorted(seen) == sorted(pair.source for pair in pairs for _ in range(4))
     with pytest.raises(DataError, match="no row that can train"):
@@ -155,14 +161,14 @@ def test_shuffle_buffer_yields_every_pair_once():
 
 
 def test_splitting_rows_keeps_the_step():
-    settings = RowSettings(Objective(), "shared", 1000)
+    settings = BatchSettings(Objective(), "shared", 1000)
     pairs = random_pairs(5)
     step = build_step(pairs, range(5), settings)
-    halves = split_rows(step, settings)
-    assert len(step.rows) == 1 and len(halves.rows) == 2 and halves.denominators == step.denominators
-    assert sorted(i for row in halves.rows for i in row.index) == list(range(5))
+    halves = split_batches(step, settings)
+    assert len(step.batches) == 1 and len(halves.batches) == 2 and halves.denominators == step.denominators
+    assert sorted(i for batch in halves.batches for i in batch.index) == list(range(5))
     singles = build_step(pairs[:1], [0], settings)
-    assert split_rows(singles, settings) is None
+    assert split_batches(singles, settings) is None
 
 
 # ------------------------------------------------------------------------------------------ a step
@@ -186,7 +192,7 @@ def test_first_step_is_the_reference_step(tmp_path, beta):
         beta=beta,
         max_steps=1,
         learning_rate=0.5,
-        tokens_per_row=50,
+        tokens_per_micro_batch=50,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
     )
@@ -233,30 +239,30 @@ def test_user_arguments_are_left_alone(tmp_path):
     assert args.gradient_accumulation_steps == 3 and tiny.pairs_per_step == 12
 
 
-def test_a_row_that_does_not_fit_is_split_and_said(tmp_path, capsys):
-    """The model raises as CUDA does: after the backward of a long row, once before a row after another."""
-    plain = tiny_trainer(tmp_path, tokens_per_row=10_000)
+def test_a_micro_batch_that_does_not_fit_is_split_in_one_printed_line(tmp_path, capsys):
+    """The model raises as CUDA does: after the backward of a long micro-batch, and once before the next."""
+    plain = tiny_trainer(tmp_path, tokens_per_micro_batch=10_000)
     plain.train()
-    trainer = tiny_trainer(tmp_path, tokens_per_row=60)
-    run = trainer._run_row
+    trainer = tiny_trainer(tmp_path, tokens_per_micro_batch=60)
+    run = trainer._run_batch
 
-    rows = []
+    batches = []
 
-    def small_machine(model, row, denominators):
-        rows.append(row)
-        if len(rows) == 2:
+    def small_machine(model, batch, denominators):
+        batches.append(batch)
+        if len(batches) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        loss = run(model, row, denominators)
-        if row.num_pairs > 2:
+        loss = run(model, batch, denominators)
+        if batch.num_pairs > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
-    trainer._run_row = small_machine
+    trainer._run_batch = small_machine
     trainer.train()
     torch.testing.assert_close(weights(trainer), weights(plain), rtol=1e-6, atol=1e-6)
     for name in ("loss", "nll", "margin"):
         assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-5)
-    assert "out of memory; again" in capsys.readouterr().out
+    assert "retrying with micro-batches of half as many pairs" in capsys.readouterr().out
 
 
 def test_a_pair_that_does_not_fit_alone_stops_the_run(tmp_path):
@@ -265,8 +271,8 @@ def test_a_pair_that_does_not_fit_alone_stops_the_run(tmp_path):
     def no_memory(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    trainer._run_row = no_memory
-    with pytest.raises(RunError, match=r"step 1: out of memory .*Tried to allocate.*tokens_per_row"):
+    trainer._run_batch = no_memory
+    with pytest.raises(RunError, match=r"step 1: out of memory .*Tried to allocate.*tokens_per_micro_batch"):
         trainer.train()
 
 
@@ -286,10 +292,12 @@ def test_a_loss_that_is_not_a_number_stops_before_the_optimizer_and_names_the_ro
     """trap 6; peers 1, 2"""
     pairs = [TokenizedPair([7, 8], [9, 10], [11], source=f"clean:{n}") for n in range(7)]
     pairs.append(TokenizedPair([5, 8], [9, 10], [11], source="data.jsonl:118"))
-    trainer = tiny_trainer(tmp_path, train=pairs, tokens_per_row=5, max_steps=2, seed=1)
+    trainer = tiny_trainer(tmp_path, train=pairs, tokens_per_micro_batch=5, max_steps=2, seed=1)
     trainer.add_callback(_Poison())
     second = trainer.get_train_dataloader().dataset[1]
-    assert "data.jsonl:118" in [pair.source for row in second.pairs for pair in row], "choose another seed"
+    assert "data.jsonl:118" in [pair.source for pairs in second.pairs for pair in pairs], (
+        "choose another seed"
+    )
     with pytest.raises(
         RunError, match=r"step 2: .*not finite.*no weight was changed.*rank 0: data\.jsonl:118\."
     ):
@@ -312,13 +320,13 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_too(tmp_path):
 # ------------------------------------------------------------------------------------------ evaluation
 
 
-def test_evaluation_does_not_depend_on_batches_or_rows(tmp_path):
+def test_evaluation_does_not_depend_on_batch_sizes(tmp_path):
     """trap 4; peers 7"""
     results = []
     for settings in (
         {"per_device_eval_batch_size": 1},
         {"per_device_eval_batch_size": 5},
-        {"tokens_per_row": 25},
+        {"tokens_per_micro_batch": 25},
     ):
         trainer = tiny_trainer(tmp_path, evaluation=random_pairs(11, seed=3), eval_strategy="no", **settings)
         results.append(
@@ -489,8 +497,8 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
 
 
 def test_loading_the_best_checkpoint_misses_no_tied_weight(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("transformers.trainer.logger.warning", lambda *words: said.append(words))
+    warned = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda *words: warned.append(words))
     trainer = tiny_trainer(
         tmp_path,
         model=tiny_models.build("Llama", tie_word_embeddings=True),
@@ -500,13 +508,13 @@ def test_loading_the_best_checkpoint_misses_no_tied_weight(tmp_path, monkeypatch
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint is not None
-    assert not any("missing" in str(words) for words in said)
+    assert not any("missing" in str(words) for words in warned)
     embedding = trainer.model.get_input_embeddings().weight
     assert trainer.model.get_output_embeddings().weight is embedding
     trainer._issue_warnings_after_load(
         SimpleNamespace(missing_keys=["a", "lm_head.weight"], unexpected_keys=[])
     )
-    assert "['a']" in str(said[-1])
+    assert "['a']" in str(warned[-1])
 
 
 def test_early_stopping(tmp_path):
@@ -603,7 +611,8 @@ def test_run_directory(tmp_path):
         eval_strategy="no",
         processing_class=loaded,
     )
-    assert again.evaluate()["eval_loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
+    final = lines[-2]["metrics"]["loss"]["mean"]
+    assert again.evaluate()["eval_loss"] == pytest.approx(final, rel=1e-5)
 
 
 def test_trackers_of_transformers_work(tmp_path):

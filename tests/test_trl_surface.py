@@ -138,7 +138,7 @@ def test_saved_adapter_is_an_ordinary_one(model_folder, tmp_path):
     ids = torch.arange(20)[None]
     torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
     assert "library_name: peft" in (tmp_path / "README.md").read_text()
-    # and training goes on from it
+    # and training continues from it
     args = ORPOConfig(output_dir=str(tmp_path / "more"), max_steps=2, learning_rate=1e-2)
     more = ORPOTrainer(str(tmp_path), args, train_dataset=zen("conversational_preference"))
     train_and_compare(more, only="lora")

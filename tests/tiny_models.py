@@ -73,7 +73,7 @@ SHARING = {
     "SmolLM3": {},
     "Glm4": {"head_dim": 8},
 }
-"""Architectures whose rows share prompts exactly."""
+"""Architectures whose micro-batches share prompts exactly."""
 
 FALLING_BACK = {
     "Mamba": {"state_size": 4},
@@ -82,7 +82,7 @@ FALLING_BACK = {
     "Bloom": {"n_layer": 2, "n_head": 4},
     "GptOss": {**_MIXTURE, "head_dim": 8, "sliding_window": WINDOW},
 }
-"""Architectures that cannot follow a packed row."""
+"""Architectures that cannot follow a packed micro-batch."""
 
 
 def build(name: str, **changes: object) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from orpo.pairs import TokenizedPair
 
 
 def random_pairs(number=13, seed=0, vocabulary=tiny_models.VOCAB):
-    """Pairs of very unlike lengths; their `source` is their place."""
+    """Pairs of very unlike lengths; their `source` is their index."""
     draw = random.Random(seed)
 
     def ids(longest):

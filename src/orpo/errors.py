@@ -1,5 +1,12 @@
 """Errors a user can fix; the command line prints one as a single line and exits with status 2.
 
+    OrpoError
+    ├── ConfigError   a setting: in a recipe, on the command line, in Python   (a ValueError too)
+    ├── DataError     a row, a data set, a file of a run                       (a ValueError too)
+    │   └── BadRow    one field of one row (data/messages.py)
+    ├── ModelError    a model, a tokenizer, an adapter                         (a ValueError too)
+    └── RunError      a run that cannot continue                               (a RuntimeError too)
+
 Any other exception is a bug in this package and keeps its traceback.
 """
 
@@ -26,4 +33,4 @@ class ModelError(OrpoError, ValueError):
 
 
 class RunError(OrpoError, RuntimeError):
-    """A run cannot go on: a non-finite loss, a damaged checkpoint, a full disk."""
+    """A run cannot continue: a non-finite loss, a damaged checkpoint, a full disk."""

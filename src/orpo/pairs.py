@@ -16,7 +16,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A prompt and two ways to go on.
+    """A prompt and two ways to continue it.
 
     Either all three parts are messages (`{"role": ..., "content": ...}`, for the chat template) or all three
     are text.
@@ -79,5 +79,5 @@ class TokenizedPair:
     source: str = ""
 
     def __len__(self) -> int:
-        """Tokens the pair occupies in a packed row, its prompt counted once."""
+        """Tokens the pair occupies in a micro-batch, its prompt counted once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)

@@ -94,7 +94,7 @@ class Columns:
         return [name for name in self._seen if name not in self._used]
 
     def forget(self) -> None:
-        """Take columns that were read while the format was being told as not read."""
+        """Forget the columns that were read while the format was being detected."""
         self._used.clear()
 
     def check(self, head: Iterable[Row], *, may_lack: bool = False) -> None:

@@ -33,7 +33,7 @@ from orpo.pairs import PreferencePair, TokenizedPair
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 _ARRAYS = ("tokens", "offsets", "contexts", "spans", "span_offsets", "pair_index")
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +46,10 @@ class TokenizedDataset:
         contexts: `[n, 2]`, tokens of `chosen` and of `rejected` that belong to earlier turns.
         spans: `[m, 2]`, all assistant spans.
         span_offsets: `[n + 1]`, where each pair's spans start.
-        pair_index: `[n]`, place of each pair among those given to `tokenize_pairs`.
+        pair_index: `[n]`, index of each pair among those given to `tokenize_pairs`.
         sources: Where each pair came from.
         groups: Value of each pair's `source` column.
-        report: What became of the rows, reading included.
+        counts: What became of the rows, reading included.
         notices: Lines to print.
         chat_template: The template to save with the model, or all of them by name; None where all pairs were
             plain text.
@@ -65,7 +65,7 @@ class TokenizedDataset:
     pair_index: Int64
     sources: list[str]
     groups: list[str | None]
-    report: RowCounts
+    counts: RowCounts
     notices: list[str] = field(default_factory=list)
     chat_template: str | dict[str, str] | None = None
     end_token: str | None = None
@@ -76,7 +76,7 @@ class TokenizedDataset:
 
     def __getitem__(self, index: int) -> TokenizedPair:
         index = range(len(self))[index]
-        a, b, c, d = (int(place) for place in self.offsets[3 * index : 3 * index + 4])
+        a, b, c, d = (int(offset) for offset in self.offsets[3 * index : 3 * index + 4])
         first, last = self.span_offsets[index : index + 2]
         chosen_context, rejected_context = self.contexts[index].tolist()
         return TokenizedPair(
@@ -105,7 +105,7 @@ class TokenizedDataset:
         known.setdefault("pair_index", np.arange(len(pairs), dtype=np.int64))
         known.setdefault("sources", [pair.source for pair in pairs])
         known.setdefault("groups", [None] * len(pairs))
-        known.setdefault("report", RowCounts(total=len(pairs)))
+        known.setdefault("counts", RowCounts(total=len(pairs)))
         return cls(**_arrays(pairs), **known)
 
     def save(self, folder: Path) -> None:
@@ -122,7 +122,7 @@ class TokenizedDataset:
             words = {
                 "sources": self.sources,
                 "groups": self.groups,
-                "report": self.report.to_dict(),
+                "counts": self.counts.to_dict(),
                 "notices": self.notices,
                 "chat_template": self.chat_template,
                 "end_token": self.end_token,
@@ -144,7 +144,7 @@ def prompt_index(pairs: TokenizedDataset) -> Int64:
 def load(folder: Path) -> TokenizedDataset:
     """Map a saved data set into memory."""
     words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
-    words["report"] = RowCounts.from_dict(words["report"])
+    words["counts"] = RowCounts.from_dict(words["counts"])
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
     return TokenizedDataset(**arrays, **words, folder=folder)
 
@@ -164,7 +164,7 @@ def tokenize_pairs(
     """Tokenize preference pairs.
 
     Args:
-        pairs: As read; of a `PreferenceSet` the report goes on counting.
+        pairs: As read; the counts of a `PreferenceSet` are continued.
         tokenizer: Of the model to train; it is not changed.
         max_length: Longest prompt + response, in tokens; None: no limit.
         chat_template: Jinja text, file or name of a template; None: the tokenizer's own, else the default.
@@ -179,7 +179,7 @@ def tokenize_pairs(
         DataError: No row is left, or too many rows were dropped.
         ConfigError: The chat template cannot be used.
     """
-    known, pairs = (pairs.report, pairs.pairs) if isinstance(pairs, PreferenceSet) else (None, pairs)
+    known, pairs = (pairs.counts, pairs.pairs) if isinstance(pairs, PreferenceSet) else (None, pairs)
     encoder = PairTokenizer(tokenizer, max_length=max_length, chat_template=chat_template, **template_options)
     # A template that cannot be used is said before any work.
     is_chat = any(not pair.is_text for pair in pairs)
@@ -190,11 +190,11 @@ def tokenize_pairs(
         folder = Path(cache_dir) / key
         if folder.exists():
             dataset = load(folder)
-            dataset.report.check(max_dropped)
+            dataset.counts.check(max_dropped)
             return dataset
     parts = _encode_all(encoder, pairs, drop_rejected, num_proc or 1)
     dataset = _join(parts, pairs, encoder, known)
-    dataset.report.check(max_dropped)
+    dataset.counts.check(max_dropped)
     if folder is None:
         return dataset
     try:
@@ -223,7 +223,7 @@ def _encode_range(
     for first in range(start, stop, BATCH):
         encoder.counts = RowCounts()
         tokenized = encoder.encode(pairs[first : min(first + BATCH, stop)])
-        kept = [place for place, tokens in enumerate(tokenized, start=first) if tokens is not None]
+        kept = [index for index, tokens in enumerate(tokenized, start=first) if tokens is not None]
         arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
         parts.append(_Part(arrays, kept, encoder.counts))
     return parts
@@ -276,25 +276,25 @@ def _offsets(lengths: Sequence[int]) -> Int64:
 def _join(
     parts: list[_Part], pairs: Sequence[PreferencePair], encoder: PairTokenizer, known: RowCounts | None
 ) -> TokenizedDataset:
-    report = RowCounts(total=len(pairs))
+    counts = RowCounts(total=len(pairs))
     if known is not None:
-        report = RowCounts.from_dict(known.to_dict())
+        counts = RowCounts.from_dict(known.to_dict())
     for part in parts:
-        report.add_reasons(part.counts)
+        counts.add_reasons(part.counts)
     joined: dict[str, Any] = {}
     parts = parts or [_Part(_arrays([]), [], RowCounts())]
     for name in ("tokens", "contexts", "spans"):
         joined[name] = np.concatenate([part.arrays[name] for part in parts])
     for name in ("offsets", "span_offsets"):
         joined[name] = _offsets(np.concatenate([np.diff(part.arrays[name]) for part in parts]).tolist())
-    kept = [place for part in parts for place in part.kept]
+    kept = [index for part in parts for index in part.kept]
     template = encoder.renderer.template if any(not pair.is_text for pair in pairs) else None
     return TokenizedDataset(
         **joined,
         pair_index=np.array(kept, dtype=np.int64),
-        sources=[pairs[place].source for place in kept],
-        groups=[pairs[place].group for place in kept],
-        report=report,
+        sources=[pairs[index].source for index in kept],
+        groups=[pairs[index].group for index in kept],
+        counts=counts,
         notices=list(template.notices) if template else [],
         chat_template=template.saved if template else None,
         end_token=template.end_token if template else None,
@@ -308,8 +308,8 @@ def _key(pairs: Sequence[PreferencePair], tokenizer: Any, known: RowCounts | Non
     vocabulary = (
         backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     )
-    report = None if known is None else known.to_dict()
-    about = [_VERSION, type(tokenizer).__name__, str(tokenizer.special_tokens_map), settings, report]
+    counts = None if known is None else known.to_dict()
+    about = [_VERSION, type(tokenizer).__name__, str(tokenizer.special_tokens_map), settings, counts]
     digest.update(json.dumps([*about, vocabulary]).encode())
     for pair in pairs:
         # Version 2 of the format writes no references, so that equal pairs give equal bytes.

@@ -1,4 +1,4 @@
-"""Which format a data set is in: told once from the columns of its first rows and their types.
+"""Which format a data set is in: detected once from the columns of its first rows and their types.
 
 Rows that no format can be proved for stop the run with what they seem to be and what to set (`_HINTS`).
 """

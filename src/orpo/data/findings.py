@@ -35,7 +35,7 @@ class LengthBias:
 
 @dataclass(frozen=True)
 class Findings:
-    """Findings about training pairs, and about evaluation pairs beside them.
+    """Findings about training pairs, and about the evaluation pairs that go with them.
 
     Attributes:
         pairs: Training pairs.
@@ -44,7 +44,7 @@ class Findings:
         contradictions: Pairs whose sides stand swapped in another pair with the same prompt.
         shared_prompts: Evaluation pairs whose prompt is also trained on; None without evaluation data.
         length_bias: Of the tokenized training pairs; None where they are not given.
-        examples: Finding -> the first few places of it.
+        examples: Finding -> where the first few of it are.
     """
 
     pairs: int

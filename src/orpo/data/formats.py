@@ -389,13 +389,13 @@ FORMATS = (
     ),
     Format(
         "standard_implicit",
-        "texts without prompt column or chat template: the prompt is their common beginning",
+        "texts without a prompt column: the prompt is their common beginning",
         _is_standard_implicit,
         _read_standard_implicit,
     ),
     Format(
         "standard_repeated",
-        "texts without a chat template; chosen and rejected begin with the prompt",
+        "texts; chosen and rejected begin with the prompt",
         _is_standard_repeated,
         _read_standard_repeated,
         # A few answers that happen to repeat their prompt must not change how the others are read.
@@ -403,7 +403,7 @@ FORMATS = (
     ),
     Format(
         "standard",
-        "prompt, chosen and rejected are texts, used as they are, without a chat template",
+        "prompt, chosen and rejected are texts",
         _is_standard,
         _read_standard,
     ),

@@ -26,6 +26,7 @@ from orpo.data.rows import RawRow, read_rows
 from orpo.data.verdicts import contradiction, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
+from orpo.settings.config import TextRows
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,18 @@ class PreferenceSet:
     Attributes:
         pairs: In the order of the data.
         formats: Name of each data set -> its format and why.
-        report: What became of the rows.
+        counts: What became of the rows.
         notices: Lines to print.
         unused_columns: Name of each data set -> its columns that nothing was read from.
+        text_rows: How its plain texts are read; None where it has none, or nobody has decided.
     """
 
     pairs: list[PreferencePair]
     formats: dict[str, Detected] = field(default_factory=dict)
-    report: RowCounts = field(default_factory=RowCounts)
+    counts: RowCounts = field(default_factory=RowCounts)
     notices: list[str] = field(default_factory=list)
     unused_columns: dict[str, list[str]] = field(default_factory=dict)
+    text_rows: TextRows | None = None
 
     @property
     def format(self) -> Detected:
@@ -95,7 +98,7 @@ def read_preferences(
     for name, (source, weight) in sources.items():
         reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
         pairs = list(reading.pairs(source))
-        result.report.add(reading.counts)
+        result.counts.add(reading.counts)
         result.formats[name] = reading.detected
         result.unused_columns[name] = reading.columns.unused
         result.notices.extend(_notices(name, reading))
@@ -106,7 +109,7 @@ def read_preferences(
             )
             pairs = taken
         result.pairs.extend(pairs)
-    result.report.check(max_dropped)
+    result.counts.check(max_dropped)
     return result
 
 

@@ -1,4 +1,4 @@
-"""What a row says: a shared beginning and two ways to go on.
+"""What a row says: a shared beginning and two ways to continue it.
 
 Rows write this as two whole conversations, as a history and two answers, or as something in between (a prompt
 that the sides repeat, with other blanks or without its system turn); here all of them become `Sides`.
@@ -14,7 +14,7 @@ from orpo.pairs import Message
 
 
 class Sides(NamedTuple):
-    """The shared beginning and the two ways to go on; `rejected` None is an SFT-only row."""
+    """The shared beginning and its two continuations; `rejected` None is an SFT-only row."""
 
     prompt: Turns | str
     chosen: Turns | str
@@ -54,7 +54,7 @@ def _follow(history: Turns, turns: Turns, field: str) -> Turns:
 
 
 def _joined(history: Turns, turns: Turns, field: str) -> Turns:
-    """History and a side that begins with a question: it repeats the history, or goes on from an answer."""
+    """History and a side that begins with a question: it repeats the history, or follows an answer."""
     (system, asked), (own_system, said) = _without_system(history), _without_system(turns)
     if system and own_system and not _same(system, own_system):
         raise BadRow(field, "begins with another system text than the prompt")

@@ -26,10 +26,11 @@ from orpo.data.preferences import (
     stream_preferences,
 )
 from orpo.data.templates import prepare_template
+from orpo.data.text_rows import LINES, as_conversations, decide
 from orpo.data.tokenize import stream_tokenized
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair, TokenizedPair
-from orpo.settings.config import OrpoSettings
+from orpo.settings.config import OrpoSettings, TextRows
 
 CACHED_FROM = 5000
 """Smaller sets are tokenized each time: that takes seconds, and leaves nothing behind."""
@@ -110,11 +111,13 @@ class TrainingData:
         train: Pairs, or a stream of them; None where there is nothing to train on.
         evals: Evaluation sets by name; the only one is named "".
         notices: Lines to print that are about no one set.
+        text_rows: How plain texts were read; None where there were none.
     """
 
     train: ReadPairs | TokenizedStream | None = None
     evals: Mapping[str, ReadPairs] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    text_rows: TextRows | None = None
 
     def lines(self) -> list[str]:
         """Everything to print; a line that several sets have in common is printed once."""
@@ -212,17 +215,23 @@ def read_training(
         known = None if train is None else ReadPairs(name=TRAINING, pairs=tokenized)  # type: ignore[arg-type]
         return TrainingData(train=known, evals=reading.evaluation_sets(sets))
     read = reading.preferences(train, settings.dataset_train_split, TRAINING)
+    text_rows = read.text_rows
     notices: tuple[str, ...] = ()
     if evaluates and not sets and settings.eval_split > 0:
         read, held_out, notices = _hold_out(read, settings)
         known_evals = {"": reading.tokenized(held_out, EVALUATION)}
     else:
         trained = {pair_key(pair) for pair in read.pairs}
-        known_evals = reading.evaluation_sets(sets, trained, leaves_out=leaves_out)
+        known_evals = reading.evaluation_sets(sets, trained, leaves_out=leaves_out, text_rows=text_rows)
     tokenized_train = reading.tokenized(read, TRAINING)
     evaluated = [pair for one in known_evals.values() for pair in one.preferences]
     findings = find(read.pairs, evaluated or None, tokenized_train.pairs)
-    return TrainingData(train=replace(tokenized_train, findings=findings), evals=known_evals, notices=notices)
+    return TrainingData(
+        train=replace(tokenized_train, findings=findings),
+        evals=known_evals,
+        notices=notices,
+        text_rows=text_rows,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,14 +242,33 @@ class _Reading:
     tokenizer: Any
     stop_tokens: Sequence[int]
 
-    def preferences(self, data: Any, split: str | None, name: str) -> PreferenceSet:
-        """Rows -> pairs, nothing of which is dropped yet beyond what cannot train."""
+    def preferences(
+        self, data: Any, split: str | None, name: str, text_rows: TextRows | None = None
+    ) -> PreferenceSet:
+        """Rows -> pairs, nothing of which is dropped yet beyond what cannot train.
+
+        Args:
+            data: A name or an object.
+            split: Of the data.
+            name: For messages.
+            text_rows: How texts are read; None: as the settings say, else as the rows decide.
+        """
         try:
-            return read_preferences(
+            read = read_preferences(
                 data, max_dropped=1.0, seed=_seed(self.settings), settings=self._read_settings(split)
             )
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
+        has_template = bool(self.settings.chat_template or self.tokenizer.chat_template)
+        decided = decide(read.pairs, has_template=has_template and _is_name(data))
+        if decided is None:
+            return read
+        if self.settings.data_format is not None:
+            decided = "plain"
+        decided = text_rows or self.settings.text_rows or decided
+        read.notices.append(LINES[decided])
+        pairs = as_conversations(read.pairs) if decided == "chat" else read.pairs
+        return replace(read, pairs=pairs, text_rows=decided)
 
     def tokenized(self, read: PreferenceSet, name: str) -> ReadPairs:
         """Pairs -> tokens, with the check of how many rows are left."""
@@ -253,7 +281,7 @@ class _Reading:
             cache_dir=Path(HF_HOME) / "orpo" if len(read) >= CACHED_FROM else None,
             **self._template_options,
         )
-        pairs.report.check(self.settings.max_dropped, name)
+        pairs.counts.check(self.settings.max_dropped, name)
         notices = list(read.notices)
         if self.settings.chat_template_kwargs and not pairs.chat_template:
             notices.append("chat_template_kwargs have no effect: plain-text rows use no chat template")
@@ -263,12 +291,17 @@ class _Reading:
             preferences=read.pairs,
             formats=read.formats,
             unused_columns=read.unused_columns,
-            counts=pairs.report,
+            counts=pairs.counts,
             notices=tuple(notices),
         )
 
     def evaluation_sets(
-        self, sets: Mapping[str, Any], trained: Collection[Any] = (), *, leaves_out: bool = True
+        self,
+        sets: Mapping[str, Any],
+        trained: Collection[Any] = (),
+        *,
+        leaves_out: bool = True,
+        text_rows: TextRows | None = None,
     ) -> dict[str, ReadPairs]:
         """Read the evaluation sets; pairs that are `trained` on are left out or named, and counted."""
         split = self.settings.dataset_test_split or self.settings.dataset_train_split
@@ -281,7 +314,7 @@ class _Reading:
             if tokenized is not None:
                 found[key] = ReadPairs(name=name, pairs=tokenized)
                 continue
-            read = self.preferences(data, split, name)
+            read = self.preferences(data, split, name, text_rows)
             read = _without(read, trained) if leaves_out else _with_warning(read, trained)
             found[key] = self.tokenized(read, name)
         return found
@@ -297,8 +330,11 @@ class _Reading:
             text, end_token = template.saved, template.end_token
 
         def tokens() -> Iterator[TokenizedPair]:
+            pairs = stream_preferences(data, settings=read)
+            if self.settings.text_rows == "chat":
+                pairs = (pair for one in pairs for pair in as_conversations([one]))
             return stream_tokenized(
-                stream_preferences(data, settings=read),
+                pairs,
                 self.tokenizer,
                 max_length=self.settings.max_length,
                 chat_template=self.settings.chat_template,
@@ -341,7 +377,7 @@ def _without(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
     kept = []
     for pair in read.pairs:
         if pair_key(pair) in trained:
-            read.report.drop("the training data has the same pair", pair.source)
+            read.counts.drop("the training data has the same pair", pair.source)
         else:
             kept.append(pair)
     return replace(read, pairs=kept)
@@ -358,9 +394,9 @@ def _hold_out(
         f"no evaluation data: {len(held_out)} of {len(read)} pairs are held out"
         f" ({settings.eval_split:.0%} of the prompts); eval_split: 0 turns this off"
     )
-    counts = replace(read.report, total=read.report.total - len(held_out))
-    kept = replace(read, pairs=train, report=counts)
-    return kept, PreferenceSet(held_out, report=RowCounts(total=len(held_out))), (line,)
+    counts = replace(read.counts, total=read.counts.total - len(held_out))
+    kept = replace(read, pairs=train, counts=counts)
+    return kept, PreferenceSet(held_out, counts=RowCounts(total=len(held_out))), (line,)
 
 
 def _named_evaluation_data(settings: OrpoSettings) -> Any:
@@ -376,6 +412,15 @@ def _is_stream(data: Any, settings: OrpoSettings) -> bool:
 def _seed(settings: OrpoSettings) -> int:
     """The seed of a run; 0 for settings that are not those of a training."""
     return int(getattr(settings, "seed", 0))
+
+
+def _is_name(data: Any) -> bool:
+    """Whether data is named; objects from Python are read as TRL reads them."""
+    if isinstance(data, Mapping):
+        return all(isinstance(weight, (int, float)) for weight in data.values())
+    return isinstance(data, str | Path) or (
+        isinstance(data, list | tuple) and all(isinstance(one, str | Path) for one in data)
+    )
 
 
 def _is_named(evals: Any) -> bool:

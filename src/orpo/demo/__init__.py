@@ -1,1 +1,1 @@
-"""`orpo demo`: shipped model and pairs, an experiment with them (study.py), and its telling (screen.py)."""
+"""`orpo demo`: shipped model and pairs, an experiment with them (study.py), and what is shown (screen.py)."""

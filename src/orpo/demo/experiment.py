@@ -1,4 +1,4 @@
-"""What the demo trains on and how: shipped files and settings. Light, so that the screen is there at once."""
+"""What the demo trains on and how: shipped files and settings. Light, so that it starts immediately."""
 
 from __future__ import annotations
 

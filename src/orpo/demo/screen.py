@@ -37,7 +37,7 @@ _PAIRS = {
     "politeness": "AI-written: a Llama 3.1 70B rewrote answers to be more polite or less polite, and nobody "
     "judged them. What can be learned from them is a tone, not which answer is right.",
     "harmless": "written and judged by people: crowd workers provoked a chatbot and chose the less harmful "
-    "of two answers (Anthropic's HH-RLHF). No gain is promised: when tried, ORPO and SFT came out alike.",
+    "of two answers (Anthropic's HH-RLHF). No gain is promised: when tried, ORPO and SFT came out the same.",
 }
 _WARNING = (
     "Content warning: these dialogues were written to provoke harmful answers. Many are violent, sexual, "

@@ -27,7 +27,7 @@ from orpo.demo import screen
 from orpo.demo.experiment import FORMATS, Experiment, SplitName, sft_folder
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.model import prepare_model
-from orpo.engine.steps import RowSettings
+from orpo.engine.steps import BatchSettings
 from orpo.evaluation.generation import ChatModel, Sampling, load_trained
 from orpo.evaluation.preferences import evaluate_pairs
 from orpo.pairs import Message, PreferencePair
@@ -39,7 +39,7 @@ from orpo.training.arguments import ORPOConfig
 from orpo.training.progress import Progress
 from orpo.training.trainer import ORPOTrainer
 
-TOKENS_PER_ROW = 4096
+TOKENS_PER_MICRO_BATCH = 4096
 """Enough for the pairs of a step, and little memory when evaluating."""
 
 
@@ -103,7 +103,7 @@ def _arguments(experiment: Experiment, beta: float, folder: Path) -> ORPOConfig:
         num_train_epochs=experiment.num_epochs,
         max_steps=experiment.max_steps,
         per_device_train_batch_size=experiment.pairs_per_step,
-        tokens_per_row=TOKENS_PER_ROW,
+        tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
         seed=experiment.seed,
         use_cpu=True,
         eval_strategy="steps",
@@ -188,7 +188,9 @@ class HeldOut:
         """Load a model, score the pairs, and let it answer the prompts."""
         model = load_trained(str(folder), OrpoSettings(dtype="float32"))
         layout = prepare_model(model, self.objective).layout
-        found = evaluate_pairs(model, self.tokenized, RowSettings(self.objective, layout, TOKENS_PER_ROW))
+        found = evaluate_pairs(
+            model, self.tokenized, BatchSettings(self.objective, layout, TOKENS_PER_MICRO_BATCH)
+        )
         chat = ChatModel(folder.name, model, load_tokenizer(str(folder)), self.tokenized.chat_template)
         answers = [self._answer(chat, prompt) for prompt in self.prompts] if answering else []
         return Verdict(found.figures, answers)

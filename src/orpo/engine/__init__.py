@@ -1,1 +1,1 @@
-"""From token ids to loss and gradients: rows, attention, head, objective, and the model around them."""
+"""From token ids to loss and gradients: packing, attention, head, objective, and the model around them."""

@@ -1,4 +1,4 @@
-"""A row's attention: by one kernel call where a GPU has a kernel for it, else segment by segment.
+"""Attention of a micro-batch: one kernel call where a GPU has a kernel for it, else segment by segment.
 
 The kernel is torch's own (varlen.py). Before a layer may use it, it solves a small known problem and is
 compared with segments in float64: GPUs and builds differ in what they support, versions in their arguments,
@@ -6,24 +6,22 @@ and kernels of this kind have differed in how they align queries with keys. What
 segments (segments.py): everything without a GPU, float32, soft-capped scores, dropout, heads over 256 or of
 two sizes.
 
-Shape suffixes: H = heads, N = tokens in the row, D = size of a head.
+Shape suffixes: H = heads, N = tokens of a micro-batch, D = size of a head.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from orpo.console import say
 from orpo.engine.packing import Run
 from orpo.engine.precision import HALF, compute_dtype
 from orpo.engine.segments import Options, Segments, attend_segments
 from orpo.engine.varlen import Case, VarlenKernel
 from orpo.errors import first_line
-
-logger = logging.getLogger(__name__)
 
 KERNEL = VarlenKernel()
 
@@ -39,13 +37,13 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of a packed row.
+    """Attention of a micro-batch.
 
     Args:
         query: [1, H, N, D].
         key: [1, H / groups, N, D]; fewer heads than the query's are shared by groups.
         value: Like `key`, or with heads of another size.
-        segments: The row's segments.
+        segments: Those of the micro-batch.
         scale: Factor on the scores; 1 / sqrt(D) by default.
         window: Sliding window in tokens, a query's own included; None for none.
         softcap: Scores become softcap * tanh(score / softcap).
@@ -64,19 +62,19 @@ def attend(
     if not _serves(KERNEL, case):
         return attend_segments(query, key, value, segments, options)
     segments.backend = KERNEL.description
-    return attend_row(KERNEL, query, key, value, segments, options)
+    return attend_by_kernel(KERNEL, query, key, value, segments, options)
 
 
-def attend_row(
+def attend_by_kernel(
     kernel: VarlenKernel, query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options
 ) -> Tensor:
-    """Attention of a row by `kernel`, which serves it; arguments and result as those of `attend`."""
+    """Attention by `kernel`, which serves the case; arguments and result as those of `attend`."""
     dtype = compute_dtype(query.device, query.dtype)
     # The kernel is not on autocast's list: a rotary embedding leaves it float32 queries and half values.
     with torch.autocast(query.device.type, enabled=False):
         query_NHD, key_NHD, value_NHD = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
-        plan = segments.plan(query.device)
-        output = kernel(query_NHD, key_NHD, value_NHD, plan, scale=options.scale, window=options.window)
+        layout = segments.for_kernel(query.device)
+        output = kernel(query_NHD, key_NHD, value_NHD, layout, scale=options.scale, window=options.window)
         return output[None].contiguous()
 
 
@@ -86,11 +84,11 @@ def _serves(kernel: VarlenKernel, case: Case) -> bool:
         return False
     problem = disagreement(kernel, case)
     if problem is not None:
-        logger.warning("attention: %s is not used: %s", kernel.description, problem)
+        say(f"attention: {kernel.description} is not used: {problem}")
     return problem is None
 
 
-KNOWN_ROW = (Run(5, 4, 3), Run(150, 41, 99), Run(1, 1, 1), Run(33, 64, 0), Run(2, 130, 7))
+KNOWN_RUNS = (Run(5, 4, 3), Run(150, 41, 99), Run(1, 1, 1), Run(33, 64, 0), Run(2, 130, 7))
 """Runs of the known problem: shorter and longer than a kernel's tile, with and without a rejected answer."""
 
 KNOWN_WINDOW = 37
@@ -100,10 +98,10 @@ HALF_LIMIT, PRECISE_LIMIT = 2e-2, 2e-3
 
 def disagreement(kernel: VarlenKernel, case: Case) -> str | None:
     """What the kernel gets wrong on a known problem, in output or gradients; None if nothing."""
-    segments = Segments(KNOWN_ROW)
+    segments = Segments(KNOWN_RUNS)
     options = Options(1.5 * case.head_size**-0.5, KNOWN_WINDOW if case.windowed else None)
     by_segments = functools.partial(attend_segments, segments=segments, options=options)
-    by_kernel = functools.partial(attend_row, kernel, segments=segments, options=options)
+    by_kernel = functools.partial(attend_by_kernel, kernel, segments=segments, options=options)
     try:
         with _as_if_at_start(case.device):
             inputs = _known_inputs(case)
@@ -131,7 +129,7 @@ def _as_if_at_start(device: torch.device) -> Iterator[None]:
 def _known_inputs(case: Case) -> list[Tensor]:
     """Query, key, value and the gradient of the output, float64 numbers that the case's dtype can hold."""
     generator = torch.Generator().manual_seed(0)
-    num_tokens = sum(sum(run) for run in KNOWN_ROW)
+    num_tokens = sum(sum(run) for run in KNOWN_RUNS)
     shapes = (
         (case.heads, num_tokens, case.head_size), (case.key_heads, num_tokens, case.head_size),
         (case.key_heads, num_tokens, case.value_size), (num_tokens, case.heads, case.value_size),

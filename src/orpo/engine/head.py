@@ -1,4 +1,4 @@
-"""From hidden states to the ORPO loss and its gradients, without ever holding the logits of a row.
+"""From hidden states to the ORPO loss and its gradients, without ever holding all the logits.
 
 Only scored tokens meet the vocabulary matrix, a chunk at a time. Once the step's denominators are known, the
 slope of the loss in each log-probability is known as soon as a chunk that holds whole pairs has its
@@ -6,8 +6,8 @@ log-softmax, so the gradients of hidden states and vocabulary matrix are made in
 products per chunk, nothing recomputed. A pair that does not fit a chunk takes two sweeps, context tokens fit
 anywhere, and evaluation stops at the log-probabilities.
 
-Shape suffixes: N = hidden states of the row, T = scored tokens, P = pairs, D = hidden size, V = vocabulary
-size, S = sides (chosen, rejected).
+Shape suffixes: N = hidden states of a micro-batch, T = scored tokens, P = pairs, D = hidden size,
+V = vocabulary size, S = sides (chosen, rejected).
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ from orpo.engine.precision import compute_dtype
 from orpo.settings.config import Objective
 
 CPU_BLOCK_TOKENS = 8
-"""Rows of logits a CPU takes through the softmax together: few enough for its second-level cache."""
+"""Scored tokens a CPU takes through the softmax together: few enough for its second-level cache."""
 _ALL = slice(None)
 _TINY = 1e-12
 
 
 class Denominators(NamedTuple):
-    """What the sums of an optimizer step are divided by, over all its rows and ranks.
+    """What the sums of an optimizer step are divided by, over all its micro-batches and ranks.
 
     Attributes:
         nll: Sum of the step's NLL weights: its NLL tokens, or its pairs under `nll_reduction: pair`.
@@ -86,21 +86,22 @@ class PairScores(NamedTuple):
     has_rejected_P: Tensor
 
 
-def score_row(
+def score_batch(
     hidden_ND: Tensor, head: Head, batch: PackedBatch, objective: Objective, denominators: Denominators
 ) -> tuple[Tensor, PairScores]:
-    """Return the row's share of the step's loss, and the scores of its pairs.
+    """Return a micro-batch's share of the step's loss, and the scores of its pairs.
 
     Args:
-        hidden_ND: Final hidden states of the row, flattened over its sequences.
+        hidden_ND: Final hidden states of the micro-batch, flattened over its sequences.
         head: The vocabulary projection.
-        batch: The row.
+        batch: The micro-batch.
         objective: What is minimised.
         denominators: Counts of the whole optimizer step.
 
     Returns:
         The loss, a float32 scalar that carries gradients to `hidden_ND`, `head.weight_VD` and `head.bias_V`
-        where gradients are enabled, and the pairs' scores. Losses of rows add up to the loss of the step.
+        where gradients are enabled, and the pairs' scores. The losses of a step's micro-batches add up to
+        the loss of the step.
     """
     if torch.is_grad_enabled():
         loss, logprob_T = _FusedLoss.apply(
@@ -116,7 +117,7 @@ def score_row(
 
 
 def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
-    """Reduce the log-probabilities of a row's scored tokens to its pairs."""
+    """Reduce the log-probabilities of a micro-batch's scored tokens to its pairs."""
     mean_PS, count_PS = _response_means(logprob_T, batch)
     zero_P = logprob_T.new_zeros(len(batch.response_lengths))
     return PairScores(
@@ -300,10 +301,10 @@ class _Sweep:
         target_T1 = self.batch.target_T[at, None]
         block = CPU_BLOCK_TOKENS if logits_TV.device.type == "cpu" else len(logits_TV)
         logprobs = []
-        for rows, targets in zip(logits_TV.split(block), target_T1.split(block), strict=True):
-            torch.log_softmax(rows, 1, out=rows)
-            logprobs.append(rows.gather(1, targets))
-            rows.exp_()
+        for logits, targets in zip(logits_TV.split(block), target_T1.split(block), strict=True):
+            torch.log_softmax(logits, 1, out=logits)
+            logprobs.append(logits.gather(1, targets))
+            logits.exp_()
         self.logprob_T[at] = torch.cat(logprobs)[:, 0]
         return _Chunk(logits_TV, damping_TV=damping_TV)
 

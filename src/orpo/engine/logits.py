@@ -9,16 +9,14 @@ Shape suffixes: T = scored tokens, V = vocabulary size.
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orpo.console import say
 from orpo.errors import first_line
-
-logger = logging.getLogger(__name__)
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,7 +72,7 @@ class OnePass:
         except Exception as error:  # a compiler may fail in any way
             self.broken = True
             reason = f"{type(error).__name__}: {first_line(error)}"
-            logger.warning("logits: not compiled, slower: %s", reason)
+            say(f"logits: not compiled, slower: {reason}")
             return self.function(logits_TV, *args)
 
 

@@ -1,7 +1,7 @@
 """How much memory there is, and what follows where the settings leave it open.
 
-The tokens of a row and the size of a chunk of logits change no loss and no gradient; they trade memory for
-speed.
+The tokens of a micro-batch and the size of a chunk of logits change no loss and no gradient; they trade
+memory for speed.
 """
 
 import os
@@ -18,11 +18,11 @@ BYTES_PER_UNIT = {4: 96, 2: 66}
 """Bytes a layer keeps for backward per token and hidden unit, by bytes of a number: Llama shapes (LOG.md)."""
 BYTES_PER_TRAINED_WEIGHT = 12
 """A gradient and Adam's two moments, in float32."""
-MAX_TOKENS_PER_ROW, MAX_TOKENS_PER_CPU_ROW = 65536, 2048
-"""Longer rows are not faster (on a CPU: benchmarks/RESULTS.md)."""
+MAX_TOKENS, MAX_TOKENS_ON_CPU = 65536, 2048
+"""Larger micro-batches are not faster (on a CPU: benchmarks/RESULTS.md)."""
 
 
-def default_tokens_per_row(
+def default_tokens_per_micro_batch(
     model: nn.Module,
     device: torch.device,
     *,
@@ -30,7 +30,7 @@ def default_tokens_per_row(
     checkpointing: bool = False,
     num_shards: int = 1,
 ) -> int:
-    """Token budget of a row: what half of the memory left by gradients and moments has room for.
+    """Token budget of a micro-batch: what half of the memory left by gradients and moments has room for.
 
     Args:
         model: On its device.
@@ -55,7 +55,7 @@ def default_tokens_per_row(
     if num_shards > 1:
         to_come = (to_come + sum(weight.nbytes for weight in model.parameters())) // num_shards
     room = (free_memory(device) - to_come) / 2
-    most = MAX_TOKENS_PER_ROW if device.type == "cuda" else MAX_TOKENS_PER_CPU_ROW
+    most = MAX_TOKENS if device.type == "cuda" else MAX_TOKENS_ON_CPU
     return int(min(max(room / per_token, 1024), most)) // 256 * 256
 
 

@@ -178,7 +178,7 @@ class MetricWindow:
         return other
 
     def add_pairs(self, scores: PairScores) -> None:
-        """Add the pairs of one batch."""
+        """Add the pairs of one micro-batch."""
         has_P = scores.has_rejected_P
         values = {}
         for metric in METRICS:

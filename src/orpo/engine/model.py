@@ -1,4 +1,4 @@
-"""Prepare a model for packed rows: teach it to score them, in the fastest layout that is exact for it."""
+"""Prepare a model to score packed pairs, in the fastest layout that is exact for it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from orpo.settings.config import LayoutName, Objective
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """How a model was prepared: the layout its rows must have, lines to print, and what attends, by name."""
+    """How a model was prepared: its layout of micro-batches, lines to print, and what attends, by name."""
 
     layout: LayoutName
     notices: tuple[str, ...]
@@ -31,7 +31,7 @@ def prepare_model(
     logits_memory_mib: int | None = None,
     probe: bool = True,
 ) -> Preparation:
-    """Make `model(batch=..., denominators=...)` score packed rows, in place.
+    """Make `model(batch=..., denominators=...)` score a micro-batch; the model is changed in place.
 
     Args:
         model: A causal language model of transformers, or a PEFT model around one, on its device.
@@ -63,14 +63,14 @@ def prepare_model(
             )
         problems.append(problem)
     raise ModelError(
-        f"{type(inner).__name__}: rows with layout `{candidates[-1]}` do not reproduce the model's own loss "
+        f"{type(inner).__name__}: layout `{candidates[-1]}` does not reproduce the model's own loss "
         f"({problems[-1]}); it does something to its hidden states or logits that this package does not know"
     )
 
 
 def _fallback_notice(model: PreTrainedModel, layout: LayoutName, problems: list[str]) -> Iterator[str]:
     if problems:
-        means = {"packed": "prompts are not shared", "padded": "rows are padded and prompts not shared"}[
+        means = {"packed": "prompts are not shared", "padded": "pairs are padded and prompts not shared"}[
             layout
         ]
         yield f"{type(model).__name__}: layout `{layout}`, {means}: {problems[0]}"

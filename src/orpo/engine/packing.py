@@ -1,8 +1,9 @@
-"""Pack preference pairs into rows in which each prompt is stored, and attended to, once.
+"""Pack preference pairs into micro-batches in which each prompt is stored, and attended to, once.
 
-A pair becomes one run of tokens, `prompt ++ chosen ++ rejected`, and a row is a list of such runs without
-padding. Both sides continue the same prompt: they share its positions and its attention, and never see each
-other (attention.py). What the loss reads is an explicit list of scored tokens, because the last prompt token
+A micro-batch is what goes through the model in one forward and backward pass. A pair becomes one run of
+tokens, `prompt ++ chosen ++ rejected`, and a micro-batch is a list of such runs without padding. Both sides
+continue the same prompt: they share its positions and its attention, and never see each other
+(attention.py). What the loss reads is an explicit list of scored tokens, because the last prompt token
 predicts two targets, the first of each response, which a label aligned with the input could not say. Sharing
 the prefix follows https://arxiv.org/abs/2410.20305.
 
@@ -43,7 +44,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """What the model reads in one forward pass, and which predictions the loss scores.
+    """One micro-batch: what the model reads in a forward pass, and which predictions the loss scores.
 
     Scored tokens come in two blocks: first the responses, pair by pair (chosen, then rejected), so that a
     chunk of them can hold whole pairs; then the context tokens, whose weight in the loss needs no pair to be
@@ -53,16 +54,16 @@ class PackedBatch:
         input_ids_BN: Token ids.
         position_ids_BN: Positions; both sides of a pair continue their prompt's.
         attention_mask_BN: 1 for tokens, 0 for padding; None where nothing is padded.
-        runs: The runs of the row, in order; empty for the padded layout.
+        runs: Its runs, in order; empty for the padded layout.
         source_T: Index into the flattened [B * N] hidden states that predicts the target.
         target_T: Token id predicted.
-        pair_T: Pair within this row, in [0, P).
+        pair_T: Pair within this micro-batch, in [0, P).
         role_T: A `Role`.
         nll_weight_T: Weight of the token in the sum of the NLL; 0 for rejected tokens.
         response_lengths: For each pair, its (chosen, rejected) scored tokens; rejected is 0 for an NLL-only
             pair.
-        index: For each pair, its row in the data set.
-        empty: Whether the row only keeps a rank in step with the others: it is computed and weighs nothing.
+        index: For each pair, its index in the data set.
+        empty: Whether it only keeps a rank in step with the others: it is computed and weighs nothing.
     """
 
     input_ids_BN: Tensor
@@ -81,12 +82,12 @@ class PackedBatch:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs in the row, NLL-only ones included; 0 for an empty row."""
+        """Its pairs, NLL-only ones included; 0 if it is empty."""
         return 0 if self.empty else len(self.response_lengths)
 
     @property
     def num_preferences(self) -> int:
-        """Pairs with both sides: the row's part of the odds term's denominator."""
+        """Pairs with both sides: its part of the odds term's denominator."""
         return 0 if self.empty else sum(rejected > 0 for _, rejected in self.response_lengths)
 
     @property
@@ -95,7 +96,7 @@ class PackedBatch:
         return self.input_ids_BN.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the row with its tensors on `device`."""
+        """Return the micro-batch with its tensors on `device`."""
         moved = {
             name: value.to(device, non_blocking=non_blocking)
             for name in _TENSORS
@@ -104,7 +105,7 @@ class PackedBatch:
         return replace(self, **moved)
 
     def pin_memory(self) -> Self:
-        """Return the row in page-locked memory; the DataLoader calls this."""
+        """Return the micro-batch in page-locked memory; the DataLoader calls this."""
         pinned = {n: value.pin_memory() for n in _TENSORS if (value := getattr(self, n)) is not None}
         return replace(self, **pinned)
 
@@ -136,10 +137,10 @@ def runs_rejected(objective: Objective, score_rejected: bool | None) -> bool:
 
 
 class _Side(NamedTuple):
-    """One side of a pair as laid out: its ids, and where each of them stands in the flattened row."""
+    """One side of a pair as laid out: its ids, and the index of each in the flattened [B * N] tokens."""
 
     ids: np.ndarray
-    row_index: np.ndarray
+    flat_index: np.ndarray
     response_start: int
 
 
@@ -152,29 +153,29 @@ def pack(
     empty: bool = False,
     score_rejected: bool | None = None,
 ) -> PackedBatch:
-    """Lay `pairs` out in one row, in the order given.
+    """Lay `pairs` out in one micro-batch, in the order given.
 
     Args:
         pairs: At least one pair; every response has at least one token, every prompt too.
         objective: Says which tokens the NLL covers and how it is reduced.
         layout: `shared`, `packed` or `padded`.
-        index: The pairs' rows in the data set, for messages; their order here by default.
-        empty: Build a row that is computed but weighs nothing.
+        index: The pairs' indices in the data set; their order here by default.
+        empty: Build a micro-batch that is computed but weighs nothing.
         score_rejected: Whether the rejected sides are run; by default, where the objective has an odds term.
     """
     sides = _lay_out(pairs, layout, not empty and runs_rejected(objective, score_rejected))
-    rows = _ScoredTokens(objective, empty)
+    scored = _ScoredTokens(objective, empty)
     for number, (pair, (chosen, rejected)) in enumerate(zip(pairs, sides.of_pair, strict=True)):
-        rows.add(number, pair, chosen, rejected)
+        scored.add(number, pair, chosen, rejected)
     return PackedBatch(
         input_ids_BN=torch.from_numpy(sides.input_ids_BN),
         position_ids_BN=torch.from_numpy(sides.position_ids_BN),
         attention_mask_BN=None if sides.mask_BN is None else torch.from_numpy(sides.mask_BN),
         runs=tuple(sides.runs),
-        **rows.tensors(),
-        response_lengths=tuple(rows.lengths),
+        **scored.tensors(),
+        response_lengths=tuple(scored.lengths),
         index=tuple(range(len(pairs)) if index is None else index),
-        nll_weight=rows.nll_weight,
+        nll_weight=scored.nll_weight,
         empty=empty,
     )
 
@@ -198,8 +199,8 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
         rejected = np.asarray(pair.rejected if with_rejected else (), np.int64)
         p, c, r = len(prompt), len(chosen), len(rejected)
         side_ids = np.concatenate([prompt, chosen])
-        row_index = np.arange(offset, offset + p + c)
-        first = _Side(side_ids, row_index, p + pair.chosen_context)
+        flat_index = np.arange(offset, offset + p + c)
+        first = _Side(side_ids, flat_index, p + pair.chosen_context)
         second = None
         ids.append(side_ids)
         positions.append(np.arange(p + c))
@@ -207,7 +208,7 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
             runs.append(Run(p, c, r))
             offset += p + c
             if r:
-                row_index = np.concatenate([row_index[:p], np.arange(offset, offset + r)])
+                flat_index = np.concatenate([flat_index[:p], np.arange(offset, offset + r)])
                 ids.append(rejected)
                 positions.append(np.arange(p, p + r))
                 offset += r
@@ -215,13 +216,13 @@ def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: 
             runs.append(Run(p, c, 0))
             offset += p + c
             if r:
-                row_index = np.arange(offset, offset + p + r)
+                flat_index = np.arange(offset, offset + p + r)
                 ids.append(np.concatenate([prompt, rejected]))
                 positions.append(np.arange(p + r))
                 runs.append(Run(p, r, 0))
                 offset += p + r
         if r:
-            second = _Side(np.concatenate([prompt, rejected]), row_index, p + pair.rejected_context)
+            second = _Side(np.concatenate([prompt, rejected]), flat_index, p + pair.rejected_context)
         of_pair.append((first, second))
     if layout == "padded":
         return _pad(ids, of_pair)
@@ -237,20 +238,20 @@ def _pad(ids: list[np.ndarray], of_pair: list[tuple[_Side, _Side | None]]) -> _L
         input_ids_BN[line, : len(sequence)] = sequence
         mask_BN[line, : len(sequence)] = 1
     line = 0
-    placed: list[tuple[_Side, _Side | None]] = []
+    padded: list[tuple[_Side, _Side | None]] = []
     for first, second in of_pair:
         sides = []
         for side in (first, second):
             if side is not None:
-                sides.append(side._replace(row_index=line * width + np.arange(len(side.ids))))
+                sides.append(side._replace(flat_index=line * width + np.arange(len(side.ids))))
                 line += 1
-        placed.append((sides[0], sides[1] if len(sides) > 1 else None))
+        padded.append((sides[0], sides[1] if len(sides) > 1 else None))
     positions_BN = np.broadcast_to(np.arange(width), input_ids_BN.shape).copy()
-    return _Layout(input_ids_BN, positions_BN, mask_BN, [], placed)
+    return _Layout(input_ids_BN, positions_BN, mask_BN, [], padded)
 
 
 class _ScoredTokens:
-    """Collects the scored tokens of a row, responses and context apart."""
+    """Collects the scored tokens of a micro-batch, responses and context apart."""
 
     def __init__(self, objective: Objective, empty: bool) -> None:
         self.objective = objective
@@ -286,7 +287,7 @@ class _ScoredTokens:
     ) -> tuple[np.ndarray, ...]:
         n = len(targets)
         return (
-            side.row_index[targets - 1],
+            side.flat_index[targets - 1],
             side.ids[targets],
             np.full(n, number),
             np.full(n, int(role)),

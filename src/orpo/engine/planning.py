@@ -1,9 +1,9 @@
-"""Which pairs make up each optimizer step, and how a step's pairs are spread over ranks and rows.
+"""Which pairs make up each optimizer step, and how a step's pairs are spread over ranks and micro-batches.
 
-A step is a fixed number of pairs; a row is a number of tokens. Every rank computes the same plan from the
-lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the
-ranks by cost and filled into rows under a token budget, the same number of rows on every rank. Since the loss
-is divided by the counts of the whole step, nothing here can change the gradient.
+A step is a fixed number of pairs; a micro-batch has a token budget. Every rank computes the same plan from
+the lengths alone, without communication: a permutation per epoch, cut into steps, each step balanced over the
+ranks by cost and filled into micro-batches, the same number on every rank. Since the loss is divided by the
+counts of the whole step, nothing here can change the gradient.
 """
 
 import heapq
@@ -16,15 +16,15 @@ ATTENTION_COST = 1 / 4096
 
 
 @dataclass(frozen=True, slots=True)
-class RowPlan:
-    """One row: the indices of its pairs in the step. An `empty` row is for a rank that has no pairs left."""
+class BatchPlan:
+    """One micro-batch: the indices of its pairs in the step; `empty` if its rank has no pairs left."""
 
     pairs: tuple[int, ...]
     empty: bool = False
 
 
-StepPlan = tuple[tuple[RowPlan, ...], ...]
-"""The rows of one optimizer step, by rank; every rank has the same number."""
+StepPlan = tuple[tuple[BatchPlan, ...], ...]
+"""The micro-batches of one optimizer step, by rank; every rank has the same number."""
 
 
 def plan_epoch(
@@ -50,11 +50,10 @@ def plan_epoch(
 
 
 def pair_sizes(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
-    """Lines that each pair takes in a row, and their width; a row takes all its lines times the largest
-    width.
+    """Lines that each pair takes in a micro-batch, and their width. Shape [n, 3] -> [n, 2].
 
-    A padded row has a line for each side, as wide as the longest side. Rows without padding are counted as
-    lines of one token. Shape [n, 3] -> [n, 2].
+    A micro-batch takes all its lines times the largest width. With padding it has a line for each side, as
+    wide as the longest side; without, its lines are counted as one token each.
     """
     prompt, chosen, rejected = lengths.T
     sides = 1 + (rejected > 0)
@@ -65,7 +64,7 @@ def pair_sizes(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
 
 
 def pair_tokens(lengths: np.ndarray, layout: str = "shared") -> np.ndarray:
-    """Tokens each pair takes in a row of its own, padding included. Shape [n, 3] -> [n]."""
+    """Tokens each pair takes in a micro-batch of its own, padding included. Shape [n, 3] -> [n]."""
     sizes = pair_sizes(lengths, layout)
     tokens: np.ndarray = sizes[:, 0] * sizes[:, 1]
     return tokens
@@ -83,24 +82,24 @@ def plan_step(
     lengths: np.ndarray,
     *,
     num_ranks: int,
-    tokens_per_row: int,
+    tokens_per_micro_batch: int,
     layout: str = "shared",
 ) -> StepPlan:
-    """Spread the pairs of one step over ranks and rows.
+    """Spread the pairs of one step over ranks and micro-batches.
 
     Args:
         lengths: (prompt, chosen, rejected) tokens of every pair of the step, at least one. Shape [n, 3].
         num_ranks: Processes that share the step.
-        tokens_per_row: Most tokens in a row, padding included; a pair longer than that has a row to itself.
-        layout: The layout of the rows, which decides how many tokens a pair takes.
+        tokens_per_micro_batch: Most tokens in one, padding included; a longer pair has one to itself.
+        layout: Decides how many tokens a pair takes.
     """
     tokens = pair_tokens(lengths, layout).tolist()
     sizes = pair_sizes(lengths, layout).tolist()
     shares = _balance(pair_cost(lengths, layout).tolist(), num_ranks)
-    ranks = [_fill_rows(share, sizes, tokens_per_row) for share in shares]
-    num_rows = max(map(len, ranks))
+    ranks = [_fill_batches(share, sizes, tokens_per_micro_batch) for share in shares]
+    num_batches = max(map(len, ranks))
     spare = tokens.index(min(tokens))
-    return tuple(tuple(_to_rows(rows, num_rows, tokens, spare)) for rows in ranks)
+    return tuple(tuple(_even_out(batches, num_batches, tokens, spare)) for batches in ranks)
 
 
 def _balance(cost: list[float], num_shares: int) -> list[list[int]]:
@@ -114,28 +113,28 @@ def _balance(cost: list[float], num_shares: int) -> list[list[int]]:
     return shares
 
 
-def _fill_rows(pairs: list[int], sizes: list[list[int]], tokens_per_row: int) -> list[list[int]]:
+def _fill_batches(pairs: list[int], sizes: list[list[int]], tokens_per_micro_batch: int) -> list[list[int]]:
     """First fit, widest and then longest first."""
-    rows: list[list[int]] = []
+    batches: list[list[int]] = []
     free_lines: list[int] = []
     for pair in sorted(pairs, key=lambda i: (-sizes[i][1], -sizes[i][0], i)):
         lines, width = sizes[pair]
-        row = next((row for row, free in enumerate(free_lines) if free >= lines), None)
-        if row is None:
-            rows.append([])
-            free_lines.append(tokens_per_row // width)  # no later pair of the row is wider
-            row = len(rows) - 1
-        rows[row].append(pair)
-        free_lines[row] -= lines
-    return rows
+        number = next((number for number, free in enumerate(free_lines) if free >= lines), None)
+        if number is None:
+            batches.append([])
+            free_lines.append(tokens_per_micro_batch // width)  # no later pair of this one is wider
+            number = len(batches) - 1
+        batches[number].append(pair)
+        free_lines[number] -= lines
+    return batches
 
 
-def _to_rows(rows: list[list[int]], num_rows: int, tokens: list[int], spare: int) -> list[RowPlan]:
-    """Bring a rank to `num_rows` rows: split its fullest ones, then add empty ones."""
-    rows = [list(row) for row in rows]
-    while len(rows) < num_rows and any(len(row) > 1 for row in rows):
-        fullest = max((row for row in rows if len(row) > 1), key=lambda row: sum(tokens[i] for i in row))
-        rows.append(fullest[1::2])
+def _even_out(batches: list[list[int]], num_batches: int, tokens: list[int], spare: int) -> list[BatchPlan]:
+    """Bring a rank to `num_batches` micro-batches: split its fullest ones, then add empty ones."""
+    batches = [list(batch) for batch in batches]
+    while len(batches) < num_batches and any(len(batch) > 1 for batch in batches):
+        fullest = max((batch for batch in batches if len(batch) > 1), key=lambda b: sum(tokens[i] for i in b))
+        batches.append(fullest[1::2])
         del fullest[1::2]
-    empty = [RowPlan((spare,), empty=True)] * (num_rows - len(rows))
-    return [RowPlan(tuple(sorted(row))) for row in rows] + empty
+    empty = [BatchPlan((spare,), empty=True)] * (num_batches - len(batches))
+    return [BatchPlan(tuple(sorted(batch))) for batch in batches] + empty

@@ -1,6 +1,6 @@
-"""Whether a layout of rows is exact for a model, found out by trying it on two pairs.
+"""Whether a layout is exact for a model, found out by trying it on two pairs.
 
-A model that cannot follow a packed row does so silently, so the loss and a few gradients of each layout are
+A model that cannot follow a layout fails silently, so the loss and a few gradients of each layout are
 compared with those of the plain model, one response at a time.
 """
 
@@ -24,7 +24,7 @@ def layout_problem(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str 
     """What a layout gets wrong: in full precision where the weights have it, and as training will run it.
 
     Full precision is sharp enough to tell a wrong layout from rounding. It goes by segments; a kernel for
-    whole rows is tried in the precision of training, and has its own test (attention.py).
+    whole micro-batches is tried in the precision of training, and has its own test (attention.py).
     """
     kind = next(model.parameters()).device.type
     if torch.is_autocast_enabled(kind) and _has_full_precision(model):

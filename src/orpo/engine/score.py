@@ -30,12 +30,12 @@ def score(
 
     Args:
         model: Left in evaluation mode.
-        steps: Whose batches carry the index of each pair in [0, num_pairs).
+        steps: Whose micro-batches carry the index of each pair in [0, num_pairs).
         num_pairs: P, over all ranks.
         device: Where the model is.
         precision: Autocast, for instance.
         reduce: Adds a table over the ranks, which score different pairs.
-        progress: Called with the number of pairs of each batch scored.
+        progress: Called with the number of pairs of each micro-batch scored.
 
     Returns:
         Scores [P] on the CPU.
@@ -43,7 +43,7 @@ def score(
     model.eval()
     table = torch.zeros(len(PairScores._fields), num_pairs, dtype=sum_dtype(device), device=device)
     for step in steps:
-        for batch in step.rows:
+        for batch in step.batches:
             with precision():
                 output = model(batch=batch.to(device, non_blocking=True), denominators=Denominators(1.0, 1.0))
             if not batch.empty:

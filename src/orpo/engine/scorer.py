@@ -1,4 +1,4 @@
-"""A model that scores packed rows: row in, loss and the scores of its pairs out.
+"""A model that scores micro-batches of packed pairs: the loss and the scores of the pairs come out.
 
 A `Scorer` gives a causal language model two things, in place: our attention (registered with transformers,
 so no model code is touched) and a `forward` that scores a `PackedBatch`. Scoring happens inside `forward`
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from orpo.engine.attention import attend
-from orpo.engine.head import Denominators, Head, PairScores, score_row
+from orpo.engine.head import Denominators, Head, PairScores, score_batch
 from orpo.engine.packing import PackedBatch
 from orpo.engine.segments import SEGMENTS, Segments
 from orpo.errors import ModelError
@@ -35,11 +35,11 @@ CPU_CHUNK_TOKENS = 256
 
 @dataclass
 class ORPOOutput(ModelOutput):
-    """What a scored row returns; a ModelOutput, so that FSDP and DDP find the tensors in it.
+    """What scoring a micro-batch returns; a ModelOutput, so that FSDP and DDP find the tensors in it.
 
     Attributes:
-        loss: This row's share of the step's loss; a scalar, the only tensor with a gradient.
-        pairs: What the model says of the row's pairs.
+        loss: Its share of the step's loss; a scalar, the only tensor with a gradient.
+        pairs: The scores of its pairs.
     """
 
     loss: Tensor | None = None
@@ -92,7 +92,7 @@ class Scorer:
         self.attention = SEGMENTS
 
     def install(self) -> None:
-        """Give the model a `forward` that takes a packed row."""
+        """Give the model a `forward` that takes a micro-batch."""
         scorer = self
 
         def forward(
@@ -111,7 +111,7 @@ class Scorer:
         self.model.forward = MethodType(forward, self.model)
 
     def use_layout(self, layout: LayoutName) -> None:
-        """Switch to rows of `layout`; our attention serves all but the padded one."""
+        """Switch to `layout`; our attention serves all but the padded one."""
         self.layout = layout
         self.num_attention_calls = None
 
@@ -126,7 +126,7 @@ class Scorer:
                 config._attn_implementation = ATTENTION
 
     def score(self, batch: PackedBatch, denominators: Denominators) -> ORPOOutput:
-        """Run a row through the model and its head."""
+        """Run a micro-batch through the model and its head."""
         self._check_layout(batch)
         segments = Segments(batch.runs)
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask_BN, "use_cache": False}
@@ -140,7 +140,7 @@ class Scorer:
         self._check_attention(segments)
         self.attention = segments.backend
         hidden_ND = outputs.last_hidden_state.flatten(0, 1)
-        loss, pairs = score_row(hidden_ND, self._head(hidden_ND), batch, self.objective, denominators)
+        loss, pairs = score_batch(hidden_ND, self._head(hidden_ND), batch, self.objective, denominators)
         loss = loss + self._router_loss(outputs, batch, denominators)
         if self.layout != "padded" and loss.requires_grad:
             loss = _AttendInBackward.apply(loss, self, segments)
@@ -160,17 +160,17 @@ class Scorer:
         )  # fmt: skip
 
     def _check_layout(self, batch: PackedBatch) -> None:
-        """A row that the model cannot follow would be scored wrongly, in silence."""
+        """A micro-batch that the model cannot follow would be scored wrongly, in silence."""
         shares = any(run.rejected for run in batch.runs)
-        row: LayoutName = "padded" if not batch.runs else "shared" if shares else "packed"
-        if row != self.layout and (row, self.layout) != ("packed", "shared"):
+        found: LayoutName = "padded" if not batch.runs else "shared" if shares else "packed"
+        if found != self.layout and (found, self.layout) != ("packed", "shared"):
             raise ModelError(
-                f"the row has layout `{row}`, {type(self.model).__name__} was prepared for `{self.layout}`; "
-                f"pass layout={self.layout!r} to pack()"
+                f"the batch has layout `{found}`, {type(self.model).__name__} was prepared for "
+                f"`{self.layout}`; pass layout={self.layout!r} to pack()"
             )
 
     def _check_attention(self, segments: Segments) -> None:
-        """Every row must pass through our attention as often as the probe's rows did."""
+        """Every micro-batch must pass through our attention as often as the probe's did."""
         if self.layout == "padded":
             return
         if segments.num_calls == 0:
@@ -179,15 +179,15 @@ class Scorer:
             self.num_attention_calls = segments.num_calls
         if segments.num_calls != self.num_attention_calls:
             raise ModelError(
-                f"{type(self.model).__name__} called our attention {segments.num_calls} times in a row, "
-                f"{self.num_attention_calls} times in the one before; set layout: padded"
+                f"{type(self.model).__name__} called our attention {segments.num_calls} times in a forward "
+                f"pass, {self.num_attention_calls} times in the one before; set layout: padded"
             )
 
     def _router_inputs(self) -> dict[str, bool]:
         return {"output_router_logits": True} if _has_router_loss(self.model) else {}
 
     def _router_loss(self, outputs: Any, batch: PackedBatch, denominators: Denominators) -> Tensor | float:
-        """The load-balancing loss of a mixture of experts as the model defines it, for this row's share."""
+        """The load-balancing loss of a mixture of experts as the model defines it, for this batch's share."""
         if not (self.router_loss and _has_router_loss(self.model)) or not torch.is_grad_enabled():
             return 0.0
         config = self.model.config.get_text_config()
@@ -218,7 +218,7 @@ def _joined_signature(plain: Callable[..., Any], ours: Callable[..., Any]) -> in
 
 
 class _AttendInBackward(torch.autograd.Function):
-    """Identity on the loss; in its backward, layers under gradient checkpointing attend to the row again."""
+    """Identity on the loss; in its backward, layers under gradient checkpointing attend once more."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, scorer: Scorer, segments: Segments) -> Tensor:
@@ -233,7 +233,7 @@ class _AttendInBackward(torch.autograd.Function):
 
 
 class _Active:
-    """The segments of the row being computed; attention layers have no other way to learn them."""
+    """The segments being computed; attention layers have no other way to learn them."""
 
     segments: Segments | None = None
 
@@ -256,7 +256,7 @@ def _segments_attention_forward(  # noqa: PLR0913 - the signature transformers c
     """Attention in the form transformers calls it: [1, H, N, D] in, [1, N, H, D] out."""
     segments = _active.segments
     if segments is None:
-        raise ModelError("the packed attention was called outside of a row")
+        raise ModelError("the packed attention was called without a packed batch")
     unknown = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
     if attention_mask is not None or unknown:
         raise NotOnTheInterfaceError(f"its attention needs {', '.join(unknown) or 'a mask'}")
@@ -272,7 +272,7 @@ _HARMLESS = {
     "output_router_logits", "position_embeddings", "return_dict", "past_key_values",
 }  # fmt: skip
 
-# Compiled into a layer it would be compiled again for the lengths of every row.
+# Compiled into a layer it would be compiled again for the lengths of every micro-batch.
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_segments_attention_forward))
 
 

@@ -1,11 +1,11 @@
-"""The attention segments of a row, and attention one segment at a time: exact on any device.
+"""The attention segments of a micro-batch, and attention one segment at a time: exact on any device.
 
 A run `prompt ++ chosen ++ rejected` needs two attention segments: the queries of prompt and chosen over their
 own keys, and the queries of rejected over the keys of prompt and rejected. Both are causal with the last
-query aligned to the last key, so no [N, N] mask over the row exists, and no floating-point operation is spent
-on tokens that may not see each other. Where a GPU has a kernel for whole rows, attention.py takes that.
+query aligned to the last key, so no [N, N] mask exists, and no floating-point operation is spent on tokens
+that may not see each other. Where a GPU has a kernel for whole micro-batches, attention.py takes that.
 
-Shape suffixes: H = heads, N = tokens in the row, Q/K = queries/keys of one segment, D = size of a head.
+Shape suffixes: H = heads, N = tokens of a micro-batch, Q/K = queries/keys of one segment, D = size of a head.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orpo.engine.packing import Run
-from orpo.engine.varlen import Plan, plan_row
+from orpo.engine.varlen import KernelLayout, kernel_layout
 
 SEGMENTS = "segments"
 """Name of attention by segments, as a run prints it."""
@@ -25,10 +25,10 @@ SEGMENTS = "segments"
 
 @dataclass(slots=True)
 class Segments:
-    """The attention segments of one row, with what its layers share: masks, a plan, a count of their calls.
+    """The segments of one micro-batch, and what its layers share: masks, a layout, a count of their calls.
 
     Attributes:
-        runs: The runs of the row, in order.
+        runs: The runs of the micro-batch, in order.
         num_calls: Attention layers that have used these segments; a model that attends some other way leaves
             it 0.
         backend: What served the last of these layers.
@@ -38,21 +38,21 @@ class Segments:
     num_calls: int = 0
     backend: str = SEGMENTS
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
-    _plan: Plan | None = None
+    _layout: KernelLayout | None = None
 
     def lengths(self) -> list[int]:
-        """Queries of each segment, in the order of the row; they add up to N."""
+        """Queries of each segment, in order; they add up to N."""
         return [n for run in self.runs for n in (run.prompt + run.chosen, run.rejected) if n]
 
     def longest(self) -> int:
         """Keys of the longest segment."""
         return max(run.prompt + max(run.chosen, run.rejected) for run in self.runs)
 
-    def plan(self, device: torch.device) -> Plan:
-        """What a kernel for whole rows reads."""
-        if self._plan is None or self._plan.query_starts.device != device:
-            self._plan = plan_row(self.runs, device)
-        return self._plan
+    def for_kernel(self, device: torch.device) -> KernelLayout:
+        """What a kernel for whole micro-batches reads."""
+        if self._layout is None or self._layout.query_starts.device != device:
+            self._layout = kernel_layout(self.runs, device)
+        return self._layout
 
     def mask(self, num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
         """Additive mask [Q, K] of a causal segment, or None where plain causal attention is the same.
@@ -97,7 +97,7 @@ class Options(NamedTuple):
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options
 ) -> Tensor:
-    """Attention of a row, one call per segment. [1, H, N, D] over [1, H / groups, N, D] -> [1, N, H, D]."""
+    """Attention, one call per segment. [1, H, N, D] over [1, H / groups, N, D] -> [1, N, H, D]."""
     lengths = segments.lengths()
     parts = iter(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
     outputs = []

@@ -1,9 +1,8 @@
-"""One item of a data loader = one optimizer step: the rows of this rank, and what the whole step is divided
-by.
+"""One item of a data loader = one optimizer step: this rank's micro-batches, and what the step is divided by.
 
-Every rank plans the same steps from the same pairs (planning.py) and packs its own rows, so a loader is rank-
-aware by itself, needs no communication, and must not be sharded again. Evaluation uses the same items, in the
-order of the data.
+Every rank plans the same steps from the same pairs (planning.py) and packs its own micro-batches, so a loader
+is rank-aware by itself, needs no communication, and must not be sharded again. Evaluation uses the same
+items, in the order of the data.
 """
 
 import functools
@@ -24,17 +23,17 @@ from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
 
 EVALUATION_BLOCK = 512
-"""Pairs per rank that are spread over rows together when evaluating; only the speed depends on it."""
+"""Pairs per rank that are packed together when evaluating; only the speed depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
-class RowSettings:
-    """How pairs become the rows of one rank.
+class BatchSettings:
+    """How pairs become the micro-batches of one rank.
 
     Attributes:
         objective: What is minimised.
-        layout: Layout of the rows.
-        tokens_per_row: Most tokens in a row; a longer pair has a row to itself.
+        layout: How they are laid out.
+        tokens_per_micro_batch: Most tokens in one; a longer pair has one to itself.
         rank: This process, in [0, num_ranks).
         num_ranks: Processes that share a step.
         score_rejected: Whether rejected sides are run; None: where the objective has an odds term.
@@ -42,7 +41,7 @@ class RowSettings:
 
     objective: Objective
     layout: LayoutName
-    tokens_per_row: int
+    tokens_per_micro_batch: int
     rank: int = 0
     num_ranks: int = 1
     score_rejected: bool | None = None
@@ -53,78 +52,77 @@ class Step:
     """What one rank does in one optimizer step.
 
     Attributes:
-        rows: The rows of this rank; every rank has the same number.
-        pairs: The pairs of each row.
-        denominators: Counts over the rows of all ranks.
+        batches: The micro-batches of this rank; every rank has the same number.
+        pairs: The pairs of each micro-batch.
+        denominators: Counts over the whole step, of all ranks.
     """
 
-    rows: tuple[PackedBatch, ...]
+    batches: tuple[PackedBatch, ...]
     pairs: tuple[tuple[TokenizedPair, ...], ...]
     denominators: Denominators
 
     @property
     def num_tokens(self) -> int:
         """Tokens this rank reads."""
-        return sum(row.num_tokens for row in self.rows if not row.empty)
+        return sum(batch.num_tokens for batch in self.batches if not batch.empty)
 
     def pin_memory(self) -> "Step":
         """Return the step in page-locked memory; the DataLoader calls this."""
-        return Step(tuple(row.pin_memory() for row in self.rows), self.pairs, self.denominators)
+        return Step(tuple(batch.pin_memory() for batch in self.batches), self.pairs, self.denominators)
 
 
-def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: RowSettings) -> Step:
-    """Spread the pairs of one step over ranks and rows, and pack the rows of this rank.
+def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: BatchSettings) -> Step:
+    """Spread the pairs of one step over ranks and micro-batches, and pack those of this rank.
 
     Args:
         pairs: All pairs of the step, of every rank; at least one.
-        index: Their rows in the data set.
-        settings: How they become rows.
+        index: Their indices in the data set.
+        settings: How they become micro-batches.
     """
     with_rejected = runs_rejected(settings.objective, settings.score_rejected)
     lengths = np.array([(len(p.prompt), len(p.chosen), with_rejected * len(p.rejected)) for p in pairs])
     plan = plan_step(
         lengths,
         num_ranks=settings.num_ranks,
-        tokens_per_row=settings.tokens_per_row,
+        tokens_per_micro_batch=settings.tokens_per_micro_batch,
         layout=settings.layout,
     )
-    rows, rows_pairs = [], []
-    for row in plan[settings.rank]:
-        row_pairs = tuple(pairs[i] for i in row.pairs)
-        rows.append(
+    batches, batch_pairs = [], []
+    for planned in plan[settings.rank]:
+        batch_pairs.append(tuple(pairs[i] for i in planned.pairs))
+        batches.append(
             pack(
-                row_pairs,
+                batch_pairs[-1],
                 settings.objective,
                 layout=settings.layout,
-                index=[index[i] for i in row.pairs],
-                empty=row.empty,
+                index=[index[i] for i in planned.pairs],
+                empty=planned.empty,
                 score_rejected=settings.score_rejected,
             )
         )
-        rows_pairs.append(row_pairs)
-    return Step(tuple(rows), tuple(rows_pairs), step_denominators(pairs, settings.objective))
+    return Step(tuple(batches), tuple(batch_pairs), step_denominators(pairs, settings.objective))
 
 
-def split_rows(step: Step, settings: RowSettings) -> Step | None:
-    """The same step with the pairs of each row in two rows; None where every row is a single pair."""
+def split_batches(step: Step, settings: BatchSettings) -> Step | None:
+    """The same step with each micro-batch split in two; None where every one is a single pair."""
     if all(len(pairs) == 1 for pairs in step.pairs):
         return None
-    rows, rows_pairs = [], []
-    for row, pairs in zip(step.rows, step.pairs, strict=True):
+    batches, batch_pairs = [], []
+    for batch, pairs in zip(step.batches, step.pairs, strict=True):
         for half in (slice(0, None, 2), slice(1, None, 2)):
             if pairs[half]:
-                rows_pairs.append(pairs[half])
-                rows.append(
+                batch_pairs.append(pairs[half])
+                batches.append(
                     pack(
                         pairs[half],
                         settings.objective,
                         layout=settings.layout,
-                        index=row.index[half],
-                        empty=row.empty,
+                        index=batch.index[half],
+                        empty=batch.empty,
                         score_rejected=settings.score_rejected,
                     )
                 )
-    return Step(tuple(rows), tuple(rows_pairs), step.denominators)
+    return Step(tuple(batches), tuple(batch_pairs), step.denominators)
 
 
 def step_denominators(pairs: Iterable[TokenizedPair], objective: Objective) -> Denominators:
@@ -143,7 +141,7 @@ class StepDataset(Dataset[Step]):
     def __init__(
         self,
         pairs: Sequence[TokenizedPair],
-        settings: RowSettings,
+        settings: BatchSettings,
         *,
         pairs_per_step: int,
         seed: int = 0,
@@ -170,11 +168,11 @@ class StepDataset(Dataset[Step]):
 
 
 class StepStream(IterableDataset[Step]):
-    """Steps over pairs that come one after the other; begins anew where the stream ends, so it has no end.
+    """Steps over pairs that come one after the other; starts again where the stream ends, so it has no end.
 
     Args:
         stream: Called for each pass over the data.
-        settings: How pairs become rows.
+        settings: How pairs become micro-batches.
         pairs_per_step: Pairs of a step, over all ranks.
         seed: Of the order.
         shuffle_buffer: Pairs held back to draw the next one from; 1 keeps the order.
@@ -183,7 +181,7 @@ class StepStream(IterableDataset[Step]):
     def __init__(
         self,
         stream: Callable[[], Iterable[TokenizedPair]],
-        settings: RowSettings,
+        settings: BatchSettings,
         *,
         pairs_per_step: int,
         seed: int = 0,

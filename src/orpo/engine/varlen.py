@@ -1,12 +1,12 @@
-"""Attention of a packed row in one call of torch's variable-length kernel.
+"""Attention of a micro-batch in one call of torch's variable-length kernel.
 
 The kernel reads flat lists of queries and keys, cut into sequences, and aligns the last query of a sequence
-with its last key. A row's queries already stand in the order of its segments (segments.py); one gather puts a
-prompt's keys before those of its rejected answer too. What gather and kernel need is planned once per row, so
-no layer waits for the device. When the kernel is taken: attention.py.
+with its last key. The queries of a micro-batch are already stored in the order of its segments (segments.py);
+one gather puts a prompt's keys before those of its rejected answer too. What gather and kernel need is laid
+out once per micro-batch, so no layer waits for the device. When the kernel is taken: attention.py.
 
-Shape suffixes: H = heads, N = tokens in the row, K = gathered keys, M = prompt tokens that two segments read,
-D = size of a head.
+Shape suffixes: H = heads, N = tokens of a micro-batch, K = gathered keys, M = prompt tokens that two segments
+read, D = size of a head.
 """
 
 import inspect
@@ -25,15 +25,15 @@ from orpo.engine.precision import HALF
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """A row's segments as the kernel reads them, on the row's device.
+class KernelLayout:
+    """The segments of a micro-batch as the kernel reads them, on its device.
 
     Attributes:
         query_starts: int32 [segments + 1], cumulative queries.
         key_starts: int32 [segments + 1], cumulative gathered keys.
         max_queries: Queries of the longest segment.
         max_keys: Keys of the longest segment.
-        gather_K: Token of the row behind each gathered key, or None where that is the identity.
+        gather_K: Index of the token behind each gathered key, or None where that is the identity.
         first_N: Index of each token among the gathered keys, where it is read first.
         prompt_M: Prompt tokens that a second segment reads.
         again_M: Index of these among the gathered keys, where they are read again.
@@ -63,8 +63,8 @@ class Case(NamedTuple):
     dropout: bool = False
 
 
-def plan_row(runs: Sequence[Run], device: torch.device | str) -> Plan:
-    """Plan the attention of a row of `runs`, which together have at least one token."""
+def kernel_layout(runs: Sequence[Run], device: torch.device | str) -> KernelLayout:
+    """Lay out the attention of a micro-batch of `runs`, which together have at least one token."""
     queries, keys, gather, first, prompt, again = [], [], [], [], [], []
     token = key = 0
     for run in runs:
@@ -86,7 +86,7 @@ def plan_row(runs: Sequence[Run], device: torch.device | str) -> Plan:
     starts = [np.cumsum([0, *queries]), np.cumsum([0, *keys])]
     indices = [np.concatenate([np.arange(0), *parts]) for parts in (gather, first, prompt, again)]
     query_starts, key_starts, gather_K, first_N, prompt_M, again_M = _to_device([*starts, *indices], device)
-    return Plan(
+    return KernelLayout(
         query_starts.int(), key_starts.int(), max(queries), max(keys),
         gather_K if prompt else None, first_N, prompt_M, again_M,
     )  # fmt: skip
@@ -102,36 +102,36 @@ def _to_device(arrays: Sequence[np.ndarray], device: torch.device | str) -> tupl
 
 
 class _Gather(torch.autograd.Function):
-    """Row order [N, H, D] -> gathered keys [K, H, D]; backward adds up the two readings of a prompt.
+    """Keys as stored [N, H, D] -> gathered keys [K, H, D]; backward adds up the two readings of a prompt.
 
     The gradient of index_select would do so with atomic additions, slow in half precision.
     """
 
     @staticmethod
-    def forward(ctx: Any, row_NHD: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        assert plan.gather_K is not None
-        return row_NHD.index_select(0, plan.gather_K)
+    def forward(ctx: Any, stored_NHD: Tensor, layout: KernelLayout) -> Tensor:
+        ctx.layout = layout
+        assert layout.gather_K is not None
+        return stored_NHD.index_select(0, layout.gather_K)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_KHD: Tensor) -> tuple[Tensor, None]:
-        plan: Plan = ctx.plan
-        grad_NHD = grad_KHD.index_select(0, plan.first_N)
-        both_MHD = grad_NHD.index_select(0, plan.prompt_M) + grad_KHD.index_select(0, plan.again_M)
-        return grad_NHD.index_copy_(0, plan.prompt_M, both_MHD), None
+        layout: KernelLayout = ctx.layout
+        grad_NHD = grad_KHD.index_select(0, layout.first_N)
+        both_MHD = grad_NHD.index_select(0, layout.prompt_M) + grad_KHD.index_select(0, layout.again_M)
+        return grad_NHD.index_copy_(0, layout.prompt_M, both_MHD), None
 
 
-def gather_keys(row_NHD: Tensor, plan: Plan) -> Tensor:
-    """Keys or values of a row in the order of its segments. [N, H, D] -> [K, H, D]."""
-    if plan.gather_K is None:
-        return row_NHD
-    gathered: Tensor = _Gather.apply(row_NHD, plan)
+def gather_keys(stored_NHD: Tensor, layout: KernelLayout) -> Tensor:
+    """Keys or values in the order of the segments. [N, H, D] -> [K, H, D]."""
+    if layout.gather_K is None:
+        return stored_NHD
+    gathered: Tensor = _Gather.apply(stored_NHD, layout)
     return gathered
 
 
 class VarlenKernel:
-    """Torch's `varlen_attn`: one call for a whole row.
+    """Torch's `varlen_attn`: one call for a whole micro-batch.
 
     Its `window_size` of (-1, 0) means causal. Torch 2.11 takes fewer key heads than query heads as they are,
     2.12 and later ask for `enable_gqa` with them.
@@ -168,7 +168,7 @@ class VarlenKernel:
         query_NHD: Tensor,
         key_NHD: Tensor,
         value_NHD: Tensor,
-        plan: Plan,
+        layout: KernelLayout,
         *,
         scale: float | None = None,
         window: int | None = None,
@@ -176,17 +176,17 @@ class VarlenKernel:
         """Attend; key and value may have fewer heads. [N, H, D] -> [N, H, D].
 
         Args:
-            query_NHD: Queries in the order of the row.
-            key_NHD: Keys in the order of the row.
+            query_NHD: Queries in the order in which they are stored.
+            key_NHD: Keys in the same order.
             value_NHD: Like `key_NHD`.
-            plan: The row's plan.
+            layout: Of the micro-batch.
             scale: Factor on the scores; None for 1 / sqrt(D).
             window: Sliding window in tokens, a query's own included; None for none.
         """
         grouped = query_NHD.shape[1] != key_NHD.shape[1]
         attended: Tensor = self.function(
-            query_NHD, gather_keys(key_NHD, plan), gather_keys(value_NHD, plan),
-            plan.query_starts, plan.key_starts, plan.max_queries, plan.max_keys,
+            query_NHD, gather_keys(key_NHD, layout), gather_keys(value_NHD, layout),
+            layout.query_starts, layout.key_starts, layout.max_queries, layout.max_keys,
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
             **({"enable_gqa": grouped} if self.names_groups else {}),

@@ -25,7 +25,7 @@ from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import saved_stop_token_ids, stop_token_ids
 from orpo.errors import ConfigError, ModelError
 from orpo.pairs import Message
-from orpo.run.checkpoints import model_folder
+from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import is_adapter
 from orpo.settings.config import OrpoSettings
 
@@ -142,6 +142,8 @@ class ChatModel:
         """
         settings = settings or OrpoSettings()
         tokenizer = load_tokenizer(model_folder(name), trust_remote_code=settings.trust_remote_code)
+        if run_recipe(name).get("text_rows") == "plain":
+            tokenizer.chat_template = None  # it never saw one
         return cls(name, load_trained(name, settings), tokenizer, chat_template)
 
     def answer(
@@ -170,7 +172,7 @@ class ChatModel:
         return answer
 
     def _fitting(self, opening: Sequence[Message], max_tokens: int) -> torch.Tensor:
-        """The conversation as tokens, shape [1, N]; its oldest turns go where it grows too long."""
+        """The conversation as tokens, shape [1, N]; its oldest turns are left out where it grows too long."""
         config: Any = self.model.config
         most = getattr(config.get_text_config(), "max_position_embeddings", None)
         while True:

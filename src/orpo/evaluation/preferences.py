@@ -19,17 +19,17 @@ from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import read_pairs
 from orpo.engine.head import PairScores
 from orpo.engine.loading import load_tokenizer
-from orpo.engine.memory import default_tokens_per_row
+from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import METRICS
 from orpo.engine.model import prepare_model
 from orpo.engine.score import score
-from orpo.engine.steps import EVALUATION_BLOCK, RowSettings, StepDataset
+from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
 from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import ConfigError
 from orpo.evaluation.generation import load_trained
 from orpo.evaluation.statistics import clustered_mean
 from orpo.pairs import TokenizedPair
-from orpo.run.checkpoints import model_folder
+from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import RunDirectory, write_json
 from orpo.run.log import Figure, Figures, figures_to_json
 from orpo.settings.config import (
@@ -102,7 +102,7 @@ def summarise(scores: PairScores, objective: Objective, prompt_P: Tensor) -> dic
 def evaluate_pairs(
     model: nn.Module,
     pairs: TokenizedDataset | Sequence[TokenizedPair],
-    settings: RowSettings,
+    settings: BatchSettings,
     *,
     batch_size: int = EVALUATION_BLOCK,
     progress: Callable[[int], None] | None = None,
@@ -114,7 +114,7 @@ def evaluate_pairs(
         pairs: At least one.
         settings: Objective, layout and token budget; every rejected side is scored, whatever the objective.
         batch_size: Pairs that are packed together; only the speed depends on it.
-        progress: Called with the number of pairs of each batch scored.
+        progress: Called with the number of pairs of each micro-batch scored.
     """
     dataset = pairs if isinstance(pairs, TokenizedDataset) else TokenizedDataset.from_pairs(pairs)
     scores = score_pairs(model, dataset, settings, batch_size=batch_size, progress=progress)
@@ -152,14 +152,14 @@ def _evaluation(
 def score_pairs(
     model: nn.Module,
     pairs: TokenizedDataset,
-    settings: RowSettings,
+    settings: BatchSettings,
     *,
     batch_size: int = EVALUATION_BLOCK,
     progress: Callable[[int], None] | None = None,
 ) -> PairScores:
     """The scores of every pair, in the order of `pairs`, on the CPU. Arguments as for `evaluate_pairs`."""
-    both_sides = RowSettings(
-        settings.objective, settings.layout, settings.tokens_per_row, score_rejected=True
+    both_sides = BatchSettings(
+        settings.objective, settings.layout, settings.tokens_per_micro_batch, score_rejected=True
     )
     steps = StepDataset(pairs, both_sides, pairs_per_step=batch_size, shuffle=False)  # type: ignore[arg-type]
     training = model.training
@@ -231,7 +231,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} is out of range; expected at least 1")
     folder, run = model_folder(model), RunDirectory(Path(model))
-    recipe = inherited_by_evaluation(run.read_recipe()) | settings
+    recipe = inherited_by_evaluation(run_recipe(str(model))) | settings
     check_recipe(recipe)
     resolved = OrpoSettings.from_recipe(recipe)
     tokenizer = load_tokenizer(folder, trust_remote_code=resolved.trust_remote_code)
@@ -241,10 +241,10 @@ def evaluate(
     read = read_pairs(data, resolved, tokenizer, split=split, name=Path(source).name, stop_tokens=stops)
     _say_all([] if quiet else read.lines())
     loaded = load_trained(folder, resolved)
-    rows, notices = _row_settings(loaded, resolved)
+    batches, notices = _batch_settings(loaded, resolved)
     _say_all([] if quiet else notices)
     found = evaluate_pairs(
-        loaded, read.pairs, rows, batch_size=batch_size, progress=_counting(progress, len(read.pairs))
+        loaded, read.pairs, batches, batch_size=batch_size, progress=_counting(progress, len(read.pairs))
     )
     result = Result(
         model=str(model),
@@ -265,18 +265,18 @@ def _default_split(source: str | Path, settings: OrpoSettings) -> str | None:
     return None if Path(source).is_file() else settings.dataset_test_split or "test"
 
 
-def _row_settings(model: nn.Module, settings: OrpoSettings) -> tuple[RowSettings, Sequence[str]]:
-    """Prepare a model, and say how pairs become its rows; with lines to print."""
+def _batch_settings(model: nn.Module, settings: OrpoSettings) -> tuple[BatchSettings, Sequence[str]]:
+    """Prepare a model; returns how pairs become its micro-batches, and lines to print."""
     objective, _ = resolve_objective(settings)
     memory = settings.logits_memory_mib
     prepared = prepare_model(model, objective, layout=settings.layout, logits_memory_mib=memory)
     device = next(model.parameters()).device
-    budget = settings.tokens_per_row or default_tokens_per_row(model, device, trains=False)
-    return RowSettings(objective, prepared.layout, budget), prepared.notices
+    budget = settings.tokens_per_micro_batch or default_tokens_per_micro_batch(model, device, trains=False)
+    return BatchSettings(objective, prepared.layout, budget), prepared.notices
 
 
 def _counting(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
-    """`progress`, called with the number of pairs of each batch."""
+    """`progress`, called with the number of pairs of each micro-batch."""
     if progress is None:
         return None
     done = 0

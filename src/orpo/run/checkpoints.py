@@ -117,11 +117,15 @@ def _must_be_a_folder(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or has_runs
 
 
+def run_recipe(name: str) -> dict[str, Any]:
+    """The recipe of a run, or of the run that a checkpoint is of; empty for any other model."""
+    folder = Path(name)
+    return RunDirectory(folder.parent if checkpoint_step(folder) >= 0 else folder).read_recipe()
+
+
 def base_model_name(name: str) -> str | None:
     """What the model of a run was trained from, as its recipe or adapter says; None where neither does."""
-    folder = Path(name)
-    run = RunDirectory(folder.parent if checkpoint_step(folder) >= 0 else folder)
-    return run.read_recipe().get("model_name_or_path") or adapter_base(folder)
+    return run_recipe(name).get("model_name_or_path") or adapter_base(name)
 
 
 def _unreadable(path: Path) -> str | None:
@@ -179,7 +183,7 @@ def written_whole(target: Path, *, is_writer: bool, wait: Any) -> Iterator[Path]
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RunError(
             f"{target} could not be written ({first_line(error)}); {_free(target.parent)}. "
-            "Make room and run again: training goes on from the checkpoint before."
+            "Make room and run again: training resumes from the checkpoint before."
         ) from error
 
 

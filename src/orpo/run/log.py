@@ -164,5 +164,5 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write a file anew."""
+    """Write a file from scratch."""
     path.write_text("".join(json.dumps(record.to_json()) + "\n" for record in records), encoding="utf-8")

@@ -19,6 +19,7 @@ from orpo.settings.inherited import INHERITED
 ObjectiveName = Literal["orpo", "response", "llamafactory", "tempered"]
 NllOn = Literal["full", "response", "assistant"]
 NllReduction = Literal["token", "pair"]
+TextRows = Literal["chat", "plain"]
 LayoutName = Literal["shared", "packed", "padded"]
 
 
@@ -72,7 +73,7 @@ class OrpoSettings:
         ),
     )
     attn_implementation: str | None = setting(
-        None, "Attention outside of training rows (generation, fallback).", resume="free", evaluation=True
+        None, "Attention outside of packed training (generation, fallback).", resume="free", evaluation=True
     )
     trust_remote_code: bool = setting(
         False, "Allow code from the model's repository.", resume="free", evaluation=True
@@ -112,7 +113,7 @@ class OrpoSettings:
     lora_target_parameters: list[str] | None = setting(
         None, "Weights outside of linear layers that get one, as in experts stored as one tensor."
     )
-    lora_modules_to_save: list[str] | None = setting(None, "Modules trained in full beside the adapter.")
+    lora_modules_to_save: list[str] | None = setting(None, "Modules trained in full alongside the adapter.")
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r).")
     use_dora: bool = setting(False, "Weight-decomposed LoRA.")
     adapter_name_or_path: str | None = setting(None, "Continue training this adapter.", loading=True)
@@ -141,6 +142,13 @@ class OrpoSettings:
         resume="free",
     )
     data_format: str | None = setting(None, "Name of the row format; unset: detected.", resume="derived")
+    text_rows: TextRows | None = setting(
+        None,
+        "Rows of plain texts: `chat` reads prompt and answers as turns, `plain` takes them as is. Unset: "
+        "chat where the model has a chat template and the answers do not continue their prompts' text.",
+        resume="derived",
+        evaluation=True,
+    )
     columns: dict[str, str] | None = setting(
         None, "Our column name -> the data's column name.", resume="derived"
     )
@@ -150,7 +158,7 @@ class OrpoSettings:
         at_least=2,
         evaluation=True,
         trl=TrlDefault(
-            1024, "longer answers are dropped, never cut, and packed rows have no padding to pay for"
+            1024, "longer answers are dropped, never cut, and packed pairs have no padding to pay for"
         ),
     )
     on_bad_row: Literal["stop", "skip"] = setting("stop", "What to do with a malformed row.", resume="free")
@@ -183,8 +191,11 @@ class OrpoSettings:
     nll_on: NllOn | None = setting(None, "Tokens in the NLL (full).", evaluation=True)
     nll_reduction: NllReduction | None = setting(None, "How the NLL is averaged (token).", evaluation=True)
     # Engine
-    tokens_per_row: int | None = setting(
-        None, "Token budget of one packed row; unset: from the memory there is.", at_least=2, resume="free"
+    tokens_per_micro_batch: int | None = setting(
+        None,
+        "Most tokens in one forward and backward pass; unset: from the memory there is.",
+        at_least=2,
+        resume="free",
     )
     layout: LayoutName | None = setting(
         None, "Unset: shared, or what the start-up probe finds exact for the model.", resume="free"

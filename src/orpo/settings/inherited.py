@@ -132,9 +132,9 @@ INHERITED: dict[str, Inherited] = {
     "remove_unused_columns": _default(False, NO_EFFECT["remove_unused_columns"], resume="free"),
     "ddp_find_unused_parameters": _default(
         False,
-        "Every trained parameter takes part in every row.",
+        "Every trained parameter takes part in every micro-batch.",
         resume="free",
-        trl=TrlDefault(None, "every trained parameter takes part in every row"),
+        trl=TrlDefault(None, "every trained parameter takes part in every micro-batch"),
     ),
     # Keywords of TRL's configuration that do nothing here.
     **{

@@ -54,7 +54,7 @@ RENAMED = {
 
 _MODEL = "the model's own files say it"
 _CACHE = "tokenized sets are kept and found again by themselves"
-_PACKED = "rows are packed without padding, pairs of any length together"
+PACKED = "pairs of any length are packed together without padding"
 _LENGTHS = "a prompt that does not fit loses its oldest turns, a response is never cut"
 _KERNELS = "the engine has its own kernels"
 _QUANTIZED = "the base under QLoRA is quantized twice, as NF4"
@@ -73,9 +73,9 @@ NO_EFFECT = {
     **dict.fromkeys(["load_from_cache_file", "preprocessing_batch_size", "lazy_tokenize"], _CACHE),
     **dict.fromkeys(["dataset_keep_in_memory", "skip_prepare_dataset", "download_mode"], _CACHE),
     **dict.fromkeys(
-        ["sample_packing", "eval_sample_packing", "pad_to_sequence_len", "neat_packing"], _PACKED
+        ["sample_packing", "eval_sample_packing", "pad_to_sequence_len", "neat_packing"], PACKED
     ),
-    **dict.fromkeys(["batch_flattening", "multipack_real_batches", "padding_side"], _PACKED),
+    **dict.fromkeys(["batch_flattening", "multipack_real_batches", "padding_side"], PACKED),
     **dict.fromkeys(["truncation_strategy", "excess_length_strategy", "max_prompt_len"], _LENGTHS),
     **dict.fromkeys(["use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_v1_kernels"], _KERNELS),
     **dict.fromkeys(["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "tuner_backend"], _KERNELS),
@@ -150,7 +150,7 @@ _NO_EFFECT_BY_PREFIX = {
     **dict.fromkeys(["wandb_", "mlflow_", "comet_", "swanlab_"], _TRACKER),
     **dict.fromkeys(["unsloth_", "liger_", "flash_attn_"], _KERNELS),
     **dict.fromkeys(["kto_", "simpo_", "ppo_", "grpo_"], _OTHER_LOSS),
-    "sample_packing_": _PACKED,
+    "sample_packing_": PACKED,
 }
 _REFUSED_BY_PREFIX = {
     **dict.fromkeys(["galore_", "badam_", "apollo_", "oft_", "pissa_", "loraplus_", "vera_"], _OTHER_ADAPTER),

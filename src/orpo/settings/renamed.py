@@ -12,6 +12,7 @@ from typing import Any
 from orpo.errors import ConfigError
 from orpo.settings import other_tools
 from orpo.settings.foreign_data import EVALUATION, TRAINING, evaluation_data, training_data
+from orpo.settings.other_tools import PACKED
 
 RENAMED = other_tools.RENAMED | {
     "evaluation_strategy": "eval_strategy",
@@ -26,6 +27,7 @@ RENAMED = other_tools.RENAMED | {
     "preprocessing_num_workers": "dataset_num_proc",
     "dataset_streaming": "streaming",
     "max_seq_length": "max_length",
+    "tokens_per_row": "tokens_per_micro_batch",
     "alpha": "beta",
     "lambda": "beta",
     "lambda_orpo": "beta",
@@ -39,7 +41,6 @@ RENAMED = other_tools.RENAMED | {
 
 _LENGTHS = "a prompt that does not fit loses its oldest turns, a response is never cut"
 _POSITIONS = "the tokens that are scored are listed, nothing is masked by an id"
-_PACKED = "rows are packed without padding, pairs of any length together"
 _GONE = "transformers 5 has no such setting"
 
 NO_EFFECT = other_tools.NO_EFFECT | {
@@ -49,11 +50,11 @@ NO_EFFECT = other_tools.NO_EFFECT | {
     "truncation_side": _LENGTHS,
     "padding_value": _POSITIONS,
     "label_pad_token_id": _POSITIONS,
-    "padding_free": _PACKED,
-    "packing": _PACKED,
-    "group_by_length": _PACKED,
-    "length_column_name": _PACKED,
-    "train_sampling_strategy": _PACKED,
+    "padding_free": PACKED,
+    "packing": PACKED,
+    "group_by_length": PACKED,
+    "length_column_name": PACKED,
+    "train_sampling_strategy": PACKED,
     "remove_unused_columns": "columns that are not needed are never read",
     "label_names": "the loss is computed inside the model's call, from no label column",
     "average_tokens_across_devices": "the loss is always divided by the counts of the whole step",

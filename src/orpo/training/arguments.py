@@ -1,7 +1,7 @@
 """`ORPOConfig`: our settings joined with `transformers.TrainingArguments`, and the defaults that differ.
 
 A recipe and a Python script set the same flat keys. A default that depends on the hardware or on other
-settings is written as None and filled in here, so that "not set" can be told from "set to the default".
+settings is written as None and filled in here, so that "not set" differs from "set to the default".
 """
 
 from __future__ import annotations

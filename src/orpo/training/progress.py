@@ -25,7 +25,7 @@ class Stopwatch:
         return max(time.perf_counter() - self._started, 1e-9)
 
     def restart(self, already: float = 0.0) -> float:
-        """Start anew, as if `already` seconds had passed; returns the seconds since the last start."""
+        """Start again, as if `already` seconds had passed; returns the seconds since the last start."""
         seconds = self.seconds
         self._started = time.perf_counter() - already
         return seconds

@@ -46,7 +46,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
         args._n_gpu = 1
     if args.auto_find_batch_size:
         args.notices.append(
-            "auto_find_batch_size has no effect: tokens_per_row bounds the memory, not the batch size"
+            "auto_find_batch_size has no effect: tokens_per_micro_batch bounds the memory, not the batch size"
         )
         args.auto_find_batch_size = False
     return args
@@ -79,7 +79,7 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
 
 
 def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
-    """Settings of how a model is loaded would be passed over in silence where it is loaded already."""
+    """Settings of how a model is loaded would be ignored in silence where it is loaded already."""
     for name in settings_where(lambda facts: facts.loading):
         adapted = hasattr(model, "peft_config") and name != "model_init_kwargs"  # it has what they ask for
         if getattr(args, name) and not adapted:
@@ -187,7 +187,7 @@ def settle_evaluation(args: ORPOConfig, set_names: Sequence[str]) -> None:
 def unused(**given: Any) -> list[str]:
     """A line for each argument that was given and has no effect."""
     reasons = {
-        "data_collator": "rows are packed without padding",
+        "data_collator": "pairs are packed without padding",
         "preprocess_logits_for_metrics": "compute_metrics receives per-pair log-probs, there are no logits",
     }
     return [f"{name} has no effect: {reasons[name]}" for name, value in given.items() if value is not None]

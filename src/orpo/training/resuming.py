@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: only with the settings and the data that made it.
+"""Whether a run may resume from a checkpoint: only with the settings and the data that made it.
 
 A resumed run equals an uninterrupted one, so a change that could move a weight is refused, with the list of
 differences; `force` lets it pass.
@@ -35,7 +35,7 @@ def run_identity(args: ORPOConfig, pairs: Any) -> dict[str, Any]:
 
 
 def refuse_changes(checkpoint: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Stop where the run that made `checkpoint` was another one; a checkpoint that does not tell is let pass.
+    """Stop where the run that made `checkpoint` was another one; a checkpoint that names none may pass.
 
     Raises:
         RunError: With the list of differences.

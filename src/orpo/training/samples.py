@@ -51,9 +51,9 @@ class SampleWriter(TrainerCallback):
         samples = []
         for pair, prompt, answer in zip(shown, prompts, answers, strict=True):
             text = self._text(prompt)
-            said = before.get(text) or {"chosen": self._text(pair.chosen[pair.chosen_context :])}
-            said = said | {f"step {state.global_step}": self._text(answer)}
-            samples.append({"source": pair.source, "prompt": text, "answers": said})
+            known = before.get(text) or {"chosen": self._text(pair.chosen[pair.chosen_context :])}
+            known = known | {f"step {state.global_step}": self._text(answer)}
+            samples.append({"source": pair.source, "prompt": text, "answers": known})
         write_json(path, samples)
 
     def _text(self, tokens: Sequence[int]) -> str:
@@ -77,7 +77,7 @@ class SampleWriter(TrainerCallback):
                 pad_token_id=pad,
             )
         # By number of tokens, never by the text of the prompt, which loses its special tokens when decoded.
-        return [row[width:].tolist() for row in output]
+        return [sequence[width:].tolist() for sequence in output]
 
 
 def _step(name: str) -> int:

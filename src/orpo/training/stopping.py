@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 into a flag; a second Ctrl-C interrupts at once.
+    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 into a flag; a second Ctrl-C interrupts immediately.
 
     Attributes:
         name: Name of the signal received, or None.

@@ -1,9 +1,9 @@
 """`ORPOTrainer`: transformers.Trainer, taught what an ORPO step is.
 
-A loader item is a whole optimizer step (steps.py): `training_step` runs its rows one after the other and lets
-ranks exchange gradients in the last one. What the Trainer calls gradient accumulation therefore stays 1, and
-its step counts, schedules and epochs are those of optimizer steps. Everything else that is overridden is to
-measure over examples, to keep a run resumable, and to stop before a loss that is not a number moves a weight.
+A loader item is a whole optimizer step (steps.py): `training_step` runs its micro-batches one after the other
+and lets ranks exchange gradients in the last one. What the Trainer calls gradient accumulation therefore
+stays 1, and its step counts, schedules and epochs are those of optimizer steps. The other overrides measure
+over examples, keep a run resumable, and stop before a loss that is not a number moves a weight.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import TokenizedStream, TrainingData, read_pairs
 from orpo.engine.head import Denominators, PairScores
-from orpo.engine.memory import default_tokens_per_row
+from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
 from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
@@ -50,11 +50,11 @@ from orpo.engine.score import score
 from orpo.engine.scorer import base_model
 from orpo.engine.steps import (
     EVALUATION_BLOCK,
-    RowSettings,
+    BatchSettings,
     Step,
     StepDataset,
     StepStream,
-    split_rows,
+    split_batches,
     step_loader,
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
@@ -115,7 +115,7 @@ class ORPOTrainer(Trainer):
     objective: Objective
     stopped_by: str | None = None
     _prepared: tuple[nn.Module, Preparation] | None = None
-    _tokens_per_row = 0
+    _tokens_per_micro_batch = 0
     _evaluated_set: str | None = None  # its name, while an evaluation runs
     _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
 
@@ -138,16 +138,16 @@ class ORPOTrainer(Trainer):
         """Load what is given by name, tokenize the data, and check that they fit.
 
         Args:
-            model: A model, a PEFT model to go on with, or a name; None with `model_init`, or to take the name
-                in `args`.
+            model: A model, a PEFT model to continue with, or a name; None with `model_init`, or to take the
+                name in `args`.
             args: Settings; the defaults, if there are none.
-            data_collator: Accepted and not used: rows are packed.
+            data_collator: Accepted and not used: pairs are packed.
             train_dataset: `Dataset`, `IterableDataset` (needs `max_steps`), list of rows, file or hub name,
                 or tokenized pairs; None: what `args` names.
             eval_dataset: The same, or a dict of them; None: what `args` names, or held-out prompts, or
                 nothing.
             processing_class: Tokenizer; by default the model's.
-            model_init: Makes the model, anew in each `train`.
+            model_init: Makes the model, a fresh one in each `train`.
             callbacks: Further callbacks.
             optimizers: Optimizer and schedule instead of the settings'.
             preprocess_logits_for_metrics: Accepted and not used: there are no logits.
@@ -169,6 +169,7 @@ class ORPOTrainer(Trainer):
             data = read_for_training(train_dataset, eval_dataset, args, text_tokenizer(tokenizer), loaded)
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
+        args.text_rows = data.text_rows or args.text_rows
         settle_evaluation(args, list(data.evals))
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
@@ -177,7 +178,7 @@ class ORPOTrainer(Trainer):
         self._identity = run_identity(args, data.train_pairs)
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
         super().__init__(
             model=loaded,
             args=args,
@@ -223,7 +224,7 @@ class ORPOTrainer(Trainer):
         return recorder
 
     def _preparation(self) -> Preparation:
-        """Prepare the model for rows, once it is on its device and before it is wrapped."""
+        """Prepare the model for scoring, once it is on its device and before it is wrapped."""
         inner = base_model(self.model)
         if is_deepspeed_zero3_enabled():
             raise ConfigError(
@@ -231,13 +232,13 @@ class ORPOTrainer(Trainer):
                 " use ZeRO stage 1 or 2, or fsdp"
             )
         if self._prepared is None or self._prepared[0] is not inner:
-            # The first rank finds out which layout is exact and how long rows may be; all must plan alike.
+            # The first rank finds the exact layout and the token budget; all ranks must make the same plan.
             found: list[Any] = [None, None]
             if self.is_world_process_zero():
-                found = [self._prepare(self.args.layout, probe=True), self._row_budget()]
+                found = [self._prepare(self.args.layout, probe=True), self._token_budget()]
             if self.args.world_size > 1:
                 broadcast_object_list(found)
-            preparation, self._tokens_per_row = found
+            preparation, self._tokens_per_micro_batch = found
             if not self.is_world_process_zero():
                 self._prepare(preparation.layout, probe=False)
             for line in preparation.notices:
@@ -247,12 +248,12 @@ class ORPOTrainer(Trainer):
             self._prepared = (inner, preparation)
         return self._prepared[1]
 
-    def _row_budget(self) -> int:
+    def _token_budget(self) -> int:
         with self.accelerator.autocast():
             return (
-                self.args.tokens_per_row
-                or self._tokens_per_row
-                or default_tokens_per_row(
+                self.args.tokens_per_micro_batch
+                or self._tokens_per_micro_batch
+                or default_tokens_per_micro_batch(
                     self.model,
                     self.args.device,
                     checkpointing=bool(self.args.gradient_checkpointing),
@@ -275,12 +276,12 @@ class ORPOTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------ data
 
-    def _row_settings(self, *, evaluating: bool) -> RowSettings:
+    def _batch_settings(self, *, evaluating: bool) -> BatchSettings:
         layout = self._preparation().layout
-        return RowSettings(
+        return BatchSettings(
             objective=self.objective,
             layout=layout,
-            tokens_per_row=self._tokens_per_row,
+            tokens_per_micro_batch=self._tokens_per_micro_batch,
             rank=self.args.process_index // self.get_tp_size(),
             num_ranks=self._num_ranks,
             score_rejected=True if evaluating else None,
@@ -295,7 +296,7 @@ class ORPOTrainer(Trainer):
         """A loader of optimizer steps, not passed through `accelerator.prepare`: it is rank-aware already."""
         if self.train_dataset is None:
             raise DataError("there is no train_dataset to train on")
-        settings = self._row_settings(evaluating=False)
+        settings = self._batch_settings(evaluating=False)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         steps: StepDataset | StepStream
         if isinstance(self.train_dataset, TokenizedStream):
@@ -333,7 +334,7 @@ class ORPOTrainer(Trainer):
         pairs: Any = self.eval_dataset if eval_dataset is None else self._read(eval_dataset)
         if pairs is None:
             raise DataError("there is no eval_dataset to evaluate on")
-        settings = self._row_settings(evaluating=True)
+        settings = self._batch_settings(evaluating=True)
         return step_loader(
             StepDataset(pairs, settings, pairs_per_step=EVALUATION_BLOCK * self._num_ranks, shuffle=False)
         )
@@ -367,7 +368,7 @@ class ORPOTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run the rows of one optimizer step, forward and backward.
+        """Run the micro-batches of one optimizer step, forward and backward.
 
         Returns:
             The step's loss as the Trainer expects it: its mean over the ranks is the loss.
@@ -376,46 +377,51 @@ class ORPOTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        losses = self._run_rows(model, step)
+        losses = self._run_batches(model, step)
         loss = torch.stack(losses).sum()
         self.window.add_step(loss, step.num_tokens, self._num_ranks)
         return loss * self._num_ranks
 
-    def _run_rows(self, model: nn.Module, step: Step) -> list[Tensor]:
-        """Run all rows; where one does not fit into memory, begin again with every row split in two."""
+    def _run_batches(self, model: nn.Module, step: Step) -> list[Tensor]:
+        """Run all micro-batches; where one does not fit into memory, start again with each split in two."""
         self._last_step = step
         window = self.window.copy()
         try:
             self._last_losses = []
-            for number, row in enumerate(step.rows):
-                with self._syncing(model, last=number == len(step.rows) - 1):
-                    self._last_losses.append(self._run_row(model, row, step.denominators))
+            for number, batch in enumerate(step.batches):
+                with self._syncing(model, last=number == len(step.batches) - 1):
+                    self._last_losses.append(self._run_batch(model, batch, step.denominators))
             return self._last_losses
         except torch.OutOfMemoryError as error:
             halves = (
-                None if self.args.world_size > 1 else split_rows(step, self._row_settings(evaluating=False))
+                None
+                if self.args.world_size > 1
+                else split_batches(step, self._batch_settings(evaluating=False))
             )
             if halves is None:
                 raise RunError(
                     f"step {self.state.global_step + 1}: out of memory ({first_line(error)});"
-                    " lower tokens_per_row or max_length, or set gradient_checkpointing: true"
+                    " lower tokens_per_micro_batch or max_length, or set gradient_checkpointing: true"
                 ) from error
-        # Gradients of the rows that did fit, or of half a backward, are dropped with everything else.
+        # Gradients of micro-batches that did fit, or of half a backward, are dropped with everything else.
         self.window = window
         model.zero_grad()
         torch.cuda.empty_cache()
-        say(f"step {self.state.global_step + 1}: out of memory; again, with rows of half as many pairs")
-        return self._run_rows(model, halves)
+        say(
+            f"step {self.state.global_step + 1}: out of memory;"
+            " retrying with micro-batches of half as many pairs"
+        )
+        return self._run_batches(model, halves)
 
-    def _run_row(self, model: nn.Module, row: PackedBatch, denominators: Denominators) -> Tensor:
-        """Forward and backward of one row; returns its share of the step's loss."""
+    def _run_batch(self, model: nn.Module, batch: PackedBatch, denominators: Denominators) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's loss."""
         with self.compute_loss_context_manager():
-            output = model(batch=row.to(self.args.device, non_blocking=True), denominators=denominators)
+            output = model(batch=batch.to(self.args.device, non_blocking=True), denominators=denominators)
         # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
         scaled = output.loss * self._num_ranks
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
         self.accelerator.backward(scaled, **deepspeed)
-        if not row.empty:
+        if not batch.empty:
             self.window.add_pairs(output.pairs)
         loss_share: Tensor = output.loss.detach()
         return loss_share
@@ -426,7 +432,7 @@ class ORPOTrainer(Trainer):
 
     @contextlib.contextmanager
     def _syncing(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Let ranks exchange gradients in the last row of a step only."""
+        """Let ranks exchange gradients in the last micro-batch of a step only."""
         self.accelerator.gradient_state._set_sync_gradients(last)
         with contextlib.nullcontext() if last or self._uses_deepspeed else self.accelerator.no_sync(model):
             yield
@@ -445,16 +451,16 @@ class ORPOTrainer(Trainer):
                 weights = "go back to the last checkpoint"
             raise RunError(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm"
-                f" {float(norm)}); {weights}. {self._guilty_rows()}. Look at these rows, or lower"
+                f" {float(norm)}); {weights}. {self._guilty_pairs()}. Look at these rows, or lower"
                 " learning_rate."
             )
         return norm
 
-    def _guilty_rows(self) -> str:
-        """Where the pairs in rows without a finite loss come from, of this rank; else all of its pairs."""
+    def _guilty_pairs(self) -> str:
+        """Where this rank's pairs in micro-batches without a finite loss come from; else all of its pairs."""
         step = self._last_step
         bad = [p for p, loss in zip(step.pairs, self._last_losses, strict=True) if not torch.isfinite(loss)]
-        sources = [pair.source for row in bad or step.pairs for pair in row]
+        sources = [pair.source for pairs in bad or step.pairs for pair in pairs]
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
         which = "Rows" if bad else "All rows"
         return f"{which} of rank {self.args.process_index}: {', '.join(sources[:8])}{more}"
@@ -556,8 +562,8 @@ class ORPOTrainer(Trainer):
         return custom
 
     def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._printed:
+            self._printed.add(line)
             say(line)
 
     def _score(self, dataloader: DataLoader[Any]) -> PairScores:
@@ -614,8 +620,10 @@ class ORPOTrainer(Trainer):
         state: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint)
         self.window.restore(state.get("window"))
         if checkpoint is not None:
-            if self.args.tokens_per_row is None:  # other rows would round otherwise than the run so far
-                self._tokens_per_row = state.get("tokens_per_row", self._tokens_per_row)
+            if self.args.tokens_per_micro_batch is None:  # another budget would round differently
+                self._tokens_per_micro_batch = state.get(
+                    "tokens_per_micro_batch", self._tokens_per_micro_batch
+                )
             settings["eval_on_start"] = False
         with self.stop_signal.caught(), _changed(self.args, **settings):
             self.stopwatch.restart(state.get("window_seconds", 0.0))
@@ -640,7 +648,7 @@ class ORPOTrainer(Trainer):
         return checkpoint
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as the Trainer does, but into a folder beside, renamed when whole; then delete old ones."""
+        """Save as the Trainer does, but into a folder that is renamed when whole; then delete old ones."""
         run = RunDirectory(Path(self._get_output_dir(trial)))
         target = run.checkpoint(self.state.global_step)
         window = self.window.fold(self._reduce)
@@ -666,7 +674,7 @@ class ORPOTrainer(Trainer):
                         "window": window,
                         "window_seconds": self.stopwatch.seconds,
                         "run": self._identity,
-                        "tokens_per_row": self._tokens_per_row,
+                        "tokens_per_micro_batch": self._tokens_per_micro_batch,
                     },
                 )
         if self.args.should_save:
@@ -679,7 +687,7 @@ class ORPOTrainer(Trainer):
             self._push_from_checkpoint(str(target))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Say what a checkpoint lacks; a weight that is tied to another has no place of its own there."""
+        """Say what a checkpoint lacks; a weight that is tied to another is not stored there twice."""
         tied = getattr(base_model(self.model), "all_tied_weights_keys", {})
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)

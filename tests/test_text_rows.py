@@ -1,0 +1,103 @@
+"""Rows of plain texts train as what `orpo chat` asks: through the template, or without one on both ways."""
+
+import io
+import json
+
+import pytest
+import tiny_models
+from tiny_tokenizer import tiny_tokenizer
+
+from orpo.cli import main
+from orpo.data.source import read_pairs, read_training
+from orpo.data.text_rows import decide
+from orpo.evaluation.generation import ChatModel
+from orpo.pairs import PreferencePair
+from orpo.settings.config import OrpoSettings
+
+QUESTIONS = [
+    {"prompt": f"Convert {n} kilometers to meters.", "chosen": f"{n}000 meters.", "rejected": "Look it up."}
+    for n in range(12)
+]
+CONTINUED = [{"prompt": f"Color {n} is", "chosen": " blue.", "rejected": " green."} for n in range(12)]
+HEADED = [
+    {"prompt": f"### Question: {n}?\n### Response:\n", "chosen": "a", "rejected": "b"} for n in range(12)
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def first(data, tokenizer, **settings):
+    read = read_pairs(data, OrpoSettings(**settings), tokenizer)
+    pair = read.pairs[0]
+    return tokenizer.decode([*pair.prompt, *pair.chosen]), read.lines()
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "expected"),
+    [
+        (QUESTIONS, True, "chat"),
+        (QUESTIONS, False, "plain"),
+        (CONTINUED, True, "plain"),
+        (HEADED, True, "plain"),
+        ([QUESTIONS[0], *CONTINUED], True, "plain"),
+    ],
+)
+def test_the_rows_decide(rows, template, expected):
+    pairs = [PreferencePair(**row) for row in rows]
+    assert decide(pairs, has_template=template) == expected
+
+
+def test_a_named_file_of_questions_is_rendered_and_says_so(tmp_path):
+    tokenizer = tiny_tokenizer("chatml")
+    data = write(tmp_path / "pairs.jsonl", QUESTIONS)
+    text, lines = first(data, tokenizer)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTIONS[0]["prompt"]}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == asked + "0000 meters.<|im_end|>"
+    assert any("text_rows: plain takes them as they are" in line for line in lines)
+    for settings in ({"text_rows": "plain"}, {"data_format": "standard"}):
+        plain, lines = first(data, tokenizer, **settings)
+        assert plain.startswith("Convert 0 kilometers to meters.0000 meters.")
+        assert any("text_rows: chat reads them" in line for line in lines)
+
+
+def test_rows_from_python_keep_the_reading_of_trl_and_say_so():
+    text, lines = first(QUESTIONS, tiny_tokenizer("chatml"))
+    assert "<|im_start|>" not in text
+    assert any("text_rows: chat reads them" in line for line in lines)
+    assert "<|im_start|>user" in first(QUESTIONS, tiny_tokenizer("chatml"), text_rows="chat")[0]
+
+
+def test_evaluation_pairs_are_read_as_the_training_pairs_were(tmp_path):
+    """A few held-out rows must not decide otherwise than the set they are held out for."""
+    train, held_out = write(tmp_path / "train.jsonl", QUESTIONS), write(tmp_path / "held.jsonl", CONTINUED)
+    settings = OrpoSettings(dataset_name=train, eval_dataset_name=held_out)
+    data = read_training(None, None, settings, tiny_tokenizer("chatml"), evaluates=True)
+    assert data.text_rows == "chat"
+    assert data.eval_pairs.chat_template is not None
+
+
+@pytest.mark.parametrize("reading", ["chat", "plain"])
+def test_a_run_remembers_how_it_asked_and_chat_and_eval_ask_the_same_way(
+    tmp_path, reading, monkeypatch, capsys
+):
+    tokenizer = tiny_tokenizer("chatml")
+    tiny_models.build("Llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = write(tmp_path / "pairs.jsonl", QUESTIONS)
+    run = str(tmp_path / "run")
+    words = ["--model_name_or_path", str(tmp_path / "base"), "--dataset_name", data, "--output_dir", run]
+    words += ["--max_steps", "1", "--eval_split", "0", "--text_rows", reading]
+    assert main(["train", *words]) == 0
+    chat = ChatModel.load(run)
+    assert (chat.template is not None) == (reading == "chat")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Convert 1 kilometer.\n"))
+    assert main(["chat", run, "--max_tokens", "2"]) == 0
+    assert ("it continues your text as it is" in capsys.readouterr().err) == (reading == "plain")
+    assert main(["eval", run, "--data", data]) == 0
+    said = "through the chat template" if reading == "chat" else "without a chat template"
+    assert said in capsys.readouterr().out
