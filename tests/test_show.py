@@ -202,6 +202,20 @@ def test_a_row_is_read_in_the_format_of_its_data_set():
         assert decode(tiny_tokenizer(), row.pairs[0].chosen).startswith("Q: yes")
 
 
+def test_texts_are_read_as_all_rows_of_their_data_set_decide(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    asks, continues = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}, TEXTS
+    for rest, template in (([asks] * 600, "the tokenizer's own; "), ([continues] * 600, "None")):
+        rows = [*([asks] * 150), *([continues] * 150), *rest]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for index in (0, 200):
+            row = shown(file, index)
+            assert str(row.template).startswith(template)
+            assert any("text_rows: " in notice for notice in row.notices)
+    assert shown(file, 0, text_rows="chat").template.startswith("the tokenizer's own; ")
+    assert shown(file, 0, data_format="standard").template is None
+
+
 def test_what_happened_to_other_rows_is_not_said_of_a_row():
     long = ROW | {"prompt": [turn("user", "word " * 80), turn("assistant", "Yes."), turn("user", "Hi")]}
     empty = ROW | {"chosen": [turn("assistant", " ")]}
@@ -384,9 +398,10 @@ def test_the_command_prints_a_pair_of_the_demo_and_writes_its_page(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("row         train.jsonl:1\nformat      standard (")
-    assert "prompt: 26 tokens\nnot trained «<|startoftext|>»Rewrite the following" in done.stdout
-    assert "NLL + odds  The fact is that he was late.«<|endoftext|>»" in done.stdout
-    assert "odds        Face it, he was late.«<|endoftext|>»" in done.stdout
+    assert "note        texts are read as a user turn and an answer" in done.stdout
+    assert "prompt: 29 tokens\nnot trained «<|startoftext|>»«<|user|>»Rewrite the following" in done.stdout
+    assert "NLL + odds  The fact is that he was late.«<|end|>»" in done.stdout
+    assert "odds        Face it, he was late.«<|end|>»" in done.stdout
     *lines, last = done.stdout.splitlines()
     assert max(map(cell_len, lines)) <= 80
     assert last == f"page        {page}"
@@ -434,6 +449,21 @@ def test_a_recipe_decides_and_the_command_line_beats_it(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "rejected: 7 tokens, 7 in the odds" in text
     assert "in the NLL" not in text
+
+
+def test_a_split_of_the_recipe_is_for_its_own_data_alone(tmp_path, capsys):
+    recipe, own, other = tmp_path / "recipe.yaml", tmp_path / "own", tmp_path / "other"
+    for folder in (own, other):
+        folder.mkdir()
+        for split in ("train", "test"):
+            (folder / f"{split}.jsonl").write_text(json.dumps(ROW) + "\n")
+    named = f"model_name_or_path: {DEMO / 'model'}\ndataset_name: {own}\n"
+    recipe.write_text(named + "dataset_train_split: test\n")
+    for folder, source in ((own, "test.jsonl:1"), (other, "train.jsonl:1")):
+        assert cli.main(["data", "show", str(folder), "--recipe", str(recipe)]) == 0
+        said = capsys.readouterr()
+        assert said.out.startswith(f"row         {source}\n")
+        assert ("dataset_train_split: of " in said.err) == (folder == other)
 
 
 def test_a_run_directory_shows_what_it_trained_on(tmp_path, capsys):

@@ -51,18 +51,17 @@ def _add_show(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run_show(args: argparse.Namespace) -> int:
     """Read one row, print it, and write the page."""
-    from orpo.run.checkpoints import model_folder
-    from orpo.run.directory import RunDirectory
+    from orpo.run.checkpoints import model_folder, run_recipe
     from orpo.settings.config import OrpoSettings, check_recipe, inherited_by_evaluation, resolve_objective
     from orpo.settings.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, overrides=args.settings)
+    recipe = load_recipe(args.recipe, overrides=[*args.settings, "--dataset_name", args.data])
     for notice in recipe.notices:
         say(notice, error=True)
     model = args.model or recipe.settings.get("model_name_or_path")
     if not model:
         raise ConfigError("no model is named, and a pair has the tokens of one; add --model M")
-    given = inherited_by_evaluation(RunDirectory(Path(model)).read_recipe()) | recipe.settings
+    given = inherited_by_evaluation(run_recipe(model)) | recipe.settings
     check_recipe(given)
     settings = OrpoSettings.from_recipe(given)
     objective, _ = resolve_objective(settings)

@@ -17,7 +17,8 @@ from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE
 from orpo.data.named_templates import DEFAULT
 from orpo.data.rows import RawRow, read_rows
-from orpo.data.source import ReadPairs, read_pairs
+from orpo.data.source import ReadPairs, read_pairs, text_rows_of
+from orpo.data.text_rows import LINES
 from orpo.errors import DataError
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import OrpoSettings
@@ -28,10 +29,19 @@ _FIRST = "row:0"
 
 @dataclass(frozen=True, slots=True)
 class FoundRow:
-    """A row, and the first rows of its data set but for itself, from which the format is detected."""
+    """A row and its data set.
+
+    Attributes:
+        row: As it lies there.
+        others: The first rows of the set but for this one, from which the format is detected.
+        data: The set.
+        split: Of the set.
+    """
 
     row: RawRow
     others: tuple[RawRow, ...]
+    data: Any
+    split: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +95,7 @@ def find_row(data: Any, row: str | int, settings: OrpoSettings, split: str | Non
         if found is not None and len(head) == SAMPLE - 1:
             break
     if found is not None:
-        return FoundRow(found, tuple(head))
+        return FoundRow(found, tuple(head), data, split)
     rows = (
         f"it has {number}, --row 0 to {number - 1}, the first from {head[0].source}"
         if head
@@ -113,11 +123,13 @@ def read_row(
         return OneRow(source=source, outcomes=(("malformed", str(found.row.data)),))
     rows = [found.row, *(row for row in found.others if not isinstance(row.data, DataError))]
     lenient = replace(settings, on_bad_row="skip", max_dropped=1.0, dataset_num_proc=None)
-    try:
-        read = read_pairs([row.data for row in rows], lenient, tokenizer, stop_tokens=stop_tokens)
-    except DataError as error:
-        line = re.sub(r"\brow:(\d+)", lambda place: rows[int(place[1])].source, str(error))
-        raise DataError(line) from None
+    read = _read(rows, lenient, tokenizer, stop_tokens)
+    notices = list(read.pairs.notices)
+    if settings.text_rows is None and any(pair.is_text for pair in read.preferences):
+        # All rows of the set decide about this together.
+        decided = text_rows_of(found.data, lenient, tokenizer, split=found.split)
+        read = _read(rows, replace(lenient, text_rows=decided), tokenizer, stop_tokens)
+        notices = [*([LINES[decided]] if decided else []), *read.pairs.notices]
     assert read.counts is not None
     index = [number for number, name in enumerate(read.pairs.sources) if name == _FIRST]
     detected = next(iter(read.formats.values()))
@@ -129,8 +141,19 @@ def read_row(
         unused_columns=tuple(name for names in read.unused_columns.values() for name in names),
         template=_template(read, settings, tokenizer),
         template_text=read.pairs.chat_template,
-        notices=tuple(read.pairs.notices),
+        notices=tuple(notices),
     )
+
+
+def _read(
+    rows: Sequence[RawRow], settings: OrpoSettings, tokenizer: Any, stop_tokens: Sequence[int]
+) -> ReadPairs:
+    """Read rows from memory; errors name them by their own sources."""
+    try:
+        return read_pairs([row.data for row in rows], settings, tokenizer, stop_tokens=stop_tokens)
+    except DataError as error:
+        line = re.sub(r"\brow:(\d+)", lambda place: rows[int(place[1])].source, str(error))
+        raise DataError(line) from None
 
 
 def _outcomes(counts: RowCounts) -> tuple[tuple[str, str], ...]:

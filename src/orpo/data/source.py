@@ -181,6 +181,11 @@ def read_pairs(
     return reading.tokenized(reading.preferences(data, split, name), name)
 
 
+def text_rows_of(data: Any, settings: OrpoSettings, tokenizer: Any, *, split: str | None) -> TextRows | None:
+    """How `read_pairs` takes the plain texts of a set; None where there are none."""
+    return _Reading(settings, tokenizer, ()).preferences(data, split, EVALUATION).text_rows
+
+
 def read_training(
     train: Any,
     evals: Any,
