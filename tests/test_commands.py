@@ -110,6 +110,7 @@ def test_a_run_tells_format_counts_plan_and_result(trained):
         "torch_dtype (recipe.yaml:2): now called dtype",
         "max_prompt_length (recipe.yaml:5): no effect",
         "format conversational",
+        "chosen     ",
         "dropped 1: chosen and rejected are identical (first: train.jsonl:41)",
         "data       40 pairs",
         "held out   15 pairs",

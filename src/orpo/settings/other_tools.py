@@ -72,9 +72,7 @@ NO_EFFECT = {
     **dict.fromkeys(["dataset_prepared_path", "tokenized_path", "overwrite_cache"], _CACHE),
     **dict.fromkeys(["load_from_cache_file", "preprocessing_batch_size", "lazy_tokenize"], _CACHE),
     **dict.fromkeys(["dataset_keep_in_memory", "skip_prepare_dataset", "download_mode"], _CACHE),
-    **dict.fromkeys(
-        ["sample_packing", "eval_sample_packing", "pad_to_sequence_len", "neat_packing"], PACKED
-    ),
+    **dict.fromkeys(["sample_packing", "eval_sample_packing", "pad_to_sequence_len", "neat_packing"], PACKED),
     **dict.fromkeys(["batch_flattening", "multipack_real_batches", "padding_side"], PACKED),
     **dict.fromkeys(["truncation_strategy", "excess_length_strategy", "max_prompt_len"], _LENGTHS),
     **dict.fromkeys(["use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_v1_kernels"], _KERNELS),

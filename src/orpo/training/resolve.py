@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.named_templates import tokens_to_add
-from orpo.data.source import SavedTemplate, TrainingData, read_training
+from orpo.data.show import first_pair_lines
+from orpo.data.source import ReadPairs, SavedTemplate, TrainingData, read_training
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
@@ -155,6 +157,15 @@ def read_for_training(
     evaluates = args.eval_strategy != IntervalStrategy.NO
     stops = stop_token_ids(model)
     return read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+
+
+def opening_lines(args: ORPOConfig, data: TrainingData, processing_class: Any) -> list[str]:
+    """What a run says first: how settings and rows were understood, and the first pair as it trains."""
+    lines = [*args.notices, *data.lines()]
+    if isinstance(data.train, ReadPairs) and data.train.counts is not None:
+        width = shutil.get_terminal_size((100, 24)).columns
+        lines += first_pair_lines(data.train.pairs[0], text_tokenizer(processing_class), width)
+    return lines
 
 
 def keep_template(template: SavedTemplate, processing_class: Any, model: Any) -> None:

@@ -79,6 +79,7 @@ from orpo.training.resolve import (
     add_template_tokens,
     check_model,
     keep_template,
+    opening_lines,
     own_arguments,
     read_for_training,
     resolve_model,
@@ -197,7 +198,7 @@ class ORPOTrainer(Trainer):
         ignored = unused(
             data_collator=data_collator, preprocess_logits_for_metrics=preprocess_logits_for_metrics
         )
-        for line in [*args.notices, *data.lines(), *ignored]:
+        for line in [*opening_lines(args, data, tokenizer), *ignored]:
             say(line)
 
     # ------------------------------------------------------------------------------------ setting up
