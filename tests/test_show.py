@@ -244,8 +244,11 @@ def test_where_no_row_can_be_used_the_error_names_the_rows_by_their_own_lines(tm
     file.write_text("\n\n" + json.dumps(TEXTS | {"chosen": " "}) + "\n")
     for more in ("", "{not json\n"):
         file.write_text(file.read_text() + more)
-        with pytest.raises(DataError, match=r"1: empty chosen answer \(first: pairs.jsonl:3\)$"):
+        with pytest.raises(DataError) as raised:
             shown(file, 0)
+        assert str(raised.value).endswith(
+            "no row can be used: dropped 1: empty chosen answer (first: pairs.jsonl:3)"
+        )
 
 
 def test_every_pair_of_a_row_is_shown():
