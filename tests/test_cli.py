@@ -106,6 +106,10 @@ def test_a_typing_error_in_a_recipe_is_answered_in_under_a_second(tmp_path):
             ["--model_name_or_path", "x", "--dataset_name", "y", "--deepspeed", "z.json"],
             "deepspeed needs deepspeed, which is not installed",
         ),
+        (
+            ["--model_name_or_path", "x", "--dataset_name", "y", "--fsdp", "full_shard"],
+            "fsdp shards a model over several processes, and this is one; start it with `torchrun",
+        ),
     ],
 )
 def test_what_a_run_lacks_is_said_before_anything_heavy(words, expected):

@@ -1,22 +1,27 @@
 """The run directory: records of any name survive writing and reading, older files are refused in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from orpo.console import say, say_error
 from orpo.errors import DataError, ModelError
+from orpo.report.page import write_report
+from orpo.run.card import write_model_card
 from orpo.run.checkpoints import model_folder
 from orpo.run.directory import RunDirectory, read_run
 from orpo.run.log import Figure, Record, append_record, flat, flat_name, read_records, write_records
 
 names = st.text(st.characters(codec="utf-8"), min_size=0, max_size=12)
 figures = st.dictionaries(
-    names.filter(lambda name: not name.endswith("_se")),
+    names | st.sampled_from(["loss_se", "_se"]),
     st.builds(Figure, st.floats(-9, 9), st.none() | st.floats(0, 9)),
     max_size=3,
 )
@@ -46,7 +51,11 @@ def test_records_are_read_as_they_were_written(tmp_path_factory, written):
         {"step": 3, "eval_loss": 2.0, "eval_loss_se": 0.1},
         {"step": 3, "kind": "eval", "metrics": {"loss": 2.0, "loss_se": 0.1}},
         {"step": 3, "kind": "train", "metrics": {"loss": [2.0, 0.1]}},
+        {"step": 3, "kind": "train", "metrics": None},
         {"step": 3, "kind": "train", "unheard": 1},
+        {"step": 3, "kind": "eval", "metrics": {"loss": 2.0}},
+        {"step": 3, "kind": "eval", "set": ["hh"], "num_pairs": 9},
+        {"step": "3", "kind": "train"},
         ["a list"],
     ],
 )
@@ -111,6 +120,53 @@ def test_a_damaged_newest_checkpoint_is_used_by_nobody(tmp_path, capsys):
     (whole / "config.json").unlink()
     with pytest.raises(ModelError, match="no whole checkpoint"):
         model_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("weights", [None, b"", b"cut"])
+def test_a_model_that_was_not_saved_whole_is_replaced_by_the_newest_whole_checkpoint(
+    tmp_path, capsys, weights
+):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    for folder in (tmp_path, checkpoint):
+        (folder / "config.json").write_text("{}")
+        save_file({"weight": np.zeros(3, dtype=np.float32)}, folder / "model.safetensors")
+    assert model_folder(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if weights is not None:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+    assert model_folder(str(tmp_path)) == str(checkpoint)
+    assert capsys.readouterr().out.endswith(f"; using {checkpoint}\n")
+    shutil.rmtree(checkpoint)
+    assert model_folder(str(tmp_path)) == str(tmp_path), "what loads it says what is wrong"
+
+
+def test_a_checkpoint_that_a_run_lacks_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    append_record(RunDirectory(tmp_path / "run").log, Record(step=1, kind="train"))
+    with pytest.raises(ModelError, match="run/checkpoint-9: there is no such folder"):
+        model_folder("run/checkpoint-9")
+    assert model_folder("organisation/model") == "organisation/model"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("environment.json", b"[]"), ("samples.json", b"{}"), ("eval-hh.json", b"3"), ("report.json", b"[]"),
+     ("eval-hh.json", b'{"num_pairs": 3, "accuracy": 0.5, "accuracy_se": 0.1}'),
+     ("metrics.jsonl", b"\xff\xfe"), ("recipe.yaml", b"\xff\xfe"), ("data_report.json", b"\xff\xfe")],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, name, content):
+    RunDirectory(tmp_path).log.write_text("")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        write_report(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_set_of_any_name_keeps_the_table_of_the_card_whole(tmp_path):
+    write_model_card(tmp_path, {}, [("accuracy, a|b\n<c>", "1.0")])
+    assert "\n| accuracy, a\\|b &lt;c> | 1.0 |\n" in (tmp_path / "README.md").read_text()
 
 
 def test_evaluations_are_found_by_name(tmp_path):

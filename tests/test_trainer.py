@@ -415,15 +415,15 @@ def test_whatever_compute_metrics_calls_its_numbers_they_are_recorded(tmp_path, 
     def compute(prediction):
         return {
             "helpful/accuracy": np.float32(0.5), "my_nll_loss": 1, "eval_prefixed": 2.0, "margin": 7.0,
-            "table": [1, 2],
+            "table": [1, 2], "my_se": np.array(3.0), 8: torch.tensor(4.0),
         }  # fmt: skip
 
     trainer = tiny_trainer(tmp_path, evaluation=random_pairs(3), arguments={"compute_metrics": compute})
     flat = trainer.evaluate()
     assert flat["eval_prefixed"] == 2.0 and flat["eval_table"] == [1, 2] and flat["eval_margin"] == 7.0
     (record,) = read_run(tmp_path).records
-    found = {name: record.metrics[name].mean for name in ("helpful/accuracy", "my_nll_loss", "prefixed")}
-    assert found == {"helpful/accuracy": 0.5, "my_nll_loss": 1, "prefixed": 2.0}
+    expected = {"helpful/accuracy": 0.5, "my_nll_loss": 1, "prefixed": 2.0, "my_se": 3.0, "8": 4.0}
+    assert {name: record.metrics[name].mean for name in expected} == expected
     trainer.evaluate()
     printed = capsys.readouterr().out
     assert printed.count("compute_metrics: 'table' is no number, so it is not recorded") == 1

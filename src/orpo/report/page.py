@@ -161,15 +161,18 @@ def _saved_evaluations(runs: list[Run]) -> str:
     tables = []
     for name, result in run.saved_evaluations.items():
         columns = [
-            (one.name, figures_from_json(one.saved_evaluations[name]["metrics"], f"{one.name}: {name}"))
-            for one in [*runs[1:], run]
-            if name in one.saved_evaluations
+            (one.name, _saved_figures(one, name)) for one in [*runs[1:], run] if name in one.saved_evaluations
         ]
         caption = f"{result['num_pairs']:,} pairs of {result['data']}; ± one standard error over prompts."
         tables.append(
             _numbers_table(f"Evaluation: {name}", columns, caption, one_objective=len(columns) == 1)
         )
     return f'<section id="evaluations">{"".join(tables)}</section>' if tables else ""
+
+
+def _saved_figures(run: Run, name: str) -> Figures:
+    result = run.saved_evaluations[name]
+    return figures_from_json(result.get("metrics"), f"{run.name}: evaluation {name!r}")
 
 
 def _numbers_table(

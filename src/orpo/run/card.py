@@ -38,11 +38,16 @@ with ORPO ([Hong, Lee and Thorne, 2024](https://arxiv.org/abs/2403.07691)): one 
 Made with `orpo` {orpo.__version__} and transformers {version("transformers")}.
 """
     if results:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in results)
+        rows = "\n".join(f"| {_cell(name)} | {value} |" for name, value in results)
         text += f"\n## On held-out pairs, after {step} steps\n\n| | |\n|---|---|\n{rows}\n"
     text += f"\n## Recipe\n\n```yaml\n{dump_yaml(public)}```\n"
     folder.mkdir(parents=True, exist_ok=True)
     ModelCard(text).save(RunDirectory(folder).card)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end its cell of a Markdown table: sets of pairs may have any name."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _metadata(folder: Path, recipe: Mapping[str, Any]) -> str:

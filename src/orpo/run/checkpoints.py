@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ _NEEDED = {
     "rng_state*.pth": "the random number generators",
 }
 _OPTIMIZER = ("optimizer*", "global_step*")
-_WEIGHTS = ("*.safetensors", "pytorch_model*", "global_step*")
+_WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model*", "global_step*")
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -86,15 +86,21 @@ def _damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if (folder / name).stat().st_size != size:
             return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+    return _model_damage(folder) or _first_unreadable(folder.iterdir())
+
+
+def _model_damage(folder: Path) -> str | None:
+    """What is wrong with the weights of a folder; None where nothing is."""
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         return "the weights are missing"
-    return next((problem for path in sorted(folder.iterdir()) if (problem := _unreadable(path))), None)
+    return _first_unreadable(folder.glob("*.safetensors"))
 
 
 def model_folder(name: str) -> str:
     """Where the model of a run directory is; any other name is returned as it is.
 
-    An unfinished run has its model in its newest whole checkpoint, the one that training would resume from.
+    An unfinished run has its model in its newest whole checkpoint, the one that training would resume from;
+    so has a run whose own weights are missing or damaged, for instance by an interrupted save.
 
     Raises:
         ModelError: A folder that holds no model, or a name that can only be a folder's and there is none.
@@ -102,18 +108,25 @@ def model_folder(name: str) -> str:
     folder = Path(name).expanduser()
     if not folder.is_dir() and _must_be_a_folder(name):
         raise ModelError(f"{name}: there is no such folder")
-    if not folder.is_dir() or holds_model(folder):
-        return str(folder) if folder.is_dir() else name
-    checkpoint = last_checkpoint(folder, resumable=False)
+    if not folder.is_dir():
+        return name
+    problem = _model_damage(folder) if holds_model(folder) else "there is no model"
+    checkpoint = last_checkpoint(folder, resumable=False) if problem else None
+    if problem is None or (checkpoint is None and holds_model(folder)):
+        return str(folder)
     if checkpoint is None:
         raise ModelError(f"{name}: this folder holds no model, no adapter and no whole checkpoint")
+    if holds_model(folder):
+        say(f"{name}: {problem}; using {checkpoint}")
     return str(checkpoint)
 
 
 def _must_be_a_folder(name: str) -> bool:
     """Whether this is no hub name: else a typing error in `runs/first` would be looked for on the hub."""
     parent = Path(name).parent
-    has_runs = parent != Path(".") and any(RunDirectory(path).is_run() for path in parent.glob("*"))
+    has_runs = parent != Path(".") and any(
+        RunDirectory(path).is_run() for path in (parent, *parent.glob("*"))
+    )
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or has_runs
 
 
@@ -126,6 +139,10 @@ def run_recipe(name: str) -> dict[str, Any]:
 def base_model_name(name: str) -> str | None:
     """What the model of a run was trained from, as its recipe or adapter says; None where neither does."""
     return run_recipe(name).get("model_name_or_path") or adapter_base(name)
+
+
+def _first_unreadable(paths: Iterable[Path]) -> str | None:
+    return next((problem for path in sorted(paths) if (problem := _unreadable(path))), None)
 
 
 def _unreadable(path: Path) -> str | None:

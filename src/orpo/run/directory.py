@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from orpo.errors import DataError
-from orpo.run.log import Record, read_records
+from orpo.run.log import Record, read_records, read_text
 
 RECIPE = "recipe.yaml"
 MODEL_CONFIG = "config.json"
@@ -116,7 +116,7 @@ class RunDirectory:
         if not self.recipe.exists():
             return {}
         try:
-            recipe = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+            recipe = yaml.safe_load(read_text(self.recipe))
         except yaml.YAMLError:
             raise DataError(f"{self.recipe}: not valid YAML") from None
         return recipe if isinstance(recipe, dict) else {}
@@ -232,17 +232,21 @@ def adapter_base(folder: str | Path) -> str | None:
 
 
 def read_json(path: Path, missing: Any) -> Any:
-    """The value in a JSON file; `missing` where there is none.
+    """The value in a JSON file, of the type of `missing`, which is returned where there is no file.
 
     Raises:
-        DataError: The file is not JSON.
+        DataError: The file is not JSON, or holds another type of value.
     """
     if not path.exists():
         return missing
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON") from None
+    if not isinstance(value, type(missing)):
+        expected = "an object" if isinstance(missing, dict) else "a list"
+        raise DataError(f"{path}: not a file of this package; expected {expected}")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -48,18 +48,21 @@ def figures_to_json(figures: Figures) -> dict[str, Any]:
     return {name: figure.to_json() for name, figure in figures.items()}
 
 
-def figures_from_json(values: Mapping[str, Any], where: object) -> dict[str, Figure]:
-    """Inverse of `figures_to_json`.
+def figures_from_json(values: Any, where: object) -> dict[str, Figure]:
+    """Figures of a saved result, as `figures_to_json` has written them.
 
     Raises:
         DataError: A value is no figure: damaged, or of version 0.1 of this package; `where` is named.
     """
-    flat_errors = any(name.endswith("_se") for name in values)
-    if flat_errors or not all(is_number(_mean(value)) for value in values.values()):
+    if not _are_figures(values) or any(name.endswith("_se") for name in values):
         raise DataError(
             f"{where}: not the figures of this version of orpo; delete the file and make it again"
         )
     return {name: Figure.from_json(value) for name, value in values.items()}
+
+
+def _are_figures(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(is_number(_mean(value)) for value in values.values())
 
 
 def _mean(value: Any) -> Any:
@@ -101,9 +104,20 @@ class Record:
         return line | ({"metrics": figures_to_json(self.metrics)} if self.metrics else {})
 
     @classmethod
-    def from_json(cls, line: Mapping[str, Any], where: object = "record") -> Record:
-        """Inverse of `to_json`."""
-        return cls(**(dict(line) | {"metrics": figures_from_json(line.get("metrics", {}), where)}))
+    def from_json(cls, line: Mapping[str, Any]) -> Record:
+        """Inverse of `to_json`.
+
+        Raises:
+            TypeError: A value has another type than the record's.
+        """
+        values = line.get("metrics", {})
+        if not _are_figures(values):
+            raise TypeError("its metrics are no numbers")
+        record = cls(**{**line, "metrics": {name: Figure.from_json(value) for name, value in values.items()}})
+        counted = record.num_pairs if record.kind == "eval" else record.step
+        if not (isinstance(record.step, int) and isinstance(record.set, str) and isinstance(counted, int)):
+            raise TypeError("its step, set or num_pairs has another type")
+        return record
 
 
 def flat_name(metric: str, set_name: str = "") -> str:
@@ -123,6 +137,18 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: damaged (not UTF-8 text)") from None
+
+
 def read_records(path: Path) -> list[Record]:
     """Read the records of a file; none where there is no file. A last line cut short by a crash is left out.
 
@@ -132,7 +158,7 @@ def read_records(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
@@ -151,7 +177,7 @@ def _record(line: Any, where: str) -> Record:
             " move the file away to continue without its curves"
         )
     try:
-        return Record.from_json(line, where)
+        return Record.from_json(line)
     except (TypeError, KeyError) as error:
         raise DataError(f"{where}: damaged record ({error}); delete this line") from None
 

@@ -17,7 +17,8 @@ def check_needs(settings: Mapping[str, Any]) -> None:
     """Stop before anything heavy where something that a run needs is missing.
 
     Raises:
-        ConfigError: No model, no data, a package that is not installed, or no credentials for the hub.
+        ConfigError: No model, no data, a package that is not installed, one process where several are needed,
+            or no credentials for the hub.
     """
     for key, example in _EXAMPLES.items():
         if not settings.get(key):
@@ -25,6 +26,11 @@ def check_needs(settings: Mapping[str, Any]) -> None:
     for package, reason in _packages(settings):
         if find_spec(package) is None:
             raise ConfigError(f"{reason} needs {package}, which is not installed; pip install {package}")
+    if settings.get("fsdp") and "RANK" not in os.environ:
+        raise ConfigError(
+            "fsdp shards a model over several processes, and this is one; start it with"
+            " `torchrun --nproc_per_node N -m orpo train ...`, or write --fsdp '' to train in one process"
+        )
     if settings.get("push_to_hub"):
         _check_hub(settings)
 

@@ -554,7 +554,8 @@ class ORPOTrainer(Trainer):
         if self.compute_metrics is None:
             return {}
         found = denumpify_detensorize(self.compute_metrics(predictions))
-        custom = {name.removeprefix(f"{prefix}_"): value for name, value in found.items()}
+        found = {name: _item(value) for name, value in found.items()}
+        custom = {str(name).removeprefix(f"{prefix}_"): value for name, value in found.items()}
         for name, value in custom.items():
             if not is_number(value):
                 self._say_once(f"compute_metrics: {name!r} is no number, so it is not recorded")
@@ -772,6 +773,11 @@ class _StopBetweenSteps(TrainerCallback):
         if self.trainer.stopped_by is not None:
             # The end of `train` would load the best checkpoint, and at save_total_limit=1 delete this one.
             state.best_model_checkpoint = None
+
+
+def _item(value: Any) -> Any:
+    """An array without dimensions as its number; any other value as it is."""
+    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
 @contextlib.contextmanager
