@@ -105,6 +105,15 @@ def test_folders_import_in_one_order(path):
         assert other == own or FLOOR[other] < FLOOR[own], f"{ids(path)} imports {module}"
 
 
+def test_modules_are_imported_by_their_full_names():
+    """The other rules read these names: a relative or a computed import would pass them by."""
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level], path
+        computed = {"importlib.import_module", "importlib"} & imported(tree)
+        assert not computed or path == PACKAGE / "__init__.py", ids(path)
+
+
 def test_no_modules_import_each_other():
     graph = {name: own_imports(path) for name, path in NAMES.items() if name != "orpo"}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
