@@ -52,7 +52,7 @@ def test_length_bias_counts_responses_only():
     assert length_bias(TokenizedDataset.from_pairs(tokens[3:])) is None
     report = find([pair("P", "a", "b", "t")], tokenized=TokenizedDataset.from_pairs(tokens))
     assert report.lines() == [
-        "chosen answers are +0.3 tokens longer on average (standard error 0.9); "
+        "chosen answers are 0.3 tokens longer on average (standard error 0.9); "
         "the longer answer is the chosen one in 50% of the pairs"
     ]
 

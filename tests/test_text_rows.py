@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import tiny_models
@@ -81,6 +82,11 @@ def test_evaluation_pairs_are_read_as_the_training_pairs_were(tmp_path):
     assert data.eval_pairs.chat_template is not None
 
 
+def moved_checkpoint(run, folder):
+    """A checkpoint that somebody copied out of its run directory."""
+    return shutil.copytree(f"{run}/checkpoint-1", folder / "best")
+
+
 @pytest.mark.parametrize("reading", ["chat", "plain"])
 def test_a_run_remembers_how_it_asked_and_chat_and_eval_ask_the_same_way(
     tmp_path, reading, monkeypatch, capsys
@@ -97,7 +103,10 @@ def test_a_run_remembers_how_it_asked_and_chat_and_eval_ask_the_same_way(
     assert (chat.template is not None) == (reading == "chat")
     monkeypatch.setattr("sys.stdin", io.StringIO("Convert 1 kilometer.\n"))
     assert main(["chat", run, "--max_tokens", "2"]) == 0
-    assert ("it continues your text as it is" in capsys.readouterr().err) == (reading == "plain")
+    assert ("uses no chat template: it continues your text as it is" in capsys.readouterr().err) == (
+        reading == "plain"
+    )
     assert main(["eval", run, "--data", data]) == 0
+    assert (ChatModel.load(str(moved_checkpoint(run, tmp_path))).template is not None) == (reading == "chat")
     said = "through the chat template" if reading == "chat" else "without a chat template"
     assert said in capsys.readouterr().out

@@ -472,7 +472,7 @@ def test_rows_given_to_evaluate_are_counted_and_recorded_apart(tmp_path, capsys)
     trainer.evaluate(eval_dataset={"mine": rows})
     trainer.predict(rows)
     printed = capsys.readouterr().out
-    assert printed.count("eval: using 15 of 16 rows") == 3
+    assert printed.count("using 15 of 16 rows") == 3 and "eval mine: using 15 of 16 rows" in printed
     assert printed.count("dropped 1: empty chosen answer (first: row:15)") == 3
     assert [(record.set, record.num_pairs) for record in read_run(tmp_path).records] == [
         ("given rows", 15), ("mine", 15)

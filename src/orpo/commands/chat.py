@@ -49,9 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from orpo.evaluation.generation import ChatModel, Sampling
     from orpo.settings.config import OrpoSettings
 
-    sampling = Sampling(
-        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
-    )
+    limits = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    sampling = Sampling(**limits, seed=args.seed)
     settings = OrpoSettings(dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     models = [ChatModel.load(args.model, settings)]
     template = models[0].template
@@ -59,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
         # A base model has no template of its own; it is asked through that of the trained one.
         models.append(ChatModel.load(second, settings, template.text if template else None))
     if template is None:
-        print(f"{args.model} has no chat template: it continues your text as it is", file=sys.stderr)
+        print(
+            f"{args.model} was trained without a chat template: it continues your text as it is",
+            file=sys.stderr,
+        )
     _talk(models, sampling, args.system)
     return 0
 

@@ -80,6 +80,10 @@ def _print_result(outcome: Outcome) -> None:
                 metric_named(name).title, *(str(write_figure(name, one)) for one in (before, figure))
             )
         Console().print(table)
+    if run.shared_prompts:
+        print(
+            f"warning    held-out pairs with a prompt that is trained on: {run.shared_prompts}; they flatter"
+        )
     print(f"model      {outcome.folder}")
     print(f"report     {outcome.page}")
     print(f"next       orpo chat {outcome.folder} --compare")

@@ -32,6 +32,15 @@ class LengthBias:
     standard_error: float
     chosen_longer: float
 
+    def line(self) -> str:
+        """The bias as a printable line."""
+        which = "longer" if self.mean_difference >= 0 else "shorter"
+        return (
+            f"chosen answers are {abs(self.mean_difference):.1f} tokens {which} on average"
+            f" (standard error {self.standard_error:.1f});"
+            f" the longer answer is the chosen one in {self.chosen_longer:.0%} of the pairs"
+        )
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -57,21 +66,30 @@ class Findings:
 
     def lines(self) -> list[str]:
         """One printable line per finding; none where nothing was found."""
-        found = [
-            (self.duplicates, "pairs repeat an earlier one word for word", "duplicates"),
-            (self.near_duplicates, "prompts nearly repeat an earlier one", "near_duplicates"),
-            (self.contradictions, "pairs contradict another: same prompt, sides swapped", "contradictions"),
-            (self.shared_prompts or 0, "evaluation pairs have a prompt that is trained on", "shared_prompts"),
+        found = {
+            "duplicates": (self.duplicates, "pair repeats an earlier one", "pairs repeat an earlier one"),
+            "near_duplicates": (
+                self.near_duplicates,
+                "prompt nearly repeats an earlier one",
+                "prompts nearly repeat an earlier one",
+            ),
+            "contradictions": (
+                self.contradictions,
+                "pair contradicts another: same prompt, sides swapped",
+                "pairs contradict another: same prompt, sides swapped",
+            ),
+            "shared_prompts": (
+                self.shared_prompts or 0,
+                "evaluation pair has a prompt that is trained on",
+                "evaluation pairs have a prompt that is trained on",
+            ),
+        }  # fmt: skip
+        lines = [
+            f"{number} {one if number == 1 else several} ({', '.join(self.examples[key])})"
+            for key, (number, one, several) in found.items()
+            if number
         ]
-        lines = [f"{count} {what} ({', '.join(self.examples[key])})" for count, what, key in found if count]
-        bias = self.length_bias
-        if bias is not None:
-            lines.append(
-                f"chosen answers are {bias.mean_difference:+.1f} tokens longer on average"
-                f" (standard error {bias.standard_error:.1f});"
-                f" the longer answer is the chosen one in {bias.chosen_longer:.0%} of the pairs"
-            )
-        return lines
+        return lines + ([self.length_bias.line()] if self.length_bias is not None else [])
 
     def to_dict(self) -> dict[str, Any]:
         """For data_report.json."""

@@ -263,7 +263,7 @@ class _Reading:
                 data, max_dropped=1.0, seed=_seed(self.settings), settings=self._read_settings(split)
             )
         except DataError as error:
-            raise DataError(f"{name}: {error}") from None
+            raise _of_set(name, error) from None
         has_template = bool(self.settings.chat_template or self.tokenizer.chat_template)
         decided = decide(read.pairs, has_template=has_template and _is_name(data))
         if decided is None:
@@ -277,15 +277,18 @@ class _Reading:
 
     def tokenized(self, read: PreferenceSet, name: str) -> ReadPairs:
         """Pairs -> tokens, with the check of how many rows are left."""
-        pairs = tokenize_pairs(
-            read,
-            self.tokenizer,
-            max_length=self.settings.max_length,
-            chat_template=self.settings.chat_template,
-            num_proc=self.settings.dataset_num_proc,
-            cache_dir=Path(HF_HOME) / "orpo" if len(read) >= CACHED_FROM else None,
-            **self._template_options,
-        )
+        try:
+            pairs = tokenize_pairs(
+                read,
+                self.tokenizer,
+                max_length=self.settings.max_length,
+                chat_template=self.settings.chat_template,
+                num_proc=self.settings.dataset_num_proc,
+                cache_dir=Path(HF_HOME) / "orpo" if len(read) >= CACHED_FROM else None,
+                **self._template_options,
+            )
+        except DataError as error:
+            raise _of_set(name, error) from None
         pairs.counts.check(self.settings.max_dropped, name)
         notices = list(read.notices)
         if self.settings.chat_template_kwargs and not pairs.chat_template:
@@ -364,6 +367,11 @@ class _Reading:
             "stop_tokens": self.stop_tokens,
             "date": None if date is None else datetime.fromisoformat(date),
         }
+
+
+def _of_set(name: str, error: DataError) -> DataError:
+    """An error with the name of the set that it is about in front."""
+    return DataError(f"{name}: {str(error).removeprefix('the data: ')}")
 
 
 def _with_warning(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:

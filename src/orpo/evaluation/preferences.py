@@ -238,7 +238,7 @@ def evaluate(
     source = data if isinstance(data, str | Path) else type(data).__name__
     stops = saved_stop_token_ids(folder)
     split = split or _default_split(source, resolved)
-    read = read_pairs(data, resolved, tokenizer, split=split, name=Path(source).name, stop_tokens=stops)
+    read = read_pairs(data, resolved, tokenizer, split=split, stop_tokens=stops)
     _say_all([] if quiet else read.lines())
     loaded = load_trained(folder, resolved)
     batches, notices = _batch_settings(loaded, resolved)

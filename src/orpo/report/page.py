@@ -137,6 +137,9 @@ def _overview(run: Run, others: list[Run], test: TestFigures) -> str:
             "No training and no choice of settings has seen these pairs; ± one standard error over prompts."
         )
         tables = _numbers_table("Test pairs", list(test.items()), caption, one_objective=False) + tables
+    if run.shared_prompts:
+        warning = f"{run.shared_prompts:,} held-out pairs share a prompt with training pairs; they flatter."
+        tables += f'<p class="caption"><strong>{warning}</strong></p>'
     return f'<section id="overview"><div class="tiles">{tiles}</div>{tables}</section>'
 
 

@@ -131,9 +131,11 @@ def _must_be_a_folder(name: str) -> bool:
 
 
 def run_recipe(name: str) -> dict[str, Any]:
-    """The recipe of a run, or of the run that a checkpoint is of; empty for any other model."""
+    """The recipe of a run, or of the run that a checkpoint is of, wherever that lies; else empty."""
     folder = Path(name)
-    return RunDirectory(folder.parent if checkpoint_step(folder) >= 0 else folder).read_recipe()
+    run = RunDirectory(folder.parent if checkpoint_step(folder) >= 0 else folder)
+    recipe: dict[str, Any] = run.read_recipe() or read_state(folder).get("recipe", {})
+    return recipe
 
 
 def base_model_name(name: str) -> str | None:

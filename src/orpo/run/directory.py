@@ -159,6 +159,12 @@ class Run:
     samples: Samples
     saved_evaluations: dict[str, dict[str, Any]]
 
+    @property
+    def shared_prompts(self) -> int:
+        """Held-out pairs whose prompt is also trained on."""
+        findings = [part.get("findings", {}) for part in self.data.values() if isinstance(part, Mapping)]
+        return sum(found.get("shared_prompts") or 0 for found in findings)
+
     def evaluation_sets(self) -> list[str]:
         """Names of the evaluation sets, in the order met; [""] where nothing was evaluated."""
         return list(dict.fromkeys(record.set for record in self._evaluations())) or [""]

@@ -178,7 +178,7 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
     name, _, inner = key.partition(".")
     known = known_settings().get(name)
     if known is None or (inner and not accepts_mapping(known.kind)):
-        raise ValueError(f"unknown setting {key!r}{_nearest(key)}")
+        raise ValueError(f"unknown setting {key!r}{nearest(key)}")
     if inner:
         previous = settings.get(name)
         parsed = parse_yaml(value) if isinstance(value, str) else value
@@ -191,7 +191,7 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
         raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None
 
 
-def _nearest(key: str) -> str:
+def nearest(key: str) -> str:
     """A hint at a setting whose name is made of the same words: `lora_rank` never stands for `local_rank`."""
     typed = key.lower().replace("-", "_").strip("_")
     names = [*known_settings(), *understood_names()]

@@ -27,6 +27,7 @@ from orpo.settings.config import (
     settings_where,
 )
 from orpo.settings.inherited import inherited
+from orpo.settings.recipe import nearest
 from orpo.settings.renamed import NO_EFFECT, current_keywords
 
 
@@ -167,7 +168,10 @@ class ORPOConfig(_Arguments):
     __signature__ = inspect.signature(_Arguments)
 
     def __init__(self, *args: Any, **given: Any) -> None:
-        settings, renamed = current_keywords(given, [f.name for f in dataclasses.fields(_Arguments)])
+        known = [f.name for f in dataclasses.fields(_Arguments)]
+        settings, renamed = current_keywords(given, known)
+        for name in settings.keys() - set(known):
+            raise TypeError(f"ORPOConfig has no setting {name!r}{nearest(name)}")
         super().__init__(*args, **settings)
         self.notices = renamed + self.notices
 

@@ -16,6 +16,7 @@ from orpo.console import say
 from orpo.report.page import write_report
 from orpo.run.checkpoints import last_checkpoint
 from orpo.run.directory import Run, RunDirectory, read_run
+from orpo.run.log import read_records
 from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
@@ -72,6 +73,11 @@ def train(settings: Mapping[str, Any]) -> Outcome:
         say(f"{folder} already holds a finished run of this recipe; set another output_dir to train again")
         return Outcome("was finished", folder)
     is_new = not folder.exists()
+    checkpoint = _checkpoint(config)
+    if checkpoint:
+        read_records(
+            RunDirectory(folder).log
+        )  # one that cannot be continued is refused before anything is loaded
     trainer = ORPOTrainer(args=config)
     for line in summary(trainer):
         say(line)
@@ -80,13 +86,11 @@ def train(settings: Mapping[str, Any]) -> Outcome:
             folder.rmdir()  # the Trainer has made it
         say("dry run: nothing was trained or written")
         return Outcome("dry run", folder)
-    return _train(trainer, config)
+    return _train(trainer, folder, checkpoint)
 
 
-def _train(trainer: ORPOTrainer, config: ORPOConfig) -> Outcome:
+def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcome:
     """Train from where the run is, save, and write the page."""
-    folder = Path(str(config.output_dir))
-    checkpoint = _checkpoint(config)
     if checkpoint:
         say(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)

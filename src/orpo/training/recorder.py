@@ -47,8 +47,8 @@ class Recorder(TrainerCallback):
         if not self._writes:
             return
         self.run.path.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_records(self.run.log) if record.step <= state.global_step]
-        kept = kept if state.global_step > 0 else []
+        earlier = read_records(self.run.log) if state.global_step > 0 else []
+        kept = [record for record in earlier if record.step <= state.global_step]
         if kept or self.run.log.exists():
             write_records(self.run.log, kept)
         self.run.write_recipe(self.recipe)

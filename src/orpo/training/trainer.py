@@ -40,7 +40,7 @@ from transformers.trainer_utils import (
 
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
-from orpo.data.source import TokenizedStream, TrainingData, read_pairs
+from orpo.data.source import EVALUATION, TokenizedStream, TrainingData, read_pairs
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
@@ -342,8 +342,17 @@ class ORPOTrainer(Trainer):
 
     def _read(self, rows: Any) -> TokenizedDataset:
         """Read rows that were given to be evaluated, and say what became of them."""
+        name = (
+            f"{EVALUATION} {self._evaluated_set or ''}".rstrip()
+            if self._evaluated_set != GIVEN_ROWS
+            else EVALUATION
+        )
         read = read_pairs(
-            rows, self.args, text_tokenizer(self.processing_class), stop_tokens=stop_token_ids(self.model)
+            rows,
+            self.args,
+            text_tokenizer(self.processing_class),
+            stop_tokens=stop_token_ids(self.model),
+            name=name,
         )
         for line in read.lines():
             say(line)
@@ -503,7 +512,8 @@ class ORPOTrainer(Trainer):
         if isinstance(given, dict):
             found: dict[str, float] = {}
             for name, rows in given.items():
-                found |= self._evaluate_set(str(name), rows, f"{metric_key_prefix}_{name}")
+                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+                found |= self._evaluate_set(str(name), rows, prefix)
             return found
         name = given if isinstance(given, str) else "" if eval_dataset is None else GIVEN_ROWS
         return self._evaluate_set(name, given, metric_key_prefix)
@@ -676,6 +686,7 @@ class ORPOTrainer(Trainer):
                         "window": window,
                         "window_seconds": self.stopwatch.seconds,
                         "run": self._identity,
+                        "recipe": self._recipe,
                         "tokens_per_micro_batch": self._tokens_per_micro_batch,
                     },
                 )
