@@ -1,4 +1,4 @@
-"""Reading for a run: held out means held out, each set is named, and messages say which set they are about."""
+"""Reading for a run: held out means held out, and every message says which set it is about."""
 
 import json
 

@@ -58,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
         # A base model has no template of its own; it is asked through that of the trained one.
         models.append(ChatModel.load(second, settings, template.text if template else None))
     if template is None:
-        print(
-            f"{args.model} was trained without a chat template: it continues your text as it is",
-            file=sys.stderr,
-        )
+        print(f"{args.model} uses no chat template: it continues your text as it is", file=sys.stderr)
     _talk(models, sampling, args.system)
     return 0
 

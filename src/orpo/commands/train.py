@@ -82,7 +82,7 @@ def _print_result(outcome: Outcome) -> None:
         Console().print(table)
     if run.shared_prompts:
         print(
-            f"warning    held-out pairs with a prompt that is trained on: {run.shared_prompts}; they flatter"
+            f"warning    {run.shared_prompts} held-out pairs share a prompt with training pairs; they flatter"
         )
     print(f"model      {outcome.folder}")
     print(f"report     {outcome.page}")
