@@ -406,7 +406,8 @@ def test_chat_forgets_the_oldest_turns_when_the_model_can_read_no_more(trained, 
         (["--temperature", "-1"], "temperature: -1.0 is out of range"),
         (["--top_p", "0"], "top_p: 0.0 is out of range"),
         (["--max_tokens", "0"], "max_tokens: 0 is out of range"),
-        (["--beside"], "does not say what it was trained from"),
+        (["--compare"], "does not say what it was trained from"),
+        (["--beside"], "--beside is now called --compare"),
     ],
 )
 def test_chat_refuses_what_it_cannot_do(world, words, expected):

@@ -23,15 +23,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description=f"Talk to the model of a run directory, or to any model or adapter. {_COMMANDS}.",
     )
     parser.add_argument("model", metavar="RUN", help="run directory, model or adapter folder, or hub name")
-    parser.add_argument(
-        "--compare",
-        "--beside",
-        dest="compare",
-        nargs="?",
-        const="",
-        metavar="BASE",
-        help="answer with a second model too; without a name, the one RUN was trained from",
-    )
+    second = "answer with a second model too; without a name, the one RUN was trained from"
+    parser.add_argument("--compare", nargs="?", const="", metavar="BASE", help=second)
+    parser.add_argument("--beside", nargs="?", const="", help=argparse.SUPPRESS)
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: most likely token (default 0.7)")
     parser.add_argument("--top_p", "--top-p", type=float, default=0.95, help="in (0, 1] (default 0.95)")
@@ -66,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
 def _second_model(args: argparse.Namespace) -> str | None:
     from orpo.run.checkpoints import base_model_name
 
+    if args.beside is not None:
+        print("--beside is now called --compare", file=sys.stderr)
+        args.compare = args.beside
     if args.compare != "":
         return str(args.compare) if args.compare is not None else None
     base = base_model_name(args.model)
