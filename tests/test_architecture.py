@@ -22,7 +22,7 @@ LONGEST = 84
 # A folder, or a file next to the folders, imports only from those before it; those on one line stand side by
 # side and do not import each other.
 ORDER = (
-    ("errors", "pairs", "console"),
+    ("errors", "pairs", "console", "html_page"),
     ("run",),
     ("settings",),
     ("data", "engine"),
@@ -39,7 +39,7 @@ FLOOR = {name: number for number, names in enumerate(ORDER) for name in names}
 MATHEMATICS = ("packing", "objective", "attention", "segments", "varlen", "head", "logits", "precision")
 WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory", "stop_tokens"}
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
-LIGHT = ("errors", "pairs", "console", "settings", "run", "cli", "commands", "__init__")
+LIGHT = ("errors", "pairs", "console", "html_page", "settings", "run", "cli", "commands", "__init__")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}
 
 

@@ -15,7 +15,7 @@ from orpo.console import say, say_error
 from orpo.errors import DataError, ModelError
 from orpo.report.page import write_report
 from orpo.run.card import write_model_card
-from orpo.run.checkpoints import model_folder
+from orpo.run.checkpoints import STATE_FILE, model_folder, run_recipe
 from orpo.run.directory import RunDirectory, read_run
 from orpo.run.log import Figure, Record, append_record, flat, flat_name, read_records, write_records
 
@@ -200,3 +200,9 @@ def test_reading_a_run_needs_no_torch(tmp_path):
         f"read_run(Path({str(tmp_path)!r})); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_copied_checkpoint_with_a_damaged_state_is_one_line(tmp_path):
+    (tmp_path / STATE_FILE).write_text('{"recipe": {"te')
+    with pytest.raises(DataError, match=f"{STATE_FILE}:1: not valid JSON"):
+        run_recipe(str(tmp_path))

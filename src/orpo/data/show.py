@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from orpo.data.one_row import OneRow
+from orpo.html_page import html_page
 from orpo.pairs import TokenizedPair
 
 if TYPE_CHECKING:
@@ -361,25 +362,10 @@ def draw_page(row: OneRow, layouts: Sequence[Layout]) -> str:
         f"<section><h2>{escape(title)}</h2>{_segments_html(part.segments if part else ())}</section>"
         for title, part in _titled(layouts)
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(row.source)} · what trains</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-<h1>{escape(row.source)}</h1>
+    body = f"""<h1>{escape(row.source)}</h1>
 <dl>{facts}</dl>
-{parts}{_legend_html(layouts) if layouts else ""}{_template_html(row)}
-</main>
-</body>
-</html>
-"""
+{parts}{_legend_html(layouts) if layouts else ""}{_template_html(row)}"""
+    return html_page(f"{row.source} · what trains", css, body)
 
 
 def _segments_html(segments: Sequence[Segment]) -> str:

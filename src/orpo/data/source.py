@@ -317,7 +317,7 @@ class _Reading:
             split = "train"  # of a file or folder of its own: all of it
         found = {}
         for key, data in sets.items():
-            name = f"{EVALUATION} {key}" if key else EVALUATION
+            name = evaluation_name(key)
             tokenized = _as_tokenized(data)
             if tokenized is not None:
                 found[key] = ReadPairs(name=name, pairs=tokenized)
@@ -420,6 +420,11 @@ def _named_evaluation_data(settings: OrpoSettings) -> Any:
 
 def _is_stream(data: Any, settings: OrpoSettings) -> bool:
     return settings.streaming or type(data).__name__ == "IterableDataset"
+
+
+def evaluation_name(set_name: str) -> str:
+    """What lines and data_report.json call an evaluation set; the only one of a run is named ""."""
+    return f"{EVALUATION} {set_name}" if set_name else EVALUATION
 
 
 def _seed(settings: OrpoSettings) -> int:

@@ -19,16 +19,20 @@ KEEP_THEIR_EOS = frozenset({"<end_of_turn>", "<turn|>", "<|end|>"})
 def stop_token_ids(model: Any) -> list[int]:
     """Ids that generation stops at by the model's generation_config; none where it has none."""
     generation = None if model is None else getattr(base_model(model), "generation_config", None)
-    ends = None if generation is None else generation.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return [] if generation is None else _eos_ids(generation)
 
 
 def saved_stop_token_ids(name: str) -> list[int]:
     """The same for a model folder or hub name, without loading the model."""
     try:
-        ends = GenerationConfig.from_pretrained(name).eos_token_id
+        return _eos_ids(GenerationConfig.from_pretrained(name))
     except OSError:
         return []
+
+
+def _eos_ids(generation: GenerationConfig) -> list[int]:
+    """The EOS of a configuration, which may be none, one id or several."""
+    ends = generation.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 

@@ -127,12 +127,7 @@ def evaluate_pairs(
     groups = {
         name: _evaluation(scores, settings.objective, prompt_P, index) for name, index in members.items()
     }
-    return Evaluation(
-        num_pairs=whole.num_pairs,
-        num_preferences=whole.num_preferences,
-        figures=whole.figures,
-        groups=groups,
-    )
+    return replace(whole, groups=groups)
 
 
 def _evaluation(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo.engine.metrics import in_order, metric_named, write_change, write_figure
+from orpo.html_page import html_page
 from orpo.report.figures import Line, Points, figure_html
 from orpo.run.directory import Run, RunDirectory, Samples, read_json, read_run, write_json
 from orpo.run.log import Figure, Figures, figures_from_json, figures_to_json
@@ -92,30 +93,15 @@ def _page(title: str, run: Run, others: list[Run], test: TestFigures, note: str)
         _mapping_section("Environment", "environment", run.environment, "What it ran on."),
     ]
     note_html = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)} · ORPO report</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-<header>
+    body = f"""<header>
 <p class="kicker">ORPO training report</p>
 <h1>{escape(title)}</h1>
 <p class="subtitle">{escape(subtitle)}</p>
 {note_html}
 </header>
 {"".join(sections)}
-<footer>Made by <code>orpo report</code>; this page is self-contained and loads nothing.</footer>
-</main>
-</body>
-</html>
-"""
+<footer>Made by <code>orpo report</code>; this page is self-contained and loads nothing.</footer>"""
+    return html_page(f"{title} · ORPO report", css, body)
 
 
 def _data_name(name: Any) -> str:

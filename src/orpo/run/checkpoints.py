@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and stopping between two steps.
+"""Checkpoints that are whole or absent, and which of them a run resumes from or is used by.
 
 A checkpoint is written into a folder next to the others, flushed to disk, and renamed: a folder named
 `checkpoint-30` is always complete, even after a crash. Each holds a manifest of its files with their sizes,
@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from orpo.console import say
-from orpo.errors import ModelError, RunError, first_line
-from orpo.run.directory import RunDirectory, adapter_base, holds_model
+from orpo.errors import DataError, ModelError, RunError, first_line
+from orpo.run.directory import RunDirectory, adapter_base, holds_model, read_json
 
 STATE_FILE = "orpo_state.json"
 """What this package adds to a checkpoint: manifest, settings, sums of the open log window."""
@@ -79,7 +79,7 @@ def _damage(folder: Path) -> str | None:
     """What a checkpoint lacks of the files it was written with, or of a model; None where it is whole."""
     try:
         manifest: Mapping[str, int] = read_state(folder).get("files", {})
-    except ValueError:
+    except DataError:
         return f"{STATE_FILE} is damaged"
     for name, size in manifest.items():
         if not (folder / name).is_file():
@@ -220,11 +220,12 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
-    """Our part of a checkpoint; empty for one that plain transformers has written."""
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        return {}
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Our part of a checkpoint; empty for one that plain transformers has written.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    state: dict[str, Any] = read_json(Path(folder) / STATE_FILE, {})
     return state
 
 

@@ -40,7 +40,7 @@ from transformers.trainer_utils import (
 
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
-from orpo.data.source import EVALUATION, TokenizedStream, TrainingData, read_pairs
+from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
@@ -342,11 +342,8 @@ class ORPOTrainer(Trainer):
 
     def _read(self, rows: Any) -> TokenizedDataset:
         """Read rows that were given to be evaluated, and say what became of them."""
-        name = (
-            f"{EVALUATION} {self._evaluated_set or ''}".rstrip()
-            if self._evaluated_set != GIVEN_ROWS
-            else EVALUATION
-        )
+        is_named = self._evaluated_set not in (None, GIVEN_ROWS)
+        name = evaluation_name(str(self._evaluated_set) if is_named else "")
         read = read_pairs(
             rows,
             self.args,
