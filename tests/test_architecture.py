@@ -28,7 +28,7 @@ ORDER = (
     ("data", "engine"),
     ("evaluation",),
     ("report",),
-    ("training",),
+    ("curation", "training"),
     ("demo",),
     ("commands",),
     ("cli",),

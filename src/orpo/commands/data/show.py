@@ -1,4 +1,4 @@
-"""`orpo data WORD`: see what a data set is and what of it trains, before anything is trained."""
+"""`orpo data show`: one row as the model reads it, token by token."""
 
 from __future__ import annotations
 
@@ -17,19 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `orpo data` and its words to the command line."""
-    parser = words.add_parser(
-        "data",
-        help="see what trains: a row as the model reads it, token by token",
-        description="See what a data set trains, before anything is trained.",
-    )
-    parser.set_defaults(run=lambda args: print(parser.format_help(), end="") or 0)
-    words_of_data = parser.add_subparsers(dest="data_word", metavar="WORD", title="words")
-    for add in (_add_show,):
-        add(words_of_data)
-
-
-def _add_show(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the word to the command line."""
     parser = words.add_parser(
         "show",
         help="print one row as the model reads it, token by token",
@@ -46,10 +34,10 @@ def _add_show(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--recipe", metavar="R", help="recipe, or run directory, whose settings are used")
     parser.add_argument("--split", help="split of the data (default: all of a file, else train)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the row as a page too")
-    parser.set_defaults(run=run_show, takes_settings=True)
+    parser.set_defaults(run=run, takes_settings=True)
 
 
-def run_show(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Read one row, print it, and write the page."""
     from orpo.run.checkpoints import model_folder, run_recipe
     from orpo.settings.config import OrpoSettings, check_recipe, inherited_by_evaluation, resolve_objective
