@@ -22,8 +22,8 @@ from orpo.data.columns import Columns, NamedRow
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
 from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
-from orpo.data.rows import RawRow, read_rows
-from orpo.data.verdicts import contradiction, unpaired_reason
+from orpo.data.rows import ORIGIN, RawRow, read_rows
+from orpo.data.verdicts import contradiction, side_scores, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
@@ -256,9 +256,10 @@ class _Reading:
         row = self.columns.name(raw.data)
         _refuse_media(row)
         tools, arguments = _tools(row), _template_arguments(row)
+        source = row[ORIGIN] if isinstance(dict.get(row, ORIGIN), str) else raw.source
         group = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
         pairs = [
-            PreferencePair(*sides, tools, raw.source, group, arguments)
+            PreferencePair(*sides[:3], tools, source, group, arguments, sides.scores or side_scores(row))
             for sides in self.detected.format.read(row)
         ]
         for pair in pairs:

@@ -17,10 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orpo.data.splits import DEFAULT, check_file, files_of_split, parse_split
+from orpo.data.splits import DEFAULT, check_file, files_of_split, parse_split, splits_of_folder
 from orpo.errors import DataError, first_line
 
 Row = dict[str, Any]
+ORIGIN = "orpo_origin"
+"""Column of a prepared data set: the file and line that a row was read from first."""
+
+_SAVED = ("state.json", "dataset_dict.json")
+"""Files that tell a folder written by `save_to_disk`."""
 
 
 class RawRow(NamedTuple):
@@ -63,6 +68,36 @@ def read_rows(data: object, *, split: str | None = DEFAULT, config: str | None =
         raise DataError(f"cannot read rows from {type(data).__name__}; give a path, a hub name or a data set")
 
 
+def splits_of(data: object, config: str | None = None) -> tuple[str, ...]:
+    """Names of the splits of a local folder or a `DatasetDict`; none of a file, a hub name or other objects."""
+    if isinstance(data, Mapping):
+        return tuple(map(str, data))
+    if not isinstance(data, str | Path) or not (folder := Path(data).expanduser()).is_dir():
+        return ()
+    if (listed := folder / "dataset_dict.json").is_file():  # written by `save_to_disk`
+        return tuple(json.loads(listed.read_text(encoding="utf-8"))["splits"])
+    if (folder / "state.json").exists():
+        return ()
+    return tuple(splits_of_folder(folder, config, _is_data))
+
+
+def data_files(data: str | Path, split: str | None, config: str | None = None) -> list[Path]:
+    """The local files that `read_rows` reads rows from; none for a hub name."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return []
+    if any((path / name).exists() for name in _SAVED):
+        return sorted(path.rglob("*.arrow"))
+    parts = parse_split(split)
+    return [file for part in parts for file in files_of_split(path, part.name, config, _is_data)]
+
+
+def _is_data(file: Path) -> bool:
+    return _reader(file) is not None
+
+
 def _object_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
     for number, row in enumerate(rows):
         yield _as_row(row, f"{name}:{number}")
@@ -94,12 +129,12 @@ def _load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
 
 
 def _local_rows(path: Path, split: str | None, config: str | None) -> Iterator[RawRow]:
-    if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+    if path.is_dir() and any((path / name).exists() for name in _SAVED):
         yield from _saved_rows(path, split)
         return
     for part in parse_split(split):
         if path.is_dir():
-            files = files_of_split(path, part.name, config, lambda file: _reader(file) is not None)
+            files = files_of_split(path, part.name, config, _is_data)
         else:
             check_file(path, part.name)
             files = [path]
