@@ -1,6 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `ChatModel`, `write_report`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `ChatModel`, `write_report`,
+`prepare_data`, `subset_data`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orpo.curation.prepare import prepare_data
+    from orpo.curation.subset import subset_data
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
     from orpo.report.page import write_report
@@ -27,6 +30,8 @@ __all__ = [
     "__version__",
     "evaluate",
     "load_recipe",
+    "prepare_data",
+    "subset_data",
     "train",
     "write_report",
 ]
@@ -37,6 +42,8 @@ _WHERE = {
     "ORPOTrainer": "orpo.training.trainer",
     "evaluate": "orpo.evaluation.preferences",
     "load_recipe": "orpo.settings.recipe",
+    "prepare_data": "orpo.curation.prepare",
+    "subset_data": "orpo.curation.subset",
     "train": "orpo.training.job",
     "write_report": "orpo.report.page",
 }

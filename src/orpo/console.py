@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def say(line: str, *, error: bool = False) -> None:
@@ -22,6 +24,24 @@ def say_error(error: BaseException, *, everywhere: bool = False) -> None:
     if everywhere or int(os.environ.get("LOCAL_RANK", "0")) == 0:
         who = f" (rank {_rank()})" if everywhere and "RANK" in os.environ else ""
         print(f"orpo: error{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def watching() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for long steps, where that is a terminal; told what is done, how far, and of how much."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # Lines that are printed meanwhile go above the bar, unless they go to a file.
+    lines_too = sys.stdout.isatty()
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=lines_too) as progress:
+        task = progress.add_task("")
+        yield lambda what, done, total: progress.update(
+            task, description=what, completed=done, total=total or None
+        )
 
 
 def _rank() -> int:

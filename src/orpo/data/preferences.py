@@ -224,7 +224,7 @@ class _Reading:
                 continue
             self.counts.total += len(pairs) - 1
             for pair in pairs:
-                reason = _cannot_train(pair) or self._cannot_use_alone(pair, named_row)
+                reason = cannot_train(pair) or self._cannot_use_alone(pair, named_row)
                 if reason is None:
                     self.contradictions.update(filter(None, [contradiction(named_row)]))
                     yield pair
@@ -327,7 +327,7 @@ def _loaded(text: str, name: str) -> Any:
         raise BadRow(name, "is text, but not JSON") from None
 
 
-def _cannot_train(pair: PreferencePair) -> str | None:
+def cannot_train(pair: PreferencePair) -> str | None:
     """Why a well-formed row is of no use; None where it is."""
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if side is None:
