@@ -28,7 +28,7 @@ def say_error(error: BaseException, *, everywhere: bool = False) -> None:
 
 @contextmanager
 def watching() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for long steps, where that is a terminal; told what is done, how far, and of how much."""
+    """A bar on stderr for long steps, where that is a terminal: told what is done, how far, of how much."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
         return

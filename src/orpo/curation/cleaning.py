@@ -1,25 +1,28 @@
 """Texts without what no model should learn: control characters, trailing blanks; broken encoding is counted.
 
-What could change the meaning of a text is done only where it is asked for: repairing an encoding that was read
-wrongly (`fix_text`), leaving out rows with characters that are lost for good (`drop_broken`).
+What could change the meaning of a text is done only where it is asked for: repairing an encoding that was
+read wrongly (`fix_text`), leaving out rows with characters that are lost for good (`drop_broken`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ftfy import fix_encoding
+from ftfy.badness import is_bad
+
 from orpo.curation.steps import Sieve, Step, Watch, unwatched
-from orpo.curation.texts import Side
 from orpo.data.preferences import cannot_train
 from orpo.pairs import PreferencePair
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _HALF = re.compile("[\ud800-\udfff]")
 _LOST = "holds the sign of a lost character (U+FFFD)"
+_HALF_REASON = "holds half of a character (a lone surrogate)"
 _WRONG = "seems to be read in a wrong encoding"
 
 
@@ -38,38 +41,19 @@ def clean(
         drop_broken: Remove pairs with the sign of a lost character (U+FFFD); otherwise they are counted.
         watch: Told how far it is.
     """
-    from ftfy import fix_encoding
-    from ftfy.badness import is_bad
-
     sieve = Sieve("clean", pairs)
     cleaned = []
     for index, pair in enumerate(pairs):
         if index % 1000 == 0:
             watch("cleaning", index, len(pairs))
-        said: dict[str, None] = {}  # each thing counts once for a pair
-
-        def cleaned_text(text: str, said: dict[str, None] = said) -> str:
-            if not text.isascii():
-                if "\ufffd" in text:
-                    said[_LOST] = None
-                if is_bad(text):
-                    fixed = fix_encoding(text) if fix_text else text
-                    said[_WRONG if fixed == text else "encoding repaired"] = None
-                    text = fixed
-            if _CONTROL.search(text):
-                said["control characters left out"] = None
-                text = _CONTROL.sub("", text)
-            return text
-
-        new = _with_texts(pair, cleaned_text, said)
-        cleaned.append(new)
-        reason = "holds half of a character (a lone surrogate)" if _holds_half(new) else cannot_train(new)
-        if reason is None and drop_broken and _LOST in said:
+        cleaner = _Cleaner(fix_text)
+        cleaned.append(cleaner.pair(pair))
+        reason = _HALF_REASON if _holds_half(cleaned[-1]) else cannot_train(cleaned[-1])
+        if reason is None and drop_broken and _LOST in cleaner.said:
             reason = _LOST
         if reason is not None:
             sieve.remove(index, reason)
-            continue
-        for words in said:
+        for words in cleaner.said if reason is None else ():
             sieve.change(index, words)
     watch("cleaning", len(pairs), len(pairs))
     step = sieve.step()
@@ -78,27 +62,48 @@ def clean(
     return [cleaned[index] for index in sieve.kept], step
 
 
-def _with_texts(
-    pair: PreferencePair, clean_text: Callable[[str], str], said: dict[str, None]
-) -> PreferencePair:
-    """The pair with every text cleaned; the same object where nothing changes."""
+class _Cleaner:
+    """Cleans one pair, and says what there was to clean; each thing once."""
 
-    def stripped(text: str) -> str:
+    def __init__(self, fix_text: bool) -> None:
+        self._fix_text = fix_text
+        self.said: dict[str, None] = {}
+
+    def pair(self, pair: PreferencePair) -> PreferencePair:
+        """The pair with clean texts; the same object where nothing changes."""
+        prompt = self._side(pair.prompt, is_answer=False)
+        chosen = self._side(pair.chosen, is_answer=True)
+        rejected = None if pair.rejected is None else self._side(pair.rejected, is_answer=True)
+        return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected) if self.said else pair
+
+    def _side(self, side: Any, *, is_answer: bool) -> Any:
+        if isinstance(side, str):
+            text = self._text(side)
+            return self._stripped(text) if is_answer else text  # a continuation needs the blank before it
+        return [{**turn, "content": self._stripped(self._text(turn["content"]))} for turn in side]
+
+    def _stripped(self, text: str) -> str:
         short = text.rstrip()
         if short != text:
-            said["trailing blanks left out"] = None
+            self.said["trailing blanks left out"] = None
         return short
 
-    def side(value: Any, *, is_answer: bool) -> Any:
-        if isinstance(value, str):
-            text = clean_text(value)
-            return stripped(text) if is_answer else text  # the blank before a continuation belongs to it
-        return [{**turn, "content": stripped(clean_text(turn["content"]))} for turn in value]
+    def _text(self, text: str) -> str:
+        if not text.isascii():
+            text = self._decoded(text)
+        if _CONTROL.search(text):
+            self.said["control characters left out"] = None
+            text = _CONTROL.sub("", text)
+        return text
 
-    prompt = side(pair.prompt, is_answer=False)
-    chosen = side(pair.chosen, is_answer=True)
-    rejected: Side | None = None if pair.rejected is None else side(pair.rejected, is_answer=True)
-    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected) if said else pair
+    def _decoded(self, text: str) -> str:
+        if "\ufffd" in text:
+            self.said[_LOST] = None
+        if not is_bad(text):
+            return text
+        fixed = fix_encoding(text) if self._fix_text else text
+        self.said[_WRONG if fixed == text else "encoding repaired"] = None
+        return fixed
 
 
 def _holds_half(pair: PreferencePair) -> bool:

@@ -48,7 +48,9 @@ class PreparedData:
 
     def lines(self) -> list[str]:
         """One line for each file, and what to do with the folder."""
-        files = [f"{self.folder / f'{name}.parquet'}: {number:,} pairs" for name, number in self.splits.items()]
+        files = [
+            f"{self.folder / f'{name}.parquet'}: {number:,} pairs" for name, number in self.splits.items()
+        ]
         return [*files, f"train on it: orpo train --dataset_name {self.folder} --model_name_or_path M"]
 
 
@@ -129,7 +131,7 @@ def write_folder(
 
 def describe_input(data: object, split: str | None, config: str | None) -> list[dict[str, Any]]:
     """Names, sizes and hashes of the local files that are read; hub names and objects by name alone."""
-    described = []
+    described: list[dict[str, Any]] = []
     for name in data if isinstance(data, list | tuple) else [data]:
         if not isinstance(name, str | Path):
             described = [{"name": type(data).__name__}]

@@ -1,7 +1,7 @@
 """Ranked lists as pairs: which of several answers to a prompt are set against each other.
 
-A row with several answers is read as its best answer against each worse one. From those pairs and their scores
-the other ways to pair follow, for rows that have scores.
+A row with several answers is read as its best answer against each worse one. From those pairs and their
+scores the other ways to pair follow, for rows that have scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from orpo.curation.steps import Step
-from orpo.data.sides import part
+from orpo.data.sides import Sides, part
 from orpo.pairs import PreferencePair
 
 Pairing = Literal["best-each", "best-worst", "best-random", "all"]
@@ -78,6 +78,8 @@ def _against(better: PreferencePair, worse: PreferencePair) -> PreferencePair:
     assert worse.scores is not None
     scores = (better.scores[1], worse.scores[1])
     if isinstance(better.prompt, str):
-        return replace(better, chosen=better.rejected, rejected=worse.rejected, scores=scores)
-    sides = part(better.prompt + better.rejected, worse.prompt + worse.rejected)  # type: ignore[operator]
+        sides = Sides(better.prompt, better.rejected or "", worse.rejected)
+    else:
+        whole = [[*pair.prompt, *(pair.rejected or ())] for pair in (better, worse)]
+        sides = part(*whole)  # type: ignore[arg-type]
     return replace(better, prompt=sides.prompt, chosen=sides.chosen, rejected=sides.rejected, scores=scores)

@@ -1,6 +1,7 @@
 """Preference data as it should be trained on: cleaned, without repeats, filtered, split, with a manifest.
 
-    read -> pairs -> clean -> deduplicate -> source -> language -> margin -> length -> balance -> limit -> split
+    read -> pairs -> clean -> deduplicate
+         -> source -> language -> margin -> length -> balance -> limit -> split
 
 Each step takes pairs and gives pairs, and says in one line what it removed and why (steps.py).
 """
@@ -85,7 +86,9 @@ class PrepareOptions:
                 raise ConfigError(f"{name}: {value} is out of range; expected at least 1")
         for name in ("test", "validation"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is out of range; expected a share in [0, 1)")
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)} is out of range; expected a share in [0, 1)"
+                )
         if self.test + self.validation >= 1:
             raise ConfigError("test and validation leave nothing to train on; lower one of them")
 
@@ -197,7 +200,9 @@ class _Work:
             pairs = self._kept(pairs, filters.by_language(pairs, options.language, watch=self.watch))
         if options.min_margin is not None:
             pairs = self._kept(pairs, filters.by_margin(pairs, options.min_margin))
-        if not (options.model or options.min_length or options.max_length or options.balance or options.limit):
+        if not (
+            options.model or options.min_length or options.max_length or options.balance or options.limit
+        ):
             return pairs
         pairs, lengths = self._measured(pairs)
         if options.min_length or options.max_length:
@@ -210,9 +215,7 @@ class _Work:
             pairs = self._kept(pairs, limit(pairs, lengths, options.limit, seed=options.seed))
         return pairs
 
-    def _kept(
-        self, pairs: Sequence[PreferencePair], found: tuple[list[int], Step]
-    ) -> list[PreferencePair]:
+    def _kept(self, pairs: Sequence[PreferencePair], found: tuple[list[int], Step]) -> list[PreferencePair]:
         kept, step = found
         self.done(step)
         return [pairs[index] for index in kept]
@@ -227,7 +230,5 @@ class _Work:
         folder = model_folder(self.options.model)
         tokenizer = load_tokenizer(folder, trust_remote_code=self.settings.trust_remote_code)
         stops = saved_stop_token_ids(folder)
-        kept, lengths, step = in_tokens(
-            pairs, tokenizer, self.settings, stop_tokens=stops, watch=self.watch
-        )
+        kept, lengths, step = in_tokens(pairs, tokenizer, self.settings, stop_tokens=stops, watch=self.watch)
         return self._kept(pairs, (kept, step)), lengths

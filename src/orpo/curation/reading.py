@@ -29,9 +29,7 @@ def check_packages(modules: Iterable[str], what: str) -> None:
             raise ConfigError(f"{what} needs {_MODULES[module]}; pip install 'orpo[data]'")
 
 
-def read_input(
-    data: Any, split: str | None, settings: OrpoSettings
-) -> tuple[PreferenceSet, Step, list[str]]:
+def read_input(data: Any, split: str | None, settings: OrpoSettings) -> tuple[PreferenceSet, Step, list[str]]:
     """Read one split; malformed rows are counted and left out.
 
     Raises:

@@ -55,16 +55,16 @@ def limit(
     for index in sorted(set(range(len(pairs))) - set(kept)):
         sieve.remove(index, f"more than {number:,}")
     groups = len({pair.group for pair in pairs})
-    return kept, sieve.step(f"sources ({groups:,}) and lengths keep their shares" if len(kept) < len(pairs) else "")
+    return kept, sieve.step(
+        f"sources ({groups:,}) and lengths keep their shares" if len(kept) < len(pairs) else ""
+    )
 
 
-def balance_length(
-    pairs: Sequence[PreferencePair], lengths: Lengths, *, seed: int
-) -> tuple[list[int], Step]:
+def balance_length(pairs: Sequence[PreferencePair], lengths: Lengths, *, seed: int) -> tuple[list[int], Step]:
     """Keep as many pairs whose chosen answer is longer as pairs whose rejected answer is, by any difference.
 
-    Pairs are sorted by how much longer the longer answer is, relative to the other, into bins; in each bin the
-    larger half is cut to the size of the smaller one. Pairs with equal lengths, or one answer, stay.
+    Pairs are sorted into bins by how much longer the longer answer is, relative to the other; in each bin
+    the larger half is cut to the size of the smaller one. Pairs with equal lengths, or one answer, stay.
 
     Args:
         pairs: To balance.

@@ -1,7 +1,7 @@
 """Groups of texts that nearly repeat each other, by MinHash over runs of three words (rensa).
 
-`orpo.data.near_duplicates` tells which texts repeat an earlier one; here it matters which texts belong together:
-they are to stay on one side of a split, and a pair is repeated only where all of its parts are.
+`orpo.data.near_duplicates` tells which texts repeat an earlier one; here it matters which texts belong
+together: they are to stay on one side of a split, and a pair is repeated only where all of its parts are.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Groups:
 def similar_groups(
     texts: Iterable[str], total: int, *, what: str = "comparing texts", watch: Watch = unwatched
 ) -> list[int]:
-    """The same number for texts of whose word runs about `SIMILARITY` or more are common, directly or by others.
+    """The same number for texts that have about `SIMILARITY` of their word runs in common, or by others.
 
     Texts of fewer than three words are of one group only where they are the same, case and blanks aside.
 

@@ -1,7 +1,8 @@
 """What each step of preparing data did: how many pairs came in, what was removed or changed and why.
 
-No step is silent and the numbers add up: what came in, plus what was added, minus what was removed is what goes
-on. A `Sieve` counts while a step looks at pairs; a `Step` is what it found, fit for a line and for a manifest.
+No step is silent and the numbers add up: what came in, plus what was added, minus what was removed is what
+goes on. A `Sieve` counts while a step looks at pairs; a `Step` is what it found, fit for a line and for a
+manifest.
 """
 
 from __future__ import annotations
@@ -105,7 +106,12 @@ class Sieve:
     def step(self, remark: str = "") -> Step:
         """What the step did."""
         return Step(
-            name=self._name, before=len(self._pairs), **self._counts, examples=self._examples, remark=remark
+            name=self._name,
+            before=len(self._pairs),
+            removed=self._counts["removed"],
+            changed=self._counts["changed"],
+            examples=self._examples,
+            remark=remark,
         )
 
 

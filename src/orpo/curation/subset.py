@@ -1,8 +1,8 @@
-"""A few thousand of many pairs, for ORPO gains most from the first: the most diverse, by margin, or at random.
+"""A few thousand of many pairs: the most diverse ones, by the margin of scores, or at random.
 
-Diverse: as many clusters as pairs are wanted, and of each cluster the pair nearest to its centre. What that gains is
-measured, and compared with pairs drawn at random: how far, on average, a pair that was left out is from the
-nearest one that was chosen.
+Diverse: as many clusters as pairs are wanted, and of each cluster the pair nearest to its centre. What that
+gains is measured, and compared with pairs drawn at random: how far, on average, a pair that was left out is
+from the nearest one that was chosen.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Coverage:
         change = 1 - self.chosen / self.random if self.random else 0.0
         which = "nearer" if change >= 0 else "farther"
         return (
-            f"coverage: a pair left out is {self.chosen:.3f} from the nearest chosen one on average; with pairs "
-            f"drawn at random {self.random:.3f} ({abs(change):.0%} {which})"
+            f"coverage: a pair left out is {self.chosen:.3f} from the nearest chosen one on average; "
+            f"with pairs drawn at random {self.random:.3f} ({abs(change):.0%} {which})"
         )
 
 
@@ -100,7 +100,7 @@ def subset_data(
     """Choose some of many preference pairs, and write them to a folder as `prepare_data` does.
 
     Args:
-        data: A file, folder, hub name or object, or a list of names. Further splits of a folder are taken over.
+        data: A file, folder, hub name or object, or a list of names. Further splits of a folder are kept.
         out: Folder to write; it must be empty or not there.
         options: What to choose.
         settings: Of a recipe, for how rows are read.

@@ -1,4 +1,4 @@
-"""The words of a pair: what was asked, what was answered, and keys that tell whether two of them are the same."""
+"""The words of a pair: what was asked, what was answered, and keys that are equal for the same words."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Pairs as vectors of length 1, near each other where prompt and chosen answer speak of the same things.
 
-TF-IDF of words, reduced by a truncated SVD, needs no model and takes a minute for 200,000 pairs. A folder in the
-layout of sentence-transformers (a transformer, pooling, normalisation) is read with transformers alone.
+TF-IDF of words, reduced by a truncated SVD, needs no model. A folder in the layout of sentence-transformers (a
+transformer, pooling, normalisation) is read with transformers alone.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class SentenceEncoder:
             raise ModelError(f"embeddings {folder}: cannot be loaded ({first_line(error)})") from error
         if torch.cuda.is_available():
             self._model.to("cuda")
-        longest = settings.get("max_seq_length") or getattr(self._model.config, "max_position_embeddings", 512)
+        longest = settings.get("max_seq_length") or getattr(
+            self._model.config, "max_position_embeddings", 512
+        )
         self._max_length = min(int(longest), 512)
 
     def encode(self, texts: Sequence[str], watch: Watch = unwatched) -> Float32:
@@ -155,7 +157,9 @@ class SentenceEncoder:
                 named = [name for key, name in _POOLING.items() if config.get(key)]
                 pooling = config.get("pooling_mode") or (named[0] if len(named) == 1 else None)
             elif kind != "Normalize":  # vectors are of length 1 in any case
-                raise ModelError(f"embeddings {self._folder}: its module {kind} is not known; use another model")
+                raise ModelError(
+                    f"embeddings {self._folder}: its module {kind} is not known; use another model"
+                )
         if pooling not in _POOLING.values():
             raise ModelError(
                 f"embeddings {self._folder}: its pooling is not one of {', '.join(_POOLING.values())}"
@@ -169,6 +173,6 @@ class SentenceEncoder:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"embeddings {self._folder}: {file.name} cannot be read ({first_line(error)}); give a folder that "
-                "sentence-transformers has saved"
+                f"embeddings {self._folder}: {file.name} cannot be read ({first_line(error)}); give a "
+                "folder that sentence-transformers has saved"
             ) from error

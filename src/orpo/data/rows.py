@@ -69,7 +69,7 @@ def read_rows(data: object, *, split: str | None = DEFAULT, config: str | None =
 
 
 def splits_of(data: object, config: str | None = None) -> tuple[str, ...]:
-    """Names of the splits of a local folder or a `DatasetDict`; none of a file, a hub name or other objects."""
+    """Names of the splits of a local folder or a `DatasetDict`; none of anything else."""
     if isinstance(data, Mapping):
         return tuple(map(str, data))
     if not isinstance(data, str | Path) or not (folder := Path(data).expanduser()).is_dir():

@@ -430,9 +430,7 @@ def _without(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
     return replace(read, pairs=kept)
 
 
-def _hold_out(
-    read: PreferenceSet, settings: OrpoSettings
-) -> tuple[PreferenceSet, PreferenceSet, str]:
+def _hold_out(read: PreferenceSet, settings: OrpoSettings) -> tuple[PreferenceSet, PreferenceSet, str]:
     """Training pairs, held-out pairs, and a line; what was dropped while reading stays with the former."""
     train, held_out = split_holdout(read.pairs, settings.eval_split, _seed(settings))
     if not held_out:

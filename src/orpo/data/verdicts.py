@@ -77,7 +77,7 @@ _MARGINS = ("margin", "score_margin", "score_diff", "reward_margin")
 
 
 def side_scores(row: NamedRow) -> tuple[float, float] | None:
-    """Scores of chosen and rejected that stand next to them; None where none do. A margin is one against 0."""
+    """Scores of chosen and rejected that stand next to them, if any; a margin counts against 0."""
     for chosen, rejected in _SIDE_SCORES.items():
         if chosen in row and rejected in row:
             high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))

@@ -12,8 +12,8 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = words.add_parser(
         "prepare",
         help="clean, deduplicate, filter and split pairs; write a folder to train on",
-        description="Clean, deduplicate, filter and split preference pairs. Each step says what it removed and "
-        "why. `orpo train --dataset_name DIR` trains on the result.",
+        description="Clean, deduplicate, filter and split preference pairs. Each step says what it removed "
+        "and why. `orpo train --dataset_name DIR` trains on the result.",
         epilog="Settings of a recipe that say how rows are read are accepted too: --data_format, --columns, "
         "--sft_rows, --on_bad_row stop, ...",
         allow_abbrev=False,
@@ -28,7 +28,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     cleaning.add_argument("--drop_broken", action="store_true", help="remove pairs with U+FFFD in them")
     cleaning.add_argument(
         "--keep", nargs="+", default=[], metavar="WHAT",
-        help="keep duplicates, near_duplicates, contradictions or similar_sides, which are removed by default",
+        help="keep duplicates, near_duplicates, contradictions, similar_sides (removed by default)",
     )  # fmt: skip
     choice = parser.add_argument_group("filters and choice")
     choice.add_argument("--pairs", default="best-each", help="of ranked answers: best-each (default), "

@@ -12,9 +12,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = words.add_parser(
         "subset",
         help="choose a few thousand of many pairs: diverse, by margin, or at random",
-        description="Choose some of many pairs, and say how well they cover the others. The result is a folder "
-        "that `orpo train --dataset_name DIR` takes; a test split is taken over whole.",
-        epilog="Settings of a recipe that say how rows are read are accepted too: --data_format, --columns, ...",
+        description="Choose some of many pairs, and say how well they cover the others. The result is a "
+        "folder that `orpo train --dataset_name DIR` takes; a test split is taken over whole.",
+        epilog="Settings of a recipe that say how rows are read are accepted too: --data_format, ...",
         allow_abbrev=False,
     )
     parser.add_argument("data", metavar="DATA", nargs="+", help="local files or folders, or hub names")
@@ -23,7 +23,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--by", default="diversity", help="diversity (default), margin or random")
     parser.add_argument("--margin", default="largest", help="with --by margin: largest (default) or middle")
     parser.add_argument(
-        "--embeddings", metavar="FOLDER", help="sentence-embedding model to compare pairs by (default: TF-IDF)"
+        "--embeddings",
+        metavar="FOLDER",
+        help="sentence-embedding model to compare pairs by (default: TF-IDF)",
     )
     parser.add_argument("--split", default="train", help="split of the data to choose from (train)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
