@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ftfy import fix_encoding
-from ftfy.badness import is_bad
-
 from orpo.curation.steps import Sieve, Step, Watch, unwatched
 from orpo.data.preferences import cannot_train
 from orpo.pairs import PreferencePair
@@ -97,6 +94,9 @@ class _Cleaner:
         return text
 
     def _decoded(self, text: str) -> str:
+        from ftfy import fix_encoding
+        from ftfy.badness import is_bad
+
         if "\ufffd" in text:
             self.said[_LOST] = None
         if not is_bad(text):

@@ -1,7 +1,7 @@
 """Pairs that repeat or contradict another, and pairs whose sides hardly differ.
 
-Exact: the same word for word, runs of blanks aside. Near: prompt, chosen and rejected each nearly repeat those
-of one earlier pair. Of repeats the first stays; of contradictions none does, because nobody can tell which is
+Exact: the same word for word, runs of blanks aside. Near: prompt, chosen and rejected each nearly repeat
+those of one earlier pair. Of repeats the first stays; of contradictions none does, because nobody can tell which is
 right.
 """
 

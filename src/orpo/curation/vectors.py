@@ -1,7 +1,7 @@
 """Pairs as vectors of length 1, near each other where prompt and chosen answer speak of the same things.
 
-TF-IDF of words, reduced by a truncated SVD, needs no model. A folder in the layout of sentence-transformers (a
-transformer, pooling, normalisation) is read with transformers alone.
+TF-IDF of words, reduced by a truncated SVD, needs no model. A folder in the layout of sentence-transformers
+(a transformer, pooling, normalisation) is read with transformers alone.
 """
 
 from __future__ import annotations
