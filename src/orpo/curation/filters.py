@@ -50,11 +50,11 @@ def by_language(
     Raises:
         ConfigError: A code is not known.
     """
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    import py3langid
 
-    identifier = LanguageIdentifier.from_pickled_model(MODEL_FILE)
-    if missing := [code for code in languages if code not in identifier.nb_classes]:
-        known = ", ".join(sorted(identifier.nb_classes))
+    codes = sorted(code for code, _ in py3langid.rank("known languages"))
+    if missing := [code for code in languages if code not in codes]:
+        known = ", ".join(codes)
         raise ConfigError(f"language: {', '.join(missing)} is not known; use codes of {known}")
     sieve = Sieve("language", pairs)
     for index, pair in enumerate(pairs):
@@ -62,7 +62,7 @@ def by_language(
             watch("telling languages", index, len(pairs))
         texts = [text[:_LOOKED_AT] for text in (asked(pair), written(pair.chosen), written(pair.rejected))]
         long_enough = [text for text in texts if sum(map(str.isalpha, text[:200])) >= _LETTERS]
-        found = [identifier.classify(text)[0] for text in long_enough]
+        found = [py3langid.classify(text)[0] for text in long_enough]
         others = [code for code in found if code not in languages]
         if others:
             sieve.remove(index, f"in {others[0]}")

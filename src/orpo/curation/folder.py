@@ -19,13 +19,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from orpo import __version__
 from orpo.curation.steps import Step
 from orpo.data.rows import ORIGIN, data_files
 from orpo.data.splits import MANIFEST
 from orpo.errors import ConfigError, RunError
 from orpo.pairs import PreferencePair
 
-_PACKAGES = ("orpo", "pyarrow", "numpy", "rensa", "ftfy", "py3langid", "scikit-learn")
+_PACKAGES = ("pyarrow", "numpy", "rensa", "ftfy", "py3langid", "scikit-learn")
 _AT_ONCE = 5000
 """Rows that are turned into a table together."""
 
@@ -229,7 +230,7 @@ def _json(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return dict(_installed(_PACKAGES)) | {"python": sys.version.split()[0]}
+    return {"orpo": __version__, "python": sys.version.split()[0], **dict(_installed(_PACKAGES))}
 
 
 def _installed(names: Iterable[str]) -> Iterator[tuple[str, str]]:

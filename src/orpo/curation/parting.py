@@ -10,10 +10,13 @@ import numpy as np
 from orpo.curation.similar import Groups, similar_groups
 from orpo.curation.steps import Watch, unwatched
 from orpo.curation.texts import asked
+from orpo.data.near_duplicates import SIMILARITY
 from orpo.errors import DataError
 from orpo.pairs import PreferencePair
 
 TRAIN = "train"
+_SIMILARITY = SIMILARITY - 0.1
+"""Estimates err; a pair too many on one side costs nothing, a leak does."""
 
 
 def part_pairs(
@@ -41,7 +44,9 @@ def part_pairs(
     if not wanted:
         return {TRAIN: list(range(len(pairs)))}, f"split: train {len(pairs):,}; nothing is held out"
     prompts = len({pair.prompt_key() for pair in pairs})
-    near = similar_groups(map(asked, pairs), len(pairs), what="comparing prompts", watch=watch)
+    near = similar_groups(
+        map(asked, pairs), len(pairs), similarity=_SIMILARITY, what="comparing prompts", watch=watch
+    )
     groups = _members(_joined(pairs, near))
     together = f"{prompts - len(groups):,} prompts that nearly repeat another stay on its side"
     parts = _draw(groups, wanted, len(pairs), seed)

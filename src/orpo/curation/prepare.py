@@ -19,7 +19,7 @@ from orpo.curation.folder import PreparedData, check_out, describe_input, write_
 from orpo.curation.lengths import Lengths, in_characters, in_tokens
 from orpo.curation.pairing import PAIRINGS, Pairing, pair_answers
 from orpo.curation.parting import part_pairs
-from orpo.curation.reading import check_packages, curation_settings, other_splits, read_input
+from orpo.curation.reading import check_packages, curation_settings, only_name, other_splits, read_input
 from orpo.curation.repeats import KINDS, remove_repeats
 from orpo.curation.sampling import balance_length, limit
 from orpo.curation.steps import Step, Watch, unwatched
@@ -124,7 +124,7 @@ def prepare_data(
     options.check()
     check_packages(["ftfy", "rensa", *(["py3langid"] if options.language else [])], "preparing data")
     folder = check_out(out, data, force=force)
-    data = data[0] if isinstance(data, list | tuple) and len(data) == 1 else data
+    data = only_name(data)
     work = _Work(options, curation_settings(settings), say or (lambda line: None), watch)
     pairs = work.read(data)
     pairs = work.filtered(work.cleaned(pairs))

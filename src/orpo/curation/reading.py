@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from orpo.curation.steps import Step, reading_step
@@ -27,6 +28,13 @@ def check_packages(modules: Iterable[str], what: str) -> None:
     for module in modules:
         if find_spec(module) is None:
             raise ConfigError(f"{what} needs {_MODULES[module]}; pip install 'orpo[data]'")
+
+
+def only_name(data: Any) -> Any:
+    """The name of a data set that is given as a list of one; any other data as it is."""
+    if isinstance(data, list | tuple) and len(data) == 1 and isinstance(data[0], str | Path):
+        return data[0]
+    return data
 
 
 def read_input(data: Any, split: str | None, settings: OrpoSettings) -> tuple[PreferenceSet, Step, list[str]]:

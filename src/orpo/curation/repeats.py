@@ -1,8 +1,8 @@
 """Pairs that repeat or contradict another, and pairs whose sides hardly differ.
 
 Exact: the same word for word, runs of blanks aside. Near: prompt, chosen and rejected each nearly repeat
-those of one earlier pair. Of repeats the first stays; of contradictions none does, because nobody can tell which is
-right.
+those of one earlier pair. Of repeats the first stays; of contradictions none does, because nobody can tell
+which is right.
 """
 
 from __future__ import annotations

@@ -49,15 +49,21 @@ class Groups:
 
 
 def similar_groups(
-    texts: Iterable[str], total: int, *, what: str = "comparing texts", watch: Watch = unwatched
+    texts: Iterable[str],
+    total: int,
+    *,
+    similarity: float = SIMILARITY,
+    what: str = "comparing texts",
+    watch: Watch = unwatched,
 ) -> list[int]:
-    """The same number for texts that have about `SIMILARITY` of their word runs in common, or by others.
+    """The same number for texts that share about `similarity` of their word runs, directly or by others.
 
     Texts of fewer than three words are of one group only where they are the same, case and blanks aside.
 
     Args:
         texts: One after the other.
         total: How many there are.
+        similarity: Share of the word runs of two texts that both have, in [0.5, 1]; estimated to about 0.04.
         what: What to tell the watcher.
         watch: Told how far it is.
     """
@@ -78,7 +84,7 @@ def similar_groups(
         signature.update([" ".join(words[start : start + 3]) for start in range(len(words) - 2)])
         near = index.query(signature)
         for other in near:
-            if groups.of(other) != groups.of(number) and signatures[other].jaccard(signature) >= SIMILARITY:
+            if groups.of(other) != groups.of(number) and signatures[other].jaccard(signature) >= similarity:
                 groups.join(other, number)
         if sum(groups.of(other) == groups.of(number) for other in near) < CROWD:
             signatures[number] = signature

@@ -17,7 +17,7 @@ import numpy as np
 from orpo.curation.filters import check_scores
 from orpo.curation.folder import PreparedData, check_out, describe_input, write_folder
 from orpo.curation.parting import TRAIN
-from orpo.curation.reading import check_packages, curation_settings, other_splits, read_input
+from orpo.curation.reading import check_packages, curation_settings, only_name, other_splits, read_input
 from orpo.curation.sampling import take_shares
 from orpo.curation.steps import Sieve, Step, Watch, unwatched
 from orpo.curation.vectors import Float32, embeddings, tfidf
@@ -120,7 +120,7 @@ def subset_data(
     if options.by != "random":
         check_packages(["sklearn"], f"choosing by {options.by}")
     folder = check_out(out, data, force=force)
-    data = data[0] if isinstance(data, list | tuple) and len(data) == 1 else data
+    data = only_name(data)
     resolved = curation_settings(settings)
     watch("reading", 0, 0)
     read, step, lines = read_input(data, options.split, resolved)
