@@ -170,11 +170,12 @@ def test_filters_remove_what_they_say(tmp_path):
     english = "The weather in the mountains is often very different from the valley below."
     german = "Das Wetter in den Bergen ist oft ganz anders als unten im Tal, wo es regnet."
     high = {"source": "a", "score_chosen": 5, "score_rejected": 1}
+    low = {"score_chosen": 2}
     rows = [
         {"prompt": english[:40], "chosen": english, "rejected": english[4:50], **high},
         {"prompt": german[:40], "chosen": german, "rejected": german[4:], **high},
         row(2, source="b"),
-        {"prompt": english[:45], "chosen": english + " Yes.", "rejected": english[9:]} | high | {"score_chosen": 2},
+        {"prompt": english[:45], "chosen": english + " Yes.", "rejected": english[9:], **high, **low},
         {"prompt": english[20:], "chosen": "Yes.", "rejected": "No.", **high},
         {"prompt": english[5:60], "chosen": english * 4, "rejected": english[7:], **high},
         {"prompt": english[3:70], "chosen": english[30:], "rejected": english[:60], "source": "a"},
@@ -318,7 +319,8 @@ def test_no_prompt_nor_one_that_nearly_repeats_it_is_on_both_sides(tmp_path):
         others = [text for name, texts in parts.items() if name != held for text in texts]
         assert not set(others) & set(parts[held])
         assert max(similarity(one, other) for one in set(parts[held]) for other in set(others)) < 0.8
-    assert "100 prompts that nearly repeat another stay on its side" in lines[-1]
+    near = len({one["prompt"] for one in rows}) - 100
+    assert f"{near} prompts that nearly repeat another stay on its side" in lines[-1]
 
 
 def test_groups_equal_those_of_all_comparisons():

@@ -14,7 +14,7 @@ from orpo.pairs import PreferencePair
 
 _LETTERS = 24
 """Texts with fewer letters are too short to tell their language."""
-_LOOKED_AT = 1000
+_LOOKED_AT = 240
 """Characters of a text that its language is told from."""
 
 

@@ -219,7 +219,7 @@ def diverse(vectors: Float32, number: int, *, seed: int, watch: Watch = unwatche
         number,
         random_state=seed,
         batch_size=max(4096, number),
-        init="random",
+        init_size=3 * number,
         n_init=1,
         max_iter=10,
         max_no_improvement=None,
