@@ -1,9 +1,9 @@
 """Data as other tools describe it: dataset_info.json, a `datasets:` block, a mixture, names with a subset.
 
-Each description (of LLaMA-Factory, Axolotl, TRL, the Alignment Handbook or ms-swift) becomes the settings that
-read the same rows in the same way: `dataset_name`, `columns`, `data_format`, a split, a configuration. What
-has no counterpart is named in one line, and nothing trains: nobody would see a set that is read otherwise than
-described.
+Each description (of LLaMA-Factory, Axolotl, TRL, ms-swift or the Alignment Handbook) becomes the settings
+that read the same rows in the same way: `dataset_name`, `columns`, `data_format`, a split, a configuration.
+What has no counterpart is named in one line, and nothing trains: nobody would see a set that is read
+otherwise than described.
 """
 
 from __future__ import annotations
