@@ -149,10 +149,9 @@ INHERITED: dict[str, Inherited] = {
     "warmup_steps": Inherited(Facts(at_least=0, in_recipe="always")),
     "weight_decay": Inherited(Facts(at_least=0, in_recipe="always")),
     "max_grad_norm": Inherited(Facts(at_least=0, in_recipe="always")),
-    **{
-        name: Inherited(Facts(in_recipe="always"))
-        for name in ("lr_scheduler_type", "max_steps", "optim", "seed")
-    },
+    **{name: Inherited(Facts(in_recipe="always")) for name in ("lr_scheduler_type", "max_steps", "seed")},
+    "optim": Inherited(Facts(resume="built in", in_recipe="always")),
+    **{name: Inherited(Facts(resume="built in")) for name in ("optim_args", "optim_target_modules")},
     "label_smoothing_factor": Inherited(Facts(at_least=0, at_most=0)),
 }
 """Setting -> what we make of it."""

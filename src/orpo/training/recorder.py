@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 import orpo
+from orpo.run.checkpoints import begin_at
 from orpo.run.directory import RunDirectory, write_json
 from orpo.run.log import Figures, Record, append_record, read_records, write_records
 
@@ -46,7 +47,7 @@ class Recorder(TrainerCallback):
         """Describe the run; of an earlier attempt's log keep what the checkpoint already includes."""
         if not self._writes:
             return
-        self.run.path.mkdir(parents=True, exist_ok=True)
+        begin_at(self.run.path, state.global_step)
         earlier = read_records(self.run.log) if state.global_step > 0 else []
         kept = [record for record in earlier if record.step <= state.global_step]
         if kept or self.run.log.exists():
@@ -81,6 +82,13 @@ class Recorder(TrainerCallback):
         self._append(
             Record(step=step, kind="saved", epoch=epoch, seconds=self._seconds, model_step=model_step)
         )
+
+    def take_back_evaluations(self, step: int) -> None:
+        """Forget the evaluations recorded at a step, which will be made again."""
+        if self._writes:
+            records = read_records(self.run.log)
+            kept = [record for record in records if (record.kind, record.step) != ("eval", step)]
+            write_records(self.run.log, kept)
 
     def evaluations(self, step: int) -> list[Record]:
         """The evaluations recorded at a step."""

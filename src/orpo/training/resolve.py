@@ -19,7 +19,7 @@ from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError
-from orpo.run.directory import RunDirectory
+from orpo.run.checkpoints import earlier_recipe
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
@@ -39,7 +39,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
         )
     args.notices = list(args.notices)
     if args.template_date is None:  # a run that resumes on another day trains on the same tokens
-        before = RunDirectory(Path(str(args.output_dir))).read_recipe().get("template_date")
+        before = earlier_recipe(Path(str(args.output_dir))).get("template_date")
         args.template_date = str(before or date.today())
     if args.n_gpu > 1:
         args.notices.append(
