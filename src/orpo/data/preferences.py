@@ -286,14 +286,32 @@ def _refuse_media(row: NamedRow) -> None:
 def _check_texts(pair: PreferencePair) -> None:
     """Stop at text that cannot be encoded, and at answers that would be rendered a second time."""
     for name, side in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        _refuse_half_characters(name, side)
         for text in [side] if isinstance(side, str) else [turn["content"] for turn in side or []]:
-            if not text.isascii() and _HALF.search(text):
-                raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
             if name != "prompt" and turn_markers.is_rendered(text):
                 raise BadRow(
                     name, "is rendered already: it begins with the tokens of a chat template",
                     "give the rows as they were before the chat template",
                 )  # fmt: skip
+    for name, value in (
+        ("tools", pair.tools),
+        ("source", pair.group),
+        ("chat_template_kwargs", pair.chat_template_kwargs),
+    ):
+        _refuse_half_characters(name, value)
+
+
+def _refuse_half_characters(name: str, value: Any) -> None:
+    """Refuse text, at any depth, that no encoding can write."""
+    if isinstance(value, str):
+        if not value.isascii() and _HALF.search(value):
+            raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+    elif isinstance(value, Mapping):
+        for part in (*value.keys(), *value.values()):
+            _refuse_half_characters(name, part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _refuse_half_characters(name, part)
 
 
 def _tools(row: NamedRow) -> list[Any] | None:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import read_pairs
+from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import PairScores
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import METRICS
 from orpo.engine.model import prepare_model
 from orpo.engine.score import score
+from orpo.engine.scorer import num_embeddings
 from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
 from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import ConfigError
@@ -236,6 +238,7 @@ def evaluate(
     read = read_pairs(data, resolved, tokenizer, split=split, stop_tokens=stops)
     _say_all([] if quiet else read.lines())
     loaded = load_trained(folder, resolved)
+    check_token_ids(read.pairs, num_embeddings(loaded), tokenizer)
     batches, notices = _batch_settings(loaded, resolved)
     _say_all([] if quiet else notices)
     found = evaluate_pairs(

@@ -24,9 +24,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 _EVALUATION = "eval-{}.json"
 _RESULTS = (_EVALUATION.format("*"),)
 _MODEL = (
-    MODEL_CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_model*",
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "chat_template.jinja", "training_args.bin",
+    MODEL_CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
+    "adapter_model*", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja", "training_args.bin",
 )  # fmt: skip
 """Names of the files that saving a model and its tokenizer writes."""
 
@@ -124,7 +124,7 @@ class RunDirectory:
         ]  # fmt: skip
 
     def of_the_run(self) -> list[Path]:
-        """What lies here of a run but its checkpoints: the files of training, of evaluations, of the model."""
+        """What lies here of a run but its checkpoints: files of training, of evaluations, of the model."""
         patterns = [*(path.name for path in self.files_written()), *_RESULTS, *_MODEL]
         return sorted({path for pattern in patterns for path in self.path.glob(pattern)})
 

@@ -1,7 +1,7 @@
 """Files that are whole or absent, with a checksum that tells a damaged copy.
 
-A file is written next to its place, flushed to the disk and renamed: whoever reads it, after a crash too, finds
-all of the old one or all of the new one. A disk that is full or read-only is one line that says so.
+A file is written next to its place, flushed to the disk and renamed: whoever reads it, after a crash too,
+finds all of the old one or all of the new one. A disk that is full or read-only is one line that says so.
 """
 
 from __future__ import annotations

@@ -80,16 +80,7 @@ def check_output_dir(name: str, models: Iterable[str | None], data: Iterable[str
     if not name.strip() or "\0" in name:
         raise ConfigError(f"output_dir: {name!r} is no folder; name one, for instance runs/first")
     folder = Path(name).expanduser()
-    for path in (folder, *folder.parents):
-        if os.path.lexists(path):
-            if not os.path.isdir(path):
-                raise ConfigError(f"output_dir: {path} is no folder; name another one")
-            break
-    for path in RunDirectory(folder).files_written():
-        if os.path.isdir(path):
-            raise ConfigError(
-                f"output_dir: {path} is a folder, where the run writes a file; name another one"
-            )
+    _check_is_folder(folder)
     here = folder.resolve()
     for model in filter(None, models):
         lies = Path(model).expanduser().resolve()
@@ -100,3 +91,16 @@ def check_output_dir(name: str, models: Iterable[str | None], data: Iterable[str
     for one in data:
         if os.path.isdir(Path(one).expanduser()) and Path(one).expanduser().resolve() == here:
             raise ConfigError(f"output_dir: {name} is the folder of the data; name another one")
+
+
+def _check_is_folder(folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path):
+            if not os.path.isdir(path):
+                raise ConfigError(f"output_dir: {path} is no folder; name another one")
+            break
+    for path in RunDirectory(folder).files_written():
+        if os.path.isdir(path):
+            raise ConfigError(
+                f"output_dir: {path} is a folder, where the run writes a file; name another one"
+            )

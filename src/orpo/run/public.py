@@ -1,7 +1,7 @@
 """What may leave this machine: one answer for recipe.yaml, the model card, the page and each checkpoint.
 
-Secrets are left out of every file. Paths stay in recipe.yaml and in checkpoints, which a run resumes with; in the
-card, which is published, and in the page, which is mailed, only their last part is shown.
+Secrets are left out of every file. Paths stay in recipe.yaml and in checkpoints, which a run resumes with;
+in the card, which is published, and in the page, which is mailed, only their last part is shown.
 """
 
 from __future__ import annotations

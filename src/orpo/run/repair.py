@@ -19,10 +19,10 @@ _DAMAGED = ".damaged"
 
 
 def put_damaged_aside(run: RunDirectory) -> None:
-    """Rename the files of a run that cannot be read; of metrics.jsonl, only the damaged lines are left out.
+    """Rename the files of a run that cannot be read; of metrics.jsonl, only damaged lines are left out.
 
-    Each is a printed line, and what was there is kept under another name. The recipe, the samples and the rest
-    are made again by the run itself.
+    Each is a printed line, and what was there is kept under another name. The run itself makes the recipe,
+    the samples and the rest again.
 
     Raises:
         RunError: A file cannot be renamed.
@@ -53,9 +53,7 @@ def _leave_lines_out(log: Path) -> None:
         except OSError as error:
             raise cannot_write(log.with_name(log.name + _DAMAGED), error) from error
         write_records(log, records)
-        say(
-            f"{log}: {damaged} lines cannot be read and are left out; the file is kept as {log.name}{_DAMAGED}"
-        )
+        say(f"{log}: {damaged} lines cannot be read and are left out; all are kept as {log.name}{_DAMAGED}")
 
 
 def _check_samples(path: Path) -> None:

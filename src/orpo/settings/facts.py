@@ -36,8 +36,8 @@ class Facts(str):
         at_most: Largest value allowed.
         below: Smallest value too large.
         resume: Whether a run may resume with another value. `fixed`: no, it would make another model, unless
-            it is forced, which takes effect from there on. `built in`: not even then, since the weights or the
-            optimizer's state in the checkpoint were made with it.
+            it is forced, which takes effect from there on. `built in`: not even then, since the weights or
+            the optimizer's state in the checkpoint were made with it.
             `derived`: it makes another model, but a checkpoint answers for it in another way (a checksum of
             the tokens, the weights themselves, pairs per step). `free`: it cannot change the mathematics.
         in_recipe: Whether recipe.yaml of a run names it: `always`, where it was `changed`, or `never`, since

@@ -1,7 +1,7 @@
 """A `transformers.Trainer` that stops where it is asked to, and goes on as if it had not been stopped.
 
-A signal within a step is acted on at the end of the step, in an evaluation at once: it is cut off, and the run
-that resumes makes it again. A run whose last step is made does not train another one.
+A signal within a step is acted on at the end of the step, in an evaluation at once: it is cut off, and the
+run that resumes makes it again. A run whose last step is made does not train another one.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ class InterruptibleTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether these metrics are the best ones; where a signal asks for it, a checkpoint is saved anyway."""
+        """Whether these metrics are the best ones; what a signal asks to save is saved anyway."""
         is_best = not self.evaluation_waits and super()._determine_best_metric(metrics, trial)
         return bool(is_best or self.stopped_by is not None)
 

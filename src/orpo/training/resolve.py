@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
+from orpo.data.dataset import TokenizedDataset
 from orpo.data.named_templates import tokens_to_add
 from orpo.data.show import first_pair_lines
-from orpo.data.source import SavedTemplate, TrainingData, read_training
+from orpo.data.source import SavedTemplate, TokenizedStream, TrainingData, read_training
+from orpo.data.token_ids import check_token_ids, checked_token_ids
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError
 from orpo.run.checkpoints import earlier_recipe
@@ -156,7 +159,16 @@ def read_for_training(
     """Read what there is to train and evaluate on; prompts are held out unless evaluation is off."""
     evaluates = args.eval_strategy != IntervalStrategy.NO
     stops = stop_token_ids(model)
-    return read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+    data = read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+    number = num_embeddings(model) if model is not None else 0
+    for pairs in [data.train_pairs, *(one.pairs for one in data.evals.values())]:
+        if number and isinstance(pairs, TokenizedDataset):
+            check_token_ids(pairs, number, tokenizer)
+    if number and isinstance(data.train, TokenizedStream):
+        unchecked = data.train.open
+        checked = replace(data.train, open=lambda: checked_token_ids(unchecked(), number, tokenizer))
+        return replace(data, train=checked)
+    return data
 
 
 def opening_lines(args: ORPOConfig, data: TrainingData, processing_class: Any) -> list[str]:

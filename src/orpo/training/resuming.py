@@ -105,12 +105,11 @@ def first_rank_decides(args: ORPOConfig, decide: Callable[[], Result]) -> Result
     found: list[Any] = [None]
     if args.process_index == 0:
         try:
-            found = [(decide(), None)]
+            found = [decide()]
         except OrpoError as error:
-            found = [(None, error)]
+            found = [error]
     if args.world_size > 1:
         broadcast_object_list(found)
-    result, error = found[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
+    if isinstance(found[0], OrpoError):
+        raise found[0]
+    return found[0]  # type: ignore[no-any-return]

@@ -40,13 +40,14 @@ from transformers.trainer_utils import (
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
+from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
 from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
 from orpo.engine.score import score
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.steps import (
     EVALUATION_BLOCK,
     BatchSettings,
@@ -355,6 +356,8 @@ class ORPOTrainer(InterruptibleTrainer):
         )
         for line in read.lines():
             say(line)
+        if number := num_embeddings(self.model):
+            check_token_ids(read.pairs, number, text_tokenizer(self.processing_class))
         return read.pairs
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
