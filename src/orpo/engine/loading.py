@@ -203,8 +203,8 @@ def _refuse_whole_numbers(name: str, model: PreTrainedModel, config: Any, revisi
                 stored = str(file.get_slice(tensor).get_dtype())
                 if tensor in floats and not stored.startswith(("F", "BF")):
                     raise ModelError(
-                        f"{name}: {tensor} is stored as whole numbers ({stored}), as quantized weights are, but"
-                        " no quantization_config says how to read them; give the model as it was before"
+                        f"{name}: {tensor} is stored as whole numbers ({stored}), as quantized weights are,"
+                        " but no quantization_config says how to read them; give the model as it was before"
                     )
 
 
