@@ -49,7 +49,8 @@ class Recorder(TrainerCallback):
             return
         begin_at(self.run.path, state.global_step)
         earlier = read_records(self.run.log) if state.global_step > 0 else []
-        kept = [record for record in earlier if record.step <= state.global_step]
+        # What a run saved that was killed afterwards is not its result: this run saves again.
+        kept = [record for record in earlier if record.step <= state.global_step and record.kind != "saved"]
         if kept or self.run.log.exists():
             write_records(self.run.log, kept)
         self.run.write_recipe(self.recipe)
