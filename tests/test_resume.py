@@ -128,7 +128,7 @@ def test_fresh_run_in_an_old_directory_starts_new_files(uninterrupted, tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [0, 2, 2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_saves_after_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_path, number):
     """trap 8"""
     before = {s: signal.getsignal(s) for s in StopSignal.SIGNALS}

@@ -240,7 +240,7 @@ class OrpoSettings:
     dry_run: bool = setting(
         False, "Check recipe, data and model, print the plan, stop.", resume="free", in_recipe="never"
     )
-    force: bool = setting(False, "Resume although the recipe has changed.", resume="free", in_recipe="never")
+    force: bool = setting(False, "Resume although the recipe has changed, with the changes from there on.", resume="free", in_recipe="never")
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
