@@ -2,7 +2,7 @@
 
     python benchmarks/torture.py inputs                     several hundred bad inputs, one by one
     python benchmarks/torture.py fuzz --cases 1000000       random rows, files, recipes and numbers
-    python benchmarks/torture.py kills --kills 200          kill -9 at random moments, against undisturbed twins
+    python benchmarks/torture.py kills --kills 200          kill -9 at random moments, against whole runs
 
 Each case runs in a process of its own (a fork of this one, which has imported everything), with a limit of
 time. What counts as a failure: a traceback, a hang, a death by signal, an exit status other than 0 and 2, a
@@ -208,7 +208,7 @@ def preload() -> None:
     import orpo.training.job
 
     datasets.disable_progress_bars()
-    assert peft and transformers and orpo
+    assert all((peft, transformers, orpo))
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """The fuzz campaign of `torture.py fuzz`: random rows, damaged files, recipes, plans and numbers.
 
-A case is made from its target and its number alone, so that any can be repeated by itself. Cases run in blocks,
-each block in a fork, so that a damaged file that ends the process ends one block, and names it.
+A case is made from its target and its number alone, so that any can be repeated by itself. Cases run in
+blocks, each block in a fork, so that a damaged file that ends the process ends one block, and names it.
 """
 
 from __future__ import annotations
@@ -120,11 +120,38 @@ def _be_the_block(
 # ------------------------------------------------------------------------------------------- rows
 
 
-_COLUMNS = sorted({column for row in _SHAPES.values() for column in row} | {
-    "label", "score_chosen", "scores", "completions", "labels", "source", "question", "context", "images", "margin",
-})  # fmt: skip
-_WORDS = ("", " ", "a", "Yes, I do.", "\n\nHuman: a\n\nAssistant: b", "<|im_start|>", "<|endoftext|>", "é👍", "\x00",
-          "\ud83d", "[{'role': 'user', 'content': 'x'}]", '{"a": 1}', "{{ x }}", "</think>", "a" * 3000)  # fmt: skip
+_COLUMNS = sorted(
+    {column for row in _SHAPES.values() for column in row}
+    | {
+        "label",
+        "score_chosen",
+        "scores",
+        "completions",
+        "labels",
+        "source",
+        "question",
+        "context",
+        "images",
+        "margin",
+    }
+)
+_WORDS = (
+    "",
+    " ",
+    "a",
+    "Yes, I do.",
+    "\n\nHuman: a\n\nAssistant: b",
+    "<|im_start|>",
+    "<|endoftext|>",
+    "é👍",
+    "\x00",
+    "\ud83d",
+    "[{'role': 'user', 'content': 'x'}]",
+    '{"a": 1}',
+    "{{ x }}",
+    "</think>",
+    "a" * 3000,
+)
 _ROLES = ("user", "assistant", "system", "tool", "human", "gpt", "", None, 5)
 
 
@@ -141,7 +168,9 @@ def _value(draw: random.Random, depth: int = 0) -> Any:
         return [dict(turn) for _ in range(draw.randrange(3))]
     if kind == 7:
         return [_value(draw, depth + 1) for _ in range(draw.randrange(4))]
-    return {draw.choice([*_COLUMNS, "a", "", None]): _value(draw, depth + 1) for _ in range(draw.randrange(3))}
+    return {
+        draw.choice([*_COLUMNS, "a", "", None]): _value(draw, depth + 1) for _ in range(draw.randrange(3))
+    }
 
 
 def _row(draw: random.Random) -> dict[Any, Any]:
@@ -167,13 +196,17 @@ def rows(draw: random.Random) -> Outcome:
         sft_rows=draw.choice(["drop", "use"]),
     )
     longest = draw.choice([None, 8, 64, 512])
-    template = draw.choice([None, "chatml", "{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}"])
+    template = draw.choice(
+        [None, "chatml", "{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}"]
+    )
     pairs = tokenize_pairs(read, _tokenizer(), max_length=longest, chat_template=template)
     assert pairs.counts.total == pairs.counts.kept + pairs.counts.num_dropped, "the counts do not add up"
     for pair in pairs:
         assert pair.prompt, "empty prompt"
         assert len(pair.chosen) > pair.chosen_context, "empty chosen answer"
-        assert longest is None or len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= longest, "long"
+        assert longest is None or len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= longest, (
+            "long"
+        )
     return "ran"
 
 
@@ -223,8 +256,33 @@ def damaged_files(draw: random.Random) -> Outcome:
 
 # ------------------------------------------------------------------------------------------- recipes
 
-_SCALARS = ("1", "-1", "0.5", "1e22", ".inf", "nan", "null", "true", "no", "foo", "[1, 2]", "{a: b}", "'x'", "&a 1",
-            "*a", "!!float O", "!!python/none x", '"\\ud83d"', "\x1b", "2026-11-27", "1:30", "0x1F", "~", "-", "|")  # fmt: skip
+_SCALARS = (
+    "1",
+    "-1",
+    "0.5",
+    "1e22",
+    ".inf",
+    "nan",
+    "null",
+    "true",
+    "no",
+    "foo",
+    "[1, 2]",
+    "{a: b}",
+    "'x'",
+    "&a 1",
+    "*a",
+    "!!float O",
+    "!!python/none x",
+    '"\\ud83d"',
+    "\x1b",
+    "2026-11-27",
+    "1:30",
+    "0x1F",
+    "~",
+    "-",
+    "|",
+)
 
 
 def recipes(draw: random.Random) -> Outcome:
@@ -239,11 +297,14 @@ def recipes(draw: random.Random) -> Outcome:
         text = "\n".join(lines)
         if draw.random() < 0.2 and text:
             at = draw.randrange(len(text))
-            text = text[:at] + draw.choice(["\t", "\x00", ":", "\n ", "{", "]", "é", "\ufeff", "#"]) + text[at:]
+            text = (
+                text[:at] + draw.choice(["\t", "\x00", ":", "\n ", "{", "]", "é", "\ufeff", "#"]) + text[at:]
+            )
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
         words = []
         for _ in range(draw.randrange(3)):
-            words += [draw.choice(["--", "-", ""]) + draw.choice(names)] + draw.choice([[], [draw.choice(_SCALARS)]])
+            words.append(draw.choice(["--", "-", ""]) + draw.choice(names))
+            words += draw.choice([[], [draw.choice(_SCALARS)]])
         check_recipe(load_recipe(str(file), overrides=words).settings)
     return "ran"
 
@@ -257,11 +318,11 @@ def _names() -> list[str]:
     return list(_loaded["names"])
 
 
-# ------------------------------------------------------------------------------------------- plans and numbers
+# ----------------------------------------------------------------------------------- plans and numbers
 
 
 def plans(draw: random.Random) -> Outcome:
-    """Every pair exactly once an epoch, as many micro-batches on each rank, the budget kept but by single pairs."""
+    """Every pair once, as many micro-batches on each rank, the budget kept but by single pairs."""
     import numpy as np
 
     from orpo.engine.planning import pair_tokens, plan_step

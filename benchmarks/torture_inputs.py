@@ -1,4 +1,4 @@
-"""The bad inputs of `torture.py inputs`: data files, rows, settings, models, run directories, command lines."""
+"""The bad inputs of `torture.py inputs`: files, rows, settings, models, run directories, command lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ def pairs(number: int, first: int = 0) -> list[Row]:
 
 def texts(number: int) -> list[Row]:
     """Pairs of plain texts."""
-    return [{"prompt": f"What is {n}?", "chosen": f" It is {n}.", "rejected": f" No {n}."} for n in range(number)]
+    return [
+        {"prompt": f"What is {n}?", "chosen": f" It is {n}.", "rejected": f" No {n}."} for n in range(number)
+    ]
 
 
 def jsonl(rows: Sequence[Any]) -> str:
@@ -50,10 +52,15 @@ def make_world(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(files("orpo") / "demo" / "model"))
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     (folder / "train.jsonl").write_text(jsonl(pairs(40)))
@@ -67,10 +74,24 @@ def make_world(folder: Path) -> None:
 def train_words(world: Path, out: Path | str, data: Path | str | None = None) -> list[str]:
     """A run of a fraction of a second."""
     return [
-        "train", "--model_name_or_path", str(world / "base"), "--dataset_name", str(data or world / "train.jsonl"),
-        "--output_dir", str(out), "--max_steps", "2", "--per_device_train_batch_size", "4", "--num_samples", "0",
-        "--max_completion_length", "8", "--report_to", "none",
-    ]  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        str(world / "base"),
+        "--dataset_name",
+        str(data or world / "train.jsonl"),
+        "--output_dir",
+        str(out),
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "4",
+        "--num_samples",
+        "0",
+        "--max_completion_length",
+        "8",
+        "--report_to",
+        "none",
+    ]
 
 
 def cases(world: Path) -> Iterator[Case]:
@@ -173,12 +194,16 @@ def _files(world: Path) -> Iterator[Case]:
         ("5000 digits", b'{"prompt":"a","chosen":' + b"9" * 5000 + b',"rejected":"b"}\n', ""),
         ("NUL", good.replace("What", "Wh\x00at").encode(), ""),
         ("NUL bytes as JSON", b"\x00\x00\x00\n" + good.encode(), ""),
-        ("half an emoji", (good + '{"prompt":"a b","chosen":"x \\ud83d y","rejected":"z"}\n').encode(), "d.jsonl:41"),
+        (
+            "half an emoji",
+            (good + '{"prompt":"a b","chosen":"x \\ud83d y","rejected":"z"}\n').encode(),
+            "d.jsonl:41",
+        ),
         ("no newline, unclosed", good.encode() + b'{"prompt":"aaa', "d.jsonl:41"),
         ("duplicate keys", b'{"prompt":"a","chosen":"b","rejected":"c","chosen":"d"}\n', ""),
         ("line separators", good.replace("What", "Wh\u2028at").encode(), ""),
         ("carriage returns", good.replace("\n", "\r").encode(), ""),
-    ):  # fmt: skip
+    ):
         expect = RAN if name in ("line separators",) else REFUSED
         if name in ("NUL", "carriage returns", "gzip inside", "one array"):
             expect = None
@@ -198,7 +223,10 @@ def _files(world: Path) -> Iterator[Case]:
         yield Case(f"file:json text:{name}", _train_on(world, "d.json", content.encode()), expect)
     rows = [f"question {n} please,good answer {n},bad answer {n}" for n in range(60)]
     for name, lines in (
-        ("stray quote", [*rows[:19], 'question 19 please,"good answer 19,bad', *rows[20:29], 'q,a",b', *rows[30:]]),
+        (
+            "stray quote",
+            [*rows[:19], 'question 19 please,"good answer 19,bad', *rows[20:29], 'q,a",b', *rows[30:]],
+        ),
         ("unquoted comma", [*rows, "Hello, world,a b,c d"]),
         ("too few cells", [*rows, "Hello"]),
         ("no header", rows[0:0]),
@@ -234,7 +262,18 @@ def _odd_paths(world: Path, good: str) -> Iterator[Case]:
         odd["no permission"] = unreadable
     for how, make in odd.items():
         yield Case(f"file:path:{how}", _train_on(world, "d.jsonl", make), REFUSED)
-    for name in ("/dev/null", "", ".", "nowhere.jsonl", "a/b", "d.xyz", "x" * 300, "a\nb", "~nobody/x.jsonl", "/proc"):
+    for name in (
+        "/dev/null",
+        "",
+        ".",
+        "nowhere.jsonl",
+        "a/b",
+        "d.xyz",
+        "x" * 300,
+        "a\nb",
+        "~nobody/x.jsonl",
+        "/proc",
+    ):
         words = train_words(world, "out", name or " ")
         yield Case(f"file:path:{name[:20]!r}", lambda _, words=words: [*words, "--dry_run", "true"], REFUSED)
 
@@ -252,8 +291,10 @@ def _odd_paths(world: Path, good: str) -> Iterator[Case]:
         "info cut": lambda path: (path / "dataset_info.json").write_text("{"),
         "info a list": lambda path: (path / "dataset_info.json").write_text("[]"),
         "arrow gone": lambda path: [file.unlink() for file in path.glob("*.arrow")],
-        "arrow cut": lambda path: [file.write_bytes(file.read_bytes()[:100]) for file in path.glob("*.arrow")],
-    }.items():  # fmt: skip
+        "arrow cut": lambda path: [
+            file.write_bytes(file.read_bytes()[:100]) for file in path.glob("*.arrow")
+        ],
+    }.items():
         expect = RAN if how == "whole" else None
         yield Case(f"file:disk:{how}", lambda folder, damage=damage: disk(folder, damage), expect)
 
@@ -269,28 +310,56 @@ _SHAPES: dict[str, Row] = {
     "messages": {"messages": [_ASK, _TURN], "rejected_response": "No."},
     "sharegpt": {
         "conversations": [{"from": "human", "value": "Do you?"}],
-        "chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"from": "gpt", "value": "No."},
+        "chosen": {"from": "gpt", "value": "Yes."},
+        "rejected": {"from": "gpt", "value": "No."},
     },
-    "instruction": {"instruction": "Do it", "input": "x", "system": "Be.", "chosen": "Yes.", "rejected": "No."},
+    "instruction": {
+        "instruction": "Do it",
+        "input": "x",
+        "system": "Be.",
+        "chosen": "Yes.",
+        "rejected": "No.",
+    },
     "ranked": {"prompt": "a b", "answers": ["x y", "z"], "scores": [1.0, 0.5]},
     "pairwise": {"prompt": "a b", "response_0": "x", "response_1": "y", "better_response_id": 1},
     "hh": {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
-    "with tools": {"prompt": [_ASK], "chosen": [_TURN], "rejected": [{**_TURN, "content": "No."}], "tools": [{}]},
+    "with tools": {
+        "prompt": [_ASK],
+        "chosen": [_TURN],
+        "rejected": [{**_TURN, "content": "No."}],
+        "tools": [{}],
+    },
     "with kwargs": {
-        "prompt": [_ASK], "chosen": [_TURN], "rejected": [{**_TURN, "content": "No."}],
+        "prompt": [_ASK],
+        "chosen": [_TURN],
+        "rejected": [{**_TURN, "content": "No."}],
         "chat_template_kwargs": {"enable_thinking": True},
     },
     "with history": {"instruction": "Do it", "history": [["a", "b"]], "chosen": "Yes.", "rejected": "No."},
-}  # fmt: skip
+}
 _VALUES: dict[str, Any] = {
-    "null": None, "5": 5, "true": True, "empty text": "", "blank text": " \n", "[]": [], "{}": {}, "[null]": [None],
-    "[[]]": [[]], "nested": {"a": {"b": [{"c": 1}]}}, "role missing": [{"content": "x"}],
-    "content missing": [{"role": "assistant"}], "content 5": [{"role": "assistant", "content": 5}],
-    "role 5": [{"role": 5, "content": "x"}], "unknown role": [{"role": "wizard", "content": "x"}],
-    "content null": [{"role": "assistant", "content": None}], "half an emoji": "x \ud83d y",
-    "half an emoji inside": [{"role": "assistant", "content": "x \ud83d y"}], "nan": float("nan"),
-    "only system": [{"role": "system", "content": "x"}], "two assistants": [_TURN, _TURN],
-}  # fmt: skip
+    "null": None,
+    "5": 5,
+    "true": True,
+    "empty text": "",
+    "blank text": " \n",
+    "[]": [],
+    "{}": {},
+    "[null]": [None],
+    "[[]]": [[]],
+    "nested": {"a": {"b": [{"c": 1}]}},
+    "role missing": [{"content": "x"}],
+    "content missing": [{"role": "assistant"}],
+    "content 5": [{"role": "assistant", "content": 5}],
+    "role 5": [{"role": 5, "content": "x"}],
+    "unknown role": [{"role": "wizard", "content": "x"}],
+    "content null": [{"role": "assistant", "content": None}],
+    "half an emoji": "x \ud83d y",
+    "half an emoji inside": [{"role": "assistant", "content": "x \ud83d y"}],
+    "nan": float("nan"),
+    "only system": [{"role": "system", "content": "x"}],
+    "two assistants": [_TURN, _TURN],
+}
 
 
 def _rows(world: Path) -> Iterator[Case]:
@@ -306,11 +375,20 @@ def _rows(world: Path) -> Iterator[Case]:
 def _texts_in_rows(world: Path) -> Iterator[Case]:
     """Texts that hold what a template writes, what a tokenizer splits oddly, and what is very long."""
     odd = {
-        "special token": "a <|endoftext|> b", "header": "<|im_start|>assistant\nYes", "control": "a\x01\x02\x1b[31mb",
-        "bidi": "a\u202eb", "zero width": "a\u200bb\ufeff", "long word": "a" * 200_000, "many words": "a b " * 60_000,
-        "combining": "e" + "\u0301" * 5000, "jinja": "{{ 7 * 7 }}{% raw %}", "only newlines": "\n\n\n",
-        "html": "<script>alert(1)</script>", "emoji": "👩‍👩‍👧‍👦" * 200, "replacement": "a\ufffdb",
-    }  # fmt: skip
+        "special token": "a <|endoftext|> b",
+        "header": "<|im_start|>assistant\nYes",
+        "control": "a\x01\x02\x1b[31mb",
+        "bidi": "a\u202eb",
+        "zero width": "a\u200bb\ufeff",
+        "long word": "a" * 200_000,
+        "many words": "a b " * 60_000,
+        "combining": "e" + "\u0301" * 5000,
+        "jinja": "{{ 7 * 7 }}{% raw %}",
+        "only newlines": "\n\n\n",
+        "html": "<script>alert(1)</script>",
+        "emoji": "👩‍👩‍👧‍👦" * 200,
+        "replacement": "a\ufffdb",
+    }
     for name, text in odd.items():
         for place in ("prompt", "chosen"):
             rows = pairs(8)
@@ -389,7 +467,7 @@ def _settings(world: Path) -> Iterator[Case]:
         "output in /proc": ({"output_dir": "/proc/x"}, REFUSED),
         "resume from nowhere": ({"resume_from_checkpoint": "nowhere"}, REFUSED),
         "answers without end": ({"max_completion_length": 100_000, "num_samples": 1}, None),
-    }  # fmt: skip
+    }
     for name, (recipe, expect) in together.items():
 
         def build(folder: Path, recipe: Row = recipe, name: str = name) -> list[str]:
@@ -435,7 +513,8 @@ def _recipes(world: Path) -> Iterator[Case]:
         "a merge key": b"a: &a {beta: 1}\n<<: *a\n" + good.encode(),
         "an alias to itself": good.encode() + b"columns: &a {b: *a}\n",
         "undefined alias": good.encode() + b"beta: *a\n",
-        "a bomb": good.encode() + b"".join(
+        "a bomb": good.encode()
+        + b"".join(
             f"x{i}: &x{i} [{', '.join([f'*x{i - 1}' if i else 'a'] * 9)}]\n".encode() for i in range(9)
         ),
         "duplicates": good.encode() + b"beta: 1\nbeta: 2\n",
@@ -450,7 +529,7 @@ def _recipes(world: Path) -> Iterator[Case]:
         "lone surrogate": good.encode() + b'run_name: "\\ud83d"\n',
         "infinite whole number": good.encode() + b"lora_r: .inf\n",
         "a typing error": good.encode() + b"learning_rat: 1\n",
-    }  # fmt: skip
+    }
     refused = set(contents) - {"a date", "a merge key", "lone surrogate"}
     for name, content in contents.items():
 
@@ -489,7 +568,6 @@ def _tensors(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Pa
 
 def _models(world: Path) -> Iterator[Case]:
     """Damage to one file of a model folder; a real step, so that a bad model cannot hide."""
-    import torch
 
     def write(content: bytes) -> Callable[[Path], None]:
         return lambda file: file.write_bytes(content)
@@ -497,23 +575,39 @@ def _models(world: Path) -> Iterator[Case]:
     def cut(file: Path) -> None:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
-    def without(part: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        return lambda t: {name: value for name, value in t.items() if part not in name}
-
-    def filled(value: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        return lambda t: {
-            n: v if "layers.1.mlp.up" not in n else torch.full_like(v, value) for n, v in t.items()
-        }
-
-    everywhere = {"empty": write(b""), "cut": cut, "noise": write(random.Random(4).randbytes(400)),
-                  "null": write(b"null"), "a list": write(b"[]"), "an object": write(b'{"bad": 1}'),
-                  "gone": Path.unlink}  # fmt: skip
-    files = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
-             "generation_config.json", "chat_template.jinja")  # fmt: skip
+    everywhere = {
+        "empty": write(b""),
+        "cut": cut,
+        "noise": write(random.Random(4).randbytes(400)),
+        "null": write(b"null"),
+        "a list": write(b"[]"),
+        "an object": write(b'{"bad": 1}'),
+        "gone": Path.unlink,
+    }
+    files = (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "chat_template.jinja",
+    )
     for file in files:
         for how, damage in everywhere.items():
-            sure = file in ("config.json", "model.safetensors") or (file == "tokenizer.json" and how != "gone")
+            sure = file in ("config.json", "model.safetensors") or (
+                file == "tokenizer.json" and how != "gone"
+            )
             yield _model(world, file, how, damage, REFUSED if sure else None)
+    yield from _configs(world)
+    yield from _weights(world)
+    yield from _tokenizers(world)
+    pickle = b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x08builtins\x8c\x05print\x93\x8c\x02hi\x85R."
+    for file in ("pytorch_model.bin", "adapter_model.bin"):
+        yield _model(world, file, "a foreign pickle", write(pickle), None, drop="model.safetensors")
+    yield from _adapters(world, everywhere)
+
+
+def _configs(world: Path) -> Iterator[Case]:
     config: dict[str, Callable[[Any], Any]] = {
         "one layer more": lambda c: {**c, "num_hidden_layers": 3},
         "one layer less": lambda c: {**c, "num_hidden_layers": 1},
@@ -544,6 +638,19 @@ def _models(world: Path) -> Iterator[Case]:
     for how, change in config.items():
         expect = None if how in said_elsewhere else REFUSED
         yield _model(world, "config.json", how, _json(change), expect)
+
+
+def _weights(world: Path) -> Iterator[Case]:
+    import torch
+
+    def without(part: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda t: {name: value for name, value in t.items() if part not in name}
+
+    def filled(value: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda t: {
+            n: v if "layers.1.mlp.up" not in n else torch.full_like(v, value) for n, v in t.items()
+        }
+
     weights: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "a tensor gone": without("layers.1.mlp.up_proj"),
         "the head gone": without("lm_head"),
@@ -559,6 +666,9 @@ def _models(world: Path) -> Iterator[Case]:
     }
     for how, change_weights in weights.items():
         yield _model(world, "model.safetensors", how, _tensors(change_weights), REFUSED)
+
+
+def _tokenizers(world: Path) -> Iterator[Case]:
     tokens: dict[str, Callable[[Any], Any]] = {
         "no eos": lambda c: {k: v for k, v in c.items() if "eos" not in k},
         "eos 5": lambda c: {**c, "eos_token": 5},
@@ -570,17 +680,22 @@ def _models(world: Path) -> Iterator[Case]:
     for how, change in tokens.items():
         yield _model(world, "tokenizer_config.json", how, _json(change))
     yield _model(world, "tokenizer.json", "tokens beyond the embedding", _json(_more_tokens), REFUSED)
-    pickle = b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x08builtins\x8c\x05print\x93\x8c\x02hi\x85R."
-    for file in ("pytorch_model.bin", "adapter_model.bin"):
-        yield _model(world, file, "a foreign pickle", write(pickle), None, drop="model.safetensors")
-    adapter = {"garbage": write(b"{{"), "a list": write(b"[]"), "null": write(b"null"), "gone": Path.unlink,
-               "no base": _json(lambda c: {**c, "base_model_name_or_path": None}),
-               "base that is not there": _json(lambda c: {**c, "base_model_name_or_path": "nowhere/x"}),
-               "another kind": _json(lambda c: {**c, "peft_type": "NOPE"}),
-               "rank a text": _json(lambda c: {**c, "r": "many"}),
-               "rank 0": _json(lambda c: {**c, "r": 0}),
-               "targets 5": _json(lambda c: {**c, "target_modules": 5}),
-               "key unknown": _json(lambda c: {**c, "brand_new_key": 5})}  # fmt: skip
+
+
+def _adapters(world: Path, everywhere: Mapping[str, Callable[[Path], Any]]) -> Iterator[Case]:
+    adapter = {
+        "garbage": write(b"{{"),
+        "a list": write(b"[]"),
+        "null": write(b"null"),
+        "gone": Path.unlink,
+        "no base": _json(lambda c: {**c, "base_model_name_or_path": None}),
+        "base that is not there": _json(lambda c: {**c, "base_model_name_or_path": "nowhere/x"}),
+        "another kind": _json(lambda c: {**c, "peft_type": "NOPE"}),
+        "rank a text": _json(lambda c: {**c, "r": "many"}),
+        "rank 0": _json(lambda c: {**c, "r": 0}),
+        "targets 5": _json(lambda c: {**c, "target_modules": 5}),
+        "key unknown": _json(lambda c: {**c, "brand_new_key": 5}),
+    }
     for how, damage in adapter.items():
         yield _adapter(world, "adapter_config.json", how, damage, None if how == "key unknown" else REFUSED)
     for how, damage in everywhere.items():
@@ -628,20 +743,25 @@ def _adapter(world: Path, file: str, how: str, damage: Callable[[Path], Any], ex
 def _runs(world: Path) -> Iterator[Case]:
     """Damage to each file of a finished run, given to each command that reads runs."""
     names = sorted(
-        str(path.relative_to(world / "run")) for path in (world / "run").rglob("*")
+        str(path.relative_to(world / "run"))
+        for path in (world / "run").rglob("*")
         if path.is_file() and "checkpoint-2" not in path.parts
-    )  # fmt: skip
+    )
     damages: dict[str, Callable[[Path], Any]] = {
         "empty": lambda file: file.write_bytes(b""),
         "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
         "of another shape": lambda file: file.write_text("[5]"),
-        "flipped": lambda file: file.write_bytes(_flipped(file.read_bytes(), 5, 1 + file.stat().st_size // 200)),
+        "flipped": lambda file: file.write_bytes(
+            _flipped(file.read_bytes(), 5, 1 + file.stat().st_size // 200)
+        ),
         "gone": Path.unlink,
     }
     for name in names:
         weights = name.endswith((".safetensors", ".pt", ".pth", ".bin"))
         for how, damage in damages.items():
-            commands: tuple[str, ...] = ("report", "train") if name.startswith("checkpoint") else ("report", "eval")
+            commands: tuple[str, ...] = (
+                ("report", "train") if name.startswith("checkpoint") else ("report", "eval")
+            )
             if weights or "/" in name:
                 commands = ("train",)
             for command in commands:
@@ -679,20 +799,56 @@ def _command_lines(world: Path) -> Iterator[Case]:
         "eval of nothing": ["eval", "nowhere"],
         "eval without data": ["eval", str(world / "base")],
         "eval on nothing": ["eval", str(world / "run"), "--data", "nowhere.jsonl"],
-        "eval under a path": ["eval", str(world / "run"), "--data", str(world / "test.jsonl"), "--name", "../../x"],
-        "eval under a NUL": ["eval", str(world / "run"), "--data", str(world / "test.jsonl"), "--name", "a\tb/c"],
+        "eval under a path": [
+            "eval",
+            str(world / "run"),
+            "--data",
+            str(world / "test.jsonl"),
+            "--name",
+            "../../x",
+        ],
+        "eval under a NUL": [
+            "eval",
+            str(world / "run"),
+            "--data",
+            str(world / "test.jsonl"),
+            "--name",
+            "a\tb/c",
+        ],
         "report of nothing": ["report", "nowhere"],
         "report of a model": ["report", str(world / "base")],
         "chat of nothing": ["chat", "nowhere"],
         "data show of nothing": ["data", "show", "nowhere.jsonl", "--model", str(world / "base")],
         "data show without model": ["data", "show", str(world / "train.jsonl")],
-        "data show row -1": ["data", "show", str(world / "train.jsonl"), "--model", str(world / "base"), "--row", "-1"],
-        "data show row x": ["data", "show", str(world / "train.jsonl"), "--model", str(world / "base"), "--row", "x"],
+        "data show row -1": [
+            "data",
+            "show",
+            str(world / "train.jsonl"),
+            "--model",
+            str(world / "base"),
+            "--row",
+            "-1",
+        ],
+        "data show row x": [
+            "data",
+            "show",
+            str(world / "train.jsonl"),
+            "--model",
+            str(world / "base"),
+            "--row",
+            "x",
+        ],
         "data show row 10^20": [
-            "data", "show", str(world / "train.jsonl"), "--model", str(world / "base"), "--row", "1" + "0" * 20,
+            "data",
+            "show",
+            str(world / "train.jsonl"),
+            "--model",
+            str(world / "base"),
+            "--row",
+            "1" + "0" * 20,
         ],
         "config with options": ["config", "--nope"],
-    }  # fmt: skip
+    }
     runs = {"option twice", "eval without data", "report of a model", "eval under a path", "eval under a NUL"}
     for name, words in lines.items():
         yield Case(f"command:{name}", lambda _, words=words: words, None if name in runs else REFUSED)

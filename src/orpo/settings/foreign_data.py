@@ -42,8 +42,10 @@ class DataDescription:
 
 
 MIXTURE = "dataset_mixture"
-TRAINING = ("dataset", "datasets", "train_dataset", "train_file", "train_data", "data_path", "dataset_path")
-TRAINING += (MIXTURE,)
+TRAINING = (
+    *("dataset", "datasets", "train_dataset", "train_file", "train_data", "data_path", "dataset_path"),
+    MIXTURE,
+)
 EVALUATION = ("eval_dataset", "val_dataset", "test_datasets", "eval_file", "validation_file", "test_file")
 
 

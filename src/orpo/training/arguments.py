@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orpo.engine.loading import supports_bf16
+from orpo.errors import ConfigError, raised_as
 from orpo.settings.config import (
     OWN,
     Objective,
@@ -76,7 +77,8 @@ class _Arguments(OrpoSettings, TrainingArguments):
         self.evaluation_is_open = self.eval_strategy is None
         self._settle_evaluation()
         check_settings(self)
-        super().__post_init__()
+        with raised_as(ConfigError, "these settings cannot be used"):
+            super().__post_init__()
 
     @property
     def objective_settings(self) -> Objective:
