@@ -566,11 +566,17 @@ def _tensors(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Pa
     return apply
 
 
+def write(content: bytes) -> Callable[[Path], None]:
+    """Damage that replaces a file."""
+
+    def apply(file: Path) -> None:
+        file.write_bytes(content)
+
+    return apply
+
+
 def _models(world: Path) -> Iterator[Case]:
     """Damage to one file of a model folder; a real step, so that a bad model cannot hide."""
-
-    def write(content: bytes) -> Callable[[Path], None]:
-        return lambda file: file.write_bytes(content)
 
     def cut(file: Path) -> None:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

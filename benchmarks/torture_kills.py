@@ -237,9 +237,8 @@ def _disturbed(
         problems.append(f"it ended with {statuses}: {processes.printed()[-300:]}")
     if not problems:
         found = result_of(out / "run")
-        problems += [
-            f"{key} differs: {_difference(twin[key], found[key])}" for key in twin if found[key] != twin[key]
-        ]
+        differing = [key for key in twin if found[key] != twin[key]]
+        problems += [f"{key} differs: {_difference(twin[key], found[key])}" for key in differing]
     shutil.rmtree(out)
     return {"schedule": name, "kills": len(moments), "moments": moments, "problems": problems}
 
@@ -256,9 +255,8 @@ def _moment(seconds: float, draw: random.Random) -> float:
 
 def _difference(twin: Any, found: Any) -> str:
     if isinstance(twin, list):
-        return f"{[line for line in found if line not in twin]} instead of {[x for x in twin if x not in found]}"[
-            :300
-        ]
+        new, gone = [line for line in found if line not in twin], [line for line in twin if line not in found]
+        return f"{new} instead of {gone}"[:300]
     if isinstance(twin, dict):
         return ", ".join(key for key in {**twin, **found} if twin.get(key) != found.get(key))
     return f"{found} instead of {twin}"

@@ -20,7 +20,7 @@ from orpo.data.source import read_pairs
 from orpo.engine.head import PairScores
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.memory import default_tokens_per_micro_batch
-from orpo.engine.metrics import METRICS
+from orpo.engine.metrics import METRICS, Metric
 from orpo.engine.model import prepare_model
 from orpo.engine.score import score
 from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
@@ -66,6 +66,15 @@ class Evaluation:
         } | (
             {"groups": {name: group.to_json() for name, group in self.groups.items()}} if self.groups else {}
         )
+
+
+OF_MEANS = ("nll", "nll_token_mean", "loss")
+"""Metrics of an evaluation that are made of the others' means."""
+
+
+def evaluated_metrics() -> list[Metric]:
+    """Every metric that an evaluation has."""
+    return [metric for metric in METRICS if metric.value is not None or metric.name in OF_MEANS]
 
 
 def summarise(scores: PairScores, objective: Objective, prompt_P: Tensor) -> dict[str, Figure]:

@@ -76,6 +76,7 @@ class _Arguments(OrpoSettings, TrainingArguments):
             self.bf16 = supports_bf16() and not self.fp16 and not self.use_cpu
         self.evaluation_is_open = self.eval_strategy is None
         self._settle_evaluation()
+        self.better_is_open = self.greater_is_better is None
         check_settings(self)
         with raised_as(ConfigError, "these settings cannot be used"):
             super().__post_init__()
