@@ -66,7 +66,7 @@ def raised_as(kind: type[OrpoError], prefix: str, what_to_do: str = "") -> Itera
             raise
         words = " ".join(str(error).split()) or type(error).__name__
         words = words if len(words) <= LONGEST else words[: LONGEST - 4] + " ..."
-        raise kind(f"{prefix}: {words}{'; ' if what_to_do else ''}{what_to_do}") from error
+        raise kind(f"{prefix} ({words.rstrip('.')}){'; ' if what_to_do else ''}{what_to_do}") from error
 
 
 def _is_our_own(error: Exception) -> bool:

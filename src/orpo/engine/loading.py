@@ -26,7 +26,11 @@ def load_tokenizer(
         ModelError: There is none, or it cannot be read.
     """
     with raised_as(ModelError, f"{name}: no tokenizer could be loaded"):
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        tokenizer("a")  # some settings are looked at only now
+        return tokenizer
 
 
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
@@ -117,6 +121,9 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
         )
         refuse_encoder_decoder(config, name)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if layers < 1:
+            raise ModelError(f"{name}: config.json says that it has {layers} layers")
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
 
 

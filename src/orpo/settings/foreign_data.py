@@ -266,7 +266,7 @@ _LOADERS = ("json", "csv", "parquet", "arrow")
 
 
 def _from_block(key: str, entry: Any) -> DataDescription:
-    """One item of an Axolotl `datasets:` list; TRL's and the Alignment Handbook's are written alike."""
+    """One item of an Axolotl `datasets:` list; TRL's and the Alignment Handbook's look the same."""
     if isinstance(entry, Mapping):
         entry = {_HANDBOOK.get(str(name), str(name)): value for name, value in entry.items()}
     if not isinstance(entry, Mapping) or not entry.get("path"):
