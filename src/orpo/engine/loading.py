@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,15 +20,9 @@ from transformers import (
 
 from orpo.console import say
 from orpo.engine.scorer import refuse_encoder_decoder
-from orpo.errors import ConfigError, ModelError, first_line
+from orpo.errors import LONGEST, ConfigError, ModelError, raised_as
 from orpo.run.directory import adapter_base, is_adapter
 from orpo.settings.config import OrpoSettings
-
-_UNLOADABLE = (
-    OSError, ImportError, ValueError, RuntimeError, SafetensorError, TypeError, AttributeError, LookupError,
-    ArithmeticError,
-)  # fmt: skip
-"""What loading raises for a name or a folder that is not what it should be: also of a value in its config."""
 
 
 def load_tokenizer(
@@ -39,10 +33,12 @@ def load_tokenizer(
     Raises:
         ModelError: There is none, or it cannot be read.
     """
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from error
+    with raised_as(ModelError, f"{name}: no tokenizer could be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        tokenizer("a")  # some settings are looked at only now
+        return tokenizer
 
 
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
@@ -79,17 +75,17 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
 def _load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     from peft import PeftModel
 
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            adapted: Any = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    except _UNLOADABLE as error:
-        raise ModelError(f"{adapter}: the adapter could not be loaded ({first_line(error)})") from error
+    with (
+        raised_as(ModelError, f"{adapter}: the adapter could not be loaded"),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        adapted: Any = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
             raise ModelError(
                 f"{adapter}: the adapter lacks weights that its configuration asks for, which would be random"
-                f" ({first_line(warning.message)[:300]})"  # type: ignore[arg-type]
+                f" ({str(warning.message)[:LONGEST]})"
             )
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _refuse_not_finite(adapted, adapter)
@@ -100,17 +96,18 @@ def lora_config(settings: OrpoSettings) -> Any:
     """The `peft.LoraConfig` of the `lora_*` settings."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules,
-        target_parameters=settings.lora_target_parameters,
-        modules_to_save=settings.lora_modules_to_save,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-    )
+    with raised_as(ConfigError, "the lora_ settings cannot be used"):
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.lora_target_modules,
+            target_parameters=settings.lora_target_parameters,
+            modules_to_save=settings.lora_modules_to_save,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+        )
 
 
 def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
@@ -119,10 +116,8 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
 
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    try:
+    with raised_as(ModelError, f"the adapter does not fit {type(model).__name__}"):
         adapted: PreTrainedModel = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"the adapter does not fit {type(model).__name__}: {first_line(error)}") from error
     return adapted
 
 
@@ -146,17 +141,16 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
                 "load_in_4bit and load_in_8bit freeze the weights; set use_peft: true to train LoRA on them"
             )
         arguments["quantization_config"] = _quantization(settings)
-    try:
+    with raised_as(ModelError, f"{name}: the model could not be loaded"):
         config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
         )
         refuse_encoder_decoder(config, name)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if layers < 1:
+            raise ModelError(f"{name}: config.json says that it has {layers} layers")
         with _no_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
-    except ModelError:
-        raise
-    except _UNLOADABLE as error:
-        raise ModelError(f"{name}: the model could not be loaded ({first_line(error)})") from error
     model, report = loaded
     _check_load_report(name, model, report)
     _refuse_whole_numbers(name, model, config, settings.model_revision)

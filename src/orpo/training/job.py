@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -23,7 +24,7 @@ from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
-from orpo.training.preflight import is_finished, summary
+from orpo.training.preflight import check_optimization, is_finished, summary
 from orpo.training.resuming import first_rank_decides
 from orpo.training.trainer import ORPOTrainer
 
@@ -73,29 +74,34 @@ def train(settings: Mapping[str, Any]) -> Outcome:
         logging.disable_progress_bar()
     models = [settings.get("model_name_or_path"), settings.get("adapter_name_or_path")]
     check_output_dir(str(settings["output_dir"]), models, data_names(settings))
+    if settings.get("dry_run") and settings.get("fsdp") and "RANK" not in os.environ:
+        say(f"dry run in one process: fsdp ({settings.pop('fsdp')}) is left out")
     config = ORPOConfig(**settings)
     folder = Path(str(config.output_dir))
     if first_rank_decides(config, lambda: is_finished(config)):
         say(f"{folder} already holds a finished run of this recipe; set another output_dir to train again")
-        if config.process_index == 0 and not RunDirectory(folder).page.exists():
+        if config.process_index == 0 and not (config.dry_run or RunDirectory(folder).page.exists()):
             write_report(folder)
         return Outcome("was finished", folder)
     if config.dry_run:
         return _dry_run(config, folder)
     with ExitStack() as stack:
         checkpoint = first_rank_decides(config, lambda: _take_directory(stack, config))
-        trainer = ORPOTrainer(args=config)
-        for line in summary(trainer):
-            say(line)
-        return _train(trainer, folder, checkpoint)
+        return _train(_checked_trainer(config), folder, checkpoint)
+
+
+def _checked_trainer(config: ORPOConfig) -> ORPOTrainer:
+    trainer = ORPOTrainer(args=config)
+    check_optimization(trainer)
+    for line in summary(trainer):
+        say(line)
+    return trainer
 
 
 def _dry_run(config: ORPOConfig, folder: Path) -> Outcome:
     """Load and check everything, and leave nothing behind."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    trainer = ORPOTrainer(args=config)
-    for line in summary(trainer):
-        say(line)
+    trainer = _checked_trainer(config)
     if trainer.is_world_process_zero():
         for path in made:  # the Trainer has made them
             path.rmdir()
