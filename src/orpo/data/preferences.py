@@ -75,6 +75,7 @@ def read_preferences(
     *,
     max_dropped: float = 0.1,
     seed: int = 0,
+    first: int | None = None,
     settings: ReadSettings | None = None,
     **options: Any,
 ) -> PreferenceSet:
@@ -86,6 +87,7 @@ def read_preferences(
             pair of that data set is seen in an epoch (0.5: a random half, 2: twice).
         max_dropped: Largest share of rows that may be dropped or skipped, in [0, 1].
         seed: For the choice of rows where a weight is not whole.
+        first: Read this many rows of each data set only; None: all.
         settings: How rows are read.
         options: Fields of `ReadSettings`, instead of `settings`.
 
@@ -97,7 +99,7 @@ def read_preferences(
     sources = _sources(data)
     for name, (source, weight) in sources.items():
         reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
-        pairs = list(reading.pairs(source))
+        pairs = list(reading.pairs(source, first))
         result.counts.add(reading.counts)
         result.formats[name] = reading.detected
         result.unused_columns[name] = reading.columns.unused
@@ -202,9 +204,10 @@ class _Reading:
         self.contradictions: Counter[str] = Counter()
         self._one_of_several = one_of_several
 
-    def pairs(self, data: object) -> Iterator[PreferencePair]:
-        """The pairs of a data set, the others counted; sets `detected` before the first."""
-        raw = read_rows(data, split=self.settings.split, config=self.settings.config)
+    def pairs(self, data: object, first: int | None = None) -> Iterator[PreferencePair]:
+        """The pairs of a data set, or of its first rows, the others counted; sets `detected` early."""
+        rows = read_rows(data, split=self.settings.split, config=self.settings.config)
+        raw = itertools.islice(rows, first)
         head = list(itertools.islice(raw, SAMPLE))
         self.detected = self._detect(head)
         for row in itertools.chain(head, raw):

@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.named_templates import tokens_to_add
 from orpo.data.show import first_pair_lines
-from orpo.data.source import ReadPairs, SavedTemplate, TrainingData, read_training
+from orpo.data.source import SavedTemplate, TrainingData, read_training
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
@@ -162,9 +162,10 @@ def read_for_training(
 def opening_lines(args: ORPOConfig, data: TrainingData, processing_class: Any) -> list[str]:
     """What a run says first: how settings and rows were understood, and the first pair as it trains."""
     lines = [*args.notices, *data.lines()]
-    if isinstance(data.train, ReadPairs) and data.train.counts is not None:
+    head = data.train_head
+    if head is not None and head.counts is not None:
         width = shutil.get_terminal_size((100, 24)).columns
-        lines += first_pair_lines(data.train.pairs[0], text_tokenizer(processing_class), width)
+        lines += first_pair_lines(head.pairs[0], text_tokenizer(processing_class), width)
     return lines
 
 

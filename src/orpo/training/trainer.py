@@ -642,6 +642,14 @@ class ORPOTrainer(Trainer):
                 )
             finally:
                 self._progress.close()
+                self._say_what_streamed()
+
+    def _say_what_streamed(self) -> None:
+        """What became of the rows of a stream, which only now are counted."""
+        stream = self.train_dataset
+        if isinstance(stream, TokenizedStream) and stream.counts.total and self.args.should_log:
+            for line in stream.counts.lines():
+                say(f"train, all that was streamed: {line}")
 
     def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
         if not resume:
