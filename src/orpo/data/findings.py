@@ -5,7 +5,6 @@ Nothing is dropped here; these are findings about well-formed rows that a person
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,7 +13,8 @@ import numpy as np
 
 from orpo.data.dataset import TokenizedDataset
 from orpo.data.near_duplicates import near_duplicates
-from orpo.pairs import Message, PreferencePair
+from orpo.data.words import text_of
+from orpo.pairs import PreferencePair, side_key
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Findings:
     Attributes:
         pairs: Training pairs.
         duplicates: Pairs that repeat an earlier one word for word.
-        near_duplicates: Prompts that nearly repeat an earlier, other one.
+        near_duplicates: Pairs whose prompt nearly repeats an earlier, other one.
         contradictions: Pairs whose sides stand swapped in another pair with the same prompt.
         shared_prompts: Evaluation pairs whose prompt is also trained on; None without evaluation data.
         length_bias: Of the tokenized training pairs; None where they are not given.
@@ -128,7 +128,7 @@ def find(
         for pair, (prompt, chosen, rejected) in zip(train, keys, strict=True)
         if pair.rejected is not None and (prompt, rejected, chosen) in seen
     ]
-    near = [train[index].source for index in near_duplicates([key[0] for key in keys])]
+    near = [train[index].source for index in near_duplicates([text_of(pair.prompt) for pair in train])]
     shared = None
     if evaluation is not None:
         prompts = {key[0] for key in keys}
@@ -158,8 +158,4 @@ def length_bias(pairs: TokenizedDataset) -> LengthBias | None:
 
 def pair_key(pair: PreferencePair) -> tuple[str, str, str]:
     """Equal for pairs that are the same word for word."""
-    return pair.prompt_key(), _key(pair.chosen), _key(pair.rejected)
-
-
-def _key(side: list[Message] | str | None) -> str:
-    return side if isinstance(side, str) else json.dumps(side, sort_keys=True)
+    return pair.prompt_key(), side_key(pair.chosen), side_key(pair.rejected)
