@@ -31,7 +31,7 @@ class Spread:
         smallest: The smallest.
         percentiles: Percentile -> length.
         largest: The largest.
-        histogram: (lower bound, number) of bins, each twice as wide as the last but one.
+        histogram: (lower bound, number) of bins, each about 1.2 times as wide as the last.
     """
 
     number: int
@@ -63,7 +63,7 @@ def spread(lengths: Sequence[int] | Int64) -> Spread | None:
     values = np.asarray(lengths, dtype=np.int64)
     if not len(values):
         return None
-    edges = [0, *sorted({round(2 ** (step / 2)) for step in range(2 * 40)})]
+    edges = [0, *sorted({round(2 ** (step / 4)) for step in range(4 * 40)})]
     edges = [edge for edge in edges if edge <= 2 * values.max() + 1]
     counts, _ = np.histogram(values, [*edges, np.inf])
     filled = np.flatnonzero(counts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orpo.curation.advice import advice, several, share, short
@@ -18,6 +19,7 @@ from orpo.html_page import html_page
 if TYPE_CHECKING:
     from orpo.curation.bias import Audit
     from orpo.curation.inspection import Inspection
+    from orpo.evaluation.statistics import Interval
 
 Cell = tuple[str, str]
 """HTML of a cell and its class."""
@@ -28,11 +30,12 @@ def draw_page(found: Inspection) -> str:
     css = files("orpo.report").joinpath("report.css").read_text(encoding="utf-8")
     css += files("orpo.curation").joinpath("inspect.css").read_text(encoding="utf-8")
     split = f"split {found.split} · " if found.split else ""
-    body = f"""<header><p class="kicker">Data inspection</p><h1>{_text(found.data)}</h1>
+    name = Path(found.data).name or found.data
+    body = f"""<header><p class="kicker">Data inspection</p><h1>{_text(name)}</h1>
 <p class="subtitle">{_text(split)}{several(found.pairs, "pair")} of {several(found.rows.total, "row")}</p></header>
 {_know(found)}{_rows(found)}{_lengths(found)}{_tokens(found.tokens)}{_audit(found)}{_repeats(found)}{_elsewhere(found)}{_wording(found)}
 <footer>{_text(". ".join(found.left_out) or "Everything was looked at.")}</footer>"""
-    return html_page(f"{found.data} · data inspection", css, body)
+    return html_page(f"{name} · data inspection", css, body)
 
 
 def _text(text: str) -> str:
@@ -42,7 +45,7 @@ def _text(text: str) -> str:
 
 def _know(found: Inspection) -> str:
     items = "".join(f'<li class="{one.level}"><span>{_text(one.sentence)}</span></li>' for one in advice(found))
-    return f'<section><h2>What you should know before training</h2><ol class="know">{items}</ol></section>'
+    return f'<section><h2>What you should know before training</h2><ol class="advice">{items}</ol></section>'
 
 
 # ------------------------------------------------------------------------------------- parts of a page
@@ -51,7 +54,9 @@ def _know(found: Inspection) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]], caption: str = "", chosen: int | None = None) -> str:
     """A table whose first column names the rows; plain strings are numbers or HTML, `chosen` is the row that stands
     out."""
-    titles = "".join(f"<th>{_text(one)}</th>" for one in head[1:])
+    rows = list(rows)
+    kinds = ["" if isinstance(cell, str) else f' class="{cell[1]}"' for cell in (*rows[0],)] if rows else []
+    titles = "".join(f"<th{kind}>{_text(one)}</th>" for one, kind in zip(head, kinds, strict=False))
     lines = []
     for number, (name, *cells) in enumerate(rows):
         cells_html = "".join(
@@ -62,8 +67,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]], caption: s
         lines.append(f'<tr{kind}><th scope="row">{name}</th>{cells_html}</tr>')
     below = f'<p class="caption">{_text(caption)}</p>' if caption else ""
     return (
-        f'<div class="scroll"><table class="numbers"><thead><tr><th scope="col" style="text-align:left">'
-        f"{_text(head[0])}</th>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{below}"
+        f'<div class="scroll"><table class="numbers"><thead><tr>{titles}'
+        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{below}"
     )
 
 
@@ -107,7 +112,8 @@ def _short(number: int) -> str:
 
 def _rows(found: Inspection) -> str:
     rows = found.rows
-    facts = [("format", text if len(found.formats) == 1 else f"{name}: {text}") for name, text in found.formats.items()]
+    facts = [("data", found.data)] if Path(found.data).name != found.data else []
+    facts += [("format", text if len(found.formats) == 1 else f"{name}: {text}") for name, text in found.formats.items()]
     facts += [("columns not used", ", ".join(names)) for names in found.unused_columns.values()]
     facts += [("distinct prompts", f"{found.prompts:,}")]
     turns = ", ".join(f"{several(number, 'turn')}: {pairs:,}" for number, pairs in [*found.turns.items()][:8])
@@ -193,7 +199,7 @@ def _audit(found: Inspection) -> str:
         return f"<section><h2>What trivial features predict</h2><p>{_text(looked.sentence())}</p></section>"
     rows = [
         (
-            _text(look.title), str(look.accuracy), (_interval_svg(look.accuracy), "text"), f"{look.auc.share:.2f}",
+            _text(look.title), str(look.accuracy), (_interval_svg(look.accuracy), "text"), _auc(look.auc),
             (_text(look.leaning if look.predicts else "–"), "text"),
         )
         for look in looked.looks
@@ -211,7 +217,11 @@ def _audit_caption(looked: Audit, found: Inspection) -> str:
     )
 
 
-def _interval_svg(found: tuple[float, float, float]) -> str:
+def _auc(found: Interval) -> str:
+    return f"{found.share:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _interval_svg(found: Interval) -> str:
     """An interval on an axis from 40 to 100 %, 50 % marked."""
     value, low, high = (min(max((one - 0.4) / 0.6, 0.0), 1.0) * 160 + 5 for one in found)
     half = 160 / 6 + 5

@@ -12,7 +12,7 @@ from orpo.curation.texts import PairTexts
 
 LANGUAGE_SAMPLE = 2000
 """Answers whose language is told."""
-_LANGUAGE_CHARACTERS, _FEWEST_LETTERS = 1000, 80
+_LANGUAGE_CHARACTERS, _FEWEST_LETTERS = 1000, 40
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def near_duplicates(texts: Sequence[str], known: Sequence[str] | None = None) ->
     """
     index = RMinHashDeduplicator(SIMILARITY, NUM_HASHES, True, NUM_BANDS, 0)
     for batch in _batches(known or (), without=()):
-        index.add_pairs(batch)
+        index.add_pairs([(f"known {key}", runs) for key, runs in batch])
     found = []
     for batch in _batches(texts, without=known or ()):
         old = index.is_duplicate_pairs(batch) if known is not None else [not new for new in index.add_pairs(batch)]
