@@ -1,4 +1,4 @@
-"""What a person should know before training on a data set: a few sentences, each with its number and what to do."""
+"""What a person should know before training: a few sentences, each with its number and what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def advice(found: Inspection) -> list[Advice]:
     every = [one for part in _PARTS for one in part(found)]
     every.sort(key=lambda one: _ORDER.index(one.level))
     serious = [one for one in every if one.level != "fine"]
-    return (every if len(serious) < FEWEST else serious)[: MOST if len(serious) > FEWEST else max(FEWEST, len(serious))]
+    return (every if len(serious) < FEWEST else serious)[
+        : MOST if len(serious) > FEWEST else max(FEWEST, len(serious))
+    ]
 
 
 def share(number: float, total: float) -> str:
@@ -72,9 +74,11 @@ def _remedy(looked: Audit, best: Look | None) -> str:
     """What to do about the strongest look."""
     name = best.name if best is not None else looked.looks[-1].name
     if name == "refusal" and best is not None and best.leaning.startswith("chosen"):
-        return "Add pairs in which the answer that helps is the chosen one, or the model will refuse too much."
+        return (
+            "Add pairs in which the answer that helps is the chosen one, or the model will refuse too much."
+        )
     return {
-        "length": "A model can gain by length alone: judge it at equal length, or drop the pairs that differ most.",
+        "length": "A model can gain by length alone: judge it at equal length, or drop what differs most.",
         "markdown": "A model can gain by layout alone: keep it only if that layout is what you want.",
         "refusal": "Add pairs in which refusing is right, or the model will stop refusing.",
         "echo": "Read a few such pairs, and keep this only if that is what you want.",
@@ -109,7 +113,8 @@ def _contradictions(found: Inspection) -> Iterator[Advice]:
         yield Advice(
             "act",
             f"{several(number, 'pair')} ({share(number, found.pairs)}) contradict another: same prompt, sides"
-            f" swapped, first {found.first('contradictions')[0]}. They cancel out: keep one of each two, or none.",
+            f" swapped, first {found.first('contradictions')[0]}. They cancel out: keep one of each two, or"
+            " none.",
         )
 
 
@@ -119,7 +124,9 @@ def _duplicates(found: Inspection) -> Iterator[Advice]:
     parts = []
     if same:
         verb = "repeats" if same == 1 else "repeat"
-        parts.append(f"{several(same, 'pair')} ({share(same, found.pairs)}) {verb} an earlier one word for word")
+        parts.append(
+            f"{several(same, 'pair')} ({share(same, found.pairs)}) {verb} an earlier one word for word"
+        )
     if near:
         verb = "repeats" if near == 1 else "repeat"
         parts.append(f"{several(near, 'prompt')} ({share(near, found.pairs)}) nearly {verb} an earlier one")
@@ -127,8 +134,8 @@ def _duplicates(found: Inspection) -> Iterator[Advice]:
         first = found.first("duplicates" if same else "near_duplicates")[0]
         yield Advice(
             "act" if same + near > 0.05 * found.pairs else "know",
-            f"{' and '.join(parts)}, first {first}: what is said twice weighs twice, so drop them unless you want"
-            " that.",
+            f"{' and '.join(parts)}, first {first}: what is said twice weighs twice, so drop them unless"
+            " you want that.",
         )
 
 
@@ -137,8 +144,8 @@ def _sides(found: Inspection) -> Iterator[Advice]:
     if number:
         yield Advice(
             "act" if number > 0.05 * found.pairs else "know",
-            f"In {several(number, 'pair')} ({share(number, found.pairs)}) the two answers have nine tenths of their"
-            f" words in common, first {found.nearly_identical.first[0]}: check that the difference is the one"
+            f"In {several(number, 'pair')} ({share(number, found.pairs)}) the two answers have nine tenths of"
+            f" their words in common, first {found.nearly_identical.first[0]}: check that the difference is the one"
             " you mean.",
         )
 
@@ -149,8 +156,8 @@ def _splits(found: Inspection) -> Iterator[Advice]:
         yield Advice(
             "act",
             f"{several(one.prompts, 'prompt')} {'stands' if one.prompts == 1 else 'stand'} in {first} and in"
-            f" {second} ({several(one.rows.number, 'pair')} there, first {one.rows.first[0]}): scores on {second}"
-            " will flatter; take them out of one.",
+            f" {second} ({several(one.rows.number, 'pair')} there, first {one.rows.first[0]}): scores on"
+            f" {second} will flatter; take them out of one.",
         )
 
 
@@ -166,7 +173,9 @@ def _overlaps(found: Inspection) -> Iterator[Advice]:
                 " that score.",
             )
         else:
-            yield Advice("fine", f"Nothing overlaps with the {several(one.questions, 'question')} of {one.name}.")
+            yield Advice(
+                "fine", f"Nothing overlaps with the {several(one.questions, 'question')} of {one.name}."
+            )
 
 
 def _encoding(found: Inspection) -> Iterator[Advice]:
@@ -180,7 +189,9 @@ def _encoding(found: Inspection) -> Iterator[Advice]:
 def _limits(found: Inspection) -> Iterator[Advice]:
     tokens = found.tokens
     if tokens is None:
-        yield Advice("fine", "Lengths are in characters: --model M adds tokens, cost and what max_length does.")
+        yield Advice(
+            "fine", "Lengths are in characters: --model M adds tokens, cost and what max_length does."
+        )
         return
     limit = tokens.set_limit
     about = "" if tokens.pairs == tokens.of_pairs else "about "
@@ -190,7 +201,8 @@ def _limits(found: Inspection) -> Iterator[Advice]:
         yield Advice(
             "act" if limit.dropped > 0.02 * found.pairs else "know",
             f"max_length {limit.max_length} drops {about}{several(limit.dropped, 'pair')}"
-            f" ({share(limit.dropped, found.pairs)}) and takes the oldest turns of {about}{limit.cut:,}{instead}.",
+            f" ({share(limit.dropped, found.pairs)}) and takes the oldest turns of"
+            f" {about}{limit.cut:,}{instead}.",
         )
     elif tokens.max_length is not None:
         yield Advice("fine", f"max_length {limit.max_length} keeps every pair whole.")
@@ -216,8 +228,8 @@ def _refusals(found: Inspection) -> Iterator[Advice]:
     if max(seen.chosen, seen.rejected) >= 0.05:
         yield Advice(
             "know",
-            f"{share(seen.chosen, 1)} of the chosen and {share(seen.rejected, 1)} of the rejected answers refuse:"
-            " the model will learn that balance, so check that you want it.",
+            f"{share(seen.chosen, 1)} of the chosen and {share(seen.rejected, 1)} of the rejected answers"
+            " refuse: the model will learn that balance, so check that you want it.",
         )
 
 
@@ -229,8 +241,8 @@ def _languages(found: Inspection) -> Iterator[Advice]:
             others = [f"{name} {share(part, 1)}" for name, part in [*told.shares.items()][1:4]]
             yield Advice(
                 "know",
-                f"{share(most, 1)} of {told.answers:,} answers looked at are {code}, others {', '.join(others)}:"
-                " a small language is learned from few pairs.",
+                f"{share(most, 1)} of {told.answers:,} answers looked at are {code}, others"
+                f" {', '.join(others)}: a small language is learned from few pairs.",
             )
 
 

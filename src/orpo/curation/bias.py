@@ -1,9 +1,9 @@
 """How well trivial features of two answers tell the chosen one: what a model could learn instead of the task.
 
-Each look at the pairs is a linear classifier over differences chosen - rejected, without an intercept and with
-the sides in random order, so that it knows nothing but the feature. It is fitted five times, each time without
-the prompts that it then judges. Accuracy and AUC are of these held-out pairs; their intervals are clustered by
-prompt and hold for all looks together.
+Each look at the pairs is a linear classifier over differences chosen - rejected, without an intercept and
+with the sides in random order, so that it knows nothing but the feature. It is fitted five times, each time
+without the prompts that it then judges. Accuracy and AUC are of these held-out pairs; their intervals are
+clustered by prompt and hold for all looks together.
 """
 
 from __future__ import annotations
@@ -105,10 +105,7 @@ class Audit:
             if together.accuracy.share > best.accuracy.share + 0.005
             else ""
         )
-        return (
-            f"{best.title} alone tells chosen from rejected in {_percent(best.accuracy)}"
-            f"{leaning}{more}."
-        )
+        return f"{best.title} alone tells chosen from rejected in {_percent(best.accuracy)}{leaning}{more}."
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -138,7 +135,9 @@ def audit(texts: PairTexts, *, seed: int = 0, progress: Callable[[int, int], Non
         ImportError: scikit-learn is not installed.
     """
     numbers: dict[str, int] = {}
-    prompt_P = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in texts.prompts], dtype=np.int64)
+    prompt_P = np.array(
+        [numbers.setdefault(prompt, len(numbers)) for prompt in texts.prompts], dtype=np.int64
+    )
     if len(numbers) < FEWEST:
         return Audit(len(texts), len(numbers))
     from scipy import sparse
@@ -146,7 +145,8 @@ def audit(texts: PairTexts, *, seed: int = 0, progress: Callable[[int, int], Non
     random = np.random.default_rng(seed)
     fold_P = (random.permutation(len(numbers)) % FOLDS)[prompt_P]
     sign_P = random.choice([-1.0, 1.0], len(texts))
-    looks, seen = [], []
+    looks: list[Look] = []
+    seen: list[Any] = []
     for number, (name, title, differences) in enumerate([*_LOOKS, ("together", "All together", None)]):
         if progress is not None:
             progress(number, len(_LOOKS) + 1)
@@ -159,7 +159,7 @@ def audit(texts: PairTexts, *, seed: int = 0, progress: Callable[[int, int], Non
 
 
 def _held_out(matrix: Any, sign_P: Floats, fold_P: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """For each pair, how far the classifier that has not seen its prompt is for the chosen side; mean weights."""
+    """How far the classifier that has not seen a pair's prompt is for its chosen side; its mean weights."""
     from sklearn.linear_model import LogisticRegression
 
     score_P = np.zeros(len(sign_P))
@@ -196,8 +196,8 @@ def _measure(score_P: Floats, prompt_P: npt.NDArray[np.int64]) -> tuple[Interval
 class _Features(NamedTuple):
     """Differences chosen - rejected, `[pairs, features]` and sparse, and what the features are called.
 
-    A name of a number is (what to say where chosen answers have more of it, where they have less); of a word, the
-    word.
+    The name of a number is what to say where chosen answers have more of it, and where they have less; that
+    of a word is the word.
     """
 
     matrix: Any
@@ -213,7 +213,11 @@ class _Features(NamedTuple):
         order = np.argsort(weights)
         more = [self.names[index] for index in order[::-1][:5] if weights[index] > 0]
         less = [self.names[index] for index in order[:5] if weights[index] < 0]
-        sides = [f"{side} answers have {_quoted(words)}" for side, words in (("chosen", more), ("rejected", less)) if words]
+        sides = [
+            f"{side} answers have {_quoted(words)}"
+            for side, words in (("chosen", more), ("rejected", less))
+            if words
+        ]
         return ", ".join(sides)
 
 
@@ -221,16 +225,16 @@ def _quoted(words: Sequence[str]) -> str:
     return " ".join(f"“{word}”" for word in words)
 
 
-def _numbers(
-    count: _Numbers, *names: tuple[str, str]
-) -> Callable[[PairTexts], _Features]:
+def _numbers(count: _Numbers, *names: tuple[str, str]) -> Callable[[PairTexts], _Features]:
     """Differences of a few numbers of each answer, all of the same scale."""
 
     def differences(texts: PairTexts) -> _Features:
         from scipy import sparse
 
         sides = [
-            np.array([count(prompt, answer) for prompt, answer in zip(texts.prompts, side, strict=True)], float)
+            np.array(
+                [count(prompt, answer) for prompt, answer in zip(texts.prompts, side, strict=True)], float
+            )
             for side in (texts.chosen, texts.rejected)
         ]
         difference = sides[0] - sides[1]
@@ -295,7 +299,11 @@ def _first_words(text: str) -> list[str]:
 
 
 _LOOKS: tuple[tuple[str, str, Callable[[PairTexts], _Features] | None], ...] = (
-    ("length", "Length", _numbers(_length, ("the longer answer is the chosen one", "the shorter answer is the chosen one"))),
+    (
+        "length",
+        "Length",
+        _numbers(_length, ("the longer answer is the chosen one", "the shorter answer is the chosen one")),
+    ),
     (
         "markdown",
         "Lists and markdown",
@@ -316,7 +324,7 @@ _LOOKS: tuple[tuple[str, str, Callable[[PairTexts], _Features] | None], ...] = (
         "Echo of the question",
         _numbers(
             _echo,
-            ("chosen answers are more in words of the question", "chosen answers are less in words of the question"),
+            ("chosen answers stay with words of the question", "chosen answers leave words of the question"),
             ("chosen answers repeat more of the question", "chosen answers repeat less of the question"),
         ),
     ),

@@ -25,7 +25,7 @@ from orpo.curation.repeats import (
     shared_between_splits,
     split_names,
 )
-from orpo.curation.texts import PairTexts, asked, drawn, pair_texts
+from orpo.curation.texts import PairTexts, drawn, pair_texts
 from orpo.curation.wording import (
     LANGUAGE_SAMPLE,
     Found,
@@ -49,8 +49,10 @@ from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.settings.config import OrpoSettings, check_recipe, inherited_by_evaluation
 from orpo.settings.schema import known_settings
 
-SAMPLE = 20_000
-"""Pairs that become tokens, and that the audit looks at."""
+TOKENS_OF_ALL, TOKEN_SAMPLE = 20_000, 5_000
+"""Most pairs that all become tokens, and how many do of a larger set."""
+AUDIT_SAMPLE = 10_000
+"""Most pairs that the audit looks at."""
 SEED = 0
 EXTRA = "pip install 'orpo[data]'"
 IDENTICAL = "chosen and rejected are identical"
@@ -74,7 +76,7 @@ class Inspection:
         prompts: Distinct prompts among them, system turns aside.
         turns: Number of turns of a prompt -> pairs.
         with_system: Pairs whose prompt begins with a system turn.
-        sources: Value of the `source` column -> pairs, the largest first; empty where there is no such column.
+        sources: Value of the `source` column -> pairs, the largest first; empty without such a column.
         characters: Lengths in characters: `prompt`, `chosen`, `rejected`.
         chosen_longer: Share of pairs whose chosen answer has more characters; equal lengths count half.
         tokens: Lengths, costs and limits in tokens; None without a model.
@@ -241,7 +243,7 @@ def inspect_data(
         findings=find(pairs),
         nearly_identical=nearly_identical(preferences),
         splits=splits,
-        shared=shared_between_splits({split or "": list(zip(texts.prompts, texts.sources)), **others}) if others else (),
+        shared=shared_between_splits({split or "": _prompts(texts), **others}),
         overlaps=[_overlap(texts, asks, one, progress) for one, asks in questions.items()],
         encoding=_encoding(texts, progress),
         refusals=refusals(preferences),
@@ -269,6 +271,11 @@ def _further_notices(read: PreferenceSet) -> list[str]:
     return [line for line in read.notices if not line.startswith(tuple(stated))]
 
 
+def _prompts(texts: PairTexts) -> list[tuple[str, str]]:
+    """Prompt and source of each pair."""
+    return list(zip(texts.prompts, texts.sources, strict=True))
+
+
 def _chosen_longer(texts: PairTexts) -> float | None:
     if not len(texts):
         return None
@@ -286,8 +293,7 @@ def _other_splits(
         if name not in {part.name for part in parse_split(split)} and len(names) > 1:
             progress(f"reading the split {name}", 0, None)
             with suppress(DataError):  # a split without a pair shares none
-                pairs = read_texts(data, settings, split=name).pairs
-                others[name] = [(asked(pair), pair.source) for pair in pairs]
+                others[name] = _prompts(pair_texts(read_texts(data, settings, split=name).pairs))
     return names, others
 
 
@@ -302,7 +308,7 @@ def _with_the_extra(
     except ImportError:
         missing.append("languages")
     try:
-        sample = preferences.take(drawn(len(preferences), SAMPLE, SEED))
+        sample = preferences.take(drawn(len(preferences), AUDIT_SAMPLE, SEED))
         looked = audit(sample, seed=SEED, progress=lambda done, total: progress("bias audit", done, total))
     except ImportError:
         missing.append("the bias audit")
@@ -324,7 +330,9 @@ class _Counting:
 
 
 def _overlap(texts: PairTexts, questions: Sequence[str], name: str, progress: Progress) -> Overlap:
-    return overlap(texts, questions, name, _Counting(progress, f"comparing with {Path(name).name}", len(texts)))
+    return overlap(
+        texts, questions, name, _Counting(progress, f"comparing with {Path(name).name}", len(texts))
+    )
 
 
 def _encoding(texts: PairTexts, progress: Progress) -> dict[str, Found]:
@@ -342,7 +350,7 @@ def _tokens(
     def of_recipe(name: str) -> Any:
         return recipe.get(name, known_settings()[name].default)
 
-    index = drawn(len(pairs), SAMPLE, SEED)
+    index = drawn(len(pairs), TOKENS_OF_ALL if len(pairs) <= TOKENS_OF_ALL else TOKEN_SAMPLE, SEED)
     return count_tokens(
         [pairs[place] for place in index],
         pair_tokenizer(settings, tokenizer, saved_stop_token_ids(model_folder(model))),

@@ -1,4 +1,4 @@
-"""An inspection in short, for a terminal: a label and what there is to say, no line wider than the terminal."""
+"""An inspection in short, for a terminal: a label and what there is to say, no line too wide."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from orpo.curation.advice import advice, several, share, short
 from orpo.curation.lengths import Spread, Tokens
 
 if TYPE_CHECKING:
+    from orpo.curation.bias import Audit
     from orpo.curation.inspection import Inspection
 
 _INDENT = 12
@@ -34,6 +35,18 @@ def _labelled(label: str, text: str, width: int, indent: int = _INDENT) -> list[
 
 
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    yield from _reading(found)
+    yield from _rows(found)
+    yield from _lengths(found)
+    yield from _repeats(found)
+    yield from _wording(found)
+    if found.audit is not None:
+        yield from _audit(found.audit, found.pairs)
+    for line in found.left_out:
+        yield "note", line
+
+
+def _reading(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "data", found.data + (f", split {found.split}" if found.split else "")
     for name, text in found.formats.items():
         yield "format", text if len(found.formats) == 1 else f"{name}: {text}"
@@ -41,9 +54,9 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "not used", f"{'' if len(found.formats) == 1 else name + ': '}columns {', '.join(columns)}"
     for notice in found.notices:
         yield "note", notice
-    yield from _rows(found)
-    if found.sources:
-        yield "sources", _counted(found.sources)
+
+
+def _lengths(found: Inspection) -> Iterator[tuple[str, str]]:
     for name, one in found.characters.items():
         if one is not None:
             yield name, _spread(one, "characters")
@@ -51,12 +64,6 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "", f"the chosen answer is the longer one in {share(found.chosen_longer, 1)} of the pairs"
     if found.tokens is not None:
         yield from _tokens(found.tokens)
-    yield from _repeats(found)
-    yield from _wording(found)
-    if found.audit is not None:
-        yield from _audit(found)
-    for line in found.left_out:
-        yield "note", line
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -68,6 +75,8 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     system = f", {share(found.with_system, found.pairs)} with a system turn" if found.with_system else ""
     turns = _counted({several(number, "turn"): pairs for number, pairs in found.turns.items()})
     yield "prompts", f"{found.prompts:,} distinct; {turns}{system}"
+    if found.sources:
+        yield "sources", _counted(found.sources)
 
 
 def _counted(counts: Mapping[str, int], at_most: int = 5) -> str:
@@ -97,7 +106,10 @@ def _tokens(tokens: Tokens) -> Iterator[tuple[str, str]]:
     for one in tokens.limits:
         is_set = " (set)" if one.max_length == tokens.max_length else ""
         if not one.cut + one.dropped:
-            yield "max_length", f"{one.max_length}{is_set if one == tokens.limits[-1] else ''} and more: every pair whole"
+            yield (
+                "max_length",
+                f"{one.max_length}{is_set if one == tokens.limits[-1] else ''} and more: every pair whole",
+            )
             break
         yield (
             "max_length",
@@ -107,9 +119,9 @@ def _tokens(tokens: Tokens) -> Iterator[tuple[str, str]]:
     cost = tokens.set_limit
     yield (
         "cost",
-        f"{short(cost.shared_tokens)} tokens an epoch{' at max_length ' + str(tokens.max_length) if tokens.max_length else ''},"
-        f" {short(round(tokens.epochs * cost.shared_tokens))} in {tokens.epochs:g} epochs; a trainer that pads"
-        f" batches of {tokens.batch_size}: {short(cost.padded_tokens)} an epoch",
+        f"{short(cost.shared_tokens)} tokens an epoch at max_length {cost.max_length},"
+        f" {short(round(tokens.epochs * cost.shared_tokens))} in {tokens.epochs:g} epochs; a trainer that"
+        f" pads batches of {tokens.batch_size}: {short(cost.padded_tokens)} an epoch",
     )
 
 
@@ -129,8 +141,8 @@ def _repeats(found: Inspection) -> Iterator[tuple[str, str]]:
     for one in found.overlaps:
         yield (
             "against",
-            f"{one.name} ({several(one.questions, 'question')}): same prompt {one.exact.number:,}, nearly the same"
-            f" {one.near.number:,}, 13 words in a row {one.runs.number:,}"
+            f"{one.name} ({several(one.questions, 'question')}): same prompt {one.exact.number:,},"
+            f" nearly the same {one.near.number:,}, 13 words in a row {one.runs.number:,}"
             + (f" (“{one.run}”)" if one.run else ""),
         )
 
@@ -145,13 +157,11 @@ def _wording(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "languages", f"{parts}; of {found.languages.answers:,} answers drawn at random"
 
 
-def _audit(found: Inspection) -> Iterator[tuple[str, str]]:
-    looked = found.audit
-    assert looked is not None
+def _audit(looked: Audit, pairs: int) -> Iterator[tuple[str, str]]:
     if not looked.looks:
         yield "audit", looked.sentence()
         return
-    sampled = f"{looked.pairs:,} pairs" + (" drawn at random" if looked.pairs < found.pairs else "")
+    sampled = f"{looked.pairs:,} pairs" + (" drawn at random" if looked.pairs < pairs else "")
     yield "audit", f"what tells chosen from rejected in held-out pairs, 95 % intervals; {sampled}"
     for look in looked.looks:
         yield "", f"{look.title:<21}{look.accuracy!s:<20} AUC {look.auc.share:.2f}"

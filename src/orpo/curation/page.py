@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from orpo.curation.inspection import Inspection
     from orpo.evaluation.statistics import Interval
 
+DASH = "\N{EN DASH}"
 Cell = tuple[str, str]
 """HTML of a cell and its class."""
 
@@ -31,9 +32,14 @@ def draw_page(found: Inspection) -> str:
     css += files("orpo.curation").joinpath("inspect.css").read_text(encoding="utf-8")
     split = f"split {found.split} · " if found.split else ""
     name = Path(found.data).name or found.data
+    rows = f"{several(found.pairs, 'pair')} of {several(found.rows.total, 'row')}"
+    sections = (
+        _know(found), _rows(found), _lengths(found), _tokens(found.tokens), _audit(found), _repeats(found),
+        _elsewhere(found), _wording(found),
+    )  # fmt: skip
     body = f"""<header><p class="kicker">Data inspection</p><h1>{_text(name)}</h1>
-<p class="subtitle">{_text(split)}{several(found.pairs, "pair")} of {several(found.rows.total, "row")}</p></header>
-{_know(found)}{_rows(found)}{_lengths(found)}{_tokens(found.tokens)}{_audit(found)}{_repeats(found)}{_elsewhere(found)}{_wording(found)}
+<p class="subtitle">{_text(split)}{rows}</p></header>
+{"".join(sections)}
 <footer>{_text(". ".join(found.left_out) or "Everything was looked at.")}</footer>"""
     return html_page(f"{name} · data inspection", css, body)
 
@@ -44,16 +50,19 @@ def _text(text: str) -> str:
 
 
 def _know(found: Inspection) -> str:
-    items = "".join(f'<li class="{one.level}"><span>{_text(one.sentence)}</span></li>' for one in advice(found))
+    items = "".join(
+        f'<li class="{one.level}"><span>{_text(one.sentence)}</span></li>' for one in advice(found)
+    )
     return f'<section><h2>What you should know before training</h2><ol class="advice">{items}</ol></section>'
 
 
 # ------------------------------------------------------------------------------------- parts of a page
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]], caption: str = "", chosen: int | None = None) -> str:
-    """A table whose first column names the rows; plain strings are numbers or HTML, `chosen` is the row that stands
-    out."""
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str | Cell]], caption: str = "", chosen: int | None = None
+) -> str:
+    """A table whose first column names the rows; `chosen` is the row that stands out."""
     rows = list(rows)
     kinds = ["" if isinstance(cell, str) else f' class="{cell[1]}"' for cell in (*rows[0],)] if rows else []
     titles = "".join(f"<th{kind}>{_text(one)}</th>" for one, kind in zip(head, kinds, strict=False))
@@ -78,7 +87,7 @@ def _list(values: Iterable[tuple[str, str]]) -> str:
 
 
 def _where(sources: Iterable[str]) -> Cell:
-    return _text(", ".join(sources)) or "–", "text"
+    return _text(", ".join(sources)) or DASH, "text"
 
 
 def _histogram(title: str, one: Spread, kind: str) -> str:
@@ -95,16 +104,25 @@ def _histogram(title: str, one: Spread, kind: str) -> str:
             f' width="{step - 1:.1f}" height="{tall:.1f}"/>'
         )
         if place % every == 0 and place * step < width - 20:
-            labels.append(f'<text x="{place * step + 1:.1f}" y="{height - 4}" font-size="11">{_short(lower)}</text>')
+            labels.append(
+                f'<text x="{place * step + 1:.1f}" y="{height - 4}" font-size="11">{_short(lower)}</text>'
+            )
     return (
         f"<figure><h3>{_text(title)}</h3>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">{"".join(bars + labels)}</svg>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">'
+        f"{''.join(bars + labels)}</svg>"
         f"<figcaption>median {one.median:,}, longest {one.largest:,}</figcaption></figure>"
     )
 
 
 def _short(number: int) -> str:
-    return f"{number / 1000:.0f}k" if number >= 10_000 else f"{number / 1000:.1f}k" if number >= 1000 else str(number)
+    return (
+        f"{number / 1000:.0f}k"
+        if number >= 10_000
+        else f"{number / 1000:.1f}k"
+        if number >= 1000
+        else str(number)
+    )
 
 
 # ------------------------------------------------------------------------------------- sections
@@ -113,7 +131,10 @@ def _short(number: int) -> str:
 def _rows(found: Inspection) -> str:
     rows = found.rows
     facts = [("data", found.data)] if Path(found.data).name != found.data else []
-    facts += [("format", text if len(found.formats) == 1 else f"{name}: {text}") for name, text in found.formats.items()]
+    facts += [
+        ("format", text if len(found.formats) == 1 else f"{name}: {text}")
+        for name, text in found.formats.items()
+    ]
     facts += [("columns not used", ", ".join(names)) for names in found.unused_columns.values()]
     facts += [("distinct prompts", f"{found.prompts:,}")]
     turns = ", ".join(f"{several(number, 'turn')}: {pairs:,}" for number, pairs in [*found.turns.items()][:8])
@@ -160,7 +181,9 @@ def _lengths(found: Inspection) -> str:
         if found.chosen_longer is not None
         else ""
     )
-    return f'<section><h2>Lengths</h2><div class="figures">{figures}</div>{_table(head, rows, longer)}</section>'
+    return (
+        f'<section><h2>Lengths</h2><div class="figures">{figures}</div>{_table(head, rows, longer)}</section>'
+    )
 
 
 def _tokens(tokens: Tokens | None) -> str:
@@ -168,8 +191,8 @@ def _tokens(tokens: Tokens | None) -> str:
         return ""
     rows = [
         (
-            f"{one.max_length:,}", f"{one.whole:,}", f"{one.cut:,}", f"{one.dropped:,}", short(one.shared_tokens),
-            short(one.padded_tokens),
+            f"{one.max_length:,}", f"{one.whole:,}", f"{one.cut:,}", f"{one.dropped:,}",
+            short(one.shared_tokens), short(one.padded_tokens),
         )
         for one in tokens.limits
     ]  # fmt: skip
@@ -181,9 +204,9 @@ def _tokens(tokens: Tokens | None) -> str:
     )
     cost = short(round(tokens.epochs * tokens.set_limit.shared_tokens))
     caption = (
-        f"Tokens of {tokens.model}.{sampled} Cut: the oldest turns of the prompt go. Here each prompt runs once for"
-        f" both answers, without padding; padded: each side with its prompt, in batches of {tokens.batch_size} as"
-        f" wide as the longest. {tokens.epochs:g} epochs at the marked length are {cost} tokens."
+        f"Tokens of {tokens.model}.{sampled} Cut: the oldest turns of the prompt go. Here each prompt runs"
+        f" once for both answers, without padding; padded: each side with its prompt, in batches of"
+        f" {tokens.batch_size} as wide as the longest. {tokens.epochs:g} epochs at the marked length are {cost} tokens."
     )
     head = ["max_length", "whole", "cut", "dropped", "tokens an epoch", "padded"]
     table = _table(head, rows, caption, is_set[0] if is_set else None)
@@ -200,20 +223,21 @@ def _audit(found: Inspection) -> str:
     rows = [
         (
             _text(look.title), str(look.accuracy), (_interval_svg(look.accuracy), "text"), _auc(look.auc),
-            (_text(look.leaning if look.predicts else "–"), "text"),
+            (_text(look.leaning if look.predicts else DASH), "text"),
         )
         for look in looked.looks
     ]  # fmt: skip
     head = ["feature alone", "accuracy", "40 % to 100 %", "AUC", "what marks the chosen answers"]
-    return f"<section><h2>What trivial features predict</h2>{_table(head, rows, _audit_caption(looked, found))}</section>"
+    table = _table(head, rows, _audit_caption(looked, found))
+    return f"<section><h2>What trivial features predict</h2>{table}</section>"
 
 
 def _audit_caption(looked: Audit, found: Inspection) -> str:
     drawn = f"{looked.pairs:,} pairs" + (" drawn at random" if looked.pairs < found.pairs else "")
     return (
         f"How often a linear classifier that sees only this feature names the chosen answer, in {drawn} with"
-        f" {looked.prompts:,} prompts, each judged by one that has not seen its prompt. The intervals are clustered"
-        f" by prompt and hold for all {len(looked.looks)} looks together with 95 %."
+        f" {looked.prompts:,} prompts, each judged by one that has not seen its prompt. The intervals are"
+        f" clustered by prompt and hold for all {len(looked.looks)} looks together with 95 %."
     )
 
 
@@ -237,13 +261,18 @@ def _repeats(found: Inspection) -> str:
     findings = found.findings
     rows = [
         ("pairs that repeat an earlier one", findings.duplicates, found.first("duplicates")),
-        ("prompts that nearly repeat an earlier one", findings.near_duplicates, found.first("near_duplicates")),
+        (
+            "prompts that nearly repeat an earlier one",
+            findings.near_duplicates,
+            found.first("near_duplicates"),
+        ),
         ("pairs that contradict another", findings.contradictions, found.first("contradictions")),
         ("identical sides (dropped)", found.identical, []),
         ("nearly identical sides", found.nearly_identical.number, found.nearly_identical.first),
     ]
     cells = [
-        (name, f"{number:,}", share(number, max(found.pairs, 1)), _where(first)) for name, number, first in rows
+        (name, f"{number:,}", share(number, max(found.pairs, 1)), _where(first))
+        for name, number, first in rows
     ]
     caption = (
         "Nearly repeats: four fifths of the runs of three words are the same. Contradicts: same prompt, sides"
@@ -256,20 +285,30 @@ def _elsewhere(found: Inspection) -> str:
     parts = []
     if len(found.splits) > 1:
         rows = [
-            (_text(" and ".join(one.splits)), f"{one.prompts:,}", f"{one.rows.number:,}", _where(one.rows.first))
+            (
+                _text(" and ".join(one.splits)),
+                f"{one.prompts:,}",
+                f"{one.rows.number:,}",
+                _where(one.rows.first),
+            )
             for one in found.shared
         ]
         head = ["splits", "prompts in both", "pairs of the second", "first"]
         names = ", ".join(found.splits)
-        parts.append(_table(head, rows) if rows else f'<p class="caption">No prompt stands in two of {_text(names)}.</p>')
+        parts.append(
+            _table(head, rows)
+            if rows
+            else f'<p class="caption">No prompt stands in two of {_text(names)}.</p>'
+        )
     for one in found.overlaps:
         kinds: tuple[tuple[str, Found], ...] = (
             ("same prompt", one.exact), ("nearly the same prompt", one.near), ("13 words in a row", one.runs),
         )  # fmt: skip
-        rows = [(name, f"{kind.number:,}", _where(kind.first)) for name, kind in kinds]
+        counted = [(name, f"{kind.number:,}", _where(kind.first)) for name, kind in kinds]
         run = f" The run that most pairs have: “{one.run}”." if one.run else ""
-        caption = f"{several(one.questions, 'question')}. Each pair is counted once, in the first row that fits.{run}"
-        parts.append(f"<h3>{_text(one.name)}</h3>" + _table(["overlap", "pairs", "first"], rows, caption))
+        asked = several(one.questions, "question")
+        caption = f"{asked}. Each pair is counted once, in the first row that fits.{run}"
+        parts.append(f"<h3>{_text(one.name)}</h3>" + _table(["overlap", "pairs", "first"], counted, caption))
     return f"<section><h2>Found elsewhere</h2>{''.join(parts)}</section>" if parts else ""
 
 
@@ -278,11 +317,15 @@ def _wording(found: Inspection) -> str:
     rows = [(_text(name), f"{one.number:,}", _where(one.first)) for name, one in found.encoding.items()]
     rows += [
         ("only the chosen answer refuses", f"{seen.only_chosen.number:,}", _where(seen.only_chosen.first)),
-        ("only the rejected answer refuses", f"{seen.only_rejected.number:,}", _where(seen.only_rejected.first)),
+        (
+            "only the rejected answer refuses",
+            f"{seen.only_rejected.number:,}",
+            _where(seen.only_rejected.first),
+        ),
     ]
     caption = (
-        f"{share(seen.chosen, 1)} of the chosen and {share(seen.rejected, 1)} of the rejected answers refuse, by the"
-        " words in which English answers do."
+        f"{share(seen.chosen, 1)} of the chosen and {share(seen.rejected, 1)} of the rejected answers refuse, by"
+        " the words in which English answers do."
     )
     if told is not None and told.shares:
         shown = ", ".join(f"{name} {share(part, 1)}" for name, part in told.shares.items() if part >= 0.01)

@@ -104,7 +104,7 @@ def shared_between_splits(splits: Mapping[str, Sequence[tuple[str, str]]]) -> tu
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What a data set and an evaluation set have in common; each pair is counted once, under the first that holds.
+    """What a data set and an evaluation set have in common; a pair is counted once, where it first fits.
 
     Attributes:
         name: Of the evaluation set.
@@ -198,8 +198,8 @@ def overlap(
             progress(1000)
     run = max(common.items(), key=lambda item: (item[1], item[0]), default=(b"", 0))[0]
     places = (sorted(exact), sorted(near), with_runs)
-    counted = (found(texts.sources[place] for place in kind) for kind in places)
-    return Overlap(name, len(questions), *counted, run.decode("utf-8", "replace"))
+    same, close, in_part = (found(texts.sources[place] for place in kind) for kind in places)
+    return Overlap(name, len(questions), same, close, in_part, run.decode("utf-8", "replace"))
 
 
 class RunIndex:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from orpo.curation.texts import PairTexts
@@ -35,14 +37,18 @@ def found(sources: Iterable[str]) -> Found:
 
 # ------------------------------------------------------------------------------------- encoding
 
-_ASCII_CONTROLS = bytes({*range(32), 127} - {9, 10, 13})
-_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_CONTROLS = bytes({*range(32), 127} - {9, 10, 13})
+_FURTHER_CONTROLS = re.compile(b"\xc2[\x80-\x9f]")
 # UTF-8 read as a one-byte code: a leading byte, then the signs that its other bytes become. ftfy decides.
 _BEHIND = (
     "\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2026\u2030\u2039\u203a"
     "\u20ac\u2122"
 )
-_SUSPECT = re.compile(f"[\xc2-\xf4][{_BEHIND}]|(?:[РС][\xa0-\xbf\u0402-\u045f\u2013-\u2122]){{3}}")
+_SUSPECTS = {
+    b"\xc3": re.compile(f"[\xc2-\xf4][{_BEHIND}]"),
+    b"\xd0": re.compile("(?:[\u0420\u0421][\xa0-\xbf\u0402-\u045f\u2013-\u2122]){3}"),
+}
+"""First byte of the first sign of what may be mojibake, in UTF-8, and its pattern."""
 _WINDOW, _WINDOWS = 40, 8
 
 
@@ -53,83 +59,89 @@ def broken_encoding(texts: PairTexts, progress: Callable[[int], None]) -> dict[s
         texts: Of all pairs.
         progress: Called with the number of pairs each time some are done.
     """
-    try:
+    checks: dict[str, Callable[[str, bytes], bool]] = {
+        "replacement characters": lambda _, raw: b"\xef\xbf\xbd" in raw,
+        "control characters": has_control_characters,
+    }
+    with suppress(ImportError):
         from ftfy import fix_encoding
-    except ImportError:
-        fix_encoding = None
-    rows: dict[str, list[str]] = {"replacement characters": [], "control characters": []}
-    if fix_encoding is not None:
-        rows["mojibake"] = []
-    for number, (prompt, chosen, rejected, source) in enumerate(
-        zip(texts.prompts, texts.chosen, texts.rejected, texts.sources, strict=True)
+
+        checks["mojibake"] = lambda text, raw: is_mojibake(text, raw, fix_encoding)
+    rows: dict[str, list[str]] = {name: [] for name in checks}
+    for number, (*sides, source) in enumerate(
+        zip(texts.prompts, texts.chosen, texts.rejected, texts.sources, strict=True), start=1
     ):
-        sides = (prompt, chosen, rejected)
-        if any("\ufffd" in text for text in sides):
-            rows["replacement characters"].append(source)
-        if any(map(has_control_characters, sides)):
-            rows["control characters"].append(source)
-        if fix_encoding is not None and any(is_mojibake(text, fix_encoding) for text in sides):
-            rows["mojibake"].append(source)
-        if number % 1000 == 999:
+        encoded = [(text, text.encode("utf-8", "surrogatepass")) for text in sides]
+        for name, is_broken in checks.items():
+            if any(is_broken(text, raw) for text, raw in encoded):
+                rows[name].append(source)
+        if number % 1000 == 0:
             progress(1000)
     return {name: found(sources) for name, sources in rows.items()}
 
 
-def has_control_characters(text: str) -> bool:
-    """Whether there is one besides tab and the ends of lines."""
-    if text.isascii():
-        raw = text.encode()
-        return len(raw.translate(None, _ASCII_CONTROLS)) < len(raw)
-    return _CONTROLS.search(text) is not None
+def has_control_characters(_: str, raw: bytes) -> bool:
+    """Whether UTF-8 has one besides tab and the ends of lines."""
+    if len(raw.translate(None, _CONTROLS)) < len(raw):
+        return True
+    return b"\xc2" in raw and _FURTHER_CONTROLS.search(raw) is not None
 
 
-def is_mojibake(text: str, fix_encoding: Callable[[str], str]) -> bool:
-    """Whether ftfy would mend one of the first places that look like bytes read in the wrong code."""
-    if text.isascii():
-        return False
-    for number, place in enumerate(_SUSPECT.finditer(text)):
-        if number == _WINDOWS:
-            return False
-        window = text[max(place.start() - _WINDOW, 0) : place.end() + _WINDOW]
-        if fix_encoding(window) != window:
-            return True
+def is_mojibake(text: str, raw: bytes, fix_encoding: Callable[[str], str]) -> bool:
+    """Whether ftfy would mend one of the first places that look like bytes read in the wrong code.
+
+    Args:
+        text: It.
+        raw: The same in UTF-8.
+        fix_encoding: Of ftfy.
+    """
+    for first, suspect in _SUSPECTS.items():
+        if first in raw:
+            for place in islice(suspect.finditer(text), _WINDOWS):
+                window = text[max(place.start() - _WINDOW, 0) : place.end() + _WINDOW]
+                if fix_encoding(window) != window:
+                    return True
     return False
 
 
 # ------------------------------------------------------------------------------------- refusals
 
 _NOT = (
-    r"(?:can['’]?t|cannot|can not|could not|couldn['’]?t|won['’]?t|will not"
-    r"|(?: am|['’]m) (?:unable|not (?:able|going|allowed|willing|comfortable)) ?(?:to)?)"
+    r"(?:can'?t|cannot|can not|could not|couldn't|won'?t|will not"
+    r"|(?: am|'m) (?:unable|not (?:able|going|allowed|willing|comfortable)) ?(?:to)?)"
 )
 _DO = (
-    r"(?:help|assist|provide|do (?:that|this|so)|answer|comply|fulfil|create|write|generate|discuss|engage|support|"
-    r"give|offer|recommend|condone|share|participate|advise|suggest|encourage|tell you)"
+    r"(?:help|assist|provide|do (?:that|this|so)|answer|comply|fulfil|create|write|generate|discuss|engage"
+    r"|support|give|offer|recommend|condone|share|participate|advise|suggest|encourage|tell you)"
 )
 _REFUSES = re.compile(
-    rf"\bI ?{_NOT} (?:\w+ ){{0,2}}{_DO}"
-    rf"|\b(?:sorry|afraid|unfortunately)\b[^.!?\n]{{0,40}}\bI ?{_NOT}"
-    r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b"
-    r"|\bI(?: must|['’]ll have to| have to|['’]d have to| would have to) (?:respectfully )?(?:decline|refuse)",
-    re.IGNORECASE,
+    rf"\bi ?{_NOT} (?:\w+ ){{0,2}}{_DO}"
+    rf"|\b(?:sorry|afraid|unfortunately)\b[^.!?\n]{{0,40}}\bi ?{_NOT}"
+    r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|\bi(?: must|'ll have to| have to|'d have to| would have to) (?:respectfully )?(?:decline|refuse)"
 )
 _REFUSAL_WORDS = re.compile(
-    r"\b(?:sorry|apologi[sz]e|unfortunately|can['’]?t|cannot|can not|won['’]?t|unable|illegal|unethical|inappropriate"
-    r"|harmful|dangerous|as an ai|language model)\b",
-    re.IGNORECASE,
+    r"\b(?:sorry|apologi[sz]e|unfortunately|can'?t|cannot|can not|won'?t|unable|illegal|unethical"
+    r"|inappropriate|harmful|dangerous|as an ai|language model)\b"
 )
-_BEGINNING = 300
-"""Characters of an answer in which a refusal stands."""
+_NEEDED = ("not", "n't", "cant", "wont", "unable", " ai", "artificial", "language model", "decline", "refuse")
+"""A refusal has one of these; to look for them is faster."""
+
+
+def _beginning(answer: str) -> str:
+    """The part of an answer in which a refusal stands, in lower case."""
+    return answer[:300].lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
 
 
 def refuses(answer: str) -> bool:
     """Whether an answer begins with a refusal, in English."""
-    return _REFUSES.search(answer, 0, _BEGINNING) is not None
+    beginning = _beginning(answer)
+    return any(word in beginning for word in _NEEDED) and _REFUSES.search(beginning) is not None
 
 
 def num_refusal_words(answer: str) -> int:
     """Words that refusals are made of, in an answer's beginning."""
-    return sum(1 for _ in _REFUSAL_WORDS.finditer(answer, 0, _BEGINNING))
+    return sum(1 for _ in _REFUSAL_WORDS.finditer(_beginning(answer)))
 
 
 @dataclass(frozen=True, slots=True)

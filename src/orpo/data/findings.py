@@ -5,6 +5,7 @@ Nothing is dropped here; these are findings about well-formed rows that a person
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -117,7 +118,7 @@ def find(
 
     keys = [pair_key(pair) for pair in train]
     seen = set(keys)
-    first: dict[tuple[str, str, str], str] = {}
+    first: dict[tuple[bytes, bytes, bytes], str] = {}
     repeats = [
         pair.source
         for pair, key in zip(train, keys, strict=True)
@@ -132,7 +133,9 @@ def find(
     shared = None
     if evaluation is not None:
         prompts = {key[0] for key in keys}
-        shared = count("shared_prompts", [pair.source for pair in evaluation if pair.prompt_key() in prompts])
+        shared = count(
+            "shared_prompts", [pair.source for pair in evaluation if _digest(pair.prompt_key()) in prompts]
+        )
     return Findings(
         pairs=len(train),
         duplicates=count("duplicates", repeats),
@@ -156,6 +159,10 @@ def length_bias(pairs: TokenizedDataset) -> LengthBias | None:
     return LengthBias(float(differences.mean()), float(spread), float(longer))
 
 
-def pair_key(pair: PreferencePair) -> tuple[str, str, str]:
-    """Equal for pairs that are the same word for word."""
-    return pair.prompt_key(), side_key(pair.chosen), side_key(pair.rejected)
+def pair_key(pair: PreferencePair) -> tuple[bytes, bytes, bytes]:
+    """Equal for pairs that are the same word for word; short, so that all keys of a large set can be held."""
+    return _digest(pair.prompt_key()), _digest(side_key(pair.chosen)), _digest(side_key(pair.rejected))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -35,13 +35,17 @@ def near_duplicates(texts: Sequence[str], known: Sequence[str] | None = None) ->
         index.add_pairs([(f"known {key}", runs) for key, runs in batch])
     found = []
     for batch in _batches(texts, without=known or ()):
-        old = index.is_duplicate_pairs(batch) if known is not None else [not new for new in index.add_pairs(batch)]
+        old = (
+            index.is_duplicate_pairs(batch)
+            if known is not None
+            else [not new for new in index.add_pairs(batch)]
+        )
         found += [int(key) for (key, _), is_old in zip(batch, old, strict=True) if is_old]
     return found
 
 
 def _batches(texts: Sequence[str], without: Sequence[str]) -> Iterator[list[_Entry]]:
-    """Index and word runs of texts that are long enough, repeat no earlier one and are not among `without`."""
+    """Index and runs of texts that are long enough, repeat no earlier one and are not among `without`."""
     entries = _entries(texts, set(without))
     while batch := list(islice(entries, _BATCH)):
         yield batch

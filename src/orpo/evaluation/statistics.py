@@ -58,15 +58,15 @@ class Interval(NamedTuple):
 def share_interval(share_P: Tensor, prompt_P: Tensor, *, looks: int = 1, terms: int = 1) -> Interval:
     """The mean of shares with an interval that holds with 95 %, prompts being what was drawn.
 
-    The interval is Wilson's for as many independent pairs as have the standard error that was found, and for no
-    more than there are prompts: it has a width where all pairs agree, too.
+    The interval is Wilson's for as many independent pairs as have the standard error that was found, and for
+    no more than there are prompts: it has a width where all pairs agree, too.
 
     Args:
         share_P: In [0, 1], at least one.
         prompt_P: The same number for pairs with the same prompt, from 0 on.
         looks: Intervals that are to hold together (Bonferroni).
-        terms: In how many places of the statistic each pair stands; 2 where pairs are compared with each other
-            and `share_P` is the mean of each over the others.
+        terms: In how many places of the statistic each pair stands; 2 where pairs are compared with each
+            other and `share_P` is the mean of each over the others.
     """
     figure = clustered_mean(share_P, torch.ones_like(share_P), prompt_P)
     assert figure is not None

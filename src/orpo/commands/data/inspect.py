@@ -33,7 +33,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--against", nargs="+", action="extend", default=[], metavar="F",
         help="evaluation sets whose questions are looked for in the data",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write inspect.html and inspect.json into DIR")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write inspect.html and inspect.json into DIR"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
     parser.set_defaults(run=run, takes_settings=True)
 
@@ -52,13 +54,20 @@ def run(args: argparse.Namespace) -> int:
 
     with _progress() as progress:
         found = inspect_data(
-            args.data, args.model, split=args.split, against=args.against, progress=progress, **recipe.settings
+            args.data,
+            args.model,
+            split=args.split,
+            against=args.against,
+            progress=progress,
+            **recipe.settings,
         )
     if args.json:
         print(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
     else:
         width = shutil.get_terminal_size().columns
-        print("\n".join(found.lines(width)).encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"))
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end the command
+        print("\n".join(found.lines(width)))
     if args.out is None:
         say("\nadd --out DIR for the same as a page (inspect.html) and as inspect.json", error=args.json)
         return 0
