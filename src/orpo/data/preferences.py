@@ -28,6 +28,9 @@ from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
 
+MOST_REPEATS = 1000
+"""Largest weight of a data set: how often each of its pairs is seen in an epoch."""
+
 
 @dataclass(frozen=True)
 class PreferenceSet:
@@ -149,11 +152,11 @@ def resample(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[
 
     Args:
         pairs: Of one data set.
-        weight: At least 0.
+        weight: From 0 to `MOST_REPEATS`.
         seed: Of the random share.
     """
-    if weight < 0:
-        raise ConfigError(f"the weight {weight:g} of a data set is negative; use 0 or more")
+    if not 0 <= weight <= MOST_REPEATS:
+        raise ConfigError(f"the weight {weight:g} of a data set is not in 0 to {MOST_REPEATS}")
     whole, part = divmod(weight, 1)
     extra = random.Random(seed).sample(range(len(pairs)), round(part * len(pairs)))
     return [*(list(pairs) * int(whole)), *(pairs[index] for index in sorted(extra))]
