@@ -145,8 +145,8 @@ def _sides(found: Inspection) -> Iterator[Advice]:
         yield Advice(
             "act" if number > 0.05 * found.pairs else "know",
             f"In {several(number, 'pair')} ({share(number, found.pairs)}) the two answers have nine tenths of"
-            f" their words in common, first {found.nearly_identical.first[0]}: check that the difference is the one"
-            " you mean.",
+            f" their words in common, first {found.nearly_identical.first[0]}: check that the difference"
+            " is the one you mean.",
         )
 
 

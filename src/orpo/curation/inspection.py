@@ -6,6 +6,7 @@ would take too long on all rows are at rows drawn with a seed, and say at how ma
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -41,8 +42,6 @@ from orpo.data.named_templates import tokens_to_add
 from orpo.data.preferences import PreferenceSet
 from orpo.data.source import pair_tokenizer, read_texts
 from orpo.data.splits import parse_split
-from orpo.engine.loading import load_tokenizer
-from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import DataError
 from orpo.pairs import PreferencePair
 from orpo.run.checkpoints import model_folder, run_recipe
@@ -225,7 +224,7 @@ def inspect_data(
         formats={key: f"{found.name} ({found.reason})" for key, found in read.formats.items()},
         unused_columns={key: names for key, names in read.unused_columns.items() if names},
         notices=_further_notices(read),
-        rows=read.counts,
+        rows=_grouped(read.counts),
         pairs=len(pairs),
         prompts=len(set(texts.prompts)),
         turns=dict(sorted(Counter(1 if pair.is_text else len(pair.prompt) for pair in pairs).items())),
@@ -258,11 +257,26 @@ def _tokenizer(model: str | None, settings: OrpoSettings, *, of_settings: bool) 
     """The tokenizer of the model, with what `resize_embeddings` adds to it; None without a model."""
     if not model:
         return None
+    from orpo.engine.loading import load_tokenizer  # heavy: only where there is a model
+
     folder, revision = model_folder(str(model)), settings.model_revision if of_settings else None
     tokenizer = load_tokenizer(folder, revision=revision, trust_remote_code=settings.trust_remote_code)
     if settings.resize_embeddings:
         tokenizer.add_tokens(tokens_to_add(tokenizer, settings.chat_template), special_tokens=True)
     return tokenizer
+
+
+def _grouped(counts: RowCounts) -> RowCounts:
+    """Counts whose reasons leave out where in its row each is: `is not JSON (... column 12 (char 11))`."""
+    grouped = RowCounts(total=counts.total)
+    tables = ((counts.skipped, grouped.skipped), (counts.dropped, grouped.dropped))
+    for table, target in tables:
+        for reason, number in table.items():
+            short = re.sub(r" \([^()]*\d.*\)$", "", reason)
+            target[short] = target.get(short, 0) + number
+            for source in counts.first_rows(reason):
+                grouped.name(short, source)
+    return grouped
 
 
 def _further_notices(read: PreferenceSet) -> list[str]:
@@ -347,6 +361,8 @@ def _tokens(
     recipe: Mapping[str, Any],
     progress: Progress,
 ) -> Tokens:
+    from orpo.engine.stop_tokens import saved_stop_token_ids
+
     def of_recipe(name: str) -> Any:
         return recipe.get(name, known_settings()[name].default)
 

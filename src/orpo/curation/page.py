@@ -206,7 +206,8 @@ def _tokens(tokens: Tokens | None) -> str:
     caption = (
         f"Tokens of {tokens.model}.{sampled} Cut: the oldest turns of the prompt go. Here each prompt runs"
         f" once for both answers, without padding; padded: each side with its prompt, in batches of"
-        f" {tokens.batch_size} as wide as the longest. {tokens.epochs:g} epochs at the marked length are {cost} tokens."
+        f" {tokens.batch_size} as wide as the longest. {tokens.epochs:g} epochs at the marked length are"
+        f" {cost} tokens."
     )
     head = ["max_length", "whole", "cut", "dropped", "tokens an epoch", "padded"]
     table = _table(head, rows, caption, is_set[0] if is_set else None)
@@ -324,8 +325,8 @@ def _wording(found: Inspection) -> str:
         ),
     ]
     caption = (
-        f"{share(seen.chosen, 1)} of the chosen and {share(seen.rejected, 1)} of the rejected answers refuse, by"
-        " the words in which English answers do."
+        f"{share(seen.chosen, 1)} of the chosen and {share(seen.rejected, 1)} of the rejected answers refuse,"
+        " by the words in which English answers do."
     )
     if told is not None and told.shares:
         shown = ", ".join(f"{name} {share(part, 1)}" for name, part in told.shares.items() if part >= 0.01)

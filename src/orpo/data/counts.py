@@ -63,9 +63,10 @@ class RowCounts:
 
     def _add(self, table: dict[str, int], reason: str, source: str) -> None:
         table[reason] = table.get(reason, 0) + 1
-        self._name(reason, source)
+        self.name(reason, source)
 
-    def _name(self, reason: str, source: str) -> None:
+    def name(self, reason: str, source: str) -> None:
+        """Remember where a row of a reason came from, if it is one of the first three."""
         if reason not in self.examples:
             self.examples[reason] = source
         elif len(more := self.more_examples.setdefault(reason, [])) < 2:
@@ -92,7 +93,7 @@ class RowCounts:
                 mine[reason] = mine.get(reason, 0) + count
         for reason in other.examples:
             for source in other.first_rows(reason):
-                self._name(reason, source)
+                self.name(reason, source)
 
     def lines(self) -> list[str]:
         """The table, one printable line per reason, the most frequent first."""
