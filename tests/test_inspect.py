@@ -52,7 +52,7 @@ def write(path, rows):
     return path
 
 
-# ------------------------------------------------------------------------------------------------ planted facts
+# -------------------------------------------------------------------------------- planted facts
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_a_distribution_is_that_of_its_lengths():
     assert spread([]) is None
 
 
-# ------------------------------------------------------------------------------------------------ the audit
+# -------------------------------------------------------------------------------- the audit
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def _texts(rows):
     return PairTexts(*columns, [str(index) for index in range(len(rows))])
 
 
-# ------------------------------------------------------------------------------------------------ slow twins
+# -------------------------------------------------------------------------------- slow twins
 
 
 def real_prompts():
@@ -345,7 +345,7 @@ def test_words_of_scripts_without_blanks_and_of_typographic_text():
 
 def test_refusals_are_told_from_help():
     for text in (
-        "I can\u2019t help with that.", "I'm sorry, but I'm not able to assist.", "As an AI language model, I do not",
+        "I can\u2019t help with that.", "I'm sorry, but I'm not able to assist.", "As an AI, I do not",
         "I must respectfully decline.", "Unfortunately, I cannot do this", "I won't provide that.",
     ):  # fmt: skip
         assert refuses(text), text
@@ -359,7 +359,7 @@ def test_refusals_are_told_from_help():
         assert not refuses(text), text
 
 
-# ------------------------------------------------------------------------------------------------ what is printed
+# -------------------------------------------------------------------------------- what is printed
 
 
 class _Page(HTMLParser):

@@ -100,11 +100,13 @@ class Audit:
         if best is None:
             return f"Trivial features together tell chosen from rejected in {_percent(together.accuracy)}."
         leaning = f": {best.leaning}" if best.leaning else ""
-        more = (
-            f" (all trivial features together: {100 * together.accuracy.share:.0f} %)"
-            if together.accuracy.share > best.accuracy.share + 0.005
-            else ""
-        )
+        length = self.looks[0]
+        others = []
+        if length.predicts and best is not length:
+            others.append(f"length alone {100 * length.accuracy.share:.0f} %: {length.leaning}")
+        if together.accuracy.share > best.accuracy.share + 0.005:
+            others.append(f"all trivial features together {100 * together.accuracy.share:.0f} %")
+        more = f" ({'; '.join(others)})" if others else ""
         return f"{best.title} alone tells chosen from rejected in {_percent(best.accuracy)}{leaning}{more}."
 
     def to_json(self) -> dict[str, Any]:

@@ -154,7 +154,15 @@ def _wording(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.languages is not None and found.languages.shares:
         shown = {name: part for name, part in found.languages.shares.items() if part >= 0.01}
         parts = ", ".join(f"{name} {share(part, 1)}" for name, part in [*shown.items()][:6])
-        yield "languages", f"{parts}; of {found.languages.answers:,} answers drawn at random"
+        yield "languages", f"{parts}; of {told_of(found)}"
+
+
+def told_of(found: Inspection) -> str:
+    """Of which answers the language was told."""
+    told = found.languages
+    assert told is not None
+    drawn = " drawn at random" if told.of_answers < found.pairs else ""
+    return f"{told.answers:,} chosen answers that are long enough, among {told.of_answers:,}{drawn}"
 
 
 def _audit(looked: Audit, pairs: int) -> Iterator[tuple[str, str]]:

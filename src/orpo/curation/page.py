@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from orpo.curation.advice import advice, several, share, short
 from orpo.curation.lengths import Spread, Tokens
+from orpo.curation.lines import told_of
 from orpo.curation.wording import Found
 from orpo.html_page import html_page
 
@@ -330,5 +331,5 @@ def _wording(found: Inspection) -> str:
     )
     if told is not None and told.shares:
         shown = ", ".join(f"{name} {share(part, 1)}" for name, part in told.shares.items() if part >= 0.01)
-        caption += f" Languages of {told.answers:,} chosen answers drawn at random: {shown}."
+        caption += f" Languages of {told_of(found)}: {shown}."
     return f"<section><h2>Wording</h2>{_table(['', 'pairs', 'first'], rows, caption)}</section>"

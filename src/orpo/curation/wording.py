@@ -191,15 +191,17 @@ class Languages:
 
     Attributes:
         answers: Chosen answers that were long enough to tell.
+        of_answers: Chosen answers that were looked at.
         shares: ISO 639-1 code -> share of these, the largest first.
     """
 
     answers: int
+    of_answers: int
     shares: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {"answers": self.answers, "shares": self.shares}
+        return {"answers": self.answers, "of_answers": self.of_answers, "shares": self.shares}
 
 
 def languages(answers: Sequence[str]) -> Languages:
@@ -213,4 +215,6 @@ def languages(answers: Sequence[str]) -> Languages:
     texts = [answer[:_LANGUAGE_CHARACTERS] for answer in answers]
     texts = [text for text in texts if sum(map(str.isalpha, text)) >= _FEWEST_LETTERS]
     counted = Counter(str(py3langid.classify(text)[0]) for text in texts)
-    return Languages(len(texts), {code: number / len(texts) for code, number in counted.most_common()})
+    return Languages(
+        len(texts), len(answers), {code: number / len(texts) for code, number in counted.most_common()}
+    )
