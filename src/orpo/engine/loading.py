@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from orpo.engine.adapters import add_adapter, lora_config, train_in_float32
 from orpo.engine.scorer import refuse_encoder_decoder
 from orpo.errors import ConfigError, ModelError, first_line
 from orpo.run.directory import adapter_base, is_adapter
@@ -63,42 +64,12 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
         from peft import PeftModel
 
         try:
-            return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[return-value]
+            return train_in_float32(PeftModel.from_pretrained(model, adapter, is_trainable=True))
         except _UNLOADABLE as error:
             raise ModelError(f"{adapter}: the adapter could not be loaded ({first_line(error)})") from error
     if settings.use_peft:
         return add_adapter(model, lora_config(settings))
     return model
-
-
-def lora_config(settings: OrpoSettings) -> Any:
-    """The `peft.LoraConfig` of the `lora_*` settings."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules,
-        target_parameters=settings.lora_target_parameters,
-        modules_to_save=settings.lora_modules_to_save,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-    )
-
-
-def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
-    """Freeze `model` and put a new adapter on it; a quantised model is made trainable first."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    try:
-        adapted: PreTrainedModel = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"the adapter does not fit {type(model).__name__}: {first_line(error)}") from error
-    return adapted
 
 
 def supports_bf16() -> bool:
