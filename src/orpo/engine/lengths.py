@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from orpo.engine.passes import PassLimits
+from orpo.errors import ConfigError
 
 MOST_OFFSET = 8
 """Rows that a table of positions may have in front of its first position (OPT has 2)."""
@@ -83,22 +84,39 @@ def positions_in_window(config: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def has_position_table(model: nn.Module, config: Any, vocabulary: nn.Module) -> bool:
-    """Whether positions are looked up in a table with one entry each, so that there are none beyond it.
+def check_length(model: Any, max_length: int | None) -> list[str]:
+    """Compare the longest side that the settings allow with the positions a model has.
 
     Args:
         model: The transformers model.
-        config: Its text configuration.
-        vocabulary: Its input embeddings, which are no such table.
+        max_length: Tokens; None: any.
+
+    Returns:
+        A line to print where positions will be extrapolated.
+
+    Raises:
+        ConfigError: Positions are looked up in a table that ends before.
     """
-    most = positions_in_window(config)
-    if most is None:
-        return False
+    config = model.config.get_text_config()
+    most, name = positions_in_window(config), type(model).__name__
+    if most is None or max_length is not None and max_length <= most:
+        return []
+    asked = "max_length has no limit" if max_length is None else f"max_length {max_length:,}"
+    if _has_position_table(model, most):
+        raise ConfigError(
+            f"{asked}, but {name} knows {most:,} positions and none beyond; set max_length: {most}"
+        )
+    if max_length is None:
+        return []
+    return [f"{asked} is beyond the {most:,} positions that {name} was made for; longer sides extrapolate"]
+
+
+def _has_position_table(model: Any, most: int) -> bool:
+    """Whether positions are looked up in a table with one entry each, so that there are none beyond it."""
+    vocabulary = model.get_input_embeddings()
     for module in model.modules():
-        if module is vocabulary:
-            continue
         if isinstance(module, nn.Embedding):
-            if 0 <= module.num_embeddings - most <= MOST_OFFSET:
+            if module is not vocabulary and 0 <= module.num_embeddings - most <= MOST_OFFSET:
                 return True
             continue
         tensors = [*module._buffers.values(), *(v for v in vars(module).values() if isinstance(v, Tensor))]
