@@ -8,10 +8,11 @@ import tiny_families
 import torch
 import transformers
 from tiny_models import build as build_tiny
+from tiny_training import logged, random_pairs, tiny_trainer
 
 from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
-from orpo.errors import ModelError
+from orpo.errors import ConfigError, ModelError
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
@@ -150,7 +151,9 @@ def test_chunks_that_no_side_exceeds_do_not_matter_and_others_fall_back():
 @pytest.mark.parametrize("window", [20, 520])
 @pytest.mark.parametrize("family", ["phimoe", "qwen2_moe"])
 def test_a_window_that_only_the_masks_know_falls_back_at_any_length(family, window):
-    settings = {"qwen2_moe": {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}}.get(family, {})
+    settings = {"qwen2_moe": {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}}.get(
+        family, {}
+    )
     model = tiny_families.build(
         family, sliding_window=window, num_hidden_layers=2, max_position_embeddings=1024, **settings
     )
@@ -177,3 +180,65 @@ class ScalesItsHiddenStates(transformers.LlamaForCausalLM):
 def test_a_factor_on_logits_or_hidden_states_is_measured(kind, factor):
     model = kind(build_tiny("Llama").config)
     assert assert_exact(model, PAIRS).logit_scale == pytest.approx(factor, rel=1e-6)
+
+
+# What is refused or said before training
+
+
+def test_a_max_length_beyond_a_table_of_positions_is_refused_and_beyond_a_rotary_window_said(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel knows 128 positions .* set max_length: 128"):
+        tiny_trainer(tmp_path, model=build_tiny("GPT2"))
+    with pytest.raises(ConfigError, match="OPTForCausalLM knows 128 positions"):
+        tiny_trainer(tmp_path, model=build_tiny("OPT"))
+    tiny_trainer(tmp_path, model=build_tiny("GPT2"), max_length=128)
+    assert "extrapolate" not in capsys.readouterr().out
+    tiny_trainer(tmp_path, max_length=129)
+    assert "max_length 129 is beyond the 128 positions" in capsys.readouterr().out
+
+
+def test_gradient_checkpointing_that_a_model_has_not_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="gradient_checkpointing: CTRLLMHeadModel has none"):
+        tiny_trainer(tmp_path, model=tiny_families.build("ctrl"), gradient_checkpointing=True, max_length=64)
+
+
+def test_dropout_that_layers_read_from_the_configuration_is_turned_off(tmp_path):
+    model = tiny_families.build("persimmon", attention_dropout=0.5)
+    trainer = tiny_trainer(tmp_path, model=model)
+    assert model.config.attention_dropout == 0.5
+    trainer._preparation()
+    model.train()
+    batch = pack(PAIRS, OBJECTIVE, layout=trainer._preparation().layout)
+    assert torch.equal(model(batch=batch).loss, model(batch=batch).loss)
+
+
+def test_a_router_loss_that_a_model_lacks_is_said_and_others_are_reported_apart(tmp_path, capsys):
+    model = tiny_families.build("deepseek_v3", num_hidden_layers=2, output_router_logits=True)
+    trainer = tiny_trainer(tmp_path, model=model, max_steps=1)
+    trainer.train()
+    assert "output_router_logits has no effect: DeepseekV3ForCausalLM has no router loss" in capsys.readouterr().out
+    assert not logged(trainer, "router_loss")
+    losses = []
+    for asked in (True, False):
+        model = build_tiny("Mixtral", output_router_logits=asked, router_aux_loss_coef=0.5)
+        trainer = tiny_trainer(tmp_path, model=model, max_steps=1)
+        trainer.train()
+        losses.append(logged(trainer)[0])
+        assert bool(logged(trainer, "router_loss")) == asked
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_under_torch_compile_new_lengths_are_not_compiled_again(tmp_path):
+    torch._dynamo.reset()
+    graphs = []
+
+    class Count(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    trainer = tiny_trainer(
+        tmp_path, train=random_pairs(48), max_steps=6, per_device_train_batch_size=8, tokens_per_micro_batch=60,
+        torch_compile=True, torch_compile_backend="eager", arguments={"callbacks": [Count()]},
+    )  # fmt: skip
+    trainer.train()
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[1]

@@ -39,10 +39,19 @@ _SIZES = {
 }  # fmt: skip
 
 _OF_FAMILY: dict[str, dict[str, Any]] = {
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "use_mamba_kernels": False,
+    },
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16, "mamba_n_heads": 4, "lm_head_multiplier": 0.04},
-    "zamba2": {"n_mamba_heads": 4, "hybrid_layer_ids": [1, 3], "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {
+        "n_mamba_heads": 4,
+        "hybrid_layer_ids": [1, 3],
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
     "hyperclovax": {"logits_scaling": 0.125},
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.25},
@@ -50,9 +59,13 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "llama4_text": {"moe_layers": [1, 3], "intermediate_size_mlp": 48},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1},
+    "longcat_flash": {"qk_head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
-    "nemotron_h": {"hybrid_override_pattern": "M*-M", "layers_block_type": ["mamba", "attention", "moe", "mamba"]},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*-M",
+        "layers_block_type": ["mamba", "attention", "moe", "mamba"],
+    },
 }
 """What a family needs besides; several of them so that what is odd about it shows."""
 
@@ -74,7 +87,7 @@ def config_of(family: str, **changes: Any) -> Any:
         given = known["layer_types"] or []
         kinds = list(dict.fromkeys(given))
         if kinds:
-            settings["layer_types"] = (kinds * 4)[:4]
+            settings["layer_types"] = (kinds * 4)[: settings.get("num_hidden_layers", 4)]
     return kind(**settings)
 
 

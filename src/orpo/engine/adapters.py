@@ -5,6 +5,7 @@ every family. Routers are left out: a router that moves sends tokens to other ex
 PEFT's own reading of `all-linear` adapts experts and routers on some families and neither on others.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ def lora_config(settings: OrpoSettings) -> Any:
     )
 
 
-def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     """Freeze `model` and put a new adapter on it; a quantised model is made trainable first.
 
     Raises:
@@ -99,8 +100,10 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _expert_counts(model: PreTrainedModel) -> set[int]:
+    """Numbers of experts that the configuration names, and their sums: some are routed to and do nothing."""
     settings = vars(model.config.get_text_config()).items()
-    return {v for name, v in settings if "expert" in name and type(v) is int and v > 1}
+    named = [value for name, value in settings if "expert" in name and type(value) is int and value > 0]
+    return {value for value in named if value > 1} | {a + b for a, b in itertools.combinations(named, 2)}
 
 
 def _stacked_experts(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -115,7 +118,9 @@ def _routers(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The modules that choose experts: one output each, next to the experts."""
     counts = _expert_counts(model)
     blocks = {name.rpartition(".")[0].rpartition(".")[0] for name, _ in _stacked_experts(model)}
-    blocks |= {name.removesuffix(".experts") for name, m in model.named_modules() if name.endswith(".experts")}
+    blocks |= {
+        name.removesuffix(".experts") for name, m in model.named_modules() if name.endswith(".experts")
+    }
     for block in blocks:
         for module in model.get_submodule(block).modules():
             weight = getattr(module, "weight", None)
@@ -176,8 +181,8 @@ def train_in_float32(model: Any) -> Any:
     The copies that `modules_to_save` trains keep taking and giving the precision of the module they replace.
     """
     for module in model.modules():
-        for copy in getattr(module, "modules_to_save", None) or ():
-            trained = module.modules_to_save[copy]
+        copies = getattr(module, "modules_to_save", None)
+        for trained in copies.values() if isinstance(copies, nn.ModuleDict) else ():
             half = {w.dtype for w in trained.parameters() if w.requires_grad and w.dtype in HALF}
             if half:
                 trained.float()
@@ -218,7 +223,9 @@ def refuse_adapters(model: nn.Module, inner: PreTrainedModel) -> None:
     for config in getattr(model, "peft_config", {}).values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning or config.is_adaption_prompt:
-            reason = "it puts tokens or keys of its own in front of every sequence, and packed pairs have no front"
+            reason = (
+                "it puts tokens or keys of its own in front of every sequence, and packed pairs have no front"
+            )
         elif getattr(config, "alora_invocation_tokens", None):
             kind = "aLoRA"
             reason = "it looks for its invocation tokens in whole sequences, and would train nothing here"

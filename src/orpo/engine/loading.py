@@ -64,11 +64,12 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
         from peft import PeftModel
 
         try:
-            return train_in_float32(PeftModel.from_pretrained(model, adapter, is_trainable=True))
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         except _UNLOADABLE as error:
             raise ModelError(f"{adapter}: the adapter could not be loaded ({first_line(error)})") from error
-    if settings.use_peft:
-        return add_adapter(model, lora_config(settings))
+        model = train_in_float32(adapted)
+    elif settings.use_peft:
+        model = add_adapter(model, lora_config(settings))
     return model
 
 

@@ -82,7 +82,11 @@ def prepare_model(
         if problem is None:
             notices += _fallback_notice(inner, candidate, problems)
             return Preparation(
-                candidate, tuple(notices), scorer.attention, scorer.logit_scale, scorer.router_loss is not None
+                candidate,
+                tuple(notices),
+                scorer.attention,
+                scorer.logit_scale,
+                scorer.router_loss is not None,
             )
         problems.append(problem)
     raise ModelError(

@@ -115,7 +115,9 @@ def _leak(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
         value, slope = _side(model, scorer, batch, number, role, foreign_BN)
         other, _ = _side(model, scorer, changed, number, role)
         difference = abs(value - other)
-        if difference and (_has_experts(scorer.model) or value != _side(model, scorer, batch, number, role)[0]):
+        if difference and (
+            _has_experts(scorer.model) or value != _side(model, scorer, batch, number, role)[0]
+        ):
             # Experts that get other numbers of tokens round otherwise, and so do kernels that add in any order.
             difference = 0.0 if difference <= (2e-5 if _is_precise(model, device) else 2e-2) else difference
         if slope or difference != 0:  # not a number is no 0
@@ -171,9 +173,7 @@ def _others(pair: TokenizedPair, model: PreTrainedModel) -> TokenizedPair:
     def move(ids: object) -> list[int]:
         return [1 + id % (size - 1) for id in ids]  # type: ignore[attr-defined]
 
-    return replace(
-        pair, prompt=move(pair.prompt), chosen=move(pair.chosen), rejected=move(pair.rejected)
-    )
+    return replace(pair, prompt=move(pair.prompt), chosen=move(pair.chosen), rejected=move(pair.rejected))
 
 
 # ---------------------------------------------------------------------------------------- the plain model

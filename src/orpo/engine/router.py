@@ -96,5 +96,7 @@ def checked_router_loss(
         raise ModelError(f"{name}: its router loss fails ({first_line(error)}); {_DROP}") from error
     expected = ours.coefficient * float(own)
     if not abs(found - expected) <= 1e-2 * abs(expected) + 1e-6:
-        raise ModelError(f"{name}: its router loss is {expected:.4g}, not {found:.4g} as computed here; {_DROP}")
+        raise ModelError(
+            f"{name}: its router loss is {expected:.4g}, not {found:.4g} as computed here; {_DROP}"
+        )
     return ours, []

@@ -154,6 +154,8 @@ class Scorer:
     def _run(self, each: Pass) -> Any:
         """One pass through the backbone; returns what it returns."""
         segments = Segments(each.runs)
+        for tensor in (each.input_ids_BN, each.position_ids_BN):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # under torch_compile no length is compiled for itself
         inputs: dict[str, Any] = {"attention_mask": each.attention_mask_BN, "use_cache": False}
         if self.router_loss is not None:
             inputs["output_router_logits"] = True
@@ -215,8 +217,12 @@ class Scorer:
             return None
         layers = zip(*(output.router_logits for output in outputs), strict=True)
         masks = [each.attention_mask_BN for each in passes if each.attention_mask_BN is not None]
-        mask = masks[0] if len(masks) == 1 else torch.cat([m.flatten() for m in masks])[None] if masks else None
-        balance = self.router_loss([torch.cat(layer) if len(layer) > 1 else layer[0] for layer in layers], mask)
+        mask = (
+            masks[0] if len(masks) == 1 else torch.cat([m.flatten() for m in masks])[None] if masks else None
+        )
+        balance = self.router_loss(
+            [torch.cat(layer) if len(layer) > 1 else layer[0] for layer in layers], mask
+        )
         return batch.num_pairs / denominators.examples * balance
 
 

@@ -118,7 +118,9 @@ def _disable_dropout(model: nn.Module) -> None:
                 setattr(module, attribute, 0.0)
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
-            found = [key for key, value in vars(config).items() if "dropout" in key and isinstance(value, float)]
+            found = [
+                key for key, value in vars(config).items() if "dropout" in key and isinstance(value, float)
+            ]
             if any(getattr(config, key) for key in found):
                 if id(config) not in copies:
                     copies[id(config)] = copy.copy(config)

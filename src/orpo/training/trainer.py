@@ -277,8 +277,14 @@ class ORPOTrainer(Trainer):
     def _longest_side(self) -> int | None:
         """Tokens of the longest side there can be; None where nothing bounds it."""
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        tokenized = [pairs for pairs in (self.train_dataset, *sets.values()) if isinstance(pairs, TokenizedDataset)]
-        sides = [int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max()) for pairs in tokenized if len(pairs)]
+        tokenized = [
+            pairs for pairs in (self.train_dataset, *sets.values()) if isinstance(pairs, TokenizedDataset)
+        ]
+        sides = [
+            int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
+            for pairs in tokenized
+            if len(pairs)
+        ]
         return None if self.args.max_length is None else max([self.args.max_length, *sides])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
