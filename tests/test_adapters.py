@@ -41,9 +41,10 @@ def test_the_router_on_request_and_experts_left_out():
     model = adapted("mixtral", lora_target_modules=["q_proj"], lora_target_parameters=["gate.weight"])
     assert any("mlp.gate" in name for name in trained(model))
     assert "experts: yes" not in adapter_lines(adapted("mixtral", lora_target_modules=["q_proj"]))[0]
-    assert "experts: no (lora_target_parameters adds them)" in adapter_lines(
-        adapted("mixtral", lora_target_modules=["q_proj"])
-    )[0]
+    assert (
+        "experts: no (lora_target_parameters adds them)"
+        in adapter_lines(adapted("mixtral", lora_target_modules=["q_proj"]))[0]
+    )
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1", "nemotron_h"])
@@ -112,7 +113,10 @@ REFUSED = {
         peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3, 4], **SIZES),
         "invocation tokens",
     ),
-    "OFT": (peft.OFTConfig(target_modules=["lm_head"], oft_block_size=4, **SIZES), "on the vocabulary matrix"),
+    "OFT": (
+        peft.OFTConfig(target_modules=["lm_head"], oft_block_size=4, **SIZES),
+        "on the vocabulary matrix",
+    ),
     "LORA": (peft.LoraConfig(target_modules=["lm_head"], lora_bias=True, **SIZES), "lora_bias"),
 }
 

@@ -185,8 +185,10 @@ def test_a_factor_on_logits_or_hidden_states_is_measured(kind, factor):
 # What is refused or said before training
 
 
-def test_a_max_length_beyond_a_table_of_positions_is_refused_and_beyond_a_rotary_window_said(tmp_path, capsys):
-    with pytest.raises(ConfigError, match="GPT2LMHeadModel knows 128 positions .* set max_length: 128"):
+def test_a_max_length_beyond_a_table_of_positions_is_refused_and_beyond_a_rotary_window_said(
+    tmp_path, capsys
+):
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel knows 128 positions .* set max_length: 128"):
         tiny_trainer(tmp_path, model=build_tiny("GPT2"))
     with pytest.raises(ConfigError, match="OPTForCausalLM knows 128 positions"):
         tiny_trainer(tmp_path, model=build_tiny("OPT"))
@@ -215,7 +217,10 @@ def test_a_router_loss_that_a_model_lacks_is_said_and_others_are_reported_apart(
     model = tiny_families.build("deepseek_v3", num_hidden_layers=2, output_router_logits=True)
     trainer = tiny_trainer(tmp_path, model=model, max_steps=1)
     trainer.train()
-    assert "output_router_logits has no effect: DeepseekV3ForCausalLM has no router loss" in capsys.readouterr().out
+    assert (
+        "output_router_logits has no effect: DeepseekV3ForCausalLM has no router loss"
+        in capsys.readouterr().out
+    )
     assert not logged(trainer, "router_loss")
     losses = []
     for asked in (True, False):
@@ -236,8 +241,8 @@ def test_under_torch_compile_new_lengths_are_not_compiled_again(tmp_path):
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     trainer = tiny_trainer(
-        tmp_path, train=random_pairs(48), max_steps=6, per_device_train_batch_size=8, tokens_per_micro_batch=60,
-        torch_compile=True, torch_compile_backend="eager", arguments={"callbacks": [Count()]},
+        tmp_path, train=random_pairs(48), max_steps=6, per_device_train_batch_size=8,
+        tokens_per_micro_batch=60, torch_compile=True, torch_compile_backend="eager", arguments={"callbacks": [Count()]},
     )  # fmt: skip
     trainer.train()
     assert graphs[0] > 0

@@ -1,4 +1,4 @@
-"""Tiny random models of any causal family of the installed transformers, made from its configuration class."""
+"""Tiny random models of any causal family that transformers has, made from its configuration class."""
 
 from typing import Any
 
@@ -14,27 +14,29 @@ _SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "dim": 32,
     "intermediate_size": 48, "ffn_dim": 48, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "n_inner": 48,
     "d_ff": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "ffn_hidden_size": 16,
-    "expert_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
-    "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "decoder_layers": 4, "encoder_layers": 2,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
-    "encoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_head_size": 8,
-    "swa_head_dim": 8, "global_head_dim": 8, "num_global_key_value_heads": 2, "d_head": 8, "attention_head_dim": 8,
-    "max_position_embeddings": 256, "n_positions": 256, "n_ctx": 256, "max_seq_len": 256, "seq_length": 256,
-    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_routed_experts": 4, "num_local_experts": 4, "num_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
-    "num_experts_per_token": 2, "moe_topk": 2, "top_k": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "n_groups": 1,
+    "expert_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16, "shared_intermediate_size":
+    16, "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "decoder_layers": 4,
+    "encoder_layers": 2, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
+    "decoder_attention_heads": 4, "encoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "attention_head_size": 8, "swa_head_dim": 8, "global_head_dim": 8, "num_global_key_value_heads": 2,
+    "d_head": 8, "attention_head_dim": 8, "max_position_embeddings": 256, "n_positions": 256, "n_ctx":
+    256, "max_seq_len": 256, "seq_length": 256, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim":
+    8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_local_experts": 4,
+    "num_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "num_experts_per_token": 2,
+    "moe_topk": 2, "top_k": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "n_groups": 1,
     "num_expert_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "num_shared_experts": 1,
-    "decoder_sparse_step": 1, "zero_expert_num": 1, "mamba_n_heads": 4, "mamba_num_heads": 4, "mamba_d_head": 16,
-    "mamba_head_dim": 16, "mamba_headdim": 16, "n_mamba_heads": 2, "mamba_ngroups": 1, "mamba_n_groups": 1,
-    "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_expand": 2, "expand": 2, "state_size": 8, "ssm_state_size": 8,
-    "conv_kernel": 4, "conv_L_cache": 3, "mamba_chunk_size": 16, "chunk_size": 16, "mamba_dt_rank": 4,
-    "time_step_rank": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4, "block_size": 16, "rotary_dim": 4,
-    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4, "altup_num_inputs": 2,
-    "altup_active_idx": 0, "num_kv_shared_layers": 0, "lru_width": 32, "attention_window_size": 6,
-    "sliding_window": 6, "attention_chunk_size": 400, "adapter_rank": 4, "num_mem_blocks": 1,
-    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "tie_word_embeddings": False, "word_embed_proj_dim": 32, "embedding_size": 32,
+    "decoder_sparse_step": 1, "zero_expert_num": 1, "mamba_n_heads": 4, "mamba_num_heads": 4,
+    "mamba_d_head": 16, "mamba_head_dim": 16, "mamba_headdim": 16, "n_mamba_heads": 2, "mamba_ngroups": 1,
+    "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_expand": 2, "expand": 2,
+    "state_size": 8, "ssm_state_size": 8, "conv_kernel": 4, "conv_L_cache": 3, "mamba_chunk_size": 16,
+    "chunk_size": 16, "mamba_dt_rank": 4, "time_step_rank": 4, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4, "block_size": 16, "rotary_dim": 4, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4, "altup_num_inputs": 2, "altup_active_idx": 0,
+    "num_kv_shared_layers": 0, "lru_width": 32, "attention_window_size": 6, "sliding_window": 6,
+    "attention_chunk_size": 400, "adapter_rank": 4, "num_mem_blocks": 1, "index_n_heads": 2,
+    "index_head_dim": 16, "index_topk": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False, "word_embed_proj_dim": 32, "embedding_size": 32,
     "num_nextn_predict_layers": 0, "query_pre_attn_scalar": 8, "ffn_config": None,
 }  # fmt: skip
 

@@ -78,8 +78,8 @@ def _refuse_on_experts(model: PreTrainedModel, config: Any) -> None:
         if value:
             leaves = sorted({name.rpartition(".")[2] for name in _linear_layers(model)})
             raise ConfigError(
-                f"{setting}: PEFT cannot apply it to the experts of {type(model).__name__}; drop {setting}, or "
-                f"leave the experts out with lora_target_modules: [{', '.join(leaves)}]"
+                f"{setting}: PEFT cannot apply it to the experts of {type(model).__name__}; drop {setting}, "
+                f"or leave the experts out with lora_target_modules: [{', '.join(leaves)}]"
             )
 
 

@@ -24,8 +24,8 @@ from orpo.engine.precision import compute_dtype
 from orpo.settings.config import Objective
 
 CPU_BLOCK, CPU_BLOCK_TOKENS = 2**18, 8
-"""Logits a CPU takes through the softmax together, so that they stay in its second-level cache, and the fewest
-tokens, so that calls do not cost more than numbers (measured in LOG.md)."""
+"""Logits a CPU takes through the softmax together, so that they stay in its second-level cache, and the
+fewest tokens, so that calls do not cost more than numbers."""
 _ALL = slice(None)
 _TINY = 1e-12
 

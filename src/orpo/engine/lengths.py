@@ -99,7 +99,7 @@ def check_length(model: Any, max_length: int | None) -> list[str]:
     """
     config = model.config.get_text_config()
     most, name = positions_in_window(config), type(model).__name__
-    if most is None or max_length is not None and max_length <= most:
+    if most is None or (max_length is not None and max_length <= most):
         return []
     asked = "max_length has no limit" if max_length is None else f"max_length {max_length:,}"
     if _has_position_table(model, most):

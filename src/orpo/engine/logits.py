@@ -19,7 +19,6 @@ from torch import Tensor
 from orpo.console import say
 from orpo.errors import first_line
 
-
 _UNLIKELY = 1e-30
 """Probabilities below this are near the smallest that float32 holds with all its digits."""
 

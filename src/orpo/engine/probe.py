@@ -118,7 +118,7 @@ def _leak(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
         if difference and (
             _has_experts(scorer.model) or value != _side(model, scorer, batch, number, role)[0]
         ):
-            # Experts that get other numbers of tokens round otherwise, and so do kernels that add in any order.
+            # Experts with other numbers of tokens round otherwise, and so do kernels that add in any order.
             difference = 0.0 if difference <= (2e-5 if _is_precise(model, device) else 2e-2) else difference
         if slope or difference != 0:  # not a number is no 0
             return f"a side's log-probs depend on its neighbours (by {abs(value - other):.1e})"

@@ -62,8 +62,8 @@ def router_loss_of(model: PreTrainedModel) -> RouterLoss | None:
     top_k = getattr(config, "num_experts_per_tok", None)
     if experts is None or coefficient is None or top_k is None:
         raise ModelError(
-            f"{type(model).__name__}: its configuration does not tell the experts or the weight of its router "
-            f"loss; {_DROP}"
+            f"{type(model).__name__}: its configuration does not tell the experts or the weight of its "
+            f"router loss; {_DROP}"
         )
     return RouterLoss(function, float(coefficient), int(experts), int(top_k))
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class ORPOOutput(ModelOutput):
     Attributes:
         loss: Its share of the step's loss; a scalar, the only tensor with a gradient.
         pairs: The scores of its pairs.
-        router_loss: The part of `loss` that balances a mixture of experts; detached, None where there is none.
+        router_loss: The part of `loss` that balances a mixture of experts; detached, or None.
     """
 
     loss: Tensor | None = None
@@ -77,6 +77,19 @@ def refuse_encoder_decoder(config: Any, name: str) -> None:
         raise ModelError(f"{name} is an encoder-decoder model; ORPO here trains causal language models")
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _passed_over(function: _Function) -> _Function:
+    """Not compiled under torch_compile, unlike what it calls: the way to the backbone."""
+    return cast(_Function, torch.compiler.disable(function, recursive=False))
+
+
+def _eager(function: _Function) -> _Function:
+    """Not compiled under torch_compile, nor what it calls: no list of lengths is compiled for itself."""
+    return cast(_Function, torch.compiler.disable(function))
+
+
 class Scorer:
     """Holds what a prepared model needs besides its weights; one per model, reached from its `forward`."""
 
@@ -100,7 +113,7 @@ class Scorer:
         """Give the model a `forward` that takes a micro-batch."""
         scorer = self
 
-        @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
+        @_passed_over
         def forward(
             self: PreTrainedModel,
             *args: Any,
@@ -127,6 +140,7 @@ class Scorer:
         self.longest = longest
         self.num_attention_calls = None
 
+    @_eager
     def attend_to(self, segments: Segments | None) -> None:
         """Give the layers our attention over `segments`, or with None their own again, for generation."""
         _active.segments = segments
@@ -137,11 +151,60 @@ class Scorer:
                 self.plain_attention[number] = config._attn_implementation
                 config._attn_implementation = ATTENTION
 
+    @_passed_over
     def score(self, batch: PackedBatch, denominators: Denominators) -> ORPOOutput:
         """Run a micro-batch through the model and its head."""
+        passes, batch = self._begin(batch)
+        outputs = []
+        for each in passes:
+            segments, inputs = self._enter(each)
+            try:
+                output = self.backbone(each.input_ids_BN, **inputs)
+            finally:
+                self.attend_to(None)
+            outputs.append(self._leave(output, segments))
+        return self._finish(outputs, passes, batch, denominators)
+
+    @_eager
+    def _begin(self, batch: PackedBatch) -> tuple[list[Pass], PackedBatch]:
+        """The passes of a micro-batch that the model can follow."""
         self._check_layout(batch)
-        passes, batch = split_passes(batch, self.limits)
-        outputs = [self._run(each) for each in passes]
+        return split_passes(batch, self.limits)
+
+    @_eager
+    def _enter(self, each: Pass) -> tuple[Segments, dict[str, Any]]:
+        """What the backbone reads in a pass besides ids; its layers attend by our segments from here."""
+        segments = Segments(each.runs)
+        inputs: dict[str, Any] = {"attention_mask": each.attention_mask_BN, "use_cache": False}
+        if self.router_loss is not None:
+            inputs["output_router_logits"] = True
+        if self.limits.alone:
+            reset_dynamic_rope(self.backbone)
+        for tensor in (each.input_ids_BN, each.position_ids_BN):
+            torch._dynamo.maybe_mark_dynamic(
+                tensor, 1
+            )  # under torch_compile no length is compiled for itself
+        if self.layout != "padded":
+            inputs["position_ids"] = each.position_ids_BN
+            self.attend_to(segments)
+        return segments, inputs
+
+    @_eager
+    def _leave(self, output: Any, segments: Segments) -> Any:
+        """Check that the layers attended by our segments, and let them do so again in the backward."""
+        if self.layout != "padded":
+            self._check_attention(segments)
+            self.attention = segments.backend
+            hidden = output.last_hidden_state
+            if hidden.requires_grad:
+                output.last_hidden_state = _AttendInBackward.apply(hidden, self, segments)
+        return output
+
+    @_eager
+    def _finish(
+        self, outputs: list[Any], passes: list[Pass], batch: PackedBatch, denominators: Denominators
+    ) -> ORPOOutput:
+        """The head, over the hidden states of all passes."""
         hidden = [output.last_hidden_state.flatten(0, 1) for output in outputs]
         hidden_ND = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         head = head_of(self.model, hidden_ND, self.logit_scale, self.chunk_bytes)
@@ -150,30 +213,6 @@ class Scorer:
         if router_loss is not None:
             loss, router_loss = loss + router_loss, router_loss.detach()
         return ORPOOutput(loss, pairs, router_loss)
-
-    def _run(self, each: Pass) -> Any:
-        """One pass through the backbone; returns what it returns."""
-        segments = Segments(each.runs)
-        for tensor in (each.input_ids_BN, each.position_ids_BN):
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # under torch_compile no length is compiled for itself
-        inputs: dict[str, Any] = {"attention_mask": each.attention_mask_BN, "use_cache": False}
-        if self.router_loss is not None:
-            inputs["output_router_logits"] = True
-        if self.limits.alone:
-            reset_dynamic_rope(self.backbone)
-        if self.layout == "padded":
-            return self.backbone(each.input_ids_BN, **inputs)
-        self.attend_to(segments)
-        try:
-            outputs = self.backbone(each.input_ids_BN, position_ids=each.position_ids_BN, **inputs)
-        finally:
-            self.attend_to(None)
-        self._check_attention(segments)
-        self.attention = segments.backend
-        if outputs.last_hidden_state.requires_grad:
-            hidden = outputs.last_hidden_state
-            outputs.last_hidden_state = _AttendInBackward.apply(hidden, self, segments)
-        return outputs
 
     def _check_layout(self, batch: PackedBatch) -> None:
         """A micro-batch that the model cannot follow would be scored wrongly, in silence."""

@@ -24,7 +24,7 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The model below its vocabulary projection: the part that `base_model_prefix` names or that reads ids."""
+    """The model below its vocabulary projection: what `base_model_prefix` names, or what reads ids."""
     named = getattr(model, model.base_model_prefix, None)
     if isinstance(named, nn.Module):
         return named

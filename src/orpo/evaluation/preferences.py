@@ -18,13 +18,13 @@ from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import read_pairs
 from orpo.engine.head import PairScores
-from orpo.engine.loading import load_tokenizer
 from orpo.engine.lengths import check_length
+from orpo.engine.loading import load_tokenizer
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import METRICS
 from orpo.engine.model import prepare_model
-from orpo.engine.scorer import base_model
 from orpo.engine.score import score
+from orpo.engine.scorer import base_model
 from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
 from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import ConfigError

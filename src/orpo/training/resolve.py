@@ -92,7 +92,7 @@ def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
 
 
 def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
-    """Refuse what cannot be trained, and turn dropout off where the settings say so; returns lines to print."""
+    """Refuse what cannot be trained, and turn dropout off where asked; returns lines to print."""
     inner = base_model(model)  # refuses
     if args.gradient_checkpointing and not inner.supports_gradient_checkpointing:
         raise ConfigError(f"gradient_checkpointing: {type(inner).__name__} has none; set it to false")

@@ -71,7 +71,7 @@ from orpo.run.checkpoints import (
 )
 from orpo.run.directory import RunDirectory, is_adapter
 from orpo.run.log import Figure, flat, flat_name, is_number
-from orpo.settings.config import LayoutName, Objective
+from orpo.settings.config import Objective
 from orpo.training.arguments import ORPOConfig
 from orpo.training.progress import Progress, Stopwatch
 from orpo.training.recorder import Recorder
