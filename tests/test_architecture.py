@@ -36,7 +36,9 @@ ORDER = (
 )
 FLOOR = {name: number for number, names in enumerate(ORDER) for name in names}
 
-MATHEMATICS = ("packing", "passes", "objective", "attention", "segments", "varlen", "head", "logits", "precision")
+MATHEMATICS = (
+    "packing", "passes", "objective", "attention", "segments", "varlen", "head", "logits", "precision",
+)  # fmt: skip
 WITH_TRANSFORMERS = {
     "scorer", "vocabulary", "router", "adapters", "loading", "probe", "model", "memory", "stop_tokens",
 }  # fmt: skip

@@ -242,7 +242,8 @@ def test_under_torch_compile_new_lengths_are_not_compiled_again(tmp_path):
 
     trainer = tiny_trainer(
         tmp_path, train=random_pairs(48), max_steps=6, per_device_train_batch_size=8,
-        tokens_per_micro_batch=60, torch_compile=True, torch_compile_backend="eager", arguments={"callbacks": [Count()]},
+        tokens_per_micro_batch=60, torch_compile=True, torch_compile_backend="eager",
+        arguments={"callbacks": [Count()]},
     )  # fmt: skip
     trainer.train()
     assert graphs[0] > 0

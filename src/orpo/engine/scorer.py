@@ -126,7 +126,7 @@ class Scorer:
             own = Denominators(batch.nll_weight, batch.num_preferences, max(batch.num_pairs, 1))
             return scorer.score(batch, denominators or own)
 
-        forward.__signature__ = _joined_signature(self.plain_forward, forward)
+        forward.__signature__ = _joined_signature(self.plain_forward, forward)  # type: ignore[attr-defined]
         self.model.forward = MethodType(forward, self.model)
 
     def use_layout(self, layout: LayoutName, longest: int | None = None) -> None:
