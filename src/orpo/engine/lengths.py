@@ -1,6 +1,6 @@
 """At which lengths a model changes what it does: windows, chunks, positions, rotary tables that switch.
 
-The start-up probe (probe.py) tries a short row of tokens, so what only begins at some length is read from the
+The start-up probe (probe.py) tries few tokens, so what only begins at some length is read from the
 configuration here. The names are those that transformers' own masks and rotary embeddings read.
 """
 
@@ -13,7 +13,7 @@ from orpo.engine.passes import PassLimits
 from orpo.errors import ConfigError
 
 MOST_OFFSET = 8
-"""Rows that a table of positions may have in front of its first position (OPT has 2)."""
+"""Entries that a table of positions may have in front of its first position (OPT has 2)."""
 
 
 def pass_limits(config: Any) -> PassLimits:
