@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orpo.engine.precision import HALF
-from orpo.errors import ConfigError, ModelError, first_line
+from orpo.errors import ConfigError, ModelError, raised_as
 from orpo.settings.config import OrpoSettings
 
 ALL_LINEAR = "all-linear"
@@ -25,17 +25,18 @@ def lora_config(settings: OrpoSettings) -> Any:
     """The `peft.LoraConfig` of the `lora_*` settings."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules,
-        target_parameters=settings.lora_target_parameters,
-        modules_to_save=settings.lora_modules_to_save,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-    )
+    with raised_as(ConfigError, "the lora_ settings cannot be used"):
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.lora_target_modules,
+            target_parameters=settings.lora_target_parameters,
+            modules_to_save=settings.lora_modules_to_save,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+        )
 
 
 def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
@@ -49,11 +50,8 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     _resolve_all_linear(model, peft_config)
-    try:
+    with raised_as(ModelError, f"the adapter does not fit {type(model).__name__}", "see lora_target_modules"):
         adapted: PreTrainedModel = get_peft_model(model, peft_config)
-    except (ValueError, AttributeError, TypeError, NotImplementedError) as error:
-        reason = first_line(error).replace("`target_modules`", "`lora_target_modules`")
-        raise ModelError(f"the adapter does not fit {type(model).__name__}: {reason}") from error
     return train_in_float32(adapted)
 
 

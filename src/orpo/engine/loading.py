@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,12 +13,9 @@ from transformers import (
 
 from orpo.engine.adapters import add_adapter, lora_config, train_in_float32
 from orpo.engine.scorer import refuse_encoder_decoder
-from orpo.errors import ConfigError, ModelError, first_line
+from orpo.errors import ConfigError, ModelError, raised_as
 from orpo.run.directory import adapter_base, is_adapter
 from orpo.settings.config import OrpoSettings
-
-_UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
-"""What loading raises for a name or a folder that is not what it should be."""
 
 
 def load_tokenizer(
@@ -30,10 +26,12 @@ def load_tokenizer(
     Raises:
         ModelError: There is none, or it cannot be read.
     """
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from error
+    with raised_as(ModelError, f"{name}: no tokenizer could be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        tokenizer("a")  # some settings are looked at only now
+        return tokenizer
 
 
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
@@ -63,10 +61,8 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
     if adapter:
         from peft import PeftModel
 
-        try:
+        with raised_as(ModelError, f"{adapter}: the adapter could not be loaded"):
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        except _UNLOADABLE as error:
-            raise ModelError(f"{adapter}: the adapter could not be loaded ({first_line(error)})") from error
         model = train_in_float32(adapted)
     elif settings.use_peft:
         model = add_adapter(model, lora_config(settings))
@@ -93,16 +89,15 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
                 "load_in_4bit and load_in_8bit freeze the weights; set use_peft: true to train LoRA on them"
             )
         arguments["quantization_config"] = _quantization(settings)
-    try:
+    with raised_as(ModelError, f"{name}: the model could not be loaded"):
         config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
         )
         refuse_encoder_decoder(config, name)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if layers < 1:
+            raise ModelError(f"{name}: config.json says that it has {layers} layers")
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
-    except ModelError:
-        raise
-    except _UNLOADABLE as error:
-        raise ModelError(f"{name}: the model could not be loaded ({first_line(error)})") from error
 
 
 def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -20,7 +21,7 @@ from orpo.run.log import read_records
 from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
-from orpo.training.preflight import is_finished, summary
+from orpo.training.preflight import check_optimization, is_finished, summary
 from orpo.training.trainer import ORPOTrainer
 
 Ending = Literal["trained", "stopped", "was finished", "dry run"]
@@ -67,6 +68,8 @@ def train(settings: Mapping[str, Any]) -> Outcome:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if settings.get("dry_run") and settings.get("fsdp") and "RANK" not in os.environ:
+        say(f"dry run in one process: fsdp ({settings.pop('fsdp')}) is left out")
     config = ORPOConfig(**settings)
     folder = Path(str(config.output_dir))
     if is_finished(config):
@@ -79,6 +82,7 @@ def train(settings: Mapping[str, Any]) -> Outcome:
             RunDirectory(folder).log
         )  # one that cannot be continued is refused before anything is loaded
     trainer = ORPOTrainer(args=config)
+    check_optimization(trainer)
     for line in summary(trainer):
         say(line)
     if config.dry_run:
