@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from orpo.console import say
+from orpo.engine.adapters import add_adapter, lora_config, train_in_float32
 from orpo.engine.scorer import refuse_encoder_decoder
 from orpo.errors import LONGEST, ConfigError, ModelError, raised_as
 from orpo.run.directory import adapter_base, is_adapter
@@ -66,9 +67,9 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
         raise ConfigError(f"use_peft asks for a new adapter, but {adapter} is one already; drop use_peft")
     model = _load_base(name, settings, trains_adapter=bool(adapter or settings.use_peft))
     if adapter:
-        return _load_adapter(model, adapter)
-    if settings.use_peft:
-        return add_adapter(model, lora_config(settings))
+        model = train_in_float32(_load_adapter(model, adapter))
+    elif settings.use_peft:
+        model = add_adapter(model, lora_config(settings))
     return model
 
 
@@ -90,35 +91,6 @@ def _load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _refuse_not_finite(adapted, adapter)
     return adapted  # type: ignore[no-any-return]
-
-
-def lora_config(settings: OrpoSettings) -> Any:
-    """The `peft.LoraConfig` of the `lora_*` settings."""
-    from peft import LoraConfig
-
-    with raised_as(ConfigError, "the lora_ settings cannot be used"):
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=settings.lora_target_modules,
-            target_parameters=settings.lora_target_parameters,
-            modules_to_save=settings.lora_modules_to_save,
-            use_rslora=settings.use_rslora,
-            use_dora=settings.use_dora,
-        )
-
-
-def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
-    """Freeze `model` and put a new adapter on it; a quantised model is made trainable first."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    with raised_as(ModelError, f"the adapter does not fit {type(model).__name__}"):
-        adapted: PreTrainedModel = get_peft_model(model, peft_config)
-    return adapted
 
 
 def supports_bf16() -> bool:

@@ -20,12 +20,13 @@ from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import read_pairs
 from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import PairScores
+from orpo.engine.lengths import check_length
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import METRICS, Metric
 from orpo.engine.model import prepare_model
 from orpo.engine.score import score
-from orpo.engine.scorer import num_embeddings
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
 from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import ConfigError
@@ -279,10 +280,13 @@ def _batch_settings(model: nn.Module, settings: OrpoSettings) -> tuple[BatchSett
     """Prepare a model; returns how pairs become its micro-batches, and lines to print."""
     objective, _ = resolve_objective(settings)
     memory = settings.logits_memory_mib
-    prepared = prepare_model(model, objective, layout=settings.layout, logits_memory_mib=memory)
+    lines = check_length(base_model(model), settings.max_length)
+    prepared = prepare_model(
+        model, objective, layout=settings.layout, logits_memory_mib=memory, longest=settings.max_length
+    )
     device = next(model.parameters()).device
     budget = settings.tokens_per_micro_batch or default_tokens_per_micro_batch(model, device, trains=False)
-    return BatchSettings(objective, prepared.layout, budget), prepared.notices
+    return BatchSettings(objective, prepared.layout, budget), [*lines, *prepared.notices]
 
 
 def _counting(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:

@@ -113,7 +113,8 @@ class OrpoSettings:
     )
     lora_target_modules: list[str] | str | None = setting(
         "all-linear",
-        "Module names that get an adapter.",
+        "Module names that get an adapter; all-linear: every linear layer and the experts of a mixture, "
+        "without vocabulary and routers.",
         trl=TrlDefault(None, "every linear layer, on models PEFT has no table for too"),
         resume="built in",
         only_with="use_peft",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.dataset import TokenizedDataset
@@ -18,7 +18,9 @@ from orpo.data.named_templates import tokens_to_add
 from orpo.data.show import first_pair_lines
 from orpo.data.source import SavedTemplate, TokenizedStream, TrainingData, read_training
 from orpo.data.token_ids import check_token_ids, checked_token_ids
-from orpo.engine.loading import add_adapter, load_model, load_tokenizer
+from orpo.engine.adapters import adapter_lines, add_adapter
+from orpo.engine.lengths import check_length
+from orpo.engine.loading import load_model, load_tokenizer
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError
@@ -72,13 +74,14 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
     else:
         _refuse_loading_settings(model, args)
     args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
-    check_model(model, args)
+    args.notices += check_model(model, args)
     if peft_config is not None:
         if hasattr(model, "peft_config"):
             raise ModelError(
                 "the model has an adapter already; leave peft_config out, or merge the adapter first"
             )
         model = add_adapter(model, peft_config)
+    args.notices += adapter_lines(model)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
     return model
@@ -92,15 +95,23 @@ def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
             raise ConfigError(f"{name} is set, but the model is loaded already; pass its name instead")
 
 
-def check_model(model: nn.Module, args: ORPOConfig) -> None:
-    """Refuse what cannot be trained, and turn dropout off where the settings say so."""
-    base_model(model)  # refuses
+def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
+    """Refuse what cannot be trained, and turn dropout off where asked; returns lines to print."""
+    inner = base_model(model)  # refuses
+    if args.gradient_checkpointing and not inner.supports_gradient_checkpointing:
+        raise ConfigError(f"gradient_checkpointing: {type(inner).__name__} has none; set it to false")
     if args.disable_dropout:
         _disable_dropout(model)
+    return check_length(inner, args.max_length)
 
 
 def _disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, but an adapter's own, which is asked for by name."""
+    """Set every dropout to 0, but an adapter's own, which is asked for by name.
+
+    Some layers (Falcon, Persimmon) read theirs from the configuration while they run. They get a copy of it,
+    so that the one that is saved with the model stays what it was.
+    """
+    copies: dict[int, Any] = {}
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             continue
@@ -109,6 +120,16 @@ def _disable_dropout(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
+            found = [
+                key for key, value in vars(config).items() if "dropout" in key and isinstance(value, float)
+            ]
+            if any(getattr(config, key) for key in found):
+                if id(config) not in copies:
+                    copies[id(config)] = copy.copy(config)
+                    vars(copies[id(config)]).update(dict.fromkeys(found, 0.0))
+                module.config = copies[id(config)]
 
 
 def resolve_tokenizer(processing_class: Any, args: ORPOConfig) -> Any:

@@ -75,7 +75,7 @@ from orpo.run.finished import mark_finished
 from orpo.run.lock import check_output_dir, held
 from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.run.repair import put_damaged_aside
-from orpo.settings.config import LayoutName, Objective
+from orpo.settings.config import Objective
 from orpo.training.arguments import ORPOConfig
 from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
 from orpo.training.progress import Progress, Stopwatch
@@ -240,12 +240,12 @@ class ORPOTrainer(InterruptibleTrainer):
             # The first rank finds the exact layout and the token budget; all ranks must make the same plan.
             found: list[Any] = [None, None]
             if self.is_world_process_zero():
-                found = [self._prepare(self.args.layout, probe=True), self._token_budget()]
+                found = [self._prepare(), self._token_budget()]
             if self.args.world_size > 1:
                 broadcast_object_list(found)
             preparation, self._tokens_per_micro_batch = found
             if not self.is_world_process_zero():
-                self._prepare(preparation.layout, probe=False)
+                self._prepare(preparation)
             for line in preparation.notices:
                 say(line)
             if self.model.device.type == "cuda":
@@ -266,17 +266,36 @@ class ORPOTrainer(InterruptibleTrainer):
                 )
             )
 
-    def _prepare(self, layout: LayoutName | None, *, probe: bool) -> Preparation:
-        memory = self.args.logits_memory_mib
+    def _prepare(self, found: Preparation | None = None) -> Preparation:
+        """Prepare the model, as another rank has `found` it or by a probe."""
         with self.accelerator.autocast():  # so that the probe meets the precision and the kernels of training
             return prepare_model(
-                self.model, self.objective, layout=layout, logits_memory_mib=memory, probe=probe
+                self.model,
+                self.objective,
+                layout=self.args.layout,
+                logits_memory_mib=self.args.logits_memory_mib,
+                longest=self._longest_side(),
+                found=found,
             )
+
+    def _longest_side(self) -> int | None:
+        """Tokens of the longest side there can be; None where nothing bounds it."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        tokenized = [
+            pairs for pairs in (self.train_dataset, *sets.values()) if isinstance(pairs, TokenizedDataset)
+        ]
+        sides = [
+            int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
+            for pairs in tokenized
+            if len(pairs)
+        ]
+        return None if self.args.max_length is None else max([self.args.max_length, *sides])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model that `model_init` gives, with the same checks as one that is passed."""
         model: nn.Module = super().call_model_init(trial)
-        check_model(model, self.args)
+        for line in check_model(model, self.args):
+            say(line)
         return model
 
     # ------------------------------------------------------------------------------------ data
@@ -392,7 +411,7 @@ class ORPOTrainer(InterruptibleTrainer):
             self.optimizer.train()
         losses = self._run_batches(model, step)
         loss = torch.stack(losses).sum()
-        self.window.add_step(loss, step.num_tokens, self._num_ranks)
+        self.window.add_step(loss - self._router_loss, step.num_tokens, self._num_ranks, self._router_loss)
         return loss * self._num_ranks
 
     def _run_batches(self, model: nn.Module, step: Step) -> list[Tensor]:
@@ -401,6 +420,7 @@ class ORPOTrainer(InterruptibleTrainer):
         window = self.window.copy()
         try:
             self._last_losses = []
+            self._router_loss = torch.zeros((), device=self.args.device)
             for number, batch in enumerate(step.batches):
                 with self._syncing(model, last=number == len(step.batches) - 1):
                     self._last_losses.append(self._run_batch(model, batch, step.denominators))
@@ -436,6 +456,8 @@ class ORPOTrainer(InterruptibleTrainer):
         self.accelerator.backward(scaled, **deepspeed)
         if not batch.empty:
             self.window.add_pairs(output.pairs)
+        if output.router_loss is not None:
+            self._router_loss += output.router_loss
         loss_share: Tensor = output.loss.detach()
         return loss_share
 
