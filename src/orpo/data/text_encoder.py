@@ -24,6 +24,9 @@ Ids = npt.NDArray[np.int32]
 # A blank that stands alone between two words begins the second; all other white space lies inside a word.
 _WORDS = re.compile(r"\s*\S+(?:(?! \S)\s+\S*)*")
 _BORDER = re.compile(r"(?<=\S) (?=\S)")
+_INNER = re.compile(r" \S(?:.*\S)?", re.DOTALL)
+"""Words that may stand between two others."""
+_TOGETHER = 64
 _CROSSES = re.compile(r"\S \S|\S $")
 _MOST_WORDS = 1 << 18
 _LONGEST_WORD = 48
@@ -76,8 +79,8 @@ class TextEncoder:
         if len(known) > _MOST_WORDS:
             known.clear()
         words = [_WORDS.findall(text) or [text] for text in texts]
-        new = {word for some in words for word in some}.difference(known)
-        self._learn(list(new))
+        new = set().union(*words).difference(known)
+        self._learn(new)
         found = [np.frombuffer(b"".join(map(known.__getitem__, some)), dtype=np.int32) for some in words]
         for word in new:
             if len(word) > _LONGEST_WORD:
@@ -112,10 +115,22 @@ class TextEncoder:
             start = border.start()
         return start, len(text)
 
-    def _learn(self, words: list[str]) -> None:
-        self._known.update(
-            (word, array("i", ids).tobytes()) for word, ids in zip(words, self._whole(words), strict=True)
-        )
+    def _learn(self, words: Iterable[str]) -> None:
+        """Tokenize words, many in one text: to begin a text takes longer than a word does."""
+        alone = [word for word in words if not _INNER.fullmatch(word)]
+        for word, ids in zip(alone, self._whole(alone), strict=True):
+            self._known[word] = array("i", ids).tobytes()
+        inner = [word for word in words if _INNER.fullmatch(word)]
+        groups = [inner[start : start + _TOGETHER] for start in range(0, len(inner), _TOGETHER)]
+        self._free()
+        records = self._backend.encode_batch(["".join(group) for group in groups], add_special_tokens=False)
+        for group, record in zip(groups, records, strict=True):
+            ids = np.array(record.ids, dtype=np.int32)
+            ends = np.cumsum([len(word) for word in group])
+            begins = np.array([start for start, _ in record.offsets])
+            stops = np.searchsorted(begins, ends).tolist()
+            for word, start, stop in zip(group, [0, *stops], stops, strict=False):
+                self._known[word] = ids[start:stop].tobytes()
 
     def _whole(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
         """Whole texts through the tokenizer."""
