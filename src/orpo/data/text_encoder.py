@@ -118,8 +118,8 @@ class TextEncoder:
     def _learn(self, words: Iterable[str]) -> None:
         """Tokenize words, many in one text: to begin a text takes longer than a word does."""
         alone = [word for word in words if not _INNER.fullmatch(word)]
-        for word, ids in zip(alone, self._whole(alone), strict=True):
-            self._known[word] = array("i", ids).tobytes()
+        for word, own in zip(alone, self._whole(alone), strict=True):
+            self._known[word] = array("i", own).tobytes()
         inner = [word for word in words if _INNER.fullmatch(word)]
         groups = [inner[start : start + _TOGETHER] for start in range(0, len(inner), _TOGETHER)]
         self._free()

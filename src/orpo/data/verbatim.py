@@ -2,8 +2,8 @@
 
 Most templates put the same words around the contents of a conversation whatever these contents are: what they
 write depends on the roles alone. One rendering with a marker for each content then serves all conversations
-with these roles. Only a proof is good enough, because a template may look at its contents: `looks_for` says what
-for, and gives up wherever it is not sure.
+with these roles. Only a proof is good enough, because a template may look at its contents: `looks_for` says
+what for, and gives up wherever it is not sure.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def looks_for(text: str) -> frozenset[str] | None:
         text: Of the template, in Jinja.
     """
     try:
-        tree = jinja2.Environment(extensions=[loopcontrols]).parse(text)  # noqa: S701 - parsed only
+        tree = jinja2.Environment(extensions=[loopcontrols]).parse(text)
     except jinja2.TemplateError:
         return None
     proof = _Proof(tree)
@@ -83,7 +83,7 @@ def looks_for(text: str) -> frozenset[str] | None:
 
 
 class _Proof:
-    """What is known of the names in one template: which hold contents, which hold messages or lists of them."""
+    """What is known of the names in one template: which hold contents, which messages or lists of them."""
 
     def __init__(self, tree: nodes.Template):
         self.tree = tree
@@ -121,7 +121,7 @@ class _Proof:
     def _live(self, node: nodes.Node) -> Iterator[nodes.Node]:
         """The statements in a node that may be reached, those inside others too."""
         if isinstance(node, nodes.If):
-            branches: list[tuple[nodes.Expr | None, list[nodes.Node]]] = [(node.test, node.body)]
+            branches: list[tuple[nodes.Node | None, list[nodes.Node]]] = [(node.test, node.body)]
             branches += [(one.test, one.body) for one in node.elif_]
             for test, body in [*branches, (None, node.else_)]:
                 if test is not None:
@@ -174,13 +174,9 @@ class _Proof:
             return self._is_test(node.test) and all(map(self._is_written, self._branches(node)))
         if isinstance(node, nodes.Filter) and node.name == "trim" and node.node is not None:
             return not node.args and self._is_written(node.node)
-        if (
-            isinstance(node, nodes.Call)
-            and isinstance(node.node, nodes.Getattr)
-            and node.node.attr in _STRIPS
-        ):
+        if isinstance(node, nodes.Call) and _method(node) in _STRIPS:
             blank = all(isinstance(one, nodes.Const) and not str(one.value).strip() for one in node.args)
-            return blank and not node.kwargs and self._is_written(node.node.node)
+            return blank and not node.dyn_args and self._is_written(node.node.node)  # type: ignore[attr-defined]
         return self._is_fixed(node)
 
     def _is_test(self, node: nodes.Node) -> bool:
@@ -252,9 +248,8 @@ class _Proof:
         inside: nodes.Node | None = None
         if isinstance(node, nodes.Compare) and len(node.ops) == 1 and node.ops[0].op == "in":
             text, inside = node.expr, node.ops[0].expr
-        elif isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and len(node.args) == 1:
-            if node.node.attr in ("startswith", "endswith"):
-                text, inside = node.args[0], node.node.node
+        elif isinstance(node, nodes.Call) and _method(node) in ("startswith", "endswith") and node.args:
+            text, inside = node.args[0], node.node.node  # type: ignore[attr-defined]
         if not isinstance(text, nodes.Const) or not isinstance(text.value, str) or not text.value:
             return False
         if inside is None or not self._is_content(inside):
@@ -342,6 +337,10 @@ def _name(node: nodes.Node) -> str:
     if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
         return f"{node.node.name}.{node.attr}"
     return node.name if isinstance(node, nodes.Name) else f"no name {id(node)}"
+
+
+def _method(call: nodes.Call) -> str | None:
+    return call.node.attr if isinstance(call.node, nodes.Getattr) else None
 
 
 def _key(node: nodes.Node) -> object:
