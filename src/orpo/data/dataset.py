@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import numpy.typing as npt
 from orpo.console import say
 from orpo.data.counts import RowCounts
 from orpo.data.preferences import PreferenceSet
-from orpo.data.tokenize import BATCH, PairTokenizer
+from orpo.data.tokenize import BATCH, PairArrays, PairTokenizer
 from orpo.errors import OrpoError, first_line
 from orpo.pairs import PreferencePair, TokenizedPair
 from orpo.run.directory import read_json, write_json
@@ -38,6 +37,7 @@ Int64 = npt.NDArray[np.int64]
 _ARRAYS = ("tokens", "offsets", "contexts", "spans", "span_offsets", "pair_index")
 _MANIFEST = "manifest.json"
 _VERSION = 4
+_NO_TOKENS: Int32 = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +250,7 @@ def _encode_range(
     parts = []
     for first in range(start, stop, BATCH):
         encoder.counts = RowCounts()
-        tokenized = encoder.encode(pairs[first : min(first + BATCH, stop)])
+        tokenized = encoder.encode_arrays(pairs[first : min(first + BATCH, stop)])
         kept = [index for index, tokens in enumerate(tokenized, start=first) if tokens is not None]
         arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
         parts.append(_Part(arrays, kept, encoder.counts))
@@ -283,9 +283,9 @@ def _encode_all(
         _inherited = None
 
 
-def _arrays(pairs: Sequence[TokenizedPair], drop_rejected: bool = False) -> dict[str, Any]:
+def _arrays(pairs: Sequence[TokenizedPair | PairArrays], drop_rejected: bool = False) -> dict[str, Any]:
     parts = [part for p in pairs for part in (p.prompt, p.chosen, [] if drop_rejected else p.rejected)]
-    flat = np.fromiter(chain.from_iterable(parts), dtype=np.int32)
+    flat = np.concatenate([_NO_TOKENS, *(np.asarray(part, dtype=np.int32) for part in parts)])
     spans = [span for pair in pairs for span in pair.assistant_spans]
     contexts = [(p.chosen_context, 0 if drop_rejected else p.rejected_context) for p in pairs]
     return {
