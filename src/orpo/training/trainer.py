@@ -429,7 +429,7 @@ class ORPOTrainer(Trainer):
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
         self.accelerator.backward(scaled, **deepspeed)
         if not batch.empty:
-            self.window.add_pairs(output.pairs)
+            self.window.add_pairs(output.pairs, batch.num_context_tokens)
         loss_share: Tensor = output.loss.detach()
         return loss_share
 
