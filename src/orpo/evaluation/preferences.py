@@ -97,7 +97,10 @@ def evaluation_of(results: PairResults, objective: Objective) -> Evaluation:
         num_pairs=len(results),
         num_preferences=results.num_preferences,
         figures=results.figures(objective),
-        groups={name: evaluation_of(replace(of, groups=[None] * len(of)), objective) for name, of in groups.items()},
+        groups={
+            name: evaluation_of(replace(of, groups=[None] * len(of)), objective)
+            for name, of in groups.items()
+        },
         results=results,
     )
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orpo.engine.metrics import write_change, write_figure
+from orpo.errors import DataError
 from orpo.evaluation.per_pair import PairResults, matched, read_results
 from orpo.evaluation.statistics import critical, pairs_needed, visible
 from orpo.run.directory import Run, RunDirectory, read_run
-from orpo.run.log import Figure, Figures, flat_name
+from orpo.run.log import Figure, Figures, figures_from_json, figures_to_json, flat_name
 from orpo.settings.config import Objective, OrpoSettings, resolve_objective
 
 Kind = Literal["learned", "nothing", "worse", "unknown"]
@@ -70,6 +71,27 @@ class Change:
         measurable = abs(change.mean) > critical(self.num_prompts) * change.se
         return int(measurable) * (1 if change.mean > 0 else -1)
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        figures = {name: figures_to_json(getattr(self, name)) for name in _FIGURES}
+        return counts | figures | {"groups": {name: one.to_json() for name, one in self.groups.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: object) -> Change:
+        """Inverse of `to_json`.
+
+        Raises:
+            DataError: It is damaged; `where` is named.
+        """
+        try:
+            counts = {name: int(value[name]) for name in _COUNTS}
+            groups = {name: cls.from_json(one, where) for name, one in value["groups"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{where}: damaged; delete the file and evaluate again") from None
+        figures = {name: figures_from_json(value.get(name), where) for name in _FIGURES}
+        return cls(**counts, **figures, groups=groups)
+
     @property
     def pairs_needed(self) -> int | None:
         """Pairs that would show the change of the log odds ratio, or the smallest one that matters."""
@@ -84,6 +106,9 @@ class Change:
         number = self.num_preferences or self.num_pairs
         shared = f" of {self.num_prompts:,} prompts" if 0 < self.num_prompts < number else ""
         return f"{number:,} held-out pair{'' if number == 1 else 's'}{shared}"
+
+
+_COUNTS, _FIGURES = ("num_pairs", "num_preferences", "num_prompts"), ("before", "after", "change")
 
 
 def compare(before: PairResults, after: PairResults, objective: Objective) -> Change:
@@ -193,40 +218,31 @@ class Verdict:
         kind: In one word.
         sentence: In one plain sentence or two.
         advice: What to try next, a line each.
-        set_name: The evaluation set it is from.
+        sets: What changed on each evaluation set, by name; the verdict is from the first, the largest that
+            did not choose the checkpoint. Empty where there are no figures.
         chose: Whether that set also chose the checkpoint, and so flatters it a little.
-        change: Its figures; None where there are none.
         step: The step whose weights were compared with those before training.
     """
 
     kind: Kind
     sentence: str
     advice: tuple[str, ...] = ()
-    set_name: str = ""
+    sets: Mapping[str, Change] = field(default_factory=dict)
     chose: bool = False
-    change: Change | None = None
     step: int = 0
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunChanges:
-    """What the evaluation sets of a run say of it, pair by pair.
-
-    Attributes:
-        sets: By name; the verdict's first, the largest that did not choose the checkpoint.
-        step: The step whose weights were compared with those before training.
-    """
-
-    sets: Mapping[str, Change]
-    step: int
+    @property
+    def change(self) -> Change | None:
+        """The figures that it is from."""
+        return next(iter(self.sets.values()), None)
 
 
-def run_changes(folder: Path, run: Run) -> RunChanges:
-    """What is kept of a run's evaluations, before training and of the best or last weights trained."""
+def _run_changes(folder: Path, run: Run) -> tuple[dict[str, Change], int]:
+    """What changed on each evaluation set until the best or last weights trained, and their step."""
     files = RunDirectory(folder)
     steps = files.steps_with_results()
     if len(steps) < 2 or steps[0] != 0:
-        return RunChanges(sets={}, step=0)
+        return {}, 0
     after = run.model_step if run.model_step in steps[1:] else steps[-1]
     objective = run_objective(run.recipe)
     before_sets, after_sets = (read_results(files.step_results(step)) for step in (0, after))
@@ -236,7 +252,7 @@ def run_changes(folder: Path, run: Run) -> RunChanges:
         if name in after_sets
     }
     order = sorted(changes, key=lambda name: (chooses(run, name), -changes[name].num_pairs))
-    return RunChanges(sets={name: changes[name] for name in order}, step=after)
+    return {name: changes[name] for name in order}, after
 
 
 def run_objective(recipe: Mapping[str, Any]) -> Objective:
@@ -266,10 +282,10 @@ def judge_run(folder: Path, run: Run | None = None) -> Verdict:
         DataError: As `read_run`.
     """
     run = run or read_run(folder)
-    found = run_changes(folder, run)
-    if not found.sets:
+    sets, step = _run_changes(folder, run)
+    if not sets:
         return _unknown(run)
-    set_name, change = next(iter(found.sets.items()))
+    set_name, change = next(iter(sets.items()))
     objective = run_objective(run.recipe)
     kind = judge(change, objective)
     said = sentence(kind, change, objective)
@@ -279,17 +295,18 @@ def judge_run(folder: Path, run: Run | None = None) -> Verdict:
         kind=kind,
         sentence=said,
         advice=tuple(_advice(kind, change, objective, run)),
-        set_name=set_name,
+        sets=sets,
         chose=chooses(run, set_name),
-        change=change,
-        step=found.step,
+        step=step,
     )
 
 
 def _unknown(run: Run) -> Verdict:
     if run.first_evaluation(run.evaluation_sets()[0]) is None:
         said = "Nothing can be said of what it learned: no pairs were held out."
-        advice = "eval_split: 0.05 holds out a share of the prompts; eval_dataset_name: FILE names other pairs"
+        advice = (
+            "eval_split: 0.05 holds out a share of the prompts; eval_dataset_name: FILE names other pairs"
+        )
     else:
         said = "Nothing can be said of what it learned: the pairs were not scored before and after training."
         advice = "eval_on_start: true scores them before the first step; `orpo eval BASE RUN --data FILE` now"

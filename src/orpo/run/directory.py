@@ -197,6 +197,11 @@ class Run:
         final = [record for record in records if record.step == self.model_step]
         return next(reversed(final or records), None)
 
+    def evaluation_at(self, set_name: str, step: int) -> Record | None:
+        """The newest evaluation of a set at a step."""
+        found = [record for record in self._evaluations(set_name) if record.step == step]
+        return found[-1] if found else None
+
     @property
     def model_step(self) -> int | None:
         """The step whose weights the directory holds, 0 for those before training; None while unfinished."""

@@ -7,7 +7,7 @@ over examples, keep a run resumable, and stop before a loss that is not a number
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from transformers.trainer_utils import (
 )
 
 from orpo.console import say
-from orpo.data.dataset import TokenizedDataset, prompt_index
+from orpo.data.dataset import TokenizedDataset
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
@@ -59,7 +59,7 @@ from orpo.engine.steps import (
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.errors import ConfigError, DataError, RunError, first_line
-from orpo.evaluation.preferences import summarise
+from orpo.evaluation.per_pair import PairResults
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
     checkpoint_problem,
@@ -73,8 +73,9 @@ from orpo.run.directory import RunDirectory, is_adapter
 from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.settings.config import LayoutName, Objective
 from orpo.training.arguments import ORPOConfig
+from orpo.training.pair_log import PairLog
 from orpo.training.progress import Progress, Stopwatch
-from orpo.training.recorder import Recorder
+from orpo.training.recorder import Recorder, peak_memory
 from orpo.training.resolve import (
     add_template_tokens,
     check_model,
@@ -212,10 +213,12 @@ class ORPOTrainer(Trainer):
             str(self.args.output_dir), self._recipe, data.to_json(), writes=self.is_world_process_zero()
         )
         self.add_callback(recorder)
+        self._pair_log = PairLog(str(self.args.output_dir), writes=self.is_world_process_zero())
+        self.add_callback(self._pair_log)
         self._progress = Progress(recorder, bar=not self.args.disable_tqdm)
         self.add_callback(self._progress)
-        if self.args.num_samples > 0 and self.eval_dataset is not None:
-            self.add_callback(SampleWriter(self))
+        if self.args.num_samples and self.eval_dataset is not None:
+            self.add_callback(SampleWriter(self, self.args.num_samples))
         if self.args.early_stopping_patience is not None:
             if self.args.eval_strategy == IntervalStrategy.NO:
                 raise ConfigError(
@@ -482,8 +485,8 @@ class ORPOTrainer(Trainer):
         of_training = self._evaluated_set is None and "train_runtime" not in logs
         if of_training and "loss" in logs:
             means = self.window.close(self._reduce)
-            means["tokens_per_second"] = means.pop("tokens") / self.stopwatch.restart()
-            logs |= means
+            means["tokens_per_second"] = means["tokens"] / self.stopwatch.restart()
+            logs |= means | {"peak_memory": peak_memory(self.args.device)}
         if of_training:
             figures = {name: Figure(value) for name, value in logs.items() if is_number(value)}
             self.recorder.trained(self.state.global_step, self.state.epoch or 0.0, figures)
@@ -515,6 +518,21 @@ class ORPOTrainer(Trainer):
         name = given if isinstance(given, str) else "" if eval_dataset is None else GIVEN_ROWS
         return self._evaluate_set(name, given, metric_key_prefix)
 
+    @property
+    def _own_sets(self) -> Collection[str]:
+        """Names of the run's evaluation sets."""
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Evaluate while training; what is there at step 0 may turn out to be the best checkpoint."""
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.state.global_step == 0 and self.args.load_best_model_at_end:
+            self._determine_best_metric(metrics=metrics, trial=trial)
+            self._save_checkpoint(self.model_wrapped, trial)
+        return metrics
+
     def _evaluate_set(self, name: str, rows: Any, prefix: str) -> dict[str, float]:
         self._evaluated_set = name
         try:
@@ -534,7 +552,8 @@ class ORPOTrainer(Trainer):
         with self.stopwatch.paused():
             scores = self._score(dataloader)
         pairs: Any = dataloader.dataset
-        figures = summarise(scores, self.objective, torch.from_numpy(prompt_index(pairs.pairs)))
+        results = PairResults.of(scores, pairs.pairs)
+        figures = results.figures(self.objective)
         ours = {name: figure.mean for name, figure in figures.items()}
         chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
         rejected = np.where(scores.has_rejected_P.numpy(), rejected, np.nan)
@@ -546,6 +565,8 @@ class ORPOTrainer(Trainer):
         if self._evaluated_set is not None:
             epoch = self.state.epoch or 0.0
             self.recorder.evaluated(self.state.global_step, epoch, self._evaluated_set, len(chosen), figures)
+            if self._evaluated_set in self._own_sets:
+                self._pair_log.evaluated(self.args, self.state, self._evaluated_set, results)
         named = {f"{metric_key_prefix}_{name}": value for name, value in custom.items()}
         for name, value in trl_names(ours, self.objective.beta).items():
             named.setdefault(f"{metric_key_prefix}_{name}", value)
@@ -728,8 +749,7 @@ class ORPOTrainer(Trainer):
 
     def is_evaluated(self) -> bool:
         """Whether the weights that the model has were evaluated."""
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]
-        name = flat_name("loss", next(iter(sets)))
+        name = flat_name("loss", next(iter(self._own_sets)))
         return any(line.get("step") == self.model_step and name in line for line in self.state.log_history)
 
     def create_model_card(self, *args: Any, output_dir: str | None = None, **kwargs: Any) -> None:
