@@ -162,13 +162,15 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 class Written(NamedTuple):
-    """A figure as text: its value and its standard error, which is empty where there is none."""
+    """A figure as text: its value, its standard error, which is empty where there is none, and a unit."""
 
     value: str
     error: str
+    unit: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value} ± {self.error}" if self.error else self.value
+        error = f" ± {self.error}" if self.error else ""
+        return f"{self.value}{error}{self.unit and ' '}{self.unit}"
 
 
 def write_figure(name: str, figure: Figure | None) -> Written:
@@ -184,12 +186,13 @@ def write_figure(name: str, figure: Figure | None) -> Written:
 
 
 def write_change(name: str, change: Figure | None) -> Written:
-    """A difference with its own error: `+3.1 ± 1.2` for a share, in points; `-0.204 ± 0.031` for the rest."""
+    """A difference with its own error: `+3.1 ± 1.2 points` for a share, `-0.204 ± 0.031` for the rest."""
     if change is None:
         return Written("-", "")
-    factor, style = (100, ".1f") if metric_named(name).unit == "share" else (1, ".3f")
+    is_share = metric_named(name).unit == "share"
+    factor, style = (100, ".1f") if is_share else (1, ".3f")
     error = "" if change.se is None else format(factor * change.se, style)
-    return Written(format(factor * change.mean, "+" + style), error)
+    return Written(format(factor * change.mean, "+" + style), error, "points" if is_share else "")
 
 
 class MetricWindow:

@@ -162,7 +162,7 @@ def sentence(kind: Kind, change: Change, objective: Objective) -> str:
         return f"{said}: on {pairs} the loss changed by {_by('loss', change)} (no preference was trained)."
     figures = (
         f"the log odds ratio of {pairs} changed by {_by('log_odds_ratio', change)} and the accuracy by"
-        f" {_by('accuracy', change)} points, to {write_figure('accuracy', change.after['accuracy']).value}"
+        f" {_by('accuracy', change)}, to {write_figure('accuracy', change.after['accuracy']).value}"
     )
     if kind == "learned":
         return f"It learned the preference: {figures}."

@@ -135,7 +135,7 @@ def _folded(title: str, anchor: str, body: str, *, is_open: bool) -> str:
 
 def _list(values: Mapping[str, Any]) -> str:
     items = "".join(
-        f"<div><dt>{escape(str(name))}</dt><dd>{escape(_shown(value))}</dd></div>"
+        f"<div><dt>{escape(str(name)).replace('_', '_<wbr>')}</dt><dd>{escape(_shown(value))}</dd></div>"
         for name, value in values.items()
         if value is not None and value != [] and value != {}
     )

@@ -7,6 +7,7 @@ network and can be mailed. What the run directory lacks, the page leaves out.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo.console import say
-from orpo.engine.metrics import in_order, metric_named, write_change, write_figure
+from orpo.engine.metrics import Written, in_order, metric_named, write_change, write_figure
 from orpo.evaluation.verdict import Change, judge, judge_run, run_objective, sentence
 from orpo.html_page import html_page
 from orpo.report.answers import samples_section
@@ -257,16 +258,16 @@ def _tile(name: str, evidence: Evidence) -> str:
     figure = evidence.columns[-1][1].get(name)
     if figure is None:
         return ""
-    value, error = write_figure(name, figure)
+    written = write_figure(name, figure)
     change = evidence.change.change.get(name) if evidence.change else _difference(name, evidence)
     changed = (
         ""
         if change is None
-        else f'<span class="{_colour(name, change, evidence)}">{_change_text(name, change)}</span>'
+        else f'<span class="{_colour(name, change, evidence)}">{_typeset(str(write_change(name, change)))}</span>'
     )
     return (
         f'<div class="tile"><span class="label">{escape(_title(name))}</span>'
-        f'<span class="value">{_typeset(value)}{_error_html(error)}</span>{changed}'
+        f'<span class="value">{_typeset(written.value)}{_error_html(written)}</span>{changed}'
         f'<span class="n">{_number(evidence)}</span></div>'
     )
 
@@ -293,27 +294,23 @@ def _title(name: str) -> str:
 
 
 def _figure_html(name: str, figure: Figure | None) -> str:
-    value, error = write_figure(name, figure)
-    return _typeset(value) + _error_html(error)
+    written = write_figure(name, figure)
+    return _typeset(written.value) + _error_html(written)
 
 
-def _error_html(error: str) -> str:
-    return f"<small> ± {error}</small>" if error else ""
+def _error_html(written: Written) -> str:
+    error = f" ± {written.error}" if written.error else ""
+    return f"<small>{error} {written.unit}</small>" if error or written.unit else ""
 
 
 def _change_html(name: str, change: Figure | None) -> str:
-    value, error = write_change(name, change)
-    return _typeset(value) + _error_html(error)
-
-
-def _change_text(name: str, change: Figure) -> str:
-    unit = " points" if metric_named(name).unit == "share" else ""
-    return _typeset(f"{write_change(name, change)}{unit}")
+    written = write_change(name, change)
+    return _typeset(written.value) + _error_html(written)
 
 
 def _typeset(number: str) -> str:
-    """With a minus sign instead of a hyphen, and a dash for nothing."""
-    return number.replace("-", "\N{EN DASH}" if number == "-" else "\N{MINUS SIGN}")
+    """With a minus sign before digits instead of a hyphen, and a dash for nothing."""
+    return "\N{EN DASH}" if number == "-" else re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", number)
 
 
 def _curves(run: Run, others: list[Run]) -> str:

@@ -13,6 +13,7 @@ from orpo.data.dataset import TokenizedDataset
 from orpo.engine.packing import nll_ranges
 from orpo.evaluation.statistics import pairs_needed, visible
 from orpo.run.log import Figure
+from orpo.training.cadence import number_of_steps
 from orpo.training.trainer import ORPOTrainer
 
 FEW_PAIRS = 100
@@ -67,17 +68,6 @@ def _warmup(trainer: ORPOTrainer) -> Iterator[str]:
         )
     elif warmup > MOSTLY * steps:
         yield f"warmup_steps: {args.warmup_steps:g} is most of the run of {steps:,} steps; 0.1 is a tenth of it"
-
-
-def number_of_steps(args: Any, pairs: Any, pairs_per_step: int) -> int:
-    """Optimizer steps of a run; 0 where there is nothing to train on."""
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    if not isinstance(pairs, TokenizedDataset):
-        return 0
-    in_epoch = len(pairs) / pairs_per_step
-    whole = math.floor(in_epoch) if args.dataloader_drop_last else math.ceil(in_epoch)
-    return math.ceil(max(whole, 1) * args.num_train_epochs)
 
 
 def _training_pairs(trainer: ORPOTrainer) -> Iterator[str]:

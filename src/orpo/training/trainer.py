@@ -73,6 +73,7 @@ from orpo.run.directory import RunDirectory, is_adapter
 from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.settings.config import LayoutName, Objective
 from orpo.training.arguments import ORPOConfig
+from orpo.training.cadence import settle_cadence
 from orpo.training.pair_log import PairLog
 from orpo.training.progress import Progress, Stopwatch
 from orpo.training.recorder import Recorder, peak_memory
@@ -173,6 +174,7 @@ class ORPOTrainer(Trainer):
             raise DataError("there is no train_dataset, and `args` names none")
         args.text_rows = data.text_rows or args.text_rows
         settle_evaluation(args, list(data.evals))
+        settle_cadence(args, data, loaded)
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
@@ -215,8 +217,6 @@ class ORPOTrainer(Trainer):
         self.add_callback(recorder)
         self._pair_log = PairLog(str(self.args.output_dir), writes=self.is_world_process_zero())
         self.add_callback(self._pair_log)
-        self._progress = Progress(recorder, bar=not self.args.disable_tqdm)
-        self.add_callback(self._progress)
         if self.args.num_samples and self.eval_dataset is not None:
             self.add_callback(SampleWriter(self, self.args.num_samples))
         if self.args.early_stopping_patience is not None:
@@ -225,6 +225,8 @@ class ORPOTrainer(Trainer):
                     "early_stopping_patience: there is no evaluation; set eval_strategy and give data"
                 )
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        self._progress = Progress(recorder, bar=not self.args.disable_tqdm)
+        self.add_callback(self._progress)  # last, so that its clock sees what the others take
         return recorder
 
     def _preparation(self) -> Preparation:
@@ -601,13 +603,16 @@ class ORPOTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
 
+        total = self.num_examples(dataloader)
+
         def advance(num_pairs: int) -> None:
+            self._progress.scored(num_pairs * self._num_ranks, total)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         return score(
             self._model_for_evaluation(),
             (item["step"] for item in dataloader),
-            self.num_examples(dataloader),
+            total,
             device=self.args.device,
             precision=self.accelerator.autocast,
             reduce=lambda table: self._reduce(table) / copies,
