@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orpo.engine.head import PairScores
 from orpo.engine.metrics import SUMS, MetricWindow, trl_names
-from orpo.evaluation.preferences import summarise
+from orpo.evaluation.per_pair import PairResults
 from orpo.settings.config import Objective
 
 CPU = torch.device("cpu")
@@ -27,13 +27,15 @@ def scores(pairs):
         tokens.float(),
         tokens.float(),
         torch.as_tensor(has),
+        *(torch.full((len(pairs),), 0.5) for _ in range(3)),
     )
 
 
 def evaluated_means(pairs_or_scores, objective):
     """Figures of pairs that share no prompt."""
     found = pairs_or_scores if isinstance(pairs_or_scores, PairScores) else scores(pairs_or_scores)
-    return summarise(found, objective, torch.arange(len(found.nll_sum_P)))
+    number = len(found.nll_sum_P)
+    return PairResults(found, torch.arange(number), [""] * number, [None] * number).figures(objective)
 
 
 def odds(logp):
@@ -177,7 +179,7 @@ def test_the_mean_over_tokens_counts_tokens_where_the_loss_weights_pairs_alike()
     """A token of a pair of n has the weight 1 / n under `nll_reduction: pair`."""
     sums, tokens = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 9.0])
     whole = torch.ones(2)
-    found = PairScores(-whole, -whole, sums, whole, tokens, whole > 0)
+    found = PairScores(-whole, -whole, sums, whole, tokens, whole > 0, whole, whole, whole)
     figures = evaluated_means(found, Objective(nll_reduction="pair"))
     assert figures["nll"].mean == pytest.approx(2.5)
     assert figures["nll_token_mean"].mean == pytest.approx((1 * 1.0 + 9 * 4.0) / 10)

@@ -75,9 +75,9 @@ def _odds_ratio_loss(scores: PairScores, objective: Objective) -> Tensor:
 def odds_gradient(scores: PairScores, objective: Objective) -> Tensor:
     """Half the L1 norm of the gradient that a pair's odds-ratio loss has in all its logits. [P].
 
-    The slope in the log-prob of a token is the same for all tokens of an answer, and a slope s in log p is the
-    gradient s * (onehot - softmax) in the logits, whose L1 norm is |s| * 2 * (1 - p): hence the `doubt` of the
-    scores. A pair without a rejected side comes out as a number that means nothing.
+    The slope in the log-prob of a token is the same for all tokens of an answer, and a slope s in log p is
+    the gradient s * (onehot - softmax) in the logits, whose L1 norm is |s| * 2 * (1 - p): hence the `doubt`
+    of the scores. A pair without a rejected side comes out as a number that means nothing.
     """
     outer_P = -odds_ratio_slope(_log_odds_ratio(scores, objective), objective.odds_scale)
     chosen_P = log_odds_slope(scores.chosen_logprob_P) * scores.chosen_doubt_P

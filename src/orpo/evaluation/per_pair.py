@@ -105,8 +105,8 @@ class PairResults:
 def pair_values(scores: PairScores, objective: Objective) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Each metric's values by pair, and the pairs' weights in its mean. Both [P] by name.
 
-    `nll` is each pair's token mean, `nll_token_mean` weights every token the same, and `loss` is the objective
-    of these means.
+    `nll` is each pair's token mean, `nll_token_mean` weights every token the same, and `loss` is the
+    objective of these means.
 
     Args:
         scores: Of at least one pair.

@@ -25,7 +25,7 @@ from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
 from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import ConfigError
 from orpo.evaluation.generation import load_trained
-from orpo.evaluation.per_pair import PairResults
+from orpo.evaluation.per_pair import PairResults, write_results
 from orpo.pairs import TokenizedPair
 from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import RunDirectory, write_json
@@ -164,12 +164,14 @@ def evaluate(
     name: str | None = None,
     batch_size: int = EVALUATION_BLOCK,
     quiet: bool = False,
+    save: bool = True,
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Result:
     """Score preference pairs with the model of a run directory, or with any model or adapter.
 
-    Says how the data was read and what was dropped. In a run directory the result is saved, for the page.
+    Says how the data was read and what was dropped. In the directory of a run the result is saved, for the
+    page, with the scores of every pair next to it; nothing is written into any other folder.
 
     Args:
         model: Run directory, model or adapter folder, or hub name.
@@ -178,6 +180,7 @@ def evaluate(
         name: The result is saved under this name; None: the name of the data.
         batch_size: Pairs packed together, at least 1; only the speed depends on it.
         quiet: Say nothing.
+        save: Whether the result is saved where it can be.
         progress: Called with the pairs scored so far and their number.
         settings: Of a recipe (`max_length=1024`, ...); they beat those that the run was trained with.
 
@@ -186,7 +189,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} is out of range; expected at least 1")
-    folder, run = model_folder(model), RunDirectory(Path(model))
+    folder = model_folder(model)
+    _say_all([] if quiet else _unfinished(RunDirectory(Path(model)), folder))
     recipe = inherited_by_evaluation(run_recipe(str(model))) | settings
     check_recipe(recipe)
     resolved = OrpoSettings.from_recipe(recipe)
@@ -209,11 +213,32 @@ def evaluate(
         settings=recipe,
         rows={} if read.counts is None else read.counts.to_dict(),
     )
-    if not run.is_run():
+    return save_result(result, name) if save else result
+
+
+def save_result(result: Result, name: str | None = None, **further: Any) -> Result:
+    """Save a result in its run directory; one of a model that is in none is returned as it is.
+
+    Args:
+        result: Of an evaluation.
+        name: It is saved under this name; None: the name of its data.
+        further: Further values of the file.
+    """
+    run = RunDirectory(Path(result.model))
+    if not run.log.is_file():
         return result
-    path = run.evaluation(name or Path(source).name.split(".")[0] or "data")
-    write_json(path, result.to_json())
+    name = name or Path(result.data).name.split(".")[0] or "data"
+    write_results(run.evaluated_pairs(name), {name: result.evaluation.results})
+    path = run.evaluation(name)
+    write_json(path, result.to_json() | further)
     return replace(result, path=path)
+
+
+def _unfinished(run: RunDirectory, folder: str) -> list[str]:
+    """A line where the model is that of a run that has not ended."""
+    if not run.log.is_file() or run.is_finished():
+        return []
+    return [f"{run.path} is not finished: this is the model of {Path(folder).name}"]
 
 
 def _default_split(source: str | Path, settings: OrpoSettings) -> str | None:

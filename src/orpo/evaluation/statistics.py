@@ -66,7 +66,8 @@ def critical(num_prompts: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return z + sum(term / df**power for power, term in enumerate(terms, start=1))
+    correction: float = sum(term / df**power for power, term in enumerate(terms, start=1))
+    return z + correction
 
 
 def visible(change: Figure, num_prompts: int) -> float | None:

@@ -1,9 +1,10 @@
 """Whether training worked: one plain sentence from what the same held-out pairs say before and after.
 
-The rule (docs/metrics.md has it in words): a change counts if it is measurable, by its own error over prompts,
-and not smaller than `SMALLEST`. The log odds ratio carries the verdict, since training pushes it and every pair
-moves it; accuracy decides where the log odds ratio says nothing, and can contradict it. A loss that rises can
-only be made up for by pairs that are told apart better while the chosen answers stay as likely.
+The rule (docs/metrics.md has it in words): a change counts if it is measurable, by its own error over
+prompts, and not smaller than `SMALLEST`. The log odds ratio carries the verdict, since training pushes it and
+every pair moves it; accuracy decides where the log odds ratio says nothing, and can contradict it. A loss
+that rises can only be made up for by pairs that are told apart better while the chosen answers stay as
+likely.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SMALLEST = {
 FEW_PROMPTS = 10
 """With fewer prompts than this an accuracy is too coarse to have an error."""
 LOW_ODDS_SHARE, LOW_ANSWER_SHARE = 0.25, 0.5
-"""Shares of the odds-ratio term in the gradient, and of answers in the NLL, below which a setting is named."""
+"""Share of the odds-ratio term in the gradient, and of answers in the NLL, below which a setting is named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class Change:
     groups: Mapping[str, Change] = field(default_factory=dict)
 
     def direction(self, name: str) -> int:
-        """+1 where a metric rose, -1 where it fell, 0 where its change is not measurable or does not matter."""
+        """+1 where a metric rose, -1 where it fell, 0 where its change is not measurable or too small."""
         change = self.change.get(name)
         if change is None or change.se is None or abs(change.mean) < SMALLEST[name]:
             return 0
@@ -78,7 +79,7 @@ class Change:
         return counts | figures | {"groups": {name: one.to_json() for name, one in self.groups.items()}}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: object) -> Change:
+    def from_json(cls, value: Any, where: object) -> Change:
         """Inverse of `to_json`.
 
         Raises:
@@ -89,8 +90,8 @@ class Change:
             groups = {name: cls.from_json(one, where) for name, one in value["groups"].items()}
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError(f"{where}: damaged; delete the file and evaluate again") from None
-        figures = {name: figures_from_json(value.get(name), where) for name in _FIGURES}
-        return cls(**counts, **figures, groups=groups)
+        before, after, change = (figures_from_json(value.get(name), where) for name in _FIGURES)
+        return cls(**counts, before=before, after=after, change=change, groups=groups)
 
     @property
     def pairs_needed(self) -> int | None:
@@ -101,11 +102,11 @@ class Change:
         effect = max(abs(change.mean), SMALLEST["log_odds_ratio"])
         return pairs_needed(effect, change.se * self.num_preferences**0.5)
 
-    def pairs_text(self) -> str:
-        """`60 held-out pairs`, with the number of prompts where some share one."""
+    def pairs_text(self, word: str) -> str:
+        """`60 held-out pairs` for the word `held-out pair`; with their prompts where some share one."""
         number = self.num_preferences or self.num_pairs
         shared = f" of {self.num_prompts:,} prompts" if 0 < self.num_prompts < number else ""
-        return f"{number:,} held-out pair{'' if number == 1 else 's'}{shared}"
+        return f"{number:,} {word}{'' if number == 1 else 's'}{shared}"
 
 
 _COUNTS, _FIGURES = ("num_pairs", "num_preferences", "num_prompts"), ("before", "after", "change")
@@ -136,10 +137,29 @@ def _change(
 # ---------------------------------------------------------------------------------------- the rule
 
 
-def judge(change: Change, objective: Objective) -> Kind:
-    """What a change comes to; of supervised fine-tuning (`beta: 0`) the loss alone decides."""
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How a verdict begins, by its kind, and what its pairs are called."""
+
+    learned: str
+    worse: str
+    nothing: str
+    pairs: str = "held-out pair"
+
+
+OF_A_RUN = Words("It learned the preference", "Worse than its base", "It learned nothing that matters")
+OF_SFT = Words("It learned the chosen answers", "Worse than its base", "It learned nothing measurable")
+
+
+def judge(change: Change, *, by_preference: bool) -> Kind:
+    """What a change comes to.
+
+    Args:
+        change: Of the same pairs.
+        by_preference: Whether preferences count; of supervised fine-tuning the loss alone decides.
+    """
     loss = change.direction("loss")
-    if objective.beta == 0 or change.num_preferences == 0:
+    if not by_preference:
         return "worse" if loss > 0 else "learned" if loss < 0 else "nothing"
     odds, accuracy = change.direction("log_odds_ratio"), change.direction("accuracy")
     if loss > 0 and (odds <= 0 or change.direction("chosen_logprob") < 0):
@@ -150,40 +170,40 @@ def judge(change: Change, objective: Objective) -> Kind:
     return "learned" if preference > 0 else "worse" if preference < 0 else "nothing"
 
 
-def sentence(kind: Kind, change: Change, objective: Objective) -> str:
+def is_by_preference(change: Change, objective: Objective) -> bool:
+    """Whether a run with this objective is to be judged by the preferences of these pairs."""
+    return objective.beta > 0 and change.num_preferences > 0
+
+
+def sentence(kind: Kind, change: Change, words: Words, *, by_preference: bool) -> str:
     """The verdict in plain words, with its figures."""
-    pairs = change.pairs_text()
-    if objective.beta == 0 or change.num_preferences == 0:
-        said = {
-            "learned": "It learned the chosen answers",
-            "worse": "Worse than its base",
-            "nothing": "It learned nothing measurable",
-        }[kind]
-        return f"{said}: on {pairs} the loss changed by {_by('loss', change)} (no preference was trained)."
+    opening = {"learned": words.learned, "worse": words.worse}.get(kind, words.nothing)
+    pairs = change.pairs_text(words.pairs)
+    accuracy = write_figure("accuracy", change.after.get("accuracy")).value
+    if not by_preference:
+        return f"{opening}: on {pairs} the loss changed by {_by('loss', change)}."
     figures = (
         f"the log odds ratio of {pairs} changed by {_by('log_odds_ratio', change)} and the accuracy by"
-        f" {_by('accuracy', change)}, to {write_figure('accuracy', change.after['accuracy']).value}"
+        f" {_by('accuracy', change)}, to {accuracy}"
     )
-    if kind == "learned":
-        return f"It learned the preference: {figures}."
-    if kind == "worse":
-        loss = f"; the loss changed by {_by('loss', change)}" if change.direction("loss") > 0 else ""
-        return f"Worse than its base: {figures}{loss}."
-    return f"{_nothing(change, figures)}{_style(change)}"
+    if kind == "nothing":
+        return _nothing(change, opening, pairs, figures) + (_style(change) if words is OF_A_RUN else "")
+    loss = f"; the loss changed by {_by('loss', change)}" if change.direction("loss") > 0 else ""
+    return f"{opening}: {figures}{loss}."
 
 
-def _nothing(change: Change, figures: str) -> str:
-    odds, number = change.change["log_odds_ratio"], change.pairs_text()
+def _nothing(change: Change, opening: str, pairs: str, figures: str) -> str:
+    odds = change.change["log_odds_ratio"]
     if change.direction("log_odds_ratio") * change.direction("accuracy") < 0:
         return f"No verdict: the figures contradict each other; {figures}."
     seen = visible(odds, change.num_prompts)
     if seen is None:
-        return f"No verdict: {number} cannot tell; {figures}."
+        return f"No verdict: {pairs} cannot tell; {figures}."
     smallest = SMALLEST["log_odds_ratio"]
     if abs(odds.mean) < smallest and seen <= smallest:
-        return f"It learned nothing that matters: {figures}; a change of {smallest} would have shown."
+        return f"{opening}: {figures}; a change of {smallest} would have shown."
     return (
-        f"Nothing measurable with {number}: {figures}; to tell such a change from none takes about"
+        f"Nothing measurable with {pairs}: {figures}; to tell such a change from none takes about"
         f" {_round(change.pairs_needed)} pairs."
     )
 
@@ -193,8 +213,9 @@ def _style(change: Change) -> str:
     if change.direction("rejected_logprob") <= 0:
         return ""
     return (
-        f" The rejected answers became likelier too, by {_by('rejected_logprob', change)} a token (the chosen"
-        f" ones by {_by('chosen_logprob', change)}): it learned the style of the answers, not which is better."
+        f" The rejected answers became likelier too, by {_by('rejected_logprob', change)} a token (the"
+        f" chosen ones by {_by('chosen_logprob', change)}): it learned the style of the answers, not which is"
+        " better."
     )
 
 
@@ -287,8 +308,7 @@ def judge_run(folder: Path, run: Run | None = None) -> Verdict:
         return _unknown(run)
     set_name, change = next(iter(sets.items()))
     objective = run_objective(run.recipe)
-    kind = judge(change, objective)
-    said = sentence(kind, change, objective)
+    kind, said = said_of(change, objective)
     if run.model_step == 0:
         said += " No checkpoint was better than the base on the pairs that choose, so the base was kept."
     return Verdict(
@@ -299,6 +319,14 @@ def judge_run(folder: Path, run: Run | None = None) -> Verdict:
         chose=chooses(run, set_name),
         step=step,
     )
+
+
+def said_of(change: Change, objective: Objective) -> tuple[Kind, str]:
+    """The verdict on what training with this objective has changed, and its sentence."""
+    by_preference = is_by_preference(change, objective)
+    kind = judge(change, by_preference=by_preference)
+    words = OF_A_RUN if by_preference else OF_SFT
+    return kind, sentence(kind, change, words, by_preference=by_preference)
 
 
 def _unknown(run: Run) -> Verdict:

@@ -103,7 +103,8 @@ def _data_lines(report: Mapping[str, Any]) -> list[str]:
 def settings_section(recipe: Mapping[str, Any]) -> str:
     """The recipe: first what is not as it would be by default, then the rest."""
     known = known_settings()
-    given, usual = {}, {}
+    given: dict[str, Any] = {}
+    usual: dict[str, Any] = {}
     for name, value in recipe.items():
         is_usual = name in known and value in (known[name].default, None)
         (usual if is_usual else given)[name] = value

@@ -1,7 +1,7 @@
 """What there is to judge a run by: each set of pairs, with what it says of every model of the page.
 
-The strongest comes first: sets that did not choose the checkpoint before those that did, sets that compare the
-run with its base before those that do not, large ones before small ones.
+The strongest comes first: sets that did not choose the checkpoint before those that did, sets that compare
+the run with its base before those that do not, large ones before small ones.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def _saved(shown: Shown) -> Iterator[Evidence]:
         where = RunDirectory(shown.run_dir).evaluation(name)
         if not isinstance(result.get("num_pairs"), int) or "data" not in result:
             raise DataError(f"{where}: damaged; delete the file and evaluate again")
-        compared = result.get("compared_with")
-        change = None if compared is None else Change.from_json(compared.get("change") or {}, where)
+        compared = result.get("compared_with") or {}
+        change = Change.from_json(compared.get("change"), where) if compared else None
         others = [one for one in shown.others if _is_of(one.saved_evaluations.get(name), result)]
         columns = [(one.name, _figures(one, name)) for one in [*others, shown.run]]
         if change is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from orpo.console import say
 from orpo.engine.metrics import Written, in_order, metric_named, write_change, write_figure
-from orpo.evaluation.verdict import Change, judge, judge_run, run_objective, sentence
+from orpo.evaluation.verdict import Change, judge_run, run_objective, said_of
 from orpo.html_page import html_page
 from orpo.report.answers import samples_section
 from orpo.report.contrast import differing_settings, obstacles, same_held_out_pairs
@@ -152,12 +152,12 @@ def _verdict(shown: Shown, evidence: Sequence[Evidence]) -> str:
     verdict = shown.verdict
     change = evidence[0].change if evidence else None
     if change is not None and change is not verdict.change:
-        objective = run_objective(shown.run.recipe)
-        kind = judge(change, objective)
-        verdict = replace(verdict, kind=kind, sentence=sentence(kind, change, objective), advice=())
+        kind, said = said_of(change, run_objective(shown.run.recipe))
+        verdict = replace(verdict, kind=kind, sentence=said, advice=())
     advice = "".join(f"<li>{escape(line)}</li>" for line in verdict.advice)
     tries = f'<p class="caption">Try:</p><ul>{advice}</ul>' if advice else ""
-    return f'<section id="verdict" class="{verdict.kind}"><p>{escape(_typeset(verdict.sentence))}</p>{tries}</section>'
+    said = f"<p>{escape(_typeset(verdict.sentence))}</p>{tries}"
+    return f'<section id="verdict" class="{verdict.kind}">{said}</section>'
 
 
 def _overview(run: Run, evidence: Sequence[Evidence]) -> str:
@@ -206,7 +206,7 @@ def _table(evidence: Evidence, run: Run) -> str:
         if evidence.one_objective or name != "loss"
     )
     paired = " The error of a change is that of the change of each pair." if change else ""
-    alone = run.recipe.get("nll_on") == "response" and " The NLL is over the answer alone." or ""
+    alone = (run.recipe.get("nll_on") == "response" and " The NLL is over the answer alone.") or ""
     return f"""
 <h2>{escape(evidence.title)}<span class="n">{_number(evidence)}</span></h2>
 <div class="scroll"><table class="numbers{" paired" if change else ""}">
@@ -260,11 +260,10 @@ def _tile(name: str, evidence: Evidence) -> str:
         return ""
     written = write_figure(name, figure)
     change = evidence.change.change.get(name) if evidence.change else _difference(name, evidence)
-    changed = (
-        ""
-        if change is None
-        else f'<span class="{_colour(name, change, evidence)}">{_typeset(str(write_change(name, change)))}</span>'
-    )
+    changed = ""
+    if change is not None:
+        text = _typeset(str(write_change(name, change)))
+        changed = f'<span class="{_colour(name, change, evidence)}">{text}</span>'
     return (
         f'<div class="tile"><span class="label">{escape(_title(name))}</span>'
         f'<span class="value">{_typeset(written.value)}{_error_html(written)}</span>{changed}'

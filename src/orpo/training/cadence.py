@@ -23,12 +23,12 @@ SHARE = 0.1
 SCORING = 1 / 3
 """Cost of a token that is scored, to one that is trained: a forward pass without a backward one."""
 CHECKPOINT_ON_CPU, CHECKPOINT_ON_GPU = 400, 800_000
-"""Tokens that could be trained while all of a model's weights and moments are written: 12 bytes a weight at 0.5
-GB/s, against 6 operations a weight and token at 1e11 (2e14) a second. The size of the model cancels out."""
+"""Tokens that could be trained while all of a model's weights and moments are written: 12 bytes a weight at
+0.5 GB/s, against 6 operations a weight and token at 1e11 (2e14) a second. The size of the model cancels out."""
 
 
 def settle_cadence(args: Any, data: TrainingData, model: nn.Module | None) -> None:
-    """Set how often to evaluate and save, where the settings leave it open and the length of the run is known."""
+    """Set how often to evaluate and save, where the settings leave it open and the run has a known length."""
     default = INHERITED["save_steps"].default
     steps = number_of_steps(args, data.train_pairs, args.pairs_per_step)
     is_open = args.save_strategy == SaveStrategy.STEPS and args.save_steps == default
@@ -71,11 +71,11 @@ def number_of_steps(args: Any, pairs: Any, pairs_per_step: int) -> int:
         return 0
     in_epoch = len(pairs) / pairs_per_step
     whole = math.floor(in_epoch) if args.dataloader_drop_last else math.ceil(in_epoch)
-    return math.ceil(max(whole, 1) * args.num_train_epochs)
+    return math.ceil(max(whole, 1) * float(args.num_train_epochs))
 
 
 def _checkpoint_cost(args: Any, model: nn.Module | None) -> float:
-    """Tokens that could be trained while a checkpoint is written; of an adapter as much less as it is smaller."""
+    """Tokens that could be trained while a checkpoint is written; an adapter's is as much smaller as it is."""
     share = 1.0
     if model is not None:
         weights = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]

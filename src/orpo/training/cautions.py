@@ -19,11 +19,11 @@ from orpo.training.trainer import ORPOTrainer
 FEW_PAIRS = 100
 """Pairs to train on below which a preference is rarely learned."""
 CHANGING = 0.2
-"""Share of pairs that training is taken to change the order of, for what held-out pairs will be able to show."""
+"""Share of pairs whose order training is taken to change: what held-out pairs can show depends on it."""
 WORTH_SEEING = 0.05
 """A change of accuracy that people want to see."""
 ADAPTER_RATES, FULL_RATES, SMALL_MODEL_RATES = (1e-5, 5e-3), (1e-7, 2e-4), (1e-6, 2e-2)
-"""Peak learning rates between which Adam is known to train: an adapter, all weights, all of a small model's."""
+"""Peak learning rates between which Adam trains: an adapter, all weights, all weights of a small model."""
 SMALL_MODEL = 50_000_000
 """Weights below which a model is small."""
 MOSTLY = 0.5
@@ -67,7 +67,7 @@ def _warmup(trainer: ORPOTrainer) -> Iterator[str]:
             " learning rate never reaches its peak; 0.1 is a tenth of the run"
         )
     elif warmup > MOSTLY * steps:
-        yield f"warmup_steps: {args.warmup_steps:g} is most of the run of {steps:,} steps; 0.1 is a tenth of it"
+        yield f"warmup_steps: {args.warmup_steps:g} is most of the run of {steps:,} steps; 0.1 is a tenth"
 
 
 def _training_pairs(trainer: ORPOTrainer) -> Iterator[str]:
@@ -75,8 +75,8 @@ def _training_pairs(trainer: ORPOTrainer) -> Iterator[str]:
     if isinstance(pairs, TokenizedDataset) and len(pairs) < FEW_PAIRS:
         one = len(pairs) == 1
         yield (
-            f"only {len(pairs)} pair{' is' if one else 's are'} trained on; a preference is rarely learned from"
-            f" fewer than {FEW_PAIRS}"
+            f"only {len(pairs)} pair{' is' if one else 's are'} trained on; a preference is rarely learned"
+            f" from fewer than {FEW_PAIRS}"
         )
 
 

@@ -22,8 +22,8 @@ class SampleWriter(TrainerCallback):
         trainer: Gives model, tokenizer and evaluation pairs.
         number: How many prompts are answered.
         longest: Tokens of an answer; None: `max_completion_length`, else `DEFAULT_LENGTH`.
-        at_ends: Whether only the model before training and the one that training ends with answer, not the one
-            at each evaluation.
+        at_ends: Whether only the model before training and the one that training ends with answer, not the
+            one at each evaluation.
     """
 
     def __init__(

@@ -555,7 +555,7 @@ class ORPOTrainer(Trainer):
             scores = self._score(dataloader)
         pairs: Any = dataloader.dataset
         results = PairResults.of(scores, pairs.pairs)
-        figures = results.figures(self.objective)
+        figures = dict(results.figures(self.objective))
         ours = {name: figure.mean for name, figure in figures.items()}
         chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
         rejected = np.where(scores.has_rejected_P.numpy(), rejected, np.nan)
