@@ -99,8 +99,12 @@ class Change:
         change = self.change.get("log_odds_ratio")
         if change is None or not change.se:
             return None
-        effect = max(abs(change.mean), SMALLEST["log_odds_ratio"])
-        return pairs_needed(effect, change.se * self.num_preferences**0.5)
+        return pairs_needed(self.effect, change.se * self.num_preferences**0.5)
+
+    @property
+    def effect(self) -> float:
+        """The size of the change of the log odds ratio, at least the smallest one that matters."""
+        return max(abs(self.change["log_odds_ratio"].mean), SMALLEST["log_odds_ratio"])
 
     def pairs_text(self, word: str) -> str:
         """`60 held-out pairs` for the word `held-out pair`; with their prompts where some share one."""
@@ -203,7 +207,7 @@ def _nothing(change: Change, opening: str, pairs: str, figures: str) -> str:
     if abs(odds.mean) < smallest and seen <= smallest:
         return f"{opening}: {figures}; a change of {smallest} would have shown."
     return (
-        f"Nothing measurable with {pairs}: {figures}; to tell such a change from none takes about"
+        f"Nothing measurable with {pairs}: {figures}; to see a change of {change.effect:.2g} takes about"
         f" {_round(change.pairs_needed)} pairs."
     )
 

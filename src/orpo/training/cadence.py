@@ -24,7 +24,7 @@ SCORING = 1 / 3
 """Cost of a token that is scored, to one that is trained: a forward pass without a backward one."""
 CHECKPOINT_ON_CPU, CHECKPOINT_ON_GPU = 400, 800_000
 """Tokens that could be trained while all of a model's weights and moments are written: 12 bytes a weight at
-0.5 GB/s, against 6 operations a weight and token at 1e11 (2e14) a second. The size of the model cancels out."""
+0.5 GB/s, against 6 operations a weight and token at 1e11 (2e14) a second. A larger model changes nothing."""
 
 
 def settle_cadence(args: Any, data: TrainingData, model: nn.Module | None) -> None:
@@ -75,7 +75,7 @@ def number_of_steps(args: Any, pairs: Any, pairs_per_step: int) -> int:
 
 
 def _checkpoint_cost(args: Any, model: nn.Module | None) -> float:
-    """Tokens that could be trained while a checkpoint is written; an adapter's is as much smaller as it is."""
+    """Tokens that could be trained while a checkpoint is written, of trained weights alone."""
     share = 1.0
     if model is not None:
         weights = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]

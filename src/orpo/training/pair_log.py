@@ -59,7 +59,7 @@ class PairLog(TrainerCallback):
 
 
 def best_trained_step(args: Any, state: Any) -> int | None:
-    """The best evaluation after step 0, by the metric that chooses the checkpoint; of equal ones the first."""
+    """The best evaluation after step 0, by the metric that chooses the checkpoint; the first of equals."""
     chooser = str(args.metric_for_best_model)
     name = chooser if chooser.startswith(flat_name("")) else flat_name(chooser)
     sign = -1 if args.greater_is_better else 1
