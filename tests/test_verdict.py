@@ -425,9 +425,12 @@ def test_evaluations_and_checkpoints_take_a_tenth_at_most(trained, evaluation, c
     assert number == MOST or taken + evaluation + checkpoint > SHARE * trained, "and no fewer than that"
 
 
-def test_the_default_cadence_of_a_short_run_is_its_ends(tmp_path):
+def test_the_default_cadence_of_a_short_run_is_its_ends(tmp_path, capsys):
     settings = {"evaluation": random_pairs(60, seed=7), "train": random_pairs(160), "save_strategy": "steps"}
     trainer = tiny_trainer(tmp_path, max_steps=20, per_device_train_batch_size=8, **settings)
+    assert (
+        "evaluated and saved at the end only: more often would take over a tenth" in capsys.readouterr().out
+    )
     trainer.train()
     assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == [0, 20]
     asked = tiny_trainer(tmp_path / "asked", max_steps=20, eval_strategy="steps", eval_steps=5, **settings)

@@ -28,7 +28,10 @@ CHECKPOINT_ON_CPU, CHECKPOINT_ON_GPU = 400, 800_000
 
 
 def settle_cadence(args: Any, data: TrainingData, model: nn.Module | None) -> None:
-    """Set how often to evaluate and save, where the settings leave it open and the run has a known length."""
+    """Set how often to evaluate and save, where the settings leave it open and the run has a known length.
+
+    A line among the notices of `args` says so, where it is less often than a tenth of the run.
+    """
     default = INHERITED["save_steps"].default
     steps = number_of_steps(args, data.train_pairs, args.pairs_per_step)
     is_open = args.save_strategy == SaveStrategy.STEPS and args.save_steps == default
@@ -40,11 +43,21 @@ def settle_cadence(args: Any, data: TrainingData, model: nn.Module | None) -> No
     trained = float(data.train_pairs.lengths.sum(1).mean()) * args.pairs_per_step * steps
     sets = [read.pairs for read in data.evals.values()] if evaluates else []
     scored = float(sum(pairs.lengths.sum() for pairs in sets))
-    number = evaluations(trained, scored * SCORING, _checkpoint_cost(args, model), on_start=bool(sets))
+    evaluation, checkpoint = scored * SCORING, _checkpoint_cost(args, model)
+    number = evaluations(trained, evaluation, checkpoint, on_start=bool(sets))
     if number < MOST:
         args.save_steps = math.ceil(steps / number)
         if evaluates:
             args.eval_steps = args.save_steps
+        share = (number + bool(sets)) * (evaluation + checkpoint) / trained
+        args.notices.append(_notice(args.save_steps, evaluates=evaluates, is_end=number == 1, share=share))
+
+
+def _notice(steps: int, *, evaluates: bool, is_end: bool, share: float) -> str:
+    what, key = ("evaluated and saved", "eval_steps and save_steps") if evaluates else ("saved", "save_steps")
+    when = "at the end only" if is_end else f"every {steps:,} steps"
+    cost = f", and so it takes about {share:.0%}" if share > SHARE else ""
+    return f"{what} {when}: more often would take over a tenth of the run{cost}; {key} change that"
 
 
 def evaluations(trained: float, evaluation: float, checkpoint: float, *, on_start: bool) -> int:

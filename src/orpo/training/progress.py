@@ -163,7 +163,8 @@ class Progress(TrainerCallback):
             print(f"step {record.step}/{state.max_steps}  {glance(record, _GLANCE)}{left}", flush=True)
         elif record.kind == "train":
             # More would push the count and the time left off a terminal of 80 columns.
-            names = _GLANCE if self._bar.console.width >= _WIDE else _SHORT_GLANCE
+            speed = ["tokens_per_second"] if self._bar.console.width >= _WIDE else []
+            names = ["loss", "accuracy", "odds_share", *speed]
             self._bar.update(self._task, numbers=glance(record, names))
         else:
             self._bar.console.print(f"step {record.step}  {glance(record, _GLANCE)}")
@@ -208,9 +209,8 @@ def times_left(state: Any, args: Any, strategy: str, every: float | None, *, don
 
 
 _GLANCE = ("loss", "accuracy", "margin", "odds_share", "prompt_share", "tokens_per_second")
-_SHORT_GLANCE = ("loss", "accuracy", "odds_share")
-_WIDE = 130
-"""Columns of a terminal whose bar has room for all of it."""
+_WIDE = 100
+"""Columns of a terminal whose bar has room for the speed."""
 
 
 def glance(record: Record, names: Sequence[str]) -> str:
