@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from planted_pairs import results
 from tiny_tokenizer import tiny_tokenizer
 from tiny_training import random_pairs, tiny_trainer
 from transformers import TrainerCallback
 
 from orpo import cli
-from orpo.engine.head import Denominators, PairScores, pair_scores
+from orpo.engine.head import Denominators, pair_scores
 from orpo.engine.head import _loss as plain_loss
 from orpo.engine.metrics import MetricWindow
 from orpo.engine.packing import pack
@@ -33,20 +34,6 @@ from orpo.training.cautions import cautions
 from orpo.training.progress import Pace, times_left
 
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-
-
-def results(chosen, rejected, prompts=None, *, nll=None, sources=None, groups=None) -> PairResults:
-    """Pairs with these mean log-probs."""
-    chosen, rejected = torch.as_tensor(chosen).double(), torch.as_tensor(rejected).double()
-    number, ones = len(chosen), torch.ones(len(chosen), dtype=torch.float64)
-    prompts = torch.arange(number) if prompts is None else torch.as_tensor(prompts)
-    nll = -chosen if nll is None else torch.as_tensor(nll).double()
-    return PairResults(
-        PairScores(chosen, rejected, nll, ones, ones, ones > 0, ones / 2, ones / 2, ones / 2),
-        prompts,
-        sources or [f"pairs.jsonl:{line}" for line in range(number)],
-        groups or [None] * number,
-    )
 
 
 def verdict(before: PairResults, after: PairResults, **objective: float) -> tuple[str, str]:

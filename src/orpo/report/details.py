@@ -110,7 +110,8 @@ def settings_section(recipe: Mapping[str, Any]) -> str:
         (usual if is_usual else given)[name] = value
     if not recipe:
         return ""
-    rest = f"<details><summary>{len(usual)} settings at their defaults</summary>{_list(usual)}</details>"
+    number = f"{len(usual)} settings at their defaults" if len(usual) != 1 else "1 setting at its default"
+    rest = f"<details><summary>{number}</summary>{_list(usual)}</details>"
     return _folded("Settings", "settings", _list(given) + (rest if usual else ""), is_open=True)
 
 
