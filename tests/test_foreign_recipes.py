@@ -636,3 +636,28 @@ def test_an_unknown_keyword_is_left_for_the_class_to_refuse():
 def test_a_keyword_that_asks_for_what_cannot_be_done_is_refused():
     with pytest.raises(ConfigError, match="max_samples: no setting limits the rows"):
         current_keywords({"max_samples": 10})
+
+
+def test_a_mixture_of_the_alignment_handbook_is_understood(load):
+    mixture = {
+        "datasets": [
+            {"id": "some/pairs", "config": "default", "split": "train_prefs", "weight": 0.5},
+            {"id": "other/pairs", "config": "default", "split": "train_prefs", "columns": ["chosen"]},
+        ],
+        "test_split_size": 0.02,
+        "seed": 0,
+    }
+    recipe = load(json.dumps({"dataset_mixture": mixture}))
+    check_recipe(recipe.settings)
+    assert any("its seed has no effect" in notice for notice in recipe.notices)
+    assert recipe.settings == {
+        "dataset_name": {"some/pairs": 0.5, "other/pairs": 1.0},
+        "dataset_config": "default",
+        "dataset_train_split": "train_prefs",
+        "eval_split": 0.02,
+    }
+    mixture["datasets"][1]["split"] = "train_sft"
+    with pytest.raises(ConfigError, match="differ in split"):
+        load(json.dumps({"dataset_mixture": mixture}))
+    with pytest.raises(ConfigError, match="no counterpart here for shards"):
+        load(json.dumps({"dataset_mixture": mixture | {"shards": 3}}))

@@ -315,6 +315,37 @@ def test_a_stream_that_is_named_needs_no_held_out_data(model_folder, tmp_path):
     assert trainer.args.eval_strategy == "no"
 
 
+def test_a_stream_says_how_its_rows_are_read_and_what_became_of_them(model_folder, tmp_path, capsys):
+    """What a whole set says at once, a stream says of its first rows, and of the others at the end."""
+    rows = [
+        {"prompt": f"What is {n}?", "chosen": f"{n}, ok.", "rejected": f"no {n}", "by": "x"}
+        for n in range(400)
+    ]
+    rows[300]["chosen"] = " "
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"dataset_name": str(file), "streaming": True, "max_steps": 30, "shuffle_buffer": 1}
+    args = ORPOConfig(output_dir=str(tmp_path / "run"), chat_template="chatml", logging_steps=30, **settings)
+    trainer = ORPOTrainer(model_folder, args)
+    trainer.train()
+    printed = capsys.readouterr()
+    said = printed.out + printed.err
+    for words in (
+        "train, first 256 rows of the stream: using 256 of 256 rows",
+        "columns not used: by",
+        "texts are read as a user turn and an answer, through the chat template",
+        "<|im_start|>user\\nWhat is 0?",
+        "dropped 1: empty chosen answer (first:",
+    ):
+        assert words in said.replace("⏎", "\\n"), words
+    assert trainer.args.text_rows == "chat"
+
+    rows[3]["chosen"] = 7
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"pairs.jsonl:4"):
+        ORPOTrainer(model_folder, args)
+
+
 def test_named_data_and_model(model_folder, tmp_path):
     rows = [json.dumps(ROWS["conversational_preference"](n)) + "\n" for n in NUMBERS]
     for name, some in (("train", rows[:12]), ("held_out", rows[11:])):

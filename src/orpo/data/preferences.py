@@ -28,6 +28,9 @@ from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
 
+MOST_REPEATS = 1000
+"""Largest weight of a data set: how often each of its pairs is seen in an epoch."""
+
 
 @dataclass(frozen=True)
 class PreferenceSet:
@@ -75,6 +78,7 @@ def read_preferences(
     *,
     max_dropped: float = 0.1,
     seed: int = 0,
+    first: int | None = None,
     settings: ReadSettings | None = None,
     **options: Any,
 ) -> PreferenceSet:
@@ -86,6 +90,7 @@ def read_preferences(
             pair of that data set is seen in an epoch (0.5: a random half, 2: twice).
         max_dropped: Largest share of rows that may be dropped or skipped, in [0, 1].
         seed: For the choice of rows where a weight is not whole.
+        first: Read this many rows of each data set only; None: all.
         settings: How rows are read.
         options: Fields of `ReadSettings`, instead of `settings`.
 
@@ -97,7 +102,7 @@ def read_preferences(
     sources = _sources(data)
     for name, (source, weight) in sources.items():
         reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
-        pairs = list(reading.pairs(source))
+        pairs = list(reading.pairs(source, first))
         result.counts.add(reading.counts)
         result.formats[name] = reading.detected
         result.unused_columns[name] = reading.columns.unused
@@ -147,11 +152,11 @@ def resample(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[
 
     Args:
         pairs: Of one data set.
-        weight: At least 0.
+        weight: From 0 to `MOST_REPEATS`.
         seed: Of the random share.
     """
-    if weight < 0:
-        raise ConfigError(f"the weight {weight:g} of a data set is negative; use 0 or more")
+    if not 0 <= weight <= MOST_REPEATS:
+        raise ConfigError(f"the weight {weight:g} of a data set is not in 0 to {MOST_REPEATS}")
     whole, part = divmod(weight, 1)
     extra = random.Random(seed).sample(range(len(pairs)), round(part * len(pairs)))
     return [*(list(pairs) * int(whole)), *(pairs[index] for index in sorted(extra))]
@@ -202,9 +207,10 @@ class _Reading:
         self.contradictions: Counter[str] = Counter()
         self._one_of_several = one_of_several
 
-    def pairs(self, data: object) -> Iterator[PreferencePair]:
-        """The pairs of a data set, the others counted; sets `detected` before the first."""
-        raw = read_rows(data, split=self.settings.split, config=self.settings.config)
+    def pairs(self, data: object, first: int | None = None) -> Iterator[PreferencePair]:
+        """The pairs of a data set, or of its first rows, the others counted; sets `detected` early."""
+        rows = read_rows(data, split=self.settings.split, config=self.settings.config)
+        raw = itertools.islice(rows, first)
         head = list(itertools.islice(raw, SAMPLE))
         self.detected = self._detect(head)
         for row in itertools.chain(head, raw):

@@ -12,13 +12,12 @@ import csv
 import gzip
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from orpo.data.splits import DEFAULT, check_file, files_of_split, parse_split
-from orpo.errors import DataError, first_line
+from orpo.errors import DataError, first_line, raised_as
 
 Row = dict[str, Any]
 
@@ -44,13 +43,8 @@ def read_rows(data: object, *, split: str | None = DEFAULT, config: str | None =
         DataError: Nothing of that name can be read, or it has no such split.
     """
     if isinstance(data, str | Path):
-        path = Path(data).expanduser()
-        if path.exists():
-            yield from _local_rows(path, split, config)
-        elif _reader(path) is not None:
-            raise DataError(f"{data}: no such file; give an existing path or a hub name")
-        else:
-            yield from _object_rows(_load_hub(str(data), config, split or DEFAULT), str(data))
+        with raised_as(DataError, f"{data}: cannot be read"):
+            yield from _named_rows(str(data), split, config)
     elif isinstance(data, Mapping):  # a DatasetDict
         for part in parse_split(split):
             if part.name not in data:
@@ -61,6 +55,18 @@ def read_rows(data: object, *, split: str | None = DEFAULT, config: str | None =
         yield from _object_rows(data, "row")
     else:
         raise DataError(f"cannot read rows from {type(data).__name__}; give a path, a hub name or a data set")
+
+
+def _named_rows(name: str, split: str | None, config: str | None) -> Iterator[RawRow]:
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        yield from _local_rows(path, split, config)
+    elif path.exists():
+        raise DataError(f"{name}: is no file and no folder; write the rows to a file")
+    elif _reader(path) is not None:
+        raise DataError(f"{name}: no such file; give an existing path or a hub name")
+    else:
+        yield from _object_rows(_load_hub(name, config, split or DEFAULT), name)
 
 
 def _object_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
@@ -110,10 +116,8 @@ def _saved_rows(path: Path, split: str | None) -> Iterator[RawRow]:
     """A folder written by `save_to_disk`."""
     import datasets
 
-    try:
+    with raised_as(DataError, f"{path}: cannot be read", "is the folder damaged?"):
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read ({first_line(error)}); is the folder damaged?") from error
     if not isinstance(loaded, Mapping):
         loaded = {str(loaded.split or DEFAULT): loaded}
     yield from read_rows(loaded, split=split)
@@ -123,12 +127,8 @@ def _file_rows(path: Path) -> Iterator[RawRow]:
     read = _reader(path)
     if read is None:
         raise DataError(f"{path}: unknown file type; use one of {', '.join(_READERS)} (.gz as well)")
-    try:
+    with raised_as(DataError, f"{path}: cannot be read", "is the file damaged?"):
         yield from read(path)
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({first_line(error)}); is the file damaged?") from error
 
 
 def _open(path: Path) -> IO[str]:
@@ -257,6 +257,7 @@ def _read_arrow(path: Path) -> Iterator[RawRow]:
 def _read_batches(batches: Iterable[Any], name: str) -> Iterator[RawRow]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # offsets of a damaged file point anywhere, and reading there can kill us
         for row in batch.to_pylist():
             yield RawRow(row, f"{name}:{number}")
             number += 1

@@ -16,7 +16,7 @@ from huggingface_hub.constants import HF_HOME
 
 from orpo.data.counts import RowCounts
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
-from orpo.data.detect import Detected
+from orpo.data.detect import SAMPLE, Detected
 from orpo.data.findings import Findings, find, pair_key
 from orpo.data.preferences import (
     PreferenceSet,
@@ -91,11 +91,15 @@ class TokenizedStream:
 
     Attributes:
         open: Starts a pass.
+        head: Its first rows, which show how the others are read; None where nobody looked.
+        counts: What became of the rows of all passes, in the process that reads them.
         chat_template: As of `TokenizedDataset`.
         end_token: As of `TokenizedDataset`.
     """
 
     open: Callable[[], Iterator[TokenizedPair]]
+    head: ReadPairs | None = None
+    counts: RowCounts = field(default_factory=RowCounts)
     chat_template: str | dict[str, str] | None = None
     end_token: str | None = None
 
@@ -121,7 +125,7 @@ class TrainingData:
 
     def lines(self) -> list[str]:
         """Everything to print; a line that several sets have in common is printed once."""
-        sets = [one for one in (self.train, *self.evals.values()) if isinstance(one, ReadPairs)]
+        sets = [one for one in (self.train_head, *self.evals.values()) if one is not None]
         return list(dict.fromkeys([*self.notices, *(line for one in sets for line in one.lines())]))
 
     def to_json(self) -> dict[str, Any]:
@@ -130,8 +134,14 @@ class TrainingData:
         if isinstance(self.train, ReadPairs):
             return {self.train.name: self.train.to_json()} | report
         if self.train is not None:
-            report[TRAINING] = {"streaming": "checks of the whole set are not run"}
+            head = {} if self.train.head is None else {self.train.head.name: self.train.head.to_json()}
+            report[TRAINING] = {"streaming": "checks of the whole set are not run"} | head
         return report
+
+    @property
+    def train_head(self) -> ReadPairs | None:
+        """The training pairs, or the first of a stream."""
+        return self.train.head if isinstance(self.train, TokenizedStream) else self.train
 
     @property
     def train_pairs(self) -> TokenizedDataset | TokenizedStream | None:
@@ -215,7 +225,9 @@ def read_training(
     sets = {} if evals is None else dict(evals) if _is_named(evals) else {"": evals}
     reading = _Reading(settings, tokenizer, stop_tokens)
     if train is not None and _as_tokenized(train) is None and _is_stream(train, settings):
-        return TrainingData(train=reading.stream(train), evals=reading.evaluation_sets(sets))
+        stream, text_rows = reading.stream(train)
+        known_evals = reading.evaluation_sets(sets, text_rows=text_rows)
+        return TrainingData(train=stream, evals=known_evals, text_rows=text_rows)
     if train is None or (tokenized := _as_tokenized(train)) is not None:
         known = None if train is None else ReadPairs(name=TRAINING, pairs=tokenized)  # type: ignore[arg-type]
         return TrainingData(train=known, evals=reading.evaluation_sets(sets))
@@ -248,7 +260,12 @@ class _Reading:
     stop_tokens: Sequence[int]
 
     def preferences(
-        self, data: Any, split: str | None, name: str, text_rows: TextRows | None = None
+        self,
+        data: Any,
+        split: str | None,
+        name: str,
+        text_rows: TextRows | None = None,
+        first: int | None = None,
     ) -> PreferenceSet:
         """Rows -> pairs, nothing of which is dropped yet beyond what cannot train.
 
@@ -257,11 +274,11 @@ class _Reading:
             split: Of the data.
             name: For messages.
             text_rows: How texts are read; None: as the settings say, else as the rows decide.
+            first: As for `read_preferences`.
         """
+        settings, seed = self._read_settings(split), _seed(self.settings)
         try:
-            read = read_preferences(
-                data, max_dropped=1.0, seed=_seed(self.settings), settings=self._read_settings(split)
-            )
+            read = read_preferences(data, max_dropped=1.0, seed=seed, first=first, settings=settings)
         except DataError as error:
             raise _of_set(name, error) from None
         has_template = bool(self.settings.chat_template or self.tokenizer.chat_template)
@@ -327,29 +344,36 @@ class _Reading:
             found[key] = self.tokenized(read, name)
         return found
 
-    def stream(self, data: Any) -> TokenizedStream:
-        """Rows that are read and tokenized as they come."""
+    def stream(self, data: Any) -> tuple[TokenizedStream, TextRows | None]:
+        """Rows that are read and tokenized as they come, and how their texts are read.
+
+        The first rows are read at once: they show the format, and stop the run where they cannot train.
+        """
         if getattr(self.settings, "max_steps", 0) <= 0:
             raise ConfigError("the length of a stream is not known; set max_steps")
-        read = self._read_settings(self.settings.dataset_train_split)
-        text = end_token = None
-        if self.settings.chat_template or self.tokenizer.chat_template:
-            template = prepare_template(self.tokenizer, self.settings.chat_template, **self._template_options)
-            text, end_token = template.saved, template.end_token
+        split, name = self.settings.dataset_train_split, f"{TRAINING}, first {SAMPLE} rows of the stream"
+        head = self.preferences(data, split, name, first=SAMPLE)
+        counts = RowCounts()
 
         def tokens() -> Iterator[TokenizedPair]:
-            pairs = stream_preferences(data, settings=read)
-            if self.settings.text_rows == "chat":
+            pairs = stream_preferences(data, counts=counts, settings=self._read_settings(split))
+            if head.text_rows == "chat":
                 pairs = (pair for one in pairs for pair in as_conversations([one]))
             return stream_tokenized(
                 pairs,
                 self.tokenizer,
                 max_length=self.settings.max_length,
                 chat_template=self.settings.chat_template,
+                counts=counts,
                 **self._template_options,
             )
 
-        return TokenizedStream(tokens, text, end_token)
+        text = end_token = None
+        if self.settings.chat_template or self.tokenizer.chat_template:
+            template = prepare_template(self.tokenizer, self.settings.chat_template, **self._template_options)
+            text, end_token = template.saved, template.end_token
+        read = self.tokenized(head, name)
+        return TokenizedStream(tokens, read, counts, text, end_token), head.text_rows
 
     def _read_settings(self, split: str | None) -> ReadSettings:
         s = self.settings

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,12 +12,9 @@ from transformers import (
 )
 
 from orpo.engine.scorer import refuse_encoder_decoder
-from orpo.errors import ConfigError, ModelError, first_line
+from orpo.errors import ConfigError, ModelError, raised_as
 from orpo.run.directory import adapter_base, is_adapter
 from orpo.settings.config import OrpoSettings
-
-_UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
-"""What loading raises for a name or a folder that is not what it should be."""
 
 
 def load_tokenizer(
@@ -29,10 +25,12 @@ def load_tokenizer(
     Raises:
         ModelError: There is none, or it cannot be read.
     """
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from error
+    with raised_as(ModelError, f"{name}: no tokenizer could be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        tokenizer("a")  # some settings are looked at only now
+        return tokenizer
 
 
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
@@ -62,10 +60,8 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
     if adapter:
         from peft import PeftModel
 
-        try:
+        with raised_as(ModelError, f"{adapter}: the adapter could not be loaded"):
             return PeftModel.from_pretrained(model, adapter, is_trainable=True)  # type: ignore[return-value]
-        except _UNLOADABLE as error:
-            raise ModelError(f"{adapter}: the adapter could not be loaded ({first_line(error)})") from error
     if settings.use_peft:
         return add_adapter(model, lora_config(settings))
     return model
@@ -75,17 +71,18 @@ def lora_config(settings: OrpoSettings) -> Any:
     """The `peft.LoraConfig` of the `lora_*` settings."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules,
-        target_parameters=settings.lora_target_parameters,
-        modules_to_save=settings.lora_modules_to_save,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-    )
+    with raised_as(ConfigError, "the lora_ settings cannot be used"):
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.lora_target_modules,
+            target_parameters=settings.lora_target_parameters,
+            modules_to_save=settings.lora_modules_to_save,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+        )
 
 
 def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
@@ -94,10 +91,8 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
 
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    try:
+    with raised_as(ModelError, f"the adapter does not fit {type(model).__name__}"):
         adapted: PreTrainedModel = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"the adapter does not fit {type(model).__name__}: {first_line(error)}") from error
     return adapted
 
 
@@ -121,16 +116,15 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
                 "load_in_4bit and load_in_8bit freeze the weights; set use_peft: true to train LoRA on them"
             )
         arguments["quantization_config"] = _quantization(settings)
-    try:
+    with raised_as(ModelError, f"{name}: the model could not be loaded"):
         config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
         )
         refuse_encoder_decoder(config, name)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if layers < 1:
+            raise ModelError(f"{name}: config.json says that it has {layers} layers")
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
-    except ModelError:
-        raise
-    except _UNLOADABLE as error:
-        raise ModelError(f"{name}: the model could not be loaded ({first_line(error)})") from error
 
 
 def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:

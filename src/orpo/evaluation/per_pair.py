@@ -19,7 +19,7 @@ from torch import Tensor
 
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.engine.head import PairScores
-from orpo.engine.metrics import METRICS
+from orpo.engine.metrics import METRICS, Metric
 from orpo.errors import DataError
 from orpo.evaluation.statistics import clustered_mean
 from orpo.run.directory import write_json_lines
@@ -100,6 +100,15 @@ class PairResults:
                 if figure is not None:
                     found[metric.name] = figure
         return found
+
+
+OF_MEANS = ("nll", "nll_token_mean", "loss")
+"""Metrics of an evaluation that are made of the others' means."""
+
+
+def evaluated_metrics() -> list[Metric]:
+    """Every metric that an evaluation has."""
+    return [metric for metric in METRICS if metric.value is not None or metric.name in OF_MEANS]
 
 
 def pair_values(scores: PairScores, objective: Objective) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

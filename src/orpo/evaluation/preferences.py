@@ -6,6 +6,7 @@ by prompt (statistics.py). `evaluate` does all of it by name, for `orpo eval` an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -189,6 +190,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} is out of range; expected at least 1")
+    if name is not None and not re.fullmatch(r"[\w.=+ -]{1,100}", name):
+        raise ConfigError(f"name: {name!r} cannot be part of a file name; use letters, digits, - and _")
     folder = model_folder(model)
     _say_all([] if quiet else _unfinished(RunDirectory(Path(model)), folder))
     recipe = inherited_by_evaluation(run_recipe(str(model))) | settings

@@ -290,6 +290,10 @@ def check_settings(settings: OrpoSettings) -> None:
         facts.check(key, getattr(settings, key, None))
     resolve_objective(settings)
     _check_date(settings.template_date)
+    for key in ("model_init_kwargs", "chat_template_kwargs"):
+        value = getattr(settings, key)
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            raise ConfigError(f"{key}: {value!r} is no mapping; write it as {{name: value}}")
     if settings.load_in_4bit and settings.load_in_8bit:
         raise ConfigError("load_in_4bit and load_in_8bit are both set; choose one")
     if (settings.load_in_4bit or settings.load_in_8bit) and not (

@@ -1,8 +1,9 @@
-"""Data as other tools describe it: dataset_info.json, the `datasets:` block of a recipe, names with a subset.
+"""Data as other tools describe it: dataset_info.json, a `datasets:` block, a mixture, names with a subset.
 
-Each description (of LLaMA-Factory, Axolotl, TRL or ms-swift) becomes the settings that read the same rows in
-the same way: `dataset_name`, `columns`, `data_format`, a split, a configuration. What has no counterpart is
-named in one line, and nothing trains: nobody would see a set that is read otherwise than described.
+Each description (of LLaMA-Factory, Axolotl, TRL, ms-swift or the Alignment Handbook) becomes the settings
+that read the same rows in the same way: `dataset_name`, `columns`, `data_format`, a split, a configuration.
+What has no counterpart is named in one line, and nothing trains: nobody would see a set that is read
+otherwise than described.
 """
 
 from __future__ import annotations
@@ -24,14 +25,27 @@ class DataDescription:
         names: Files, folders or a hub name.
         split: Its split, where one is named.
         reading: The settings that say how rows are read; one value serves all sets of a run.
+        weights: How often each of the names is seen in an epoch; empty: once.
     """
 
     names: tuple[str, ...]
     split: str | None = None
     reading: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+
+    @property
+    def setting(self) -> Any:
+        """As `dataset_name` takes it: a name, a list of names, or a mapping of names to weights."""
+        if self.weights and set(self.weights) != {1}:
+            return dict(zip(self.names, self.weights, strict=True))
+        return self.names[0] if len(self.names) == 1 else list(self.names)
 
 
-TRAINING = ("dataset", "datasets", "train_dataset", "train_file", "train_data", "data_path", "dataset_path")
+MIXTURE = "dataset_mixture"
+TRAINING = (
+    *("dataset", "datasets", "train_dataset", "train_file", "train_data", "data_path", "dataset_path"),
+    MIXTURE,
+)
 EVALUATION = ("eval_dataset", "val_dataset", "test_datasets", "eval_file", "validation_file", "test_file")
 
 
@@ -45,8 +59,11 @@ def training_data(key: str, value: Any, written: Written) -> Translation:
         return {}, "no effect: " + ("it is unset" if is_off(value) else "dataset_name is set too")
     joined = _join(key, _described(key, value, written))
     split = {} if joined.split is None else {"dataset_train_split": joined.split}
-    entries = {"dataset_name": _one_or_several(joined.names)} | split | joined.reading
-    return entries, written_as(entries)
+    entries = {"dataset_name": joined.setting} | split | joined.reading
+    if key == MIXTURE and not is_off(value.get("test_split_size")):
+        entries["eval_split"] = value["test_split_size"]
+    of_its_own = "; its seed has no effect: seed draws both" if key == MIXTURE and "seed" in value else ""
+    return entries, written_as(entries) + of_its_own
 
 
 def evaluation_data(key: str, value: Any, written: Written) -> Translation:
@@ -58,7 +75,7 @@ def evaluation_data(key: str, value: Any, written: Written) -> Translation:
     if is_off(value) or "eval_dataset_name" in written:
         return {}, "no effect: " + ("it is unset" if is_off(value) else "eval_dataset_name is set too")
     joined = _join(key, _described(key, value, written))
-    entries: dict[str, Any] = {"eval_dataset_name": _one_or_several(joined.names)}
+    entries: dict[str, Any] = {"eval_dataset_name": joined.setting}
     if joined.split is not None:
         entries["dataset_test_split"] = joined.split
     if trained := next((name for name in TRAINING if not is_off(written.get(name))), None):
@@ -69,11 +86,13 @@ def evaluation_data(key: str, value: Any, written: Written) -> Translation:
     return entries, written_as(entries)
 
 
-def _one_or_several(names: tuple[str, ...]) -> str | list[str]:
-    return names[0] if len(names) == 1 else list(names)
-
-
 def _described(key: str, value: Any, written: Written) -> list[DataDescription]:
+    if key == MIXTURE:
+        if not isinstance(value, Mapping) or not isinstance(value.get("datasets"), list):
+            raise ValueError(f"{key}: expected a mapping with a list `datasets`; or write dataset_name")
+        unknown = [name for name in value if name not in _OF_MIXTURE and not is_off(value[name])]
+        _refuse(key, "the mixture", unknown)
+        return [_from_block(key, item) for item in value["datasets"]]
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return [_from_block(key, item) for item in value]
     if isinstance(value, Mapping) or key in ("datasets", "test_datasets"):
@@ -98,7 +117,9 @@ def _join(key: str, described: list[DataDescription]) -> DataDescription:
                 f"{key}: {first.names[0]} and {other.names[0]} differ in {', '.join(differing)}, and one "
                 "value serves all sets of a run; write the rows in one shape, or train on one of them"
             )
-    return DataDescription(tuple(name for d in described for name in d.names), first.split, first.reading)
+    names = tuple(name for d in described for name in d.names)
+    weights = tuple(weight for d in described for weight in d.weights)
+    return DataDescription(names, first.split, first.reading, weights)
 
 
 def _refuse(
@@ -237,12 +258,17 @@ _FIELDS = {
     "message_field_content": "content",
 }
 _READ_ELSEWHERE = {"path", "type", "split", "name", "data_files", "ds_type", "chat_template"}
-_READ_ELSEWHERE |= {"message_property_mappings", "roles", "preprocess_shards", "columns"}
+_READ_ELSEWHERE |= {"message_property_mappings", "roles", "preprocess_shards", "columns", "weight"}
+_OF_MIXTURE = ("datasets", "test_split_size", "seed")
+_HANDBOOK = {"id": "path", "config": "name"}
+"""What the Alignment Handbook calls these keys."""
 _LOADERS = ("json", "csv", "parquet", "arrow")
 
 
 def _from_block(key: str, entry: Any) -> DataDescription:
-    """One item of an Axolotl `datasets:` list; TRL's mixture is written with the same keys."""
+    """One item of an Axolotl `datasets:` list; TRL's and the Alignment Handbook's look the same."""
+    if isinstance(entry, Mapping):
+        entry = {_HANDBOOK.get(str(name), str(name)): value for name, value in entry.items()}
     if not isinstance(entry, Mapping) or not entry.get("path"):
         raise ValueError(f"{key}: each set needs a path, as in `- path: pairs.jsonl`")
     path = str(entry["path"])
@@ -256,7 +282,9 @@ def _from_block(key: str, entry: Any) -> DataDescription:
         reading["dataset_config"] = str(entry["name"])
     if entry.get("chat_template") and not str(entry["chat_template"]).startswith("tokenizer_default"):
         reading["chat_template"] = entry["chat_template"]
-    return DataDescription(_block_files(key, path, entry.get("data_files")), entry.get("split"), reading)
+    files = _block_files(key, path, entry.get("data_files"))
+    weight = 1.0 if entry.get("weight") is None else float(entry["weight"])
+    return DataDescription(files, entry.get("split"), reading, (weight,) * len(files))
 
 
 def _block_files(key: str, path: str, data_files: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -22,7 +23,7 @@ from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
 from orpo.training.cautions import cautions
-from orpo.training.preflight import is_finished, summary
+from orpo.training.preflight import check_optimization, is_finished, summary
 from orpo.training.samples import FEW, SHORT, SampleWriter
 from orpo.training.trainer import ORPOTrainer
 
@@ -76,6 +77,8 @@ def train(settings: Mapping[str, Any]) -> Outcome:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if settings.get("dry_run") and settings.get("fsdp") and "RANK" not in os.environ:
+        say(f"dry run in one process: fsdp ({settings.pop('fsdp')}) is left out")
     config = ORPOConfig(**settings)
     folder = Path(str(config.output_dir))
     if is_finished(config):
@@ -88,6 +91,7 @@ def train(settings: Mapping[str, Any]) -> Outcome:
             RunDirectory(folder).log
         )  # one that cannot be continued is refused before anything is loaded
     trainer = ORPOTrainer(args=config)
+    check_optimization(trainer)
     _ask_for_samples(trainer)
     for line in [*summary(trainer), *cautions(trainer)]:
         say(line)

@@ -7,7 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import get_scheduler
+
 from orpo.data.dataset import TokenizedDataset
+from orpo.errors import ConfigError, raised_as
 from orpo.run.directory import RunDirectory
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
@@ -28,6 +32,22 @@ def is_finished(config: ORPOConfig) -> bool:
     names = (now.keys() & before.keys()) - settings_where(lambda facts: facts.resume == "free")
     refuse_changes(run.path, {name: before[name] for name in names}, {name: now[name] for name in names})
     return True
+
+
+def check_optimization(trainer: ORPOTrainer) -> None:
+    """Make the optimizer and the schedule of a single number, so that what they refuse is refused now.
+
+    Raises:
+        ConfigError: A package is missing, or a setting of either cannot be used.
+    """
+    config: Any = trainer.args
+    number = torch.nn.Parameter(torch.zeros(1, 1))
+    with raised_as(ConfigError, f"optim: {config.optim} cannot be used"):
+        kind, arguments = trainer.get_optimizer_cls_and_kwargs(config, trainer.model)
+        by_name = {"params", "model", "optimizer_dict"} & arguments.keys()
+        made = torch.optim.SGD([number]) if by_name else kind([number], **arguments)
+    with raised_as(ConfigError, f"lr_scheduler_type: {config.lr_scheduler_type} cannot be used"):
+        get_scheduler(config.lr_scheduler_type, made, 1, 10, dict(config.lr_scheduler_kwargs or {}))
 
 
 def summary(trainer: ORPOTrainer) -> list[str]:

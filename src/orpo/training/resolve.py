@@ -14,11 +14,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.named_templates import tokens_to_add
 from orpo.data.show import first_pair_lines
-from orpo.data.source import ReadPairs, SavedTemplate, TrainingData, read_training
+from orpo.data.source import SavedTemplate, TrainingData, read_training
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError
+from orpo.evaluation.per_pair import evaluated_metrics
 from orpo.run.directory import RunDirectory
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where
@@ -162,9 +163,10 @@ def read_for_training(
 def opening_lines(args: ORPOConfig, data: TrainingData, processing_class: Any) -> list[str]:
     """What a run says first: how settings and rows were understood, and the first pair as it trains."""
     lines = [*args.notices, *data.lines()]
-    if isinstance(data.train, ReadPairs) and data.train.counts is not None:
+    head = data.train_head
+    if head is not None and head.counts is not None:
         width = shutil.get_terminal_size((100, 24)).columns
-        lines += first_pair_lines(data.train.pairs[0], text_tokenizer(processing_class), width)
+        lines += first_pair_lines(head.pairs[0], text_tokenizer(processing_class), width)
     return lines
 
 
@@ -179,8 +181,17 @@ def keep_template(template: SavedTemplate, processing_class: Any, model: Any) ->
         stop_at(end_token, tokenizer, model)
 
 
-def settle_evaluation(args: ORPOConfig, set_names: Sequence[str]) -> None:
-    """Turn evaluation on where it was left open and there is data, and off where there is none."""
+def settle_evaluation(args: ORPOConfig, set_names: Sequence[str], *, has_own_metrics: bool = False) -> None:
+    """Turn evaluation on where it was left open and there is data, and off where there is none.
+
+    Args:
+        args: The settings; what was left open is filled in.
+        set_names: Of the evaluation sets.
+        has_own_metrics: Whether the user computes metrics, whose names show only then.
+
+    Raises:
+        ConfigError: Evaluation is asked for without data, or by a metric that there is not.
+    """
     if set_names:
         args.evaluate_by_default()
     elif args.eval_strategy != IntervalStrategy.NO:
@@ -193,6 +204,22 @@ def settle_evaluation(args: ORPOConfig, set_names: Sequence[str]) -> None:
         args.notices.append(
             f"the best checkpoint is chosen by {args.metric_for_best_model}; see metric_for_best_model"
         )
+    if args.load_best_model_at_end and args.metric_for_best_model is not None:
+        _settle_best(args, set_names, has_own_metrics)
+
+
+def _settle_best(args: ORPOConfig, set_names: Sequence[str], has_own_metrics: bool) -> None:
+    """Check the metric that checkpoints are chosen by, and fill in which way it gets better."""
+    chosen_by = str(args.metric_for_best_model)
+    known = {flat_name(metric.name, name): metric for name in set_names for metric in evaluated_metrics()}
+    metric = known.get(chosen_by) or known.get(flat_name(chosen_by))
+    if metric is None:
+        if not has_own_metrics:
+            raise ConfigError(f"metric_for_best_model: {chosen_by!r} is none of {', '.join(known)}")
+    elif metric.better == 0:
+        raise ConfigError(f"metric_for_best_model: neither more nor less of {chosen_by!r} is better")
+    elif args.better_is_open:  # transformers goes by whether a name ends in "loss"
+        args.greater_is_better = metric.better > 0
 
 
 def unused(**given: Any) -> list[str]:

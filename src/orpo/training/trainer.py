@@ -58,7 +58,7 @@ from orpo.engine.steps import (
     step_loader,
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
-from orpo.errors import ConfigError, DataError, RunError, first_line
+from orpo.errors import ConfigError, DataError, RunError, first_line, raised_as
 from orpo.evaluation.per_pair import PairResults
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
@@ -173,7 +173,7 @@ class ORPOTrainer(Trainer):
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
         args.text_rows = data.text_rows or args.text_rows
-        settle_evaluation(args, list(data.evals))
+        settle_evaluation(args, list(data.evals), has_own_metrics=compute_metrics is not None)
         settle_cadence(args, data, loaded)
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
@@ -183,17 +183,18 @@ class ORPOTrainer(Trainer):
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
         self._printed: set[str] = set()
-        super().__init__(
-            model=loaded,
-            args=args,
-            train_dataset=data.train_pairs,
-            eval_dataset=data.eval_pairs,
-            processing_class=tokenizer,
-            model_init=model_init,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with raised_as(ConfigError, "the run cannot be set up"):
+            super().__init__(
+                model=loaded,
+                args=args,
+                train_dataset=data.train_pairs,
+                eval_dataset=data.eval_pairs,
+                processing_class=tokenizer,
+                model_init=model_init,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
         self.recorder = self._add_callbacks(data)
@@ -668,6 +669,14 @@ class ORPOTrainer(Trainer):
                 )
             finally:
                 self._progress.close()
+                self._say_what_streamed()
+
+    def _say_what_streamed(self) -> None:
+        """What became of the rows of a stream, which only now are counted."""
+        stream = self.train_dataset
+        if isinstance(stream, TokenizedStream) and stream.counts.total and self.args.should_log:
+            for line in stream.counts.lines():
+                say(f"train, all that was streamed: {line}")
 
     def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
         if not resume:
