@@ -67,7 +67,7 @@ def obvious_odds_share(pairs, beta):
     """One pair at a time, with a doubt of 0.5 everywhere (tests/test_verdict.py has it from autograd)."""
     both = [p for p in pairs if p[4]]
     if not both:
-        return None
+        return 0
     slopes = [sum(1 / max(-math.expm1(side), 1e-6) for side in p[:2]) for p in both]
     deltas = [1 / (1 + math.exp(odds(p[0]) - odds(p[1]))) for p in both]
     odds_term = beta * sum(0.5 * a * b for a, b in zip(slopes, deltas, strict=True)) / len(both)
@@ -84,7 +84,7 @@ def test_window_means_do_not_depend_on_micro_batches(pairs, size):
     means = window.close(lambda sums: sums)
     assert means.pop("loss") == 3.0 and means.pop("tokens") == 10
     assert means.pop("prompt_share") == 0.0
-    assert means.pop("odds_share", None) == pytest.approx(obvious_odds_share(pairs, beta=0.1), rel=1e-3)
+    assert means.pop("odds_share", 0) == pytest.approx(obvious_odds_share(pairs, beta=0.1), rel=1e-3)
     assert means == pytest.approx(obvious(pairs), rel=1e-3, abs=1e-4)
 
 

@@ -85,6 +85,14 @@ def test_figures_that_contradict_each_other_give_no_verdict():
     assert kind == "nothing" and "contradict" in said
 
 
+def test_a_model_that_is_only_surer_has_learned_no_preference():
+    """Margins of both signs grow by 70 %: their mean rises, the odds-ratio loss does not fall."""
+    chosen = torch.full((100,), -30.0, dtype=torch.float64)  # where log odds are the log-probs
+    margins = 0.3 + noise(100, 1.0, 5)
+    kind, said = verdict(results(chosen, chosen - margins), results(chosen, chosen - 1.7 * margins))
+    assert kind == "nothing" and said.startswith("Surer, but no better: "), said
+
+
 def test_supervised_fine_tuning_is_judged_by_its_loss():
     raised = results(BEFORE[0] + 0.6, BEFORE[1] + 0.9)
     assert verdict(results(*BEFORE), raised, beta=0.0)[0] == "learned"

@@ -2,7 +2,8 @@
 
 The rule (docs/metrics.md has it in words): a change counts if it is measurable, by its own error over
 prompts, and not smaller than `SMALLEST`. The log odds ratio carries the verdict, since training pushes it and
-every pair moves it; accuracy decides where the log odds ratio says nothing, and can contradict it. A loss
+every pair moves it; but a model that is merely surer of what it was right and wrong about raises it too, so
+the odds-ratio loss has to fall with it. Accuracy decides where these say nothing, and can contradict. A loss
 that rises can only be made up for by pairs that are told apart better while the chosen answers stay as
 likely.
 """
@@ -27,6 +28,7 @@ Kind = Literal["learned", "nothing", "worse", "unknown"]
 
 SMALLEST = {
     "log_odds_ratio": 0.05,
+    "odds_ratio_loss": 0.02,
     "accuracy": 0.01,
     "loss": 0.05,
     "chosen_logprob": 0.05,
@@ -170,8 +172,15 @@ def judge(change: Change, *, by_preference: bool) -> Kind:
         return "worse"
     if odds * accuracy < 0:
         return "nothing"
+    if _is_only_surer(change):
+        odds = 0
     preference = odds or accuracy
     return "learned" if preference > 0 else "worse" if preference < 0 else "nothing"
+
+
+def _is_only_surer(change: Change) -> bool:
+    """Whether the log odds ratio rose because right and wrong orders both became more marked."""
+    return change.direction("log_odds_ratio") > 0 and change.direction("odds_ratio_loss") >= 0
 
 
 def is_by_preference(change: Change, objective: Objective) -> bool:
@@ -200,6 +209,9 @@ def _nothing(change: Change, opening: str, pairs: str, figures: str) -> str:
     odds = change.change["log_odds_ratio"]
     if change.direction("log_odds_ratio") * change.direction("accuracy") < 0:
         return f"No verdict: the figures contradict each other; {figures}."
+    if _is_only_surer(change):
+        loss = _by("odds_ratio_loss", change)
+        return f"Surer, but no better: {figures}; the odds-ratio loss changed by {loss}."
     seen = visible(odds, change.num_prompts)
     if seen is None:
         return f"No verdict: {pairs} cannot tell; {figures}."
@@ -357,7 +369,7 @@ def _advice(kind: Kind, change: Change, objective: Objective, run: Run) -> list[
     if _hardly_moved(change):
         return [f"learning_rate: {rate * 10:.1g} (at {rate:g} the model hardly moved)"] if rate else []
     lines += share_advice(objective, run.training_means())
-    if change.pairs_needed is not None:
+    if change.pairs_needed is not None and change.direction("log_odds_ratio") == 0:
         lines.append(f"more held-out pairs (about {_round(change.pairs_needed)}), or more pairs to train on")
     return lines
 
