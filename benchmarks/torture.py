@@ -91,6 +91,7 @@ def _be_the_command(words: Sequence[str], folder: Path, output: Path) -> None:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", errors="replace"), os.fdopen(2, "w", errors="replace")
         from orpo.cli import main
 
         try:

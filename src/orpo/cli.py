@@ -18,6 +18,7 @@ from orpo.errors import OrpoError, RunError
 
 _EPILOG = """examples:
   orpo demo
+  orpo data inspect pairs.jsonl --model M
   orpo data show pairs.jsonl --model M
   orpo train recipe.yaml --learning_rate 1e-5
   orpo train --model_name_or_path M --dataset_name pairs.jsonl --output_dir runs/first
