@@ -27,7 +27,7 @@ from orpo.run.checkpoints import (
 from orpo.training.resuming import check_changes
 from orpo.training.stopping import StopSignal
 
-CLOCKS = ("seconds", "tokens_per_second")
+CLOCKS = ("seconds", "tokens_per_second", "peak_memory")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "optim": "adamw_torch"}
 
 

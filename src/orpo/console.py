@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 
 
 def say(line: str, *, error: bool = False) -> None:
     """Print a line, on stdout or as an error on stderr, from the first process of a run only."""
     if _rank() == 0:
         print(_printable(line), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def say_item(name: str, text: str) -> None:
+    """Print a short name and a text beside it, broken between words on a terminal, on one line elsewhere."""
+    indent = 11
+    line = f"{name:<{indent}}{text}"
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns, 40)
+        line = textwrap.fill(
+            line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+    say(line)
 
 
 def say_error(error: BaseException, *, everywhere: bool = False) -> None:

@@ -16,13 +16,15 @@ import yaml
 
 from orpo.errors import DataError
 from orpo.run.disk import replace_text
-from orpo.run.log import Record, read_records, read_text
+from orpo.run.log import Figure, Record, read_records, read_text
 
 RECIPE = "recipe.yaml"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _EVALUATION = "eval-{}.json"
-_RESULTS = (_EVALUATION.format("*"),)
+_EVALUATED_PAIRS = "eval-{}.jsonl"
+_STEP_RESULTS = "pairs-step-{}.jsonl"
+_RESULTS = (_EVALUATION.format("*"), _EVALUATED_PAIRS.format("*"), _STEP_RESULTS.format("*"))
 _MODEL = (
     MODEL_CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
     "adapter_model*", "generation_config.json", "tokenizer*", "special_tokens_map.json",
@@ -108,6 +110,21 @@ class RunDirectory:
         """What `orpo eval` found on one data set."""
         return self.path / _EVALUATION.format(name)
 
+    def evaluated_pairs(self, name: str) -> Path:
+        """The same pair by pair."""
+        return self.path / _EVALUATED_PAIRS.format(name)
+
+    def step_results(self, step: int) -> Path:
+        """What the run's evaluation at a step found, pair by pair."""
+        return self.path / _STEP_RESULTS.format(step)
+
+    def steps_with_results(self) -> list[int]:
+        """The steps whose evaluation is kept pair by pair, in order."""
+        start, _, end = _STEP_RESULTS.partition("{}")
+        names = (path.name for path in self.path.glob(_STEP_RESULTS.format("*")))
+        steps = (name.removeprefix(start).removesuffix(end) for name in names)
+        return sorted(int(step) for step in steps if step.isdecimal())
+
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of one step."""
         return self.path / f"checkpoint-{step}"
@@ -158,8 +175,9 @@ class RunDirectory:
 
     def forget_results(self) -> None:
         """Delete what was found out about the model that was here before."""
-        for stale in (self.page_request, *self.path.glob(_EVALUATION.format("*"))):
-            stale.unlink(missing_ok=True)
+        for name in (_EVALUATION, _EVALUATED_PAIRS, _STEP_RESULTS, self.page_request.name):
+            for stale in self.path.glob(name.format("*")):
+                stale.unlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +219,36 @@ class Run:
     def final_evaluation(self, set_name: str) -> Record | None:
         """The evaluation of the weights that the run ends with; of an unfinished run, the last one."""
         records = list(self._evaluations(set_name))
-        saved = [record.model_step for record in self.records if record.kind == "saved"]
-        final = [record for record in records if saved and record.step == saved[-1]]
+        final = [record for record in records if record.step == self.model_step]
         return next(reversed(final or records), None)
+
+    def evaluation_at(self, set_name: str, step: int) -> Record | None:
+        """The newest evaluation of a set at a step."""
+        found = [record for record in self._evaluations(set_name) if record.step == step]
+        return found[-1] if found else None
+
+    @property
+    def model_step(self) -> int | None:
+        """The step whose weights the directory holds, 0 for those before training; None while unfinished."""
+        saved = (record.model_step for record in reversed(self.records) if record.kind == "saved")
+        return next(saved, None)
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps made so far."""
+        return max((record.step for record in self.records), default=0)
+
+    def training_means(self) -> dict[str, Figure]:
+        """What was measured while training, averaged over the log's lines, each with the steps it covers."""
+        sums: dict[str, list[float]] = {}
+        before = 0
+        for record in self._training():
+            steps, before = record.step - before, record.step
+            for name, figure in record.metrics.items():
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += steps * figure.mean
+                total[1] += steps
+        return {name: Figure(total / steps) for name, (total, steps) in sums.items() if steps > 0}
 
     def series(self, metric: str, set_name: str | None = None) -> list[tuple[int, float, float | None]]:
         """Step, mean and standard error of a metric wherever it was measured.

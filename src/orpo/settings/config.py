@@ -231,13 +231,20 @@ class OrpoSettings:
     early_stopping_patience: int | None = setting(
         None, "Stop after this many evaluations without improvement.", at_least=1, resume="free"
     )
-    num_samples: int = setting(
-        0, "Answers generated from held-out prompts at each evaluation.", at_least=0, resume="free"
+    num_samples: int | None = setting(
+        None,
+        "Answers generated from held-out prompts at each evaluation. Unset: `orpo train` generates 3 short "
+        "ones before and after training.",
+        at_least=0,
+        resume="free",
     )
     max_completion_length: int | None = setting(
         None, "Tokens of a generated sample.", at_least=1, resume="free"
     )
     generate_during_eval: bool = setting(False, "Same as num_samples: 4.", resume="free")
+    fail_if_worse: bool = setting(
+        True, "Exit with status 3 where the result is worse than its base on held-out pairs.", resume="free"
+    )
     dry_run: bool = setting(
         False, "Check recipe, data and model, print the plan, stop.", resume="free", in_recipe="never"
     )

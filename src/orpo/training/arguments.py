@@ -69,7 +69,7 @@ class _Arguments(OrpoSettings, TrainingArguments):
             for key, default in ((f.name, f.default) for f in dataclasses.fields(self))
             if key in NO_EFFECT and default is None and getattr(self, key) is not None
         ]
-        if self.generate_during_eval and self.num_samples == 0:
+        if self.generate_during_eval and not self.num_samples:
             self.num_samples = 4
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True  # else torchrun would start independent runs, each with the whole data

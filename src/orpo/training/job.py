@@ -8,13 +8,14 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers.utils import logging
 
 from orpo.console import say
+from orpo.evaluation.verdict import Verdict, judge_run
 from orpo.report.page import write_report
 from orpo.run.card import data_names
 from orpo.run.checkpoints import last_checkpoint
@@ -24,9 +25,14 @@ from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
+from orpo.training.cautions import cautions
 from orpo.training.preflight import check_optimization, is_finished, summary
 from orpo.training.resuming import first_rank_decides
+from orpo.training.samples import FEW, SHORT, SampleWriter
 from orpo.training.trainer import ORPOTrainer
+
+WORSE = 3
+"""Exit status where the result is worse than its base."""
 
 Ending = Literal["trained", "stopped", "was finished", "dry run"]
 
@@ -39,9 +45,11 @@ class Outcome:
         ending: `trained` to the end; `stopped` by a signal, with a checkpoint; `was finished` before; or a
             `dry run`.
         folder: The run directory.
-        exit_status: For a shell: 0, or 128 and the number of the signal.
+        exit_status: For a shell: 0; 3 where the result is worse than its base; 128 and the number of the
+            signal.
         run: What the directory holds now, where training has ended, on the first rank.
         page: The report, where it was written.
+        verdict: Whether training worked, where it has ended, on the first rank.
     """
 
     ending: Ending
@@ -49,6 +57,7 @@ class Outcome:
     exit_status: int = 0
     run: Run | None = None
     page: Path | None = None
+    verdict: Verdict | None = None
 
 
 def train(settings: Mapping[str, Any]) -> Outcome:
@@ -82,7 +91,7 @@ def train(settings: Mapping[str, Any]) -> Outcome:
         say(f"{folder} already holds a finished run of this recipe; set another output_dir to train again")
         if config.process_index == 0 and not (config.dry_run or RunDirectory(folder).page.exists()):
             write_report(folder)
-        return Outcome("was finished", folder)
+        return _outcome("was finished", config)
     if config.dry_run:
         return _dry_run(config, folder)
     with ExitStack() as stack:
@@ -93,7 +102,8 @@ def train(settings: Mapping[str, Any]) -> Outcome:
 def _checked_trainer(config: ORPOConfig) -> ORPOTrainer:
     trainer = ORPOTrainer(args=config)
     check_optimization(trainer)
-    for line in summary(trainer):
+    _ask_for_samples(trainer)
+    for line in [*summary(trainer), *cautions(trainer)]:
         say(line)
     return trainer
 
@@ -133,7 +143,22 @@ def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcom
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return Outcome("trained", folder)
-    return Outcome("trained", folder, run=read_run(folder), page=write_report(folder))
+    return replace(_outcome("trained", trainer.args), page=write_report(folder))
+
+
+def _outcome(ending: Ending, config: ORPOConfig) -> Outcome:
+    """What a finished run directory holds, and what is to be thought of it."""
+    folder = Path(str(config.output_dir))
+    run = read_run(folder)
+    verdict = judge_run(folder, run)
+    failed = verdict.kind == "worse" and config.fail_if_worse
+    return Outcome(ending, folder, WORSE if failed else 0, run=run, verdict=verdict)
+
+
+def _ask_for_samples(trainer: ORPOTrainer) -> None:
+    """Have a few prompts answered before and after, where the recipe says nothing of samples."""
+    if trainer.args.num_samples is None and trainer.args.eval_on_start:
+        trainer.add_callback(SampleWriter(trainer, FEW, longest=SHORT, at_ends=True))
 
 
 def _checkpoint(config: ORPOConfig) -> str | None:

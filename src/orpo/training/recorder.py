@@ -1,6 +1,8 @@
 """What a run leaves in its directory besides weights: recipe, environment, data report, and its log."""
 
 import platform
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -55,7 +57,7 @@ class Recorder(TrainerCallback):
             write_records(self.run.log, kept)
         self.run.write_recipe(self.recipe)
         write_json(self.run.data_report, self.data_report)
-        write_json(self.run.environment, environment(args))
+        write_json(self.run.environment, environment(args) | {"steps": state.max_steps})
         if state.global_step == 0:
             self.run.forget_results()
         self._started = time.perf_counter() - (kept[-1].seconds if kept else 0.0)
@@ -105,6 +107,14 @@ class Recorder(TrainerCallback):
         self.newest = record
         if self._writes:
             append_record(self.run.log, record)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory that this process has held so far, in GiB: on its GPU where it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def environment(args: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from orpo.engine.loading import load_model, load_tokenizer
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError
-from orpo.evaluation.preferences import evaluated_metrics
+from orpo.evaluation.per_pair import evaluated_metrics
 from orpo.run.checkpoints import earlier_recipe
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where

@@ -7,7 +7,7 @@ over examples, keep a run resumable, and stop before a loss that is not a number
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from transformers.trainer_utils import (
 )
 
 from orpo.console import say
-from orpo.data.dataset import TokenizedDataset, prompt_index
+from orpo.data.dataset import TokenizedDataset
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
 from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import Denominators, PairScores
@@ -59,7 +59,7 @@ from orpo.engine.steps import (
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.errors import ConfigError, DataError, RunError, first_line, raised_as
-from orpo.evaluation.preferences import summarise
+from orpo.evaluation.per_pair import PairResults
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
     checkpoint_problem,
@@ -77,9 +77,11 @@ from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import Objective
 from orpo.training.arguments import ORPOConfig
+from orpo.training.cadence import settle_cadence
 from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
+from orpo.training.pair_log import PairLog
 from orpo.training.progress import Progress, Stopwatch
-from orpo.training.recorder import Recorder
+from orpo.training.recorder import Recorder, peak_memory
 from orpo.training.resolve import (
     add_template_tokens,
     check_model,
@@ -174,6 +176,7 @@ class ORPOTrainer(InterruptibleTrainer):
             raise DataError("there is no train_dataset, and `args` names none")
         args.text_rows = data.text_rows or args.text_rows
         settle_evaluation(args, list(data.evals), has_own_metrics=compute_metrics is not None)
+        settle_cadence(args, data, loaded)
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
@@ -216,16 +219,18 @@ class ORPOTrainer(InterruptibleTrainer):
             str(self.args.output_dir), self._recipe, data.to_json(), writes=self.is_world_process_zero()
         )
         self.add_callback(recorder)
-        self._progress = Progress(recorder, bar=not self.args.disable_tqdm)
-        self.add_callback(self._progress)
-        if self.args.num_samples > 0 and self.eval_dataset is not None:
-            self.add_callback(SampleWriter(self))
+        self._pair_log = PairLog(str(self.args.output_dir), writes=self.is_world_process_zero())
+        self.add_callback(self._pair_log)
+        if self.args.num_samples and self.eval_dataset is not None:
+            self.add_callback(SampleWriter(self, self.args.num_samples))
         if self.args.early_stopping_patience is not None:
             if self.args.eval_strategy == IntervalStrategy.NO:
                 raise ConfigError(
                     "early_stopping_patience: there is no evaluation; set eval_strategy and give data"
                 )
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        self._progress = Progress(recorder, bar=not self.args.disable_tqdm)
+        self.add_callback(self._progress)  # last, so that its clock sees what the others take
         return recorder
 
     def _preparation(self) -> Preparation:
@@ -455,7 +460,7 @@ class ORPOTrainer(InterruptibleTrainer):
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
         self.accelerator.backward(scaled, **deepspeed)
         if not batch.empty:
-            self.window.add_pairs(output.pairs)
+            self.window.add_pairs(output.pairs, batch.num_context_tokens)
         if output.router_loss is not None:
             self._router_loss += output.router_loss
         loss_share: Tensor = output.loss.detach()
@@ -510,8 +515,8 @@ class ORPOTrainer(InterruptibleTrainer):
         of_training = self._evaluated_set is None and "train_runtime" not in logs
         if of_training and "loss" in logs:
             means = self.window.close(self._reduce)
-            means["tokens_per_second"] = means.pop("tokens") / self.stopwatch.restart()
-            logs |= means
+            means["tokens_per_second"] = means["tokens"] / self.stopwatch.restart()
+            logs |= means | {"peak_memory": peak_memory(self.args.device)}
         if of_training:
             figures = {name: Figure(value) for name, value in logs.items() if is_number(value)}
             self.recorder.trained(self.state.global_step, self.state.epoch or 0.0, figures)
@@ -543,6 +548,21 @@ class ORPOTrainer(InterruptibleTrainer):
         name = given if isinstance(given, str) else "" if eval_dataset is None else GIVEN_ROWS
         return self._evaluate_set(name, given, metric_key_prefix)
 
+    @property
+    def _own_sets(self) -> Collection[str]:
+        """Names of the run's evaluation sets."""
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Evaluate while training; what is there at step 0 may turn out to be the best checkpoint."""
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.state.global_step == 0 and self.args.load_best_model_at_end:
+            self._determine_best_metric(metrics=metrics, trial=trial)
+            self._save_checkpoint(self.model_wrapped, trial)
+        return metrics
+
     def _evaluate_set(self, name: str, rows: Any, prefix: str) -> dict[str, float]:
         self._evaluated_set = name
         try:
@@ -562,7 +582,8 @@ class ORPOTrainer(InterruptibleTrainer):
         with self.stopwatch.paused():
             scores = self._score(dataloader)
         pairs: Any = dataloader.dataset
-        figures = summarise(scores, self.objective, torch.from_numpy(prompt_index(pairs.pairs)))
+        results = PairResults.of(scores, pairs.pairs)
+        figures = dict(results.figures(self.objective))
         ours = {name: figure.mean for name, figure in figures.items()}
         chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
         rejected = np.where(scores.has_rejected_P.numpy(), rejected, np.nan)
@@ -574,6 +595,8 @@ class ORPOTrainer(InterruptibleTrainer):
         if self._evaluated_set is not None:
             epoch = self.state.epoch or 0.0
             self.recorder.evaluated(self.state.global_step, epoch, self._evaluated_set, len(chosen), figures)
+            if self._evaluated_set in self._own_sets:
+                self._pair_log.evaluated(self.args, self.state, self._evaluated_set, results)
         named = {f"{metric_key_prefix}_{name}": value for name, value in custom.items()}
         for name, value in trl_names(ours, self.objective.beta).items():
             named.setdefault(f"{metric_key_prefix}_{name}", value)
@@ -608,14 +631,17 @@ class ORPOTrainer(InterruptibleTrainer):
         self.callback_handler.eval_dataloader = dataloader
         copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
 
+        total = self.num_examples(dataloader)
+
         def advance(num_pairs: int) -> None:
             self.cut_off()
+            self._progress.scored(num_pairs * self._num_ranks, total)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         return score(
             self._model_for_evaluation(),
             (item["step"] for item in dataloader),
-            self.num_examples(dataloader),
+            total,
             device=self.args.device,
             precision=self.accelerator.autocast,
             reduce=lambda table: self._reduce(table) / copies,
@@ -789,8 +815,7 @@ class ORPOTrainer(InterruptibleTrainer):
 
     def is_evaluated(self) -> bool:
         """Whether the weights that the model has were evaluated."""
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]
-        name = flat_name("loss", next(iter(sets)))
+        name = flat_name("loss", next(iter(self._own_sets)))
         return any(line.get("step") == self.model_step and name in line for line in self.state.log_history)
 
     def create_model_card(self, *args: Any, output_dir: str | None = None, **kwargs: Any) -> None:
