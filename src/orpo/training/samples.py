@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
+from orpo.engine.stop_tokens import stop_token_ids
+from orpo.evaluation.decoding import Decoding, decode
+from orpo.evaluation.generation import pad_id
 from orpo.run.directory import RunDirectory, read_json, write_json
 
 DEFAULT_LENGTH = 128
@@ -60,24 +62,16 @@ class SampleWriter(TrainerCallback):
         text: str = self.trainer.processing_class.decode(tokens, skip_special_tokens=True)
         return text
 
-    @torch.no_grad()
     def _generate(self, prompts: list[list[int]], args: Any) -> list[list[int]]:
         tokenizer, model = self.trainer.processing_class, self.trainer.model
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=args.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(ids)
+        decoding = Decoding(
+            max_tokens=args.max_completion_length or DEFAULT_LENGTH,
+            ends=stop_token_ids(model),
+            pad=pad_id(tokenizer),
+        )
         model.eval()
         with self.trainer.stopwatch.paused(), self.trainer.accelerator.autocast():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=args.max_completion_length or DEFAULT_LENGTH,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-        # By number of tokens, never by the text of the prompt, which loses its special tokens when decoded.
-        return [sequence[width:].tolist() for sequence in output]
+            return decode(model, prompts, decoding)
 
 
 def _step(name: str) -> int:
