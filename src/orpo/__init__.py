@@ -1,6 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `ChatModel`, `write_report`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `generate`, `ChatModel`,
+`write_report`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orpo.evaluation.answering import generate
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
     from orpo.report.page import write_report
@@ -26,6 +28,7 @@ __all__ = [
     "ORPOTrainer",
     "__version__",
     "evaluate",
+    "generate",
     "load_recipe",
     "train",
     "write_report",
@@ -36,6 +39,7 @@ _WHERE = {
     "ORPOConfig": "orpo.training.arguments",
     "ORPOTrainer": "orpo.training.trainer",
     "evaluate": "orpo.evaluation.preferences",
+    "generate": "orpo.evaluation.answering",
     "load_recipe": "orpo.settings.recipe",
     "train": "orpo.training.job",
     "write_report": "orpo.report.page",

@@ -149,8 +149,9 @@ class ChatModel:
         tokenizer = load_tokenizer(model_folder(name), trust_remote_code=settings.trust_remote_code)
         if run_recipe(name).get("text_rows") == "plain":
             tokenizer.chat_template = None  # it never saw one
+        arguments: Any = settings.chat_template_kwargs
         template = chat_template or settings.chat_template
-        return cls(name, load_trained(name, settings), tokenizer, template, settings.chat_template_kwargs)
+        return cls(name, load_trained(name, settings), tokenizer, template, arguments)
 
     def answer(
         self, text: str, sampling: Sampling, *, system: str | None = None, stream: bool = False
@@ -193,8 +194,8 @@ class ChatModel:
 
     def _tokens(self, turns: Sequence[Message]) -> list[int]:
         if self.template is None:
-            return self.token_ids(str(turns[-1]["content"]))
-        return self.token_ids(self.prompt(turns))
+            return self.token_ids(str(turns[-1]["content"]), plain=True)
+        return self.token_ids(self.prompt(turns), plain=False)
 
     def prompt(
         self,
@@ -222,19 +223,19 @@ class ChatModel:
         except Exception as error:  # a template is a program, and says no in any way it likes
             raise ConfigError(f"the chat template refuses the conversation ({first_line(error)})") from error
 
-    def token_ids(self, text: str) -> list[int]:
-        """The tokens of what `prompt` has written or, without a template, of a text to continue."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=self.template is None)["input_ids"]
+    def token_ids(self, text: str, *, plain: bool) -> list[int]:
+        """The tokens of what `prompt` has written or, if `plain`, of a text to continue."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=plain)["input_ids"]
         return ids
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of an answer; a continuation keeps the blanks around it."""
+        """The text of an answer, without special tokens, with the blanks around it."""
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text if self.template is None else text.strip()
+        return text
 
     @property
     def max_context(self) -> int | None:
-        """Tokens of a prompt and its answer that the model can read; None where its configuration is silent."""
+        """Tokens of prompt and answer that the model can read; None where its configuration is silent."""
         config: Any = base_model(self.model).config
         most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         return most
@@ -253,9 +254,7 @@ class ChatModel:
         )
 
     def _generate(self, ids: Sequence[int], sampling: Sampling, stream: bool) -> str:
-        streamer = (
-            _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        )
+        streamer = _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         (tokens,) = decode(self.model, [ids], self.decoding(sampling), [sampling.seed], streamer)
         return self.text(tokens).strip()
 
