@@ -25,6 +25,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     out = "FILE.jsonl, an answer a line, or FILE.json, the list that AlpacaEval reads"
     parser.add_argument("--out", required=True, metavar="FILE", help=out)
     parser.add_argument("--split", help="split of a folder or a hub data set (default: test)")
+    system = "system turn for conversations that have none"
+    parser.add_argument("--system", metavar="TEXT", help=system)
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     add_sampling(parser, temperature=0.0, samples=1)
     add_endpoint(parser)
     parser.set_defaults(run=run, takes_settings=True)

@@ -32,8 +32,6 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, samples
     longest = "longest answer, in tokens (default 512)"
     group.add_argument("--max_tokens", "--max-tokens", type=int, default=512, metavar="N", help=longest)
     group.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
-    group.add_argument("--system", metavar="TEXT", help="system turn for conversations that have none")
-    group.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     most = "prompts answered at once (default: as many as memory has room for)"
     group.add_argument("--batch_size", "--batch-size", type=int, metavar="N", help=most)
 

@@ -55,11 +55,13 @@ class Asked:
 
     Attributes:
         answers: In the order of the prompts, samples of one prompt together.
+        by_prompt: The same for each prompt, fewer than were asked for where some have failed.
         failures: Source of each prompt without an answer, and why.
         num_known: Answers that were there before.
     """
 
     answers: Sequence[Answer]
+    by_prompt: Sequence[Sequence[Answer]]
     failures: Sequence[tuple[str, str]] = ()
     num_known: int = 0
 
@@ -163,7 +165,9 @@ def ask(
     answers = [found[key] for key in wanted if key in found]
     if answers and (missing or answers != known):
         file.finish(answers)
-    return Asked(answers=answers, failures=list(failures.items()), num_known=num_known)
+    keys = [[_key(text, number) for number in range(samples)] for _, text in prepared]
+    by_prompt = [[found[key] for key in ours if key in found] for ours in keys]
+    return Asked(answers=answers, by_prompt=by_prompt, failures=list(failures.items()), num_known=num_known)
 
 
 def check_samples(samples: int, sampling: Sampling) -> None:
@@ -273,6 +277,7 @@ def generate(  # noqa: PLR0913 - one argument for each option of the command
         say(f"{got.num_known} answers were in {file.path} already")
     return Generated(
         answers=got.answers,
+        by_prompt=got.by_prompt,
         failures=got.failures,
         num_known=got.num_known,
         summary=summarise(got.answers) if got.answers else None,

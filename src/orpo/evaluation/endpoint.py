@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol (vLLM, `transformers serve`, llama.cpp, Ollama) as a source of answers.
+"""A server that speaks OpenAI's protocol as a source of answers: vLLM, llama.cpp, Ollama and others.
 
 Requests run side by side, a bounded number at a time. What may pass (429, 5xx, a lost connection) is tried
 again after a pause that grows; what will not (a wrong key, an unknown model) ends the run; a prompt the

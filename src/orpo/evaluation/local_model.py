@@ -1,4 +1,4 @@
-"""A model on this machine that answers many prompts: in batches of like lengths, as large as memory has room."""
+"""A model on this machine that answers many prompts, in batches of like lengths that fit into memory."""
 
 from __future__ import annotations
 
