@@ -15,11 +15,11 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Answer prompts with the model of a run directory, with any model or adapter, or with a "
         "server that speaks OpenAI's protocol. Answers are written as they come, in the format of "
         "AlpacaEval's model_outputs; the same command goes on where it was stopped.",
-        epilog="Any setting of a recipe is accepted too: --dtype bfloat16, --text_rows plain, ...",
+        usage="orpo generate [MODEL] --prompts F --out FILE [options]",
+        epilog="MODEL is a run directory, a model or adapter folder, or a hub name. "
+        "Any setting of a recipe is accepted too: --dtype bfloat16, --text_rows plain, ...",
         allow_abbrev=False,
     )
-    names = "run directory, model or adapter folder, or hub name"
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=names)
     prompts = "lines of text (.txt), rows with prompt, instruction, question or messages, or pairs"
     parser.add_argument("--prompts", required=True, metavar="F", help=prompts)
     out = "FILE.jsonl, an answer a line, or FILE.json, the list that AlpacaEval reads"
@@ -37,12 +37,15 @@ def run(args: argparse.Namespace) -> int:
     """Answer, write, print what the answers look like."""
     from orpo.settings.recipe import load_recipe
 
-    settings = load_recipe(overrides=args.settings).settings
+    # Not a positional argument: where a server answers, the value of some setting would be taken for it.
+    given = list(args.settings)
+    model = given.pop(0) if given and not given[0].startswith("-") else None
+    settings = load_recipe(overrides=given).settings
     from orpo.evaluation.answering import generate
 
     with progress() as shown:
         result = generate(
-            args.model,
+            model,
             args.prompts,
             args.out,
             samples=args.samples,

@@ -188,6 +188,8 @@ def make_pairs(  # noqa: PLR0913 - one argument for each group of options of the
     got = ask(
         answerer, list(prompts.values()), file, sampling=sampling, samples=own.samples, progress=progress
     )
+    for notice in got.notices():
+        say(notice)
     answers = dict(zip(prompts, got.by_prompt, strict=True))
     rows, counted = _join(pairs, chosen, answers, own, sampling)
     if not rows:
@@ -324,7 +326,7 @@ configs:
 ---
 # Preference pairs with rejected answers of a model's own
 
-{number} pairs, written by `orpo data pairs`. The column `{provenance}` says of each pair which row it comes from
+{number} pairs, written by `orpo data pairs`. The column `{provenance}` says of each pair which row it is from
 and how its rejected answer was made. `{answers}` holds all answers, also those that were not chosen.
 """
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--endpoint_model", "--endpoint-model", metavar="NAME", help=only)
     key = "environment variable that holds the key (default OPENAI_API_KEY)"
     group.add_argument("--api_key_env", "--api-key-env", metavar="NAME", help=key)
+    fields = "further fields of each request, null takes one away"
+    group.add_argument("--request", metavar="JSON", help=fields)
     group.add_argument(
         "--concurrency", type=int, default=8, metavar="N", help="requests at a time (default 8)"
     )
@@ -63,14 +66,21 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
     from orpo.evaluation.endpoint import Endpoint
 
     if args.endpoint is None:
-        if args.endpoint_model or args.api_key_env:
-            raise ConfigError("--endpoint_model, --api_key_env: name the server too, with --endpoint URL")
+        if args.endpoint_model or args.api_key_env or args.request:
+            raise ConfigError("options of a server without a server: name it with --endpoint URL")
         return None
+    try:
+        request = json.loads(args.request or "{}")
+    except ValueError:
+        request = None
+    if not isinstance(request, dict):
+        raise ConfigError('--request: expected a JSON object, for instance {"top_k": 20}')
     return Endpoint(
         url=args.endpoint,
         model=args.endpoint_model,
         api_key_env=args.api_key_env,
         concurrency=args.concurrency,
+        request=request,
     )
 
 

@@ -65,6 +65,18 @@ class Asked:
     failures: Sequence[tuple[str, str]] = ()
     num_known: int = 0
 
+    def notices(self) -> list[str]:
+        """Lines to print about what came of asking."""
+        lines = [f"{self.num_known} answers were there already"] if self.num_known else []
+        texts = [[answer.output for answer in ours] for ours in self.by_prompt]
+        num_same = sum(len(ours) > 1 and len(set(ours)) == 1 for ours in texts)
+        if num_same * 2 > len(texts):
+            lines.append(
+                f"{num_same} of {len(texts)} prompts got the same answer each time; a server may have to be "
+                "told to draw its answers (--request)"
+            )
+        return lines
+
     def check(self, again: str = "run the same command again to ask them once more") -> None:
         """Stop where prompts have no answer.
 
@@ -273,8 +285,8 @@ def generate(  # noqa: PLR0913 - one argument for each option of the command
     for notice in asked.notices:
         say(notice)
     got = ask(answerer, asked.prompts, file, sampling=sampling, samples=samples, progress=progress)
-    if got.num_known:
-        say(f"{got.num_known} answers were in {file.path} already")
+    for notice in got.notices():
+        say(notice)
     return Generated(
         answers=got.answers,
         by_prompt=got.by_prompt,

@@ -45,6 +45,7 @@ class Endpoint:
         timeout: Seconds to wait for one answer.
         tries: How often a request is made at most, at least 1.
         pause: Seconds before the second try; each further one waits twice as long.
+        request: Further fields of each request, over ours; None takes one away.
 
     Raises:
         ConfigError: One of them cannot be used.
@@ -57,6 +58,7 @@ class Endpoint:
     timeout: float = 600.0
     tries: int = 6
     pause: float = 1.0
+    request: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # None of these lines repeats the address: it may hold a key.
@@ -120,15 +122,16 @@ class EndpointModel:
         return names[0]
 
     def prepare(self, prompt: Prompt) -> str:
-        """The part of the request that holds the prompt, as JSON."""
+        """The part of the request that decides on the answer and is not of the sampling, as JSON."""
+        request = dict(self._endpoint.request)
         if isinstance(prompt.asked, str):
-            return json.dumps({"prompt": prompt.asked})
+            return json.dumps({"prompt": prompt.asked} | request)
         body: dict[str, Any] = {"messages": prompt.asked}
         if prompt.tools:
             body["tools"] = prompt.tools
         if prompt.chat_template_kwargs:
             body["chat_template_kwargs"] = prompt.chat_template_kwargs
-        return json.dumps(body)
+        return json.dumps(body | request)
 
     def answers(
         self, prompts: Sequence[tuple[Prompt, str]], sampling: Sampling, seeds: Sequence[int | None]
@@ -173,10 +176,11 @@ class EndpointModel:
             stopped.set()
 
     def _ask(self, prepared: str, sampling: Sampling, seed: int | None) -> Reply | Failure:
-        body = json.loads(prepared) | {"model": self.name, "max_tokens": sampling.max_tokens}
-        body |= {"temperature": sampling.temperature}
+        ours: dict[str, Any] = {"model": self.name, "max_tokens": sampling.max_tokens}
+        ours |= {"temperature": sampling.temperature}
         if sampling.temperature > 0:
-            body |= {"top_p": sampling.top_p} | ({} if seed is None else {"seed": seed})
+            ours |= {"top_p": sampling.top_p} | ({} if seed is None else {"seed": seed})
+        body = {name: value for name, value in (ours | json.loads(prepared)).items() if value is not None}
         chats = "messages" in body
         answered = self._client.post("chat/completions" if chats else "completions", body)
         return answered if isinstance(answered, Failure) else _reply(answered, chats)
