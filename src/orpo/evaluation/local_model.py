@@ -120,7 +120,8 @@ class LocalModel:
                 "the memory does not suffice to answer one prompt; lower --max_tokens"
             ) from error
         say(f"out of memory: {size // 2} prompts at once instead of {size}", error=True)
-        torch.accelerator.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         return size // 2
 
     def _room_for(self, width: int) -> int:

@@ -95,7 +95,10 @@ def read_prompts(
         raise ConfigError("--system needs a chat template to write it; name one with --chat_template")
     found, notices = _read(data, settings, tokenizer, split)
     prompts = [_as_asked(prompt, chats, system) for prompt in found]
-    once = list({prompt.key(): prompt for prompt in reversed(prompts)}.values())[::-1]
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.key(), prompt)
+    once = list(first.values())
     if not once:
         raise DataError(f"{data if isinstance(data, str | Path) else 'the data'}: there is no prompt in it")
     if len(once) < len(prompts):
