@@ -82,10 +82,10 @@ FEW = ("Llama", "Gemma2", "GPT2", "Qwen3Moe", "Bloom", "Mamba")
 def test_a_batch_answers_as_one_prompt_at_a_time(name):
     model = tiny_models.build(name)
     prompts = [tiny_models.token_ids(length, length) for length in (3, 17, 9, 1, 30)]
-    greedy = Decoding(max_tokens=12, ends=[2, 5, 7, 11], pad=2)
+    greedy = Decoding(max_tokens=12, ends=range(2, tiny_models.VOCAB, 9), pad=2)
     expected = [greedy_by_hand(model, prompt, greedy) for prompt in prompts]
     assert decode(model, prompts, greedy) == expected
-    drawn = Decoding(max_tokens=12, ends=[2, 5, 7, 11], pad=2, temperature=1.0, top_p=0.9)
+    drawn = Decoding(max_tokens=12, ends=range(2, tiny_models.VOCAB, 9), pad=2, temperature=1.0, top_p=0.9)
     alone = [decode(model, [prompt], drawn, [seed])[0] for seed, prompt in enumerate(prompts)]
     assert decode(model, prompts[::-1], drawn, range(4, -1, -1)) == alone[::-1]
     assert alone != expected
@@ -215,7 +215,7 @@ def test_a_prompt_that_does_not_fit_is_named_and_the_others_are_answered(tmp_pat
         "generate", DEMO, "--prompts", prompts, "--out", tmp_path / "a.jsonl", "--max_tokens", 8
     )
     assert status == 2
-    assert "1 prompts have no answer (first: p.txt:3: 4003 tokens" in printed
+    assert "1 prompt has no answer (first: p.txt:3: " in printed
     assert "tokens and an answer of 8 do not fit into the 1024 tokens" in printed
     assert [row["source"] for row in lines(tmp_path / "a.jsonl")] == ["p.txt:1", "p.txt:4"]
 
@@ -280,7 +280,7 @@ def test_prompts_that_cannot_be_asked_are_named_or_counted():
     tokenizer = tiny_tokenizer()
     twice = read_prompts(["Hi.", "Ho.", "Hi."], OrpoSettings(), tokenizer)
     assert [prompt.instruction for prompt in twice.prompts] == ["Hi.", "Ho."]
-    assert twice.notices == ("1 prompts repeat an earlier one and are asked once",)
+    assert twice.notices == ("prompts that repeat an earlier one, and are asked once: 1",)
     rows = [{"prompt": "Hi."}, {"prompt": 3}, {"prompt": " "}]
     with pytest.raises(DataError, match="row:1: 'prompt' is an int"):
         read_prompts(rows, OrpoSettings(), tokenizer)
@@ -311,7 +311,7 @@ def test_a_server_answers_side_by_side_and_what_fails_is_named_and_asked_again(t
         first = orpo.generate(None, prompts, out, endpoint=endpoint)
         assert [source for source, _ in first.failures] == ["prompt:13"]
         with pytest.raises(
-            RunError, match=r"1 prompts have no answer \(first: prompt:13: HTTP 400: not now, Bearer"
+            RunError, match=r"1 prompt has no answer \(first: prompt:13: HTTP 400: not now, Bearer"
         ):
             first.check()
         assert [row["instruction"] for row in lines(out)] == [*prompts[:13], *prompts[14:]]

@@ -85,9 +85,9 @@ class Asked:
         """
         if self.failures:
             source, reason = self.failures[0]
-            raise RunError(
-                f"{len(self.failures)} prompts have no answer (first: {source}: {reason}); {again}"
-            )
+            number = len(self.failures)
+            which = "1 prompt has" if number == 1 else f"{number} prompts have"
+            raise RunError(f"{which} no answer (first: {source}: {reason}); {again}")
 
 
 def load_answerer(

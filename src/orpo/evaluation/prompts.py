@@ -102,7 +102,7 @@ def read_prompts(
     if not once:
         raise DataError(f"{data if isinstance(data, str | Path) else 'the data'}: there is no prompt in it")
     if len(once) < len(prompts):
-        notices.append(f"{len(prompts) - len(once)} prompts repeat an earlier one and are asked once")
+        notices.append(f"prompts that repeat an earlier one, and are asked once: {len(prompts) - len(once)}")
     if limit is not None and limit < len(once):
         notices.append(f"the first {limit} of {len(once)} prompts are asked (--limit)")
         once = once[:limit]
@@ -197,7 +197,9 @@ def _questions(data: Any, settings: OrpoSettings, split: str | None) -> tuple[li
             f"skipped {len(skipped)}: rows without a prompt that can be read (first: {skipped[0]})"
         )
     if num_answered:
-        notices.append(f"{num_answered} conversations end with an answer, which is not shown to the model")
+        notices.append(
+            f"conversations whose last turn is an answer, which the model is not shown: {num_answered}"
+        )
     if columns.unused:
         notices.append(f"columns not used: {', '.join(columns.unused)}")
     return prompts, notices
