@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orpo.curation.inspection import inspect_data
     from orpo.evaluation.answering import generate
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "generate",
+    "inspect_data",
     "load_recipe",
     "train",
     "write_report",
@@ -40,6 +42,7 @@ _WHERE = {
     "ORPOTrainer": "orpo.training.trainer",
     "evaluate": "orpo.evaluation.preferences",
     "generate": "orpo.evaluation.answering",
+    "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
     "train": "orpo.training.job",
     "write_report": "orpo.report.page",

@@ -8,7 +8,6 @@ or no answers at all are left out, and one of the others becomes the rejected si
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +23,14 @@ from orpo.data.source import read_texts
 from orpo.data.splits import parse_split
 from orpo.data.text_rows import as_conversations
 from orpo.data.words import text_of, words_of
-from orpo.errors import ConfigError, DataError, RunError
+from orpo.errors import ConfigError, DataError
 from orpo.evaluation.answering import Asked, Progress, ask, check_samples, load_answerer, tokenizer_of
 from orpo.evaluation.answers import Answer, AnswerFile
 from orpo.evaluation.endpoint import Endpoint
 from orpo.evaluation.generation import Sampling
 from orpo.evaluation.prompts import Prompt, prompt_of
 from orpo.pairs import Message, PreferencePair
+from orpo.run.disk import replace_text
 from orpo.settings.config import OrpoSettings, check_recipe
 
 RULES = ("random", "least_similar", "most_similar")
@@ -336,13 +336,5 @@ def _write(folder: Path, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     names = {"split": path.stem, "file": path.name, "answers": _ANSWERS, "provenance": PROVENANCE}
     card = _CARD.format(number=len(rows), **names)
-    try:
-        for target, content in ((folder / "README.md", card), (path, text)):
-            beside = target.with_name(f".{target.name}.writing")
-            with beside.open("w", encoding="utf-8", errors="replace") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, target)
-    except OSError as error:
-        raise RunError(f"{path} could not be written ({error.strerror})") from error
+    replace_text(folder / "README.md", card)
+    replace_text(path, text)

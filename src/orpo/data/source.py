@@ -27,7 +27,7 @@ from orpo.data.preferences import (
 )
 from orpo.data.templates import prepare_template
 from orpo.data.text_rows import LINES, as_conversations, decide
-from orpo.data.tokenize import stream_tokenized
+from orpo.data.tokenize import PairTokenizer, stream_tokenized
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair, TokenizedPair
 from orpo.settings.config import OrpoSettings, TextRows
@@ -204,6 +204,14 @@ def read_texts(
     return _Reading(settings, tokenizer, ()).preferences(data, split, name)
 
 
+def pair_tokenizer(settings: OrpoSettings, tokenizer: Any, stop_tokens: Sequence[int] = ()) -> PairTokenizer:
+    """What `read_pairs` makes tokens with, for pairs of `read_texts`; arguments as for `read_pairs`."""
+    options = _Reading(settings, tokenizer, stop_tokens)._template_options
+    return PairTokenizer(
+        tokenizer, max_length=settings.max_length, chat_template=settings.chat_template, **options
+    )
+
+
 def read_training(
     train: Any,
     evals: Any,
@@ -246,7 +254,7 @@ def read_training(
         read, held_out, notices = _hold_out(read, settings)
         known_evals = {"": reading.tokenized(held_out, EVALUATION)}
     else:
-        trained = {pair_key(pair) for pair in read.pairs}
+        trained = {pair_key(pair) for pair in read.pairs} if sets else set()
         known_evals = reading.evaluation_sets(sets, trained, leaves_out=leaves_out, text_rows=text_rows)
     tokenized_train = reading.tokenized(read, TRAINING)
     evaluated = [pair for one in known_evals.values() for pair in one.preferences]

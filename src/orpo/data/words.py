@@ -6,8 +6,9 @@ import re
 
 from orpo.pairs import Message
 
-_APART = re.compile("([\u2010-\u2027\u3000-\u9fff\uac00-\ud7af\uff00-\uffef])")
-"""Typographic punctuation, and the letters of scripts that put no blanks between words."""
+_PUNCTUATION = re.compile("[\xa0-\xbf\u2010-\u205e\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20]+")
+_LETTERS = re.compile("([\u3040-\u9fff\uac00-\ud7af])")
+"""Of scripts that put no blanks between words."""
 _TO_BLANKS = bytes(byte if byte >= 128 or chr(byte).isalnum() else 32 for byte in range(256))
 
 
@@ -15,7 +16,9 @@ def words_of(text: str) -> list[bytes]:
     """The words of a text in lower case, as UTF-8; a Chinese, Japanese or Korean letter is one."""
     text = text.lower()
     if not text.isascii():
-        text = _APART.sub(r" \1 ", text)
+        text = _PUNCTUATION.sub(" ", text)
+    if not text.isascii():
+        text = _LETTERS.sub(r" \1 ", text)
     return text.encode("utf-8", "surrogatepass").translate(_TO_BLANKS).split()
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from orpo.console import say
-from orpo.errors import ConfigError, DataError, RunError
+from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message
+from orpo.run.disk import cannot_write, remove_file, replace_text
 
 _SUFFIXES = (".jsonl", ".json")
 _SETTINGS = ("temperature", "top_p", "max_tokens", "seed")
@@ -168,7 +169,7 @@ class AnswerFile:
             self._open.flush()
             os.fsync(self._open.fileno())
         except OSError as error:
-            raise RunError(f"{self.lines} could not be written ({error.strerror})") from error
+            raise cannot_write(self.lines, error) from error
 
     def close(self) -> None:
         """Close the file that lines are added to."""
@@ -188,18 +189,9 @@ class AnswerFile:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
             text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-        beside = self.path.with_name(f".{self.path.name}.writing")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self.path)
-            if self.path != self.lines:
-                self.lines.unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path} could not be written ({error.strerror})") from error
+        replace_text(self.path, text)
+        if self.path != self.lines:
+            remove_file(self.lines)
 
 
 def _json_list(path: Path) -> list[Any]:

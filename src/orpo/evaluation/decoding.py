@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from orpo.engine.scorer import base_model
 
@@ -48,6 +48,7 @@ def decode(
     decoding: Decoding,
     seeds: Sequence[int | None] = (),
     streamer: Any = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[list[int]]:
     """Answer prompts in one batch.
 
@@ -59,6 +60,7 @@ def decode(
         decoding: How.
         seeds: One for each prompt, where tokens are drawn; None: a new one each time.
         streamer: Of transformers, for a single prompt.
+        stop: Asked after each token whether to end all answers where they are.
 
     Returns:
         The new tokens of each prompt, the end token included where it was reached.
@@ -70,12 +72,14 @@ def decode(
     processors = LogitsProcessorList()
     if decoding.temperature > 0:
         processors.append(_Draws(decoding, seeds or [None] * len(prompts), device))
+    criteria = StoppingCriteriaList() if stop is None else StoppingCriteriaList([_Cut(stop)])
     with _generation_config(model, decoding) as config:
         output = model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
             logits_processor=processors,
+            stopping_criteria=criteria,
             streamer=streamer,
         )
     ends = set(decoding.ends)
@@ -111,6 +115,17 @@ def _generation_config(model: nn.Module, decoding: Decoding) -> Iterator[Any]:
         yield config
     finally:
         inner.generation_config = own
+
+
+class _Cut(StoppingCriteria):
+    """Ends all rows at once."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Whether each row ends here."""
+        return torch.full((len(input_ids),), self._stop(), dtype=torch.bool, device=input_ids.device)
 
 
 class _Draws(LogitsProcessor):

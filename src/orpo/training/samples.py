@@ -40,12 +40,13 @@ class SampleWriter(TrainerCallback):
         """Generate on every rank, since a sharded model needs all of them; the first one writes."""
         if self._answered == state.global_step:
             return
-        self._answered = state.global_step
         pairs = self.trainer.eval_dataset
         pairs = next(iter(pairs.values())) if isinstance(pairs, dict) else pairs
         shown = [pairs[index] for index in range(min(args.num_samples, len(pairs)))]
         prompts = [[*pair.prompt, *pair.chosen[: pair.chosen_context]] for pair in shown]
         answers = self._generate(prompts, args)
+        self.trainer.cut_off()
+        self._answered = state.global_step
         if not state.is_world_process_zero:
             return
         path = RunDirectory(Path(args.output_dir)).samples
@@ -71,7 +72,7 @@ class SampleWriter(TrainerCallback):
         )
         model.eval()
         with self.trainer.stopwatch.paused(), self.trainer.accelerator.autocast():
-            return decode(model, prompts, decoding)
+            return decode(model, prompts, decoding, stop=lambda: self.trainer.is_cut_off)
 
 
 def _step(name: str) -> int:

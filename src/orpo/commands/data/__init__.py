@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from orpo.commands.data import pairs, show
+from orpo.commands.data import inspect, pairs, show
 
-WORDS = (show, pairs)
+WORDS = (inspect, show, pairs)
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
