@@ -21,8 +21,8 @@ from orpo.curation.bias import FEWEST, audit
 from orpo.curation.lengths import padded_tokens, spread
 from orpo.curation.repeats import RUN, RunIndex
 from orpo.curation.texts import PairTexts
-from orpo.curation.wording import refuses
 from orpo.data.near_duplicates import SIMILARITY, near_duplicates
+from orpo.data.refusals import refuses
 from orpo.data.words import runs_of, words_of
 from orpo.errors import DataError
 from orpo.evaluation.statistics import share_interval

@@ -363,7 +363,7 @@ def test_an_evaluation_of_a_run_that_has_not_ended_says_so(world, good, tmp_path
     for name in ("README.md", "model.safetensors", "config.json"):
         (world / "short" / name).unlink()
     _, printed = run_process(tmp_path / "log", "eval", world / "short", "--data", world / "test.jsonl")
-    assert "short is not finished: this is the model of checkpoint-3" in printed
+    assert "short: the run is not finished; this is the model of checkpoint-3" in printed
 
 
 # ---------------------------------------------------------------------------------------- before and during

@@ -258,7 +258,7 @@ class _Reading:
             raise BadRow("row", str(raw.data))
         row = self.columns.name(raw.data)
         _refuse_media(row)
-        tools, arguments = _tools(row), _template_arguments(row)
+        tools, arguments = row_tools(row), template_arguments(row)
         group = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
         pairs = [
             PreferencePair(*sides, tools, raw.source, group, arguments)
@@ -317,7 +317,8 @@ def _refuse_half_characters(name: str, value: Any) -> None:
             _refuse_half_characters(name, part)
 
 
-def _tools(row: NamedRow) -> list[Any] | None:
+def row_tools(row: NamedRow) -> list[Any] | None:
+    """Schemas of the tools that a row's conversation may call."""
     tools = _from_json(row, "tools")
     if isinstance(tools, list):
         tools = [_loaded(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
@@ -326,7 +327,8 @@ def _tools(row: NamedRow) -> list[Any] | None:
     return without_nulls(tools) or None
 
 
-def _template_arguments(row: NamedRow) -> dict[str, Any] | None:
+def template_arguments(row: NamedRow) -> dict[str, Any] | None:
+    """A row's own arguments of the chat template."""
     arguments = _from_json(row, "chat_template_kwargs")
     if arguments is not None and not isinstance(arguments, Mapping):
         raise BadRow("chat_template_kwargs", f"is {type_name(arguments)}; expected an object")

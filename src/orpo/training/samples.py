@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import StoppingCriteriaList, TrainerCallback
+from transformers import TrainerCallback
 
 from orpo.engine.stop_tokens import stop_token_ids
+from orpo.evaluation.decoding import Decoding, decode
+from orpo.evaluation.generation import pad_id
 from orpo.run.directory import RunDirectory, read_json, write_json
 
 DEFAULT_LENGTH = 128
@@ -65,7 +66,7 @@ class SampleWriter(TrainerCallback):
         pairs = next(iter(pairs.values())) if isinstance(pairs, dict) else pairs
         shown = [pairs[index] for index in range(min(self.number, len(pairs)))]
         prompts = [[*pair.prompt, *pair.chosen[: pair.chosen_context]] for pair in shown]
-        answers = self._generate(prompts, args)
+        answers = self._generate(prompts)
         self.trainer.cut_off()
         self._answered = step
         if not state.is_world_process_zero:
@@ -93,35 +94,17 @@ class SampleWriter(TrainerCallback):
         text: str = self.trainer.processing_class.decode(tokens, skip_special_tokens=True)
         return text
 
-    @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], args: Any) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """Answers up to and with the token that ends them, none of the padding after it."""
         tokenizer, model = self.trainer.processing_class, self.trainer.model
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=args.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(ids)
+        decoding = Decoding(
+            max_tokens=self.longest,
+            ends=stop_token_ids(model),
+            pad=pad_id(tokenizer),
+        )
         model.eval()
         with self.trainer.stopwatch.paused(), self.trainer.accelerator.autocast():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=self.longest,
-                do_sample=False,
-                pad_token_id=pad,
-                stopping_criteria=StoppingCriteriaList([self._is_cut_off]),
-            )
-        # By number of tokens, never by the text of the prompt, which loses its special tokens when decoded.
-        ends = {*stop_token_ids(model), tokenizer.eos_token_id}
-        return [_until_end(sequence[width:].tolist(), ends) for sequence in output]
-
-    def _is_cut_off(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(ids),), self.trainer.is_cut_off, dtype=torch.bool, device=ids.device)
-
-
-def _until_end(tokens: list[int], ends: set[int | None]) -> list[int]:
-    end = next((number for number, token in enumerate(tokens, start=1) if token in ends), len(tokens))
-    return tokens[:end]
+            return decode(model, prompts, decoding, stop=lambda: self.trainer.is_cut_off)
 
 
 def _step(name: str) -> int:
