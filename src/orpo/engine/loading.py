@@ -1,5 +1,6 @@
 """Load a model and its tokenizer as the settings ask: precision, quantisation, a new or an old adapter."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from orpo.engine.gguf_model import (
+    gguf_family,
+    gguf_loading_arguments,
+    load_gguf_tokenizer,
+    settle_gguf_model,
+)
 from orpo.engine.scorer import refuse_encoder_decoder
 from orpo.errors import ConfigError, ModelError, first_line
-from orpo.run.directory import adapter_base, is_adapter
+from orpo.run.directory import adapter_base, gguf_file, is_adapter
 from orpo.settings.config import OrpoSettings
 
 _UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
@@ -24,11 +31,13 @@ _UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model or adapter, by hub name or folder.
+    """Load the tokenizer of a model or adapter, by hub name, folder or GGUF file.
 
     Raises:
         ModelError: There is none, or it cannot be read.
     """
+    if (path := gguf_file(name)) is not None:
+        return load_gguf_tokenizer(path)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -38,7 +47,7 @@ def load_tokenizer(
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
     """Load `settings.model_name_or_path` for training, with an adapter where the settings ask for one.
 
-    A folder that holds an adapter loads its base model with that adapter on top. Full fine-tuning gets
+    A folder that holds an adapter loads its base model with that adapter on top; a GGUF file is unpacked. Full fine-tuning gets
     float32 master weights, because a bfloat16 weight of 0.02 does not move under a learning rate of 5e-6; a
     frozen base is held in bfloat16 where the hardware computes in it.
 
@@ -121,6 +130,8 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
                 "load_in_4bit and load_in_8bit freeze the weights; set use_peft: true to train LoRA on them"
             )
         arguments["quantization_config"] = _quantization(settings)
+    if (path := gguf_file(name)) is not None:
+        return _load_gguf(path, arguments)
     try:
         config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
@@ -131,6 +142,24 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
         raise
     except _UNLOADABLE as error:
         raise ModelError(f"{name}: the model could not be loaded ({first_line(error)})") from error
+
+
+def _load_gguf(path: Path, arguments: dict[str, Any]) -> PreTrainedModel:
+    if "quantization_config" in arguments:
+        raise ConfigError(f"{path} is unpacked when it is loaded; drop load_in_4bit and load_in_8bit")
+    arguments = arguments | gguf_loading_arguments(path)
+    dtype = arguments["dtype"]
+    arguments["dtype"] = torch.float32 if dtype == "auto" else dtype  # blocks have no dtype to take over
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path.parent, config=config, **arguments)
+    except _UNLOADABLE as error:
+        raise ModelError(
+            f"{path}: transformers cannot read this {gguf_family(path)} file ({first_line(error)}); "
+            "convert it to a folder of safetensors first, or take the folder that it was made from"
+        ) from error
+    settle_gguf_model(model, path)
+    return model
 
 
 def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from orpo.console import say
 from orpo.errors import DataError, ModelError, RunError, first_line
-from orpo.run.directory import RunDirectory, adapter_base, holds_model, read_json
+from orpo.run.directory import RunDirectory, adapter_base, gguf_file, holds_model, read_json
 
 STATE_FILE = "orpo_state.json"
 """What this package adds to a checkpoint: manifest, settings, sums of the open log window."""
@@ -97,7 +97,7 @@ def _model_damage(folder: Path) -> str | None:
 
 
 def model_folder(name: str) -> str:
-    """Where the model of a run directory is; any other name is returned as it is.
+    """Where the model of a run directory is; any other name is returned as it is, a GGUF file too.
 
     An unfinished run has its model in its newest whole checkpoint, the one that training would resume from;
     so has a run whose own weights are missing or damaged, for instance by an interrupted save.
@@ -106,6 +106,8 @@ def model_folder(name: str) -> str:
         ModelError: A folder that holds no model, or a name that can only be a folder's and there is none.
     """
     folder = Path(name).expanduser()
+    if (path := gguf_file(folder)) is not None:
+        return str(path)
     if not folder.is_dir() and _must_be_a_folder(name):
         raise ModelError(f"{name}: there is no such folder")
     if not folder.is_dir():

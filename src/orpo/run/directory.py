@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from orpo.errors import DataError
+from orpo.errors import DataError, ModelError
 from orpo.run.log import Record, read_records, read_text
 
 RECIPE = "recipe.yaml"
@@ -229,6 +229,23 @@ def holds_model(folder: Path) -> bool:
 def is_adapter(folder: str | Path) -> bool:
     """Whether a local folder holds a PEFT adapter rather than a model."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def gguf_file(name: str | Path) -> Path | None:
+    """The GGUF file that a name stands for: a file, or a folder that holds one and no other model.
+
+    Raises:
+        ModelError: A folder of several, of which none is named.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or holds_model(path):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise ModelError(f"{path}: holds {len(found)} GGUF files; name one of them, such as {found[0]}")
+    return found[0] if found else None
 
 
 def adapter_base(folder: str | Path) -> str | None:

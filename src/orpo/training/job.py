@@ -15,7 +15,7 @@ from transformers.utils import logging
 from orpo.console import say
 from orpo.report.page import write_report
 from orpo.run.checkpoints import last_checkpoint
-from orpo.run.directory import Run, RunDirectory, read_run
+from orpo.run.directory import Run, RunDirectory, gguf_file, read_run
 from orpo.run.log import read_records
 from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
@@ -60,7 +60,7 @@ def train(settings: Mapping[str, Any]) -> Outcome:
     check_recipe(settings)
     check_needs(settings)
     model = Path(settings["model_name_or_path"]).expanduser()
-    if model.is_dir():
+    if model.is_dir() or gguf_file(model) is not None:
         # The recipe and an adapter remember the name, and are read from other folders.
         settings["model_name_or_path"] = str(model.resolve())
     # `gradient_checkpointing`, which everybody writes, will not have that name for ever.
