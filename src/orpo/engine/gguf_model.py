@@ -57,7 +57,9 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     metadata = _metadata(path)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+            path.parent, gguf_file=path.name
+        )
     except (OSError, ImportError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: no tokenizer could be read ({first_line(error)})") from error
     if metadata.get("tokenizer.ggml.model") == "gpt2":
@@ -119,7 +121,7 @@ def gguf_family(path: Path) -> str:
 def _metadata(path: Path) -> dict[str, Any]:
     try:
         from gguf import GGUFReader  # noqa: F401  (transformers reads tensors with it)
-        from transformers.integrations.gguf import read_gguf_metadata
+        from transformers.integrations.gguf.reader import read_gguf_metadata
     except ImportError as error:
         raise ModelError(f"{path}: {_INSTALL}") from error
     try:

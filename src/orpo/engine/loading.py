@@ -47,9 +47,9 @@ def load_tokenizer(
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
     """Load `settings.model_name_or_path` for training, with an adapter where the settings ask for one.
 
-    A folder that holds an adapter loads its base model with that adapter on top; a GGUF file is unpacked. Full fine-tuning gets
-    float32 master weights, because a bfloat16 weight of 0.02 does not move under a learning rate of 5e-6; a
-    frozen base is held in bfloat16 where the hardware computes in it.
+    A folder that holds an adapter loads its base model with that adapter on top; a GGUF file is unpacked.
+    Full fine-tuning gets float32 master weights, because a bfloat16 weight of 0.02 does not move under a
+    learning rate of 5e-6; a frozen base is held in bfloat16 where the hardware computes in it.
 
     Raises:
         ConfigError: Settings that exclude each other.

@@ -133,11 +133,11 @@ def _must_be_a_folder(name: str) -> bool:
 
 
 def run_recipe(name: str) -> dict[str, Any]:
-    """The recipe of a run, or of the run that a checkpoint is of, wherever that lies; else empty."""
+    """The recipe of a run, or of the run that a checkpoint or an export is of; else empty."""
     folder = Path(name)
     run = RunDirectory(folder.parent if checkpoint_step(folder) >= 0 else folder)
     recipe: dict[str, Any] = run.read_recipe() or read_state(folder).get("recipe", {})
-    return recipe
+    return recipe or dict(read_json(run.export_record, {}).get("recipe", {}))
 
 
 def base_model_name(name: str) -> str | None:

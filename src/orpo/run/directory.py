@@ -91,6 +91,11 @@ class RunDirectory:
         """The test pairs that a demo scored."""
         return self.path / "test.jsonl"
 
+    @property
+    def export_record(self) -> Path:
+        """Of an exported model: from what, how it was checked, what an evaluation inherits."""
+        return self.path / "export.json"
+
     def evaluation(self, name: str) -> Path:
         """What `orpo eval` found on one data set."""
         return self.path / _EVALUATION.format(name)
