@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,15 +87,14 @@ def _served(commands: Mapping[str, str]) -> str:
 
 
 def _limits(merged: Merged, has_results: bool) -> str:
-    shown = (
-        "the figures above are of held-out pairs alone"
-        if has_results
-        else "nothing was measured on held-out pairs"
+    pairs = (
+        "the figures above are of held-out pairs alone" if has_results else "no held-out pairs were scored"
     )
     longest = merged.recipe.get("max_length")
-    length = f" Longer conversations than {longest} tokens were not trained on." if longest else ""
-    return f"""## Limits
-
-A model keeps what its base knows, and what it gets wrong. Preference training moves how it answers; {shown}.
-Nothing was measured about facts, safety, bias, or other languages than those of the pairs.{length}
-"""
+    length = f" No conversation of more than {longest} tokens was trained on." if longest else ""
+    text = (
+        "A model keeps what its base knows, and what it gets wrong. Preference training moves how it "
+        f"answers; {pairs}. Nothing was measured about facts, safety, bias, or languages other than those "
+        f"of the pairs.{length}"
+    )
+    return f"## Limits\n\n{textwrap.fill(text, 110)}\n"

@@ -126,7 +126,7 @@ def export_run(run: str, output_dir: str | Path | None = None, **options: Any) -
 def _default_target(run: str) -> Path:
     path = Path(run).expanduser()
     if path.exists():
-        path = path.resolve()
+        path = path if path.name not in ("", "..") else path.resolve()
         return path.with_name(f"{path.stem if path.is_file() else path.name}-export")
     return Path(f"{path.name}-export")
 

@@ -10,6 +10,7 @@ gives the log-prob of the token that it generates, so each wanted token is force
 from __future__ import annotations
 
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _FORCE = 1e6
+_SMALL = 64 * 2**20
+"""Bytes of a file that one thread computes faster than several, which wait for each other by spinning."""
 _CONTROLS = 64
 """Special tokens that are tried as the end of an answer, at most."""
 
@@ -35,6 +38,8 @@ def serve(path: str, tokens: int) -> Any:
     exact.n_ctx = tokens
     exact.n_parallel = 1
     exact.warmup = False
+    if os.path.getsize(path) < _SMALL:
+        exact.cpuparams.n_threads = exact.cpuparams_batch.n_threads = 1
     exact.verbosity = -1
     exact.port = 0
     exact.cache_type_k = exact.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

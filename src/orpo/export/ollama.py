@@ -83,8 +83,8 @@ def turns_of(tokenizer: Any, template: ChatTemplate, conversations: Sequence[lis
     found = Turns(front[: len(front) - len(before_user)], around, asked[len(one) :])
     for turns in conversations:
         plain = [{**turn, "content": str(turn["content"]).strip()} for turn in turns]
-        wanted = _without_bos(tokenizer, try_rendering(tokenizer, template, plain))  # type: ignore[arg-type]
-        if found.render(plain) != wanted:  # type: ignore[arg-type]
+        wanted = _without_bos(tokenizer, try_rendering(tokenizer, template, plain))
+        if found.render(plain) != wanted:
             return None
     return found
 

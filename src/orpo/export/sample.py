@@ -107,7 +107,8 @@ def read_sample(
 
 
 def _of_pairs(read: ReadPairs, tokenizer: Any) -> tuple[list[Scored], list[str]]:
-    sequences, texts = [], []
+    sequences: list[Scored] = []
+    texts: list[str] = []
     for pair in (read.pairs[index] for index in range(min(len(read.pairs), _MOST_TEXTS // 2))):
         for side in (pair.chosen, pair.rejected):
             ids, start = [*map(int, pair.prompt), *map(int, side)], len(pair.prompt)
