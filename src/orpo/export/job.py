@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -20,13 +21,14 @@ from transformers.utils import logging
 from orpo.console import say
 from orpo.errors import ConfigError, RunError
 from orpo.export.card import write_export_card
-from orpo.export.check import GGUF_LIMITS, LIMITS, Comparison, ask_another_process, compare
+from orpo.export.check import GGUF_LIMITS, LIMITS, Comparison, Expected, ask_another_process, compare
 from orpo.export.folder import check_folder, write_folder
 from orpo.export.gguf_vocabulary import CONTROL, Vocabulary, vocabulary_of
 from orpo.export.gguf_writer import TYPES, check_family, write_gguf
 from orpo.export.hub import check_push, push
 from orpo.export.merged import Merged, merge_run
 from orpo.export.ollama import modelfile, turns_of
+from orpo.export.reload import log_probs
 from orpo.export.serving import MODELFILE, serving_commands
 from orpo.run.checkpoints import base_model_name, model_folder
 from orpo.run.directory import RunDirectory, gguf_file, is_adapter, write_json
@@ -207,7 +209,7 @@ def check_gguf(path: Path, merged: Merged, vocabulary: Vocabulary, kind: str) ->
     if find_spec("xllamacpp") is None:
         say(f"{path.name}: not checked, for want of the package xllamacpp: {_INSTALL}")
         return None
-    expected = merged.expected
+    expected = _expected_of_llama_cpp(merged, vocabulary)
     ids = [merged.tokenizer(text, add_special_tokens=False)["input_ids"] for text in expected.prompts]
     opening = merged.tokenizer.bos_token if vocabulary.adds_bos else ""
     names = [
@@ -231,6 +233,18 @@ def check_gguf(path: Path, merged: Merged, vocabulary: Vocabulary, kind: str) ->
     if comparison.problems:
         raise RunError(f"{path.name} is refused: {'; '.join(comparison.problems)}")
     return comparison
+
+
+def _expected_of_llama_cpp(merged: Merged, vocabulary: Vocabulary) -> Expected:
+    """What the run says, without what a GGUF file leaves out: spare rows, and the normalisation of text."""
+    expected, rows = merged.expected, merged.model.get_input_embeddings().weight.shape[0]
+    if rows > len(vocabulary.tokens):
+        places = zip(expected.sequences, expected.starts, strict=True)
+        scores = [log_probs(merged.model, *place, len(vocabulary.tokens)) for place in places]
+        expected = replace(expected, log_probs=scores)
+    if vocabulary.normalises:
+        expected = replace(expected, texts=[unicodedata.normalize("NFC", text) for text in expected.texts])
+    return expected
 
 
 # ------------------------------------------------------------------------------------------- card and record

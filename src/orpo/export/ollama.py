@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orpo.data.chat_template import ChatTemplate, common, try_rendering
+from orpo.data.chat_template import ChatTemplate, common, settled, try_rendering
 from orpo.pairs import Message
 
 _U, _A, _V, _S = "ORPO user marker", "ORPO answer marker", "ORPO second marker", "ORPO system marker"
@@ -63,12 +63,15 @@ def turns_of(tokenizer: Any, template: ChatTemplate, conversations: Sequence[lis
         )
     ]
     one, asked, three, with_system = texts
-    if one is None or asked is None or three is None or not asked.startswith(one):
+    if one is None or asked is None or three is None:
         return None
-    front, _, behind_user = one.partition(_U)
+    front, _, ending = one.partition(_U)
     between, _, second = three.partition(_U)[2].partition(_A)
     behind_answer = second.partition(_V)[0]
-    if not between.startswith(behind_user):
+    # Some templates close the conversation behind its last turn, or write half of a tag in both.
+    behind_user = between[: settled(ending, between)]
+    asks = asked.partition(_U)[2]
+    if not asks.startswith(behind_user):
         return None
     before_user = _common_end(front, behind_answer)
     around = {
@@ -80,7 +83,7 @@ def turns_of(tokenizer: Any, template: ChatTemplate, conversations: Sequence[lis
         behind = rest.partition(_U)[0]
         if behind.endswith(before_user):
             around["system"] = (start, behind[: len(behind) - len(before_user)])
-    found = Turns(front[: len(front) - len(before_user)], around, asked[len(one) :])
+    found = Turns(front[: len(front) - len(before_user)], around, asks[len(behind_user) :])
     for turns in conversations:
         plain = [{**turn, "content": str(turn["content"]).strip()} for turn in turns]
         wanted = _without_bos(tokenizer, try_rendering(tokenizer, template, plain))
