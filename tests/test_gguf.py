@@ -236,17 +236,28 @@ def load(path, **settings):
     return load_model(OrpoSettings(model_name_or_path=str(path), dtype="float32", **settings))
 
 
-def test_a_file_is_the_model_and_the_tokenizer_that_it_was_written_from(demo, demo_file):
-    model, tokenizer = load(demo_file[0]), load_tokenizer(str(demo_file[0]))
-    ours, theirs = demo.model.state_dict(), model.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def test_a_file_is_the_model_that_it_was_written_from(small):
+    folder, path = small
+    model, source = load(path), load(folder)
+    theirs = source.state_dict()
+    for name, ours in model.state_dict().items():
+        assert torch.equal(ours, theirs[name][: len(ours)]), name  # spare rows are left out
     assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
+    assert saved_stop_token_ids(str(path)) == model.generation_config.eos_token_id
+    assert set(model.generation_config.eos_token_id) == set(
+        merge_run(str(folder), dtype="float32").expected.stops.values()
+    )
+
+
+def test_a_file_has_the_tokenizer_that_it_was_written_from(demo, demo_file):
+    tokenizer = load_tokenizer(str(demo_file[0]))
     for text in demo.expected.texts:
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == demo.tokenizer(
-            text, add_special_tokens=False
-        )["input_ids"], text  # fmt: skip
+        ours, theirs = (
+            one(text, add_special_tokens=False)["input_ids"] for one in (tokenizer, demo.tokenizer)
+        )
+        assert ours == theirs, text
     assert tokenizer.chat_template == demo.tokenizer.chat_template
-    assert saved_stop_token_ids(str(demo_file[0])) == model.generation_config.eos_token_id == [2, 3]
+    assert saved_stop_token_ids(str(demo_file[0])) == [2, 3]
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -265,16 +276,16 @@ def test_a_file_is_trained_and_saved_as_an_ordinary_folder(world, small, tmp_pat
     assert saved_stop_token_ids(str(run))[0] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
 
 
-def test_a_file_is_evaluated_and_talked_to(world, demo_file):  # noqa: F811
+def test_a_file_is_evaluated_and_talked_to(world, small):  # noqa: F811
     with contextlib.redirect_stdout(io.StringIO()):
-        of_file, of_folder = (
+        of_folder, of_file = (
             orpo.evaluate(str(one), world / "pairs.jsonl").evaluation.figures["chosen_logprob"].mean
-            for one in (demo_file[0], DEMO / "model")
+            for one in small
         )
-    assert of_file == pytest.approx(of_folder, abs=1e-5)
-    assert (
-        ChatModel.load(str(demo_file[0])).answer("Hello", Sampling(temperature=0, max_tokens=3)) is not None
-    )
+    assert of_file == pytest.approx(
+        of_folder, abs=0.1
+    )  # the folder's spare rows have a share of its probability
+    assert ChatModel.load(str(small[1])).answer("Hello", Sampling(temperature=0, max_tokens=3)) is not None
 
 
 def test_what_cannot_be_read_is_one_line(demo_file, tmp_path, capsys):

@@ -12,6 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orpo.console import say
@@ -69,13 +72,11 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 def _set_split(tokenizer: Any, name: str | None, path: Path) -> None:
     """Split text as the file says, where that is known."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
     backend = tokenizer.backend_tokenizer
     if name in SPLITS:
-        state = json.loads(backend.to_str())
-        state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": SPLITS[name]}
-        backend.pre_tokenizer = type(backend).from_str(json.dumps(state)).pre_tokenizer
+        empty = json.loads(Tokenizer(BPE()).to_str())
+        empty["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": SPLITS[name]}
+        backend.pre_tokenizer = Tokenizer.from_str(json.dumps(empty)).pre_tokenizer
     elif isinstance(backend.pre_tokenizer, ByteLevel):  # what transformers falls back to
         named = f"splits text as {name!r}, which is not known here" if name else "does not name its split"
         say(f"{path}: its tokenizer {named}: split as GPT-2's, so some texts get other ids than in llama.cpp")
