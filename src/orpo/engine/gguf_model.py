@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orpo.console import say
-from orpo.errors import ModelError, first_line
+from orpo.errors import ModelError, raised_as
 
 _INSTALL = "reading GGUF files needs gguf and transformers 5.23: pip install 'orpo[gguf]'"
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -59,12 +59,10 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         ModelError: The file cannot be read, or its kind of tokenizer is not known to transformers.
     """
     metadata = _metadata(path)
-    try:
+    with raised_as(ModelError, f"{path}: no tokenizer could be read"):
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
             path.parent, gguf_file=path.name
         )
-    except (OSError, ImportError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no tokenizer could be read ({first_line(error)})") from error
     if metadata.get("tokenizer.ggml.model") == "gpt2":
         _set_split(tokenizer, metadata.get("tokenizer.ggml.pre"), path)
     return tokenizer
@@ -125,8 +123,6 @@ def _metadata(path: Path) -> dict[str, Any]:
         from transformers.integrations.gguf.reader import read_gguf_metadata
     except ImportError as error:
         raise ModelError(f"{path}: {_INSTALL}") from error
-    try:
+    with raised_as(ModelError, f"{path}: not a whole GGUF file"):
         metadata: dict[str, Any] = read_gguf_metadata(str(path))[0]
-    except Exception as error:  # a damaged file ends in any of a dozen kinds
-        raise ModelError(f"{path}: not a whole GGUF file ({first_line(error)})") from error
     return metadata

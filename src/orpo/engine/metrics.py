@@ -106,6 +106,10 @@ METRICS = (
         "The part of the loss that compares the two answers; ln 2 where it cannot.",
     ),
     Metric("loss", "loss", "number", -1, "steps", caption="What is minimised."),
+    Metric(
+        "router_loss", "router loss", "number", -1, "steps",
+        caption="What is minimised besides, so that a mixture of experts uses all of them.",
+    ),
     Metric("grad_norm", "gradient norm", "number"),
     Metric("learning_rate", "learning rate", "rate"),
     Metric("tokens_per_second", "tokens/s", "count", +1),
@@ -190,9 +194,11 @@ class MetricWindow:
             pairs=has_P.numel(), preferences=has_P.sum(), nll_weight=scores.nll_weight_P.sum(), **values
         )
 
-    def add_step(self, loss: Tensor, num_tokens: int, num_ranks: int) -> None:
-        """Add one optimizer step: this rank's share of its loss, and the tokens this rank has read."""
-        self._add(steps=1 / num_ranks, loss=loss, tokens=num_tokens)
+    def add_step(
+        self, loss: Tensor, num_tokens: int, num_ranks: int, router_loss: Tensor | float = 0.0
+    ) -> None:
+        """Add one optimizer step: this rank's share of its losses, and the tokens this rank has read."""
+        self._add(steps=1 / num_ranks, loss=loss, router_loss=router_loss, tokens=num_tokens)
 
     def _add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
@@ -228,6 +234,8 @@ class MetricWindow:
             for metric in METRICS
             if metric.divisor and sums[metric.divisor] > 0
         }
+        if sums["router_loss"] == 0:  # of models that have none
+            means.pop("router_loss", None)
         return means | {"tokens": sums["tokens"]}
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from orpo.engine.stop_tokens import save_generation_config
-from orpo.errors import ModelError, RunError, first_line
+from orpo.errors import ModelError, RunError, raised_as
 from orpo.export.check import LIMITS, Comparison, Expected, ask_another_process, compare
 from orpo.export.merged import Merged
 from orpo.export.reload import checksums
@@ -38,13 +37,11 @@ def write_folder(merged: Merged, folder: Path, *, max_shard_size: str = "5GB") -
             f"some weights are too large for {merged.dtype_name}; choose --dtype float32 or bfloat16"
         )
     model.config.dtype = merged.dtype
-    try:
+    with raised_as(RunError, f"{folder}: the model could not be written"):
         save_generation_config(folder, model)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         merged.tokenizer.save_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"{folder}: the model could not be written ({first_line(error)})") from error
     return replace(merged.expected, tensors=checksums(model))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo.errors import ModelError, RunError, first_line
+from orpo.errors import ModelError, RunError, raised_as
 from orpo.export.gguf_vocabulary import CONVERTER, Vocabulary
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -73,10 +73,8 @@ def write_gguf(path: Path, model: Any, vocabulary: Vocabulary, kind: str) -> lis
         tensors.append((mapped, tensor, own))
     if (factors := _rope_factors(model)) is not None:
         tensors.append(("rope_freqs.weight", factors, gguf.GGMLQuantizationType.F32))
-    try:
+    with raised_as(RunError, f"{path}: the file could not be written"):
         _write(writer, gguf, tensors)
-    except OSError as error:
-        raise RunError(f"{path}: the file could not be written ({first_line(error)})") from error
     rows = model.get_input_embeddings().weight.shape[0] - len(vocabulary.tokens)
     lines = (
         [f"{rows} spare rows of the embeddings are left out: the tokenizer has no ids for them"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orpo.errors import ConfigError, RunError, first_line
+from orpo.errors import ConfigError, RunError, first_line, raised_as
 
 
 def check_push(repository: str) -> None:
@@ -36,11 +36,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    try:
+    with raised_as(RunError, f"{repository}: not uploaded", f"the export is in {folder}"):
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export with orpo")
-    except Exception as error:  # of its many kinds, some share no base class
-        raise RunError(
-            f"{repository}: not uploaded ({first_line(error)}); the export is in {folder}"
-        ) from error
     return f"https://huggingface.co/{repository}"

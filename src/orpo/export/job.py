@@ -32,6 +32,7 @@ from orpo.export.reload import log_probs
 from orpo.export.serving import MODELFILE, serving_commands
 from orpo.run.checkpoints import base_model_name, model_folder
 from orpo.run.directory import RunDirectory, gguf_file, is_adapter, write_json
+from orpo.run.public import is_local
 from orpo.settings.config import inherited_by_evaluation
 
 _GGUF_LIMIT_S = 1800.0
@@ -287,5 +288,5 @@ def _remembered(merged: Merged) -> dict[str, Any]:
     kept = inherited_by_evaluation(merged.recipe)
     kept.pop("chat_template", None)  # the tokenizer has it
     return kept | (
-        {"model_name_or_path": merged.base} if merged.base and not Path(merged.base).exists() else {}
+        {"model_name_or_path": merged.base} if merged.base and not is_local(merged.base) else {}
     )

@@ -18,7 +18,7 @@ from orpo.data.templates import prepare_template
 from orpo.engine.loading import load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import saved_stop_token_ids, stop_at, stop_token_ids
-from orpo.errors import ConfigError, ModelError
+from orpo.errors import ConfigError, ModelError, raised_as
 from orpo.export.check import LIMITS, Expected
 from orpo.export.reload import log_probs
 from orpo.export.sample import Sample, read_sample
@@ -153,11 +153,8 @@ def _loaded(folder: str, base: str | None, settings: OrpoSettings) -> Any:
 def _without_adapter(model: Any, folder: str) -> Any:
     if not hasattr(model, "merge_and_unload"):
         raise ModelError(f"{folder}: this kind of adapter changes no weights, so it cannot be merged")
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise ModelError(f"{folder}: the adapter cannot be merged ({error})") from error
-    return merged.eval()
+    with raised_as(ModelError, f"{folder}: the adapter cannot be merged"):
+        return model.merge_and_unload(safe_merge=True).eval()
 
 
 def _compare_merge(model: Any, sample: Sample, before: list[list[float]]) -> None:
