@@ -20,20 +20,28 @@ from transformers import (
 
 from orpo.console import say
 from orpo.engine.adapters import add_adapter, lora_config, train_in_float32
+from orpo.engine.gguf_model import (
+    gguf_family,
+    gguf_loading_arguments,
+    load_gguf_tokenizer,
+    settle_gguf_model,
+)
 from orpo.engine.scorer import refuse_encoder_decoder
 from orpo.errors import LONGEST, ConfigError, ModelError, raised_as
-from orpo.run.directory import adapter_base, is_adapter
+from orpo.run.directory import adapter_base, gguf_file, is_adapter
 from orpo.settings.config import OrpoSettings
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model or adapter, by hub name or folder.
+    """Load the tokenizer of a model or adapter, by hub name, folder or GGUF file.
 
     Raises:
         ModelError: There is none, or it cannot be read.
     """
+    if (path := gguf_file(name)) is not None:
+        return load_gguf_tokenizer(path)
     with raised_as(ModelError, f"{name}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
@@ -45,9 +53,9 @@ def load_tokenizer(
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
     """Load `settings.model_name_or_path` for training, with an adapter where the settings ask for one.
 
-    A folder that holds an adapter loads its base model with that adapter on top. Full fine-tuning gets
-    float32 master weights, because a bfloat16 weight of 0.02 does not move under a learning rate of 5e-6; a
-    frozen base is held in bfloat16 where the hardware computes in it.
+    A folder that holds an adapter loads its base model with that adapter on top; a GGUF file is unpacked.
+    Full fine-tuning gets float32 master weights, because a bfloat16 weight of 0.02 does not move under a
+    learning rate of 5e-6; a frozen base is held in bfloat16 where the hardware computes in it.
 
     Raises:
         ConfigError: Settings that exclude each other.
@@ -113,6 +121,8 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
                 "load_in_4bit and load_in_8bit freeze the weights; set use_peft: true to train LoRA on them"
             )
         arguments["quantization_config"] = _quantization(settings)
+    if (path := gguf_file(name)) is not None:
+        return _load_gguf(path, arguments)
     with raised_as(ModelError, f"{name}: the model could not be loaded"):
         config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
@@ -210,6 +220,26 @@ def _is_finite(weight: torch.Tensor) -> bool:
 def _some(names: Collection[str]) -> str:
     shown = sorted(names)[:3]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _load_gguf(path: Path, arguments: dict[str, Any]) -> PreTrainedModel:
+    if "quantization_config" in arguments:
+        raise ConfigError(f"{path} is unpacked when it is loaded; drop load_in_4bit and load_in_8bit")
+    arguments = arguments | gguf_loading_arguments(path)
+    dtype = arguments["dtype"]
+    arguments["dtype"] = torch.float32 if dtype == "auto" else dtype  # blocks have no dtype to take over
+    refused = f"{path}: transformers cannot read this {gguf_family(path)} file"
+    then = "convert it to a folder of safetensors first, or take the folder that it was made from"
+    with raised_as(ModelError, refused, then), _no_load_report():
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, output_loading_info=True, **arguments
+        )
+    model: PreTrainedModel = loaded[0]
+    _check_load_report(str(path), model, loaded[1])
+    _refuse_not_finite(model, str(path))
+    settle_gguf_model(model, path)
+    return model
 
 
 def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:

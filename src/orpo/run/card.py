@@ -15,7 +15,13 @@ from orpo.run.public import is_local, public, public_name
 
 
 def write_model_card(
-    folder: Path, recipe: Mapping[str, Any], results: Sequence[tuple[str, str]] = (), step: int = 0
+    folder: Path,
+    recipe: Mapping[str, Any],
+    results: Sequence[tuple[str, str]] = (),
+    step: int = 0,
+    *,
+    name: str | None = None,
+    more: str | None = None,
 ) -> None:
     """Write the card next to a model.
 
@@ -24,6 +30,8 @@ def write_model_card(
         recipe: The resolved settings.
         results: Names and values of what held-out pairs say.
         step: The step these are of.
+        name: Of the model; None: that of the folder.
+        more: Sections in front of the recipe; None: how a run is loaded and exported.
     """
     base, names = recipe.get("model_name_or_path"), data_names(recipe)
     on_data = f" on {', '.join(_code(public_name(name)) for name in names)}" if names else ""
@@ -33,7 +41,7 @@ def write_model_card(
 {_metadata(folder, recipe)}
 ---
 
-# {_plain(folder.resolve().name)}
+# {_plain(name or folder.resolve().name)}
 
 {_code(public_name(base)) if base else "A language model"} trained{on_data}
 with ORPO ([Hong, Lee and Thorne, 2024](https://arxiv.org/abs/2403.07691)): one stage, no reference model.
@@ -42,8 +50,40 @@ Made with `orpo` {orpo.__version__} and transformers {version("transformers")}.
     if results:
         rows = "\n".join(f"| {_plain(name)} | {_plain(value)} |" for name, value in results)
         text += f"\n## On held-out pairs, after {step} steps\n\n| | |\n|---|---|\n{rows}\n"
+    text += f"\n{_usage(folder, base) if more is None else more}"
     text += f"\n## Recipe\n\n{fence}yaml\n{settings}{fence}\n"
     replace_text(RunDirectory(folder).card, text)
+
+
+def _usage(folder: Path, base: str | None) -> str:
+    """How the model of a run is loaded and served: an adapter is no model to most programs."""
+    name = folder.resolve().name
+    if is_adapter(folder):
+        on = _code(public_name(base)) if base else "its base model"
+        return f"""## How to use it
+
+An adapter on {on}; its configuration names the base as it was found in training. Where that is elsewhere:
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "{name}")
+model.generation_config = GenerationConfig.from_pretrained("{name}")  # where answers end
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+Servers want a whole model: `orpo export {name} --base BASE` merges the adapter, checks the result, and prints
+the commands that serve it.
+"""
+    return f"""## How to use it
+
+```python
+from transformers import pipeline
+
+ask = pipeline("text-generation", model="{name}")
+print(ask([{{"role": "user", "content": "Hello"}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
+```
+`orpo export {name}` writes it in the dtype of its base, as GGUF too, and prints the commands that serve it.
+"""
 
 
 def _plain(text: str) -> str:

@@ -25,6 +25,7 @@ from orpo.run.directory import (
     MODEL_CONFIG,
     RunDirectory,
     adapter_base,
+    gguf_file,
     holds_model,
     read_json,
 )
@@ -136,7 +137,7 @@ def _model_damage(folder: Path) -> str | None:
 
 
 def model_folder(name: str) -> str:
-    """Where the model of a run directory is; any other name is returned as it is.
+    """Where the model of a run directory is; any other name is returned as it is, a GGUF file too.
 
     An unfinished run has its model in its newest whole checkpoint, the one that training would resume from;
     so has a run whose own weights are missing or damaged, for instance by an interrupted save.
@@ -145,6 +146,8 @@ def model_folder(name: str) -> str:
         ModelError: A folder that holds no model, or a name that can only be a folder's and there is none.
     """
     folder = Path(name).expanduser()
+    if (path := gguf_file(folder)) is not None:
+        return str(path)
     if not folder.is_dir() and _must_be_a_folder(name):
         raise ModelError(f"{name}: there is no such folder")
     if not folder.is_dir():
@@ -196,11 +199,11 @@ def _must_be_a_folder(name: str) -> bool:
 
 
 def run_recipe(name: str) -> dict[str, Any]:
-    """The recipe of a run, or of the run that a checkpoint is of, wherever that lies; else empty."""
+    """The recipe of a run, or of the run that a checkpoint or an export is of; else empty."""
     folder = Path(name)
     run = RunDirectory(folder.parent if checkpoint_step(folder) >= 0 else folder)
     recipe: dict[str, Any] = run.read_recipe() or read_state(folder).get("recipe", {})
-    return recipe
+    return recipe or dict(read_json(run.export_record, {}).get("recipe", {}))
 
 
 def base_model_name(name: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from orpo.errors import DataError
+from orpo.errors import DataError, ModelError
 from orpo.run.disk import replace_text
 from orpo.run.log import Figure, Record, read_records, read_text
 
@@ -105,6 +105,11 @@ class RunDirectory:
     def test_pairs(self) -> Path:
         """The test pairs that a demo scored."""
         return self.path / "test.jsonl"
+
+    @property
+    def export_record(self) -> Path:
+        """Of an exported model: from what, how it was checked, what an evaluation inherits."""
+        return self.path / "export.json"
 
     def evaluation(self, name: str) -> Path:
         """What `orpo eval` found on one data set."""
@@ -299,6 +304,23 @@ def holds_model(folder: Path) -> bool:
 def is_adapter(folder: str | Path) -> bool:
     """Whether a local folder holds a PEFT adapter rather than a model."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def gguf_file(name: str | Path) -> Path | None:
+    """The GGUF file that a name stands for: a file, or a folder that holds one and no other model.
+
+    Raises:
+        ModelError: A folder of several, of which none is named.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or holds_model(path):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise ModelError(f"{path}: holds {len(found)} GGUF files; name one of them, such as {found[0]}")
+    return found[0] if found else None
 
 
 def adapter_base(folder: str | Path) -> str | None:

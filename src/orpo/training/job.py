@@ -19,7 +19,7 @@ from orpo.evaluation.verdict import Verdict, judge_run
 from orpo.report.page import write_report
 from orpo.run.card import data_names
 from orpo.run.checkpoints import last_checkpoint
-from orpo.run.directory import Run, RunDirectory, read_run
+from orpo.run.directory import Run, RunDirectory, gguf_file, read_run
 from orpo.run.lock import check_output_dir, held
 from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import check_recipe
@@ -74,7 +74,7 @@ def train(settings: Mapping[str, Any]) -> Outcome:
     check_recipe(settings)
     check_needs(settings)
     model = Path(settings["model_name_or_path"]).expanduser()
-    if model.is_dir():
+    if model.is_dir() or gguf_file(model) is not None:
         # The recipe and an adapter remember the name, and are read from other folders.
         settings["model_name_or_path"] = str(model.resolve())
     # `gradient_checkpointing`, which everybody writes, will not have that name for ever.

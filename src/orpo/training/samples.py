@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from orpo.engine.lengths import positions_in_window
+from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import stop_token_ids
 from orpo.evaluation.decoding import Decoding, decode
 from orpo.evaluation.generation import pad_id
@@ -97,8 +99,10 @@ class SampleWriter(TrainerCallback):
     def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """Answers up to and with the token that ends them, none of the padding after it."""
         tokenizer, model = self.trainer.processing_class, self.trainer.model
+        most = positions_in_window(base_model(model).config.get_text_config())
+        longest = self.longest if most is None else min(self.longest, most - max(map(len, prompts)))
         decoding = Decoding(
-            max_tokens=self.longest,
+            max_tokens=max(1, longest),
             ends=stop_token_ids(model),
             pad=pad_id(tokenizer),
         )
