@@ -21,10 +21,10 @@ from turns import bot, system, user
 
 import orpo
 from orpo.cli import main
-from orpo.curation.lengths import in_characters
+from orpo.curation.deduplication import KINDS, remove_repeats
+from orpo.curation.measuring import in_characters
 from orpo.curation.parting import part_pairs
 from orpo.curation.prepare import prepare_data
-from orpo.curation.repeats import KINDS, remove_repeats
 from orpo.curation.sampling import balance_length, limit, take_shares
 from orpo.curation.similar import similar_groups
 from orpo.data.formats import FORMATS

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +13,19 @@ from contextlib import contextmanager
 def say(line: str, *, error: bool = False) -> None:
     """Print a line, on stdout or as an error on stderr, from the first process of a run only."""
     if _rank() == 0:
-        print(line, file=sys.stderr if error else sys.stdout, flush=True)
+        print(_printable(line), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def say_item(name: str, text: str) -> None:
+    """Print a short name and a text beside it, broken between words on a terminal, on one line elsewhere."""
+    indent = 11
+    line = f"{name:<{indent}}{text}"
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns, 40)
+        line = textwrap.fill(
+            line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+    say(line)
 
 
 def say_error(error: BaseException, *, everywhere: bool = False) -> None:
@@ -23,7 +37,13 @@ def say_error(error: BaseException, *, everywhere: bool = False) -> None:
     """
     if everywhere or int(os.environ.get("LOCAL_RANK", "0")) == 0:
         who = f" (rank {_rank()})" if everywhere and "RANK" in os.environ else ""
-        print(f"orpo: error{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        line = f"orpo: error{who}: {' '.join(str(error).split())}"
+        print(_printable(line), file=sys.stderr, flush=True)
+
+
+def _printable(line: str) -> str:
+    """A line that any terminal can encode: names from data may hold half of a character."""
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager

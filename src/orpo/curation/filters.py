@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from orpo.curation.lengths import Lengths
+from orpo.curation.fingerprints import written
+from orpo.curation.measuring import Lengths
 from orpo.curation.steps import Sieve, Step, Watch, unwatched
-from orpo.curation.texts import asked, written
+from orpo.curation.texts import asked
 from orpo.data.verdicts import SCORE_COLUMNS
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair

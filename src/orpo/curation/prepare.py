@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from orpo.curation import filters
 from orpo.curation.cleaning import clean
+from orpo.curation.deduplication import KINDS, remove_repeats
 from orpo.curation.folder import PreparedData, check_out, describe_input, write_folder
-from orpo.curation.lengths import Lengths, in_characters, in_tokens
+from orpo.curation.measuring import Lengths, in_characters, in_tokens
 from orpo.curation.pairing import PAIRINGS, Pairing, pair_answers
 from orpo.curation.parting import part_pairs
 from orpo.curation.reading import check_packages, curation_settings, only_name, other_splits, read_input
-from orpo.curation.repeats import KINDS, remove_repeats
 from orpo.curation.sampling import balance_length, limit
 from orpo.curation.steps import Step, Watch, unwatched
 from orpo.errors import ConfigError, DataError
@@ -122,7 +122,7 @@ def prepare_data(
     """
     options = replace(options or PrepareOptions(), **given)
     options.check()
-    check_packages(["ftfy", "rensa", *(["py3langid"] if options.language else [])], "preparing data")
+    check_packages(["ftfy", *(["py3langid"] if options.language else [])], "preparing data")
     folder = check_out(out, data, force=force)
     data = only_name(data)
     work = _Work(options, curation_settings(settings), say or (lambda line: None), watch)

@@ -16,7 +16,7 @@ from orpo.data.verdicts import SCORE_COLUMNS
 from orpo.errors import ConfigError
 from orpo.settings.config import OrpoSettings
 
-_MODULES = {"ftfy": "ftfy", "rensa": "rensa", "py3langid": "py3langid", "sklearn": "scikit-learn"}
+_MODULES = {"ftfy": "ftfy", "py3langid": "py3langid", "sklearn": "scikit-learn"}
 
 
 def check_packages(modules: Iterable[str], what: str) -> None:

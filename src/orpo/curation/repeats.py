@@ -1,111 +1,207 @@
-"""Pairs that repeat or contradict another, and pairs whose sides hardly differ.
-
-Exact: the same word for word, runs of blanks aside. Near: prompt, chosen and rejected each nearly repeat
-those of one earlier pair. Of repeats the first stays; of contradictions none does, because nobody can tell
-which is right.
-"""
+"""What stands in a data set more than once, or somewhere else too: sides, prompts of other splits, questions
+of an evaluation set."""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
-from orpo.curation.similar import similar_groups
-from orpo.curation.steps import Sieve, Step, Watch, unwatched
-from orpo.curation.texts import asked, context, fingerprint, written
-from orpo.pairs import PreferencePair
+from orpo.curation.texts import PairTexts, asked
+from orpo.curation.wording import Found, found
+from orpo.data.columns import Columns
+from orpo.data.near_duplicates import near_duplicates
+from orpo.data.preferences import ReadSettings, stream_preferences
+from orpo.data.questions import question
+from orpo.data.rows import RawRow, read_rows, splits_of
+from orpo.data.words import runs_of, text_of, words_of
+from orpo.errors import DataError
 
-SIMILAR_SIDES, REPEATS, CONTRADICTIONS, NEAR_REPEATS = (
-    "similar_sides",
-    "duplicates",
-    "contradictions",
-    "near_duplicates",
-)
-KINDS = {
-    SIMILAR_SIDES: "the sides differ in case, blanks or punctuation alone",
-    REPEATS: "repeats an earlier pair",
-    CONTRADICTIONS: "contradicts another pair: same prompt, sides swapped",
-    NEAR_REPEATS: "nearly repeats an earlier pair",
-}
-"""What is removed -> the reason."""
-# Signs that change what a number or a formula says are no punctuation here.
-_PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[\s*_#\"'`!?;:\u2018\u2019\u201c\u201d]")
+NEARLY = 0.9
+"""Share of the distinct words of two answers that stand in both, where they are nearly identical."""
+RUN = 13
+"""Words in a row that no two texts have in common by chance."""
+_ANCHOR = (RUN + 1) // 2
 
 
-def remove_repeats(
-    pairs: Sequence[PreferencePair], *, keep: Collection[str] = (), watch: Watch = unwatched
-) -> tuple[list[int], Step]:
-    """Find pairs that add nothing, or that contradict another.
+def nearly_identical(texts: PairTexts) -> Found:
+    """Pairs whose answers have at least `NEARLY` of their words in common, in whatever order."""
+    return found(
+        source
+        for chosen, rejected, source in zip(texts.chosen, texts.rejected, texts.sources, strict=True)
+        if _are_close(chosen, rejected)
+    )
+
+
+def _are_close(chosen: str, rejected: str) -> bool:
+    shorter, longer = sorted((len(chosen), len(rejected)))
+    if shorter < 0.8 * longer and longer > 40:  # a word more or less is much of a short answer
+        return False
+    one, other = set(words_of(chosen)), set(words_of(rejected))
+    return len(one & other) >= NEARLY * len(one | other) > 0
+
+
+# ------------------------------------------------------------------------------------- splits
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSplits:
+    """Two splits with prompts in common.
+
+    Attributes:
+        splits: Their names.
+        prompts: Distinct prompts that stand in both.
+        rows: Pairs of the second split with such a prompt.
+    """
+
+    splits: tuple[str, str]
+    prompts: int
+    rows: Found
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"splits": list(self.splits), "prompts": self.prompts, "rows": self.rows.to_json()}
+
+
+def shared_between_splits(splits: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[SharedSplits, ...]:
+    """Splits with prompts in common.
 
     Args:
-        pairs: To look at.
-        keep: Of `KINDS`, what is counted and stays.
-        watch: Told how far it is.
-
-    Returns:
-        Indices of the pairs that stay, and what was found.
+        splits: Name -> (prompt, source) of each pair.
     """
-    sieve = Sieve("deduplicate", pairs)
-    gone: set[int] = set()
-
-    def found(indices: Iterable[int], kind: str) -> None:
-        for index in indices:
-            if kind in keep:
-                sieve.change(index, f"{KINDS[kind]} (kept)")
-            elif index not in gone:
-                gone.add(index)
-                sieve.remove(index, KINDS[kind])
-
-    keys = [
-        (fingerprint(pair.prompt, pair.tools), fingerprint(pair.chosen), fingerprint(pair.rejected))
-        for pair in pairs
-    ]
-    found((index for index, pair in enumerate(pairs) if _are_similar(pair)), SIMILAR_SIDES)
-    found(_later(keys), REPEATS)
-    found(_contradictions(keys), CONTRADICTIONS)
-    # Those that repeat word for word, and were kept, are not counted once more.
-    left = [index for index in _firsts(keys) if index not in gone]
-    near = _near_keys([pairs[index] for index in left], watch)
-    found((left[place] for place in _later(near)), NEAR_REPEATS)
-    return sieve.kept, sieve.step()
+    prompts = {name: {prompt for prompt, _ in rows} for name, rows in splits.items()}
+    shared = []
+    for first, second in combinations(splits, 2):
+        common = prompts[first] & prompts[second]
+        if common:
+            rows = found(source for prompt, source in splits[second] if prompt in common)
+            shared.append(SharedSplits((first, second), len(common), rows))
+    return tuple(shared)
 
 
-def _firsts(keys: Sequence[Hashable]) -> list[int]:
-    first: dict[Hashable, int] = {}
-    return [index for index, key in enumerate(keys) if first.setdefault(key, index) == index]
+# ------------------------------------------------------------------------------------- evaluation sets
 
 
-def _later(keys: Sequence[Hashable]) -> list[int]:
-    """Indices of keys that stand earlier too."""
-    return sorted(set(range(len(keys))) - set(_firsts(keys)))
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What a data set and an evaluation set have in common; a pair is counted once, where it first fits.
+
+    Attributes:
+        name: Of the evaluation set.
+        questions: It has.
+        exact: Pairs whose prompt is one of its questions.
+        near: Pairs whose prompt nearly repeats one.
+        runs: Pairs of which the prompt or an answer has `RUN` words in a row in common with one.
+        run: The run that most pairs have; empty where there is none.
+    """
+
+    name: str
+    questions: int
+    exact: Found
+    near: Found
+    runs: Found
+    run: str = ""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs with any overlap."""
+        return self.exact.number + self.near.number + self.runs.number
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "name": self.name,
+            "questions": self.questions,
+            "pairs": self.pairs,
+            **{kind: getattr(self, kind).to_json() for kind in ("exact", "near", "runs")},
+            "most_frequent_run": self.run,
+        }
 
 
-def _contradictions(keys: Sequence[tuple[bytes, bytes, bytes]]) -> list[int]:
-    """Indices of pairs whose sides stand swapped in another pair."""
-    seen = set(keys)
-    return [
-        index
-        for index, (prompt, chosen, rejected) in enumerate(keys)
-        if chosen != rejected and (prompt, rejected, chosen) in seen
-    ]
+def evaluation_questions(data: str) -> list[str]:
+    """What an evaluation set asks, all splits of it: prompts of pairs, or questions without answers.
+
+    Raises:
+        DataError: It cannot be read, or no column of it is known to ask.
+    """
+    split = "+".join(splits_of(data)) or None
+    rows = list(read_rows(data, split=split))
+    settings = ReadSettings(on_bad_row="skip", sft_rows="use")
+    with suppress(DataError):
+        whole = [row.data for row in rows if not isinstance(row.data, DataError)]
+        if pairs := [asked(pair) for pair in stream_preferences(whole, settings=settings)]:
+            return pairs
+    columns, questions, problem = Columns(), [], "it is empty"
+    for row in rows:
+        try:
+            questions.append(_question(row, columns))
+        except DataError as bad:
+            problem = f"{row.source}: {bad}"
+    if not questions:
+        raise DataError(f"{data}: no row says what it asks ({problem}); name the column `prompt`")
+    return questions
 
 
-def _are_similar(pair: PreferencePair) -> bool:
-    return pair.rejected is not None and _bare(written(pair.chosen)) == _bare(written(pair.rejected))
+def _question(row: RawRow, columns: Columns) -> str:
+    if isinstance(row.data, DataError):
+        raise row.data
+    turns = row.data.get("turns")
+    if isinstance(turns, list) and turns and all(isinstance(one, str) for one in turns):
+        return "\n\n".join(turns)  # MT-Bench
+    return text_of(question(columns.name(row.data)))
 
 
-def _bare(text: str) -> str:
-    return _PUNCTUATION.sub("", text.casefold())
+def overlap(
+    texts: PairTexts, questions: Sequence[str], name: str, progress: Callable[[int], None]
+) -> Overlap:
+    """Look for the questions of an evaluation set among the pairs.
+
+    Args:
+        texts: Of all pairs.
+        questions: Of the evaluation set.
+        name: Of the evaluation set.
+        progress: Called with the number of pairs each time some are done.
+    """
+    known = {one.strip() for one in questions}
+    exact = {index for index, prompt in enumerate(texts.prompts) if prompt.strip() in known}
+    others = [index for index in range(len(texts)) if index not in exact]
+    near = {others[place] for place in near_duplicates([texts.prompts[one] for one in others], list(known))}
+    index = RunIndex(questions)
+    common: Counter[bytes] = Counter()
+    with_runs = []
+    for number, place in enumerate(others):
+        sides = (texts.prompts[place], texts.chosen[place], texts.rejected[place])
+        if place not in near and (runs := {run for text in sides for run in index.find(text)}):
+            with_runs.append(place)
+            common.update(runs)
+        if number % 1000 == 999:
+            progress(1000)
+    run = max(common.items(), key=lambda item: (item[1], item[0]), default=(b"", 0))[0]
+    places = (sorted(exact), sorted(near), with_runs)
+    same, close, in_part = (found(texts.sources[place] for place in kind) for kind in places)
+    return Overlap(name, len(questions), same, close, in_part, run.decode("utf-8", "replace"))
 
 
-def _near_keys(pairs: Sequence[PreferencePair], watch: Watch) -> list[Hashable]:
-    """Equal for pairs all of whose parts nearly repeat each other."""
-    number = len(pairs)
-    prompts = similar_groups(map(asked, pairs), number, what="comparing prompts", watch=watch)
-    sides = itertools.chain((p.chosen for p in pairs), (p.rejected for p in pairs))
-    answers = similar_groups(map(written, sides), 2 * number, what="comparing answers", watch=watch)
-    return [
-        (context(pair), prompts[index], answers[index], answers[number + index])
-        for index, pair in enumerate(pairs)
-    ]
+class RunIndex:
+    """Runs of `RUN` words of some texts.
+
+    A common run of 13 words holds a whole run of 7 that begins at a multiple of 7, so that only every seventh
+    run of a text has to be looked up.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """Take the runs of the texts, `RUN` words each."""
+        words = [words_of(text) for text in texts]
+        self._runs = {run for one in words for run in runs_of(one, RUN)}
+        self._anchors = {run for one in words if len(one) >= RUN for run in runs_of(one, _ANCHOR)}
+
+    def find(self, text: str) -> Iterator[bytes]:
+        """The runs of a text that are known."""
+        words = words_of(text)
+        for start in range(0, len(words) - _ANCHOR + 1, _ANCHOR):
+            if b" ".join(words[start : start + _ANCHOR]) in self._anchors:
+                around = words[max(start - _ANCHOR + 1, 0) : start + RUN]
+                yield from (run for run in runs_of(around, RUN) if run in self._runs)

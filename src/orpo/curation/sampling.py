@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from orpo.curation.lengths import Lengths
+from orpo.curation.measuring import Lengths
 from orpo.curation.steps import Sieve, Step
 from orpo.pairs import PreferencePair
 

@@ -6,12 +6,14 @@ together: they are to stay on one side of a split, and a pair is repeated only w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
+from rensa import RMinHash, RMinHashLSH
+
+from orpo.curation.fingerprints import fingerprint
 from orpo.curation.steps import Watch, unwatched
-from orpo.curation.texts import fingerprint
 from orpo.data.near_duplicates import SIMILARITY
+from orpo.data.words import runs_of, words_of
 
 NUM_HASHES, NUM_BANDS = 128, 32
 CROWD = 64
@@ -67,21 +69,18 @@ def similar_groups(
         what: What to tell the watcher.
         watch: Told how far it is.
     """
-    from rensa import RMinHash, RMinHashLSH
-
     index = RMinHashLSH(threshold=SIMILARITY, num_perm=NUM_HASHES, num_bands=NUM_BANDS)
     groups, first, signatures = Groups(), dict[bytes, int](), dict[int, RMinHash]()
     for number, text in enumerate(texts):
         if number % 1000 == 0:
             watch(what, number, total)
-        lower = text.casefold()
-        earlier = first.setdefault(fingerprint(lower), number)
+        earlier = first.setdefault(fingerprint(text.casefold()), number)
         groups.add(earlier)
-        words = re.findall(r"\w+", lower)
-        if earlier != number or len(words) < 3:
+        runs = runs_of(words_of(text), 3) if earlier == number else []
+        if not runs:
             continue
         signature = RMinHash(NUM_HASHES, 0)
-        signature.update([" ".join(words[start : start + 3]) for start in range(len(words) - 2)])
+        signature.update(runs)
         near = index.query(signature)
         for other in near:
             if groups.of(other) != groups.of(number) and signatures[other].jaccard(signature) >= similarity:

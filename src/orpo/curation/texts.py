@@ -1,44 +1,58 @@
-"""The words of a pair: what was asked, what was answered, and keys that are equal for the same words."""
+"""The texts of pairs, column by column, and a part of them that is drawn where all would take too long."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from orpo.pairs import Message, PreferencePair
+from orpo.data.words import text_of
+from orpo.pairs import PreferencePair
 
-Side = list[Message] | str
+
+@dataclass(frozen=True, slots=True)
+class PairTexts:
+    """Texts of pairs.
+
+    Attributes:
+        prompts: All turns of the prompt but the system's.
+        chosen: The chosen answers.
+        rejected: The rejected answers; empty where there is none.
+        sources: Where each pair came from.
+    """
+
+    prompts: Sequence[str]
+    chosen: Sequence[str]
+    rejected: Sequence[str]
+    sources: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, index: Sequence[int]) -> PairTexts:
+        """The pairs at `index`."""
+        columns = (self.prompts, self.chosen, self.rejected, self.sources)
+        return PairTexts(*([column[place] for place in index] for column in columns))
+
+
+def pair_texts(pairs: Sequence[PreferencePair]) -> PairTexts:
+    """The texts of pairs."""
+    return PairTexts(
+        [asked(pair) for pair in pairs],
+        [text_of(pair.chosen) for pair in pairs],
+        [text_of(pair.rejected) for pair in pairs],
+        [pair.source for pair in pairs],
+    )
 
 
 def asked(pair: PreferencePair) -> str:
-    """The text of the prompt; system turns are left out, because many prompts share them."""
-    if isinstance(pair.prompt, str):
-        return pair.prompt
-    return written([turn for turn in pair.prompt if turn["role"] != "system"] or pair.prompt)
+    """The prompt without its system turn."""
+    prompt = pair.prompt
+    return text_of(prompt if isinstance(prompt, str) else [one for one in prompt if one["role"] != "system"])
 
 
-def written(side: Side | None) -> str:
-    """The text of a side, tool calls included; empty for a side that is not there."""
-    if side is None or isinstance(side, str):
-        return side or ""
-    parts = []
-    for turn in side:
-        parts.append(turn["content"])
-        if turn.get("tool_calls"):
-            parts.append(json.dumps(turn["tool_calls"], sort_keys=True, ensure_ascii=False))
-    return "\n".join(parts)
-
-
-def fingerprint(*parts: object) -> bytes:
-    """The same for parts that are the same, runs of blanks aside."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        text = part if isinstance(part, str) else json.dumps(part, sort_keys=True, default=str)
-        digest.update(" ".join(text.split()).encode("utf-8", "surrogatepass") + b"\0")
-    return digest.digest()
-
-
-def context(pair: PreferencePair) -> bytes:
-    """The same for pairs whose prompts differ in the question alone: system turns, tools, arguments."""
-    system = [] if isinstance(pair.prompt, str) else [t for t in pair.prompt if t["role"] == "system"]
-    return fingerprint(system, pair.tools, pair.chat_template_kwargs)
+def drawn(number: int, at_most: int, seed: int) -> list[int]:
+    """Which of `number` things are looked at: all, or a random part, in order; the same for the same seed."""
+    if number <= at_most:
+        return list(range(number))
+    return sorted(random.Random(seed).sample(range(number), at_most))

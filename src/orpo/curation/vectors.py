@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orpo.curation.fingerprints import written
 from orpo.curation.steps import Watch, unwatched
-from orpo.curation.texts import asked, written
+from orpo.curation.texts import asked
 from orpo.errors import ModelError, first_line
 from orpo.pairs import PreferencePair
 

@@ -38,6 +38,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "tools": ("input.tools",),
 }  # fmt: skip
 
+PROVENANCE = "provenance"
+"""Column that says where a pair comes from; nothing is read from it, and it is not noise."""
+
 _MISSING = object()
 _SIDES = ("prompt", "chosen", "rejected", "messages", "conversations")
 _LISTS = ("answers", "scores", "history", "labels")
@@ -173,7 +176,7 @@ class Columns:
                     key for key in keys if not any(f"{column}.".startswith(f"{key}.") for column in inside)
                 ]
                 names = [*inside, *rest]
-            if value is not None:
+            if value is not None and name != PROVENANCE:
                 self._seen.update(dict.fromkeys(names))
 
     def _parsed(self, name: str, value: Any) -> Any:

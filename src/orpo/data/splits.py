@@ -116,10 +116,10 @@ def files_of_split(
 def splits_of_folder(
     folder: Path, config: str | None, is_data: Callable[[Path], bool]
 ) -> dict[str, list[Path]]:
-    """Split -> data files of a folder; arguments as for `files_of_split`.
+    """The splits of a folder and their files; arguments as for `files_of_split`.
 
     Raises:
-        DataError: The folder holds no data, or several configurations.
+        DataError: The folder holds no data.
     """
     splits = _splits_of_card(folder, config)
     return _splits_by_name(folder, _data_files(folder, config, is_data)) if splits is None else splits

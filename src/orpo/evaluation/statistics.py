@@ -1,14 +1,21 @@
-"""Means over pairs with standard errors that know which pairs share a prompt.
+"""Means over pairs with standard errors that know which pairs share a prompt, and what they can tell apart.
 
 Shape suffixes: P = pairs.
 """
 
 import math
+from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from orpo.run.log import Figure
+
+CONFIDENCE, POWER = 0.95, 0.8
+"""Of a change that is called measurable, and of the pairs said to be needed for one: the usual values."""
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+_Z_POWER = NormalDist().inv_cdf(POWER)
 
 
 def clustered_mean(sum_P: Tensor, weight_P: Tensor, prompt_P: Tensor) -> Figure | None:
@@ -40,3 +47,79 @@ def clustered_mean(sum_P: Tensor, weight_P: Tensor, prompt_P: Tensor) -> Figure 
     residual.index_add_(0, prompt_P, sum_P - mean * weight_P)
     spread = residual.square().sum() * num_prompts / (num_prompts - 1)
     return Figure(mean.item(), math.sqrt(spread) / total.item())
+
+
+def critical(num_prompts: int) -> float:
+    """How many of its standard errors a mean over so many prompts must be from 0 to be measurable.
+
+    Args:
+        num_prompts: At least 2.
+
+    Returns:
+        The quantile of Student's t for `CONFIDENCE`: 1.96 for many prompts, 2.26 for ten, 4.2 for three.
+
+    Source:
+        Cornish-Fisher expansion in 1/df (Abramowitz and Stegun, 26.7.5); 3 % too small at df = 2.
+    """
+    df, z = num_prompts - 1, _Z
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    correction: float = sum(term / df**power for power, term in enumerate(terms, start=1))
+    return z + correction
+
+
+def visible(change: Figure, num_prompts: int) -> float | None:
+    """The smallest change that pairs would have shown with probability `POWER`; None without an error."""
+    if change.se is None or num_prompts < 2:
+        return None
+    return (critical(num_prompts) + _Z_POWER) * change.se
+
+
+def pairs_needed(effect: float, spread: float) -> int:
+    """Pairs that show a change of `effect` with probability `POWER`, at least 2.
+
+    Args:
+        effect: A mean change, not 0.
+        spread: Standard error of the mean change over n pairs, times the root of n: what one pair's change
+            varies by, with more for pairs that share prompts.
+    """
+    return max(2, math.ceil(((_Z + _Z_POWER) * spread / effect) ** 2))
+
+
+class Interval(NamedTuple):
+    """A share in [0, 1], and the bounds of its confidence interval."""
+
+    share: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f})"
+
+
+def share_interval(share_P: Tensor, prompt_P: Tensor, *, looks: int = 1, terms: int = 1) -> Interval:
+    """The mean of shares with an interval that holds with 95 %, prompts being what was drawn.
+
+    The interval is Wilson's for as many independent pairs as have the standard error that was found, and for
+    no more than there are prompts: it has a width where all pairs agree, too.
+
+    Args:
+        share_P: In [0, 1], at least one.
+        prompt_P: The same number for pairs with the same prompt, from 0 on.
+        looks: Intervals that are to hold together (Bonferroni).
+        terms: In how many places of the statistic each pair stands; 2 where pairs are compared with each
+            other and `share_P` is the mean of each over the others.
+    """
+    figure = clustered_mean(share_P, torch.ones_like(share_P), prompt_P)
+    assert figure is not None
+    share = min(max(figure.mean, 0.0), 1.0)
+    number = float(prompt_P.unique().numel())
+    if figure.se:
+        number = min(number, max(share * (1 - share), 1e-9) / (terms * figure.se) ** 2)
+    z = NormalDist().inv_cdf(1 - 0.025 / looks)
+    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
+    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
