@@ -88,7 +88,7 @@ def has_control_characters(_: str, raw: bytes) -> bool:
 
 
 def is_mojibake(text: str, raw: bytes, fix_encoding: Callable[[str], str]) -> bool:
-    """Whether ftfy would mend one of the first places that look like bytes read in the wrong code.
+    """Whether ftfy would repair one of the first places that look like bytes read in the wrong code.
 
     Args:
         text: It.
