@@ -481,7 +481,7 @@ def test_weights_say_how_often_each_pair_is_seen(tmp_path):
     assert f"{one}: weight 0.5: 5 of 10 pairs in an epoch" in found.notices
     assert prompts == [pair.prompt for pair in read_preferences({one: 0.5, two: 2.5}).pairs]
     assert len(read_preferences([one, two])) == 14
-    with pytest.raises(ConfigError, match="negative"):
+    with pytest.raises(ConfigError, match="not in 0 to 1000"):
         read_preferences({one: -1})
 
 

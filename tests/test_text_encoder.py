@@ -18,9 +18,7 @@ from orpo.demo.experiment import BASE
 from orpo.pairs import PreferencePair
 
 _END = "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-_LLAMA = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _END
-)
+_LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _END
 _O200K = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -29,7 +27,11 @@ _O200K = "|".join(
     ]
 )
 PATTERNS = {"gpt2": None, "llama3": _LLAMA, "qwen2": _LLAMA.replace("{1,3}", ""), "o200k": _O200K + _END}
-CORPUS = [TEXT, "  def f(x):\n\treturn x  # it's\n\n", "don't we'll 1234 漢字 kana かな é e\u0301 <a>\r\n"] * 3
+CORPUS = [
+    TEXT,
+    "  def f(x):\n\treturn x  # it's\n\n",
+    "don't we'll 1234 漢字 kana かな é e\u0301 <a>\r\n",
+] * 3
 
 
 @functools.cache
@@ -143,8 +145,12 @@ def slow(encoder):
 
 ROWS = [
     *CASES.values(),
-    PreferencePair([user("Q")], [bot("A b  c"), user("more"), bot("x y")], [bot("B"), user("less"), bot("z")]),
-    PreferencePair([system("S"), user("Q \n one"), bot("old  answer"), user("two")], [bot("yes it is")], None),
+    PreferencePair(
+        [user("Q")], [bot("A b  c"), user("more"), bot("x y")], [bot("B"), user("less"), bot("z")]
+    ),
+    PreferencePair(
+        [system("S"), user("Q \n one"), bot("old  answer"), user("two")], [bot("yes it is")], None
+    ),
     PreferencePair([user("Q")], [bot("same")], [bot("same")]),
     PreferencePair([user("Q")], [bot("A<|im_end|>")], [bot("in <|im_end|> side")]),
     PreferencePair([user("Q")], [bot("A")], [bot("   ")]),

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orpo.curation.inspection import inspect_data
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
     from orpo.report.page import write_report
@@ -26,6 +27,7 @@ __all__ = [
     "ORPOTrainer",
     "__version__",
     "evaluate",
+    "inspect_data",
     "load_recipe",
     "train",
     "write_report",
@@ -36,6 +38,7 @@ _WHERE = {
     "ORPOConfig": "orpo.training.arguments",
     "ORPOTrainer": "orpo.training.trainer",
     "evaluate": "orpo.evaluation.preferences",
+    "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
     "train": "orpo.training.job",
     "write_report": "orpo.report.page",

@@ -48,7 +48,15 @@ class PreferencePair:
 
     def prompt_key(self) -> str:
         """Equal for pairs with the same prompt."""
-        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
+        return side_key(self.prompt)
+
+
+_write = json.JSONEncoder(sort_keys=True).encode
+
+
+def side_key(side: list[Message] | str | None) -> str:
+    """Equal for messages or texts that are the same word for word."""
+    return side if isinstance(side, str) else _write(side)
 
 
 @dataclass(frozen=True, slots=True)

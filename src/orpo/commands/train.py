@@ -39,6 +39,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Read the recipe, train, and print what came of it."""
+    from orpo.training.stopping import note_warnings
+
+    note_warnings()
     from orpo.settings.config import check_recipe
     from orpo.settings.needs import check_needs
     from orpo.settings.recipe import load_recipe

@@ -24,6 +24,7 @@ class RowCounts:
         changed: Rows that train, though not as written (oldest turns dropped, system text folded, ...).
         lost: Rows that train without a part of their answers; each row counts once.
         examples: Where the first row of each reason came from.
+        more_examples: Where the second and the third came from; not saved.
     """
 
     total: int = 0
@@ -32,6 +33,7 @@ class RowCounts:
     changed: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    more_examples: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def num_dropped(self) -> int:
@@ -61,7 +63,18 @@ class RowCounts:
 
     def _add(self, table: dict[str, int], reason: str, source: str) -> None:
         table[reason] = table.get(reason, 0) + 1
-        self.examples.setdefault(reason, source)
+        self.name(reason, source)
+
+    def name(self, reason: str, source: str) -> None:
+        """Remember where a row of a reason came from, if it is one of the first three."""
+        if reason not in self.examples:
+            self.examples[reason] = source
+        elif len(more := self.more_examples.setdefault(reason, [])) < 2:
+            more.append(source)
+
+    def first_rows(self, reason: str) -> list[str]:
+        """Where the first rows of a reason came from, at most three."""
+        return [self.examples[reason], *self.more_examples.get(reason, [])]
 
     def add(self, other: RowCounts) -> None:
         """Take over the counts of `other`, which looked at further rows."""
@@ -78,8 +91,9 @@ class RowCounts:
         ):
             for reason, count in theirs.items():
                 mine[reason] = mine.get(reason, 0) + count
-        for reason, source in other.examples.items():
-            self.examples.setdefault(reason, source)
+        for reason in other.examples:
+            for source in other.first_rows(reason):
+                self.name(reason, source)
 
     def lines(self) -> list[str]:
         """The table, one printable line per reason, the most frequent first."""

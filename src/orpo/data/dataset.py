@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,15 +23,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orpo.console import say
 from orpo.data.counts import RowCounts
 from orpo.data.preferences import PreferenceSet
 from orpo.data.tokenize import BATCH, PairArrays, PairTokenizer
+from orpo.errors import OrpoError, first_line
 from orpo.pairs import PreferencePair, TokenizedPair
+from orpo.run.directory import read_json, write_json
+from orpo.run.disk import describe, difference, files_in, flush_folder
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 _ARRAYS = ("tokens", "offsets", "contexts", "spans", "span_offsets", "pair_index")
-_VERSION = 3
+_MANIFEST = "manifest.json"
+_VERSION = 4
 _NO_TOKENS: Int32 = np.zeros(0, dtype=np.int32)
 
 
@@ -115,8 +119,9 @@ class TokenizedDataset:
             OSError: The disk is full or the folder cannot be written.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        scratch = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
         try:
+            scratch.mkdir()
             for name in _ARRAYS:
                 np.save(scratch / f"{name}.npy", getattr(self, name))
             words = {
@@ -128,6 +133,8 @@ class TokenizedDataset:
                 "end_token": self.end_token,
             }
             (scratch / "words.json").write_text(json.dumps(words), encoding="utf-8")
+            write_json(scratch / _MANIFEST, {path.name: describe(path) for path in files_in(scratch)})
+            flush_folder(scratch)
             os.rename(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -147,6 +154,26 @@ def load(folder: Path) -> TokenizedDataset:
     words["counts"] = RowCounts.from_dict(words["counts"])
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
     return TokenizedDataset(**arrays, **words, folder=folder)
+
+
+def _load_whole(folder: Path) -> TokenizedDataset | None:
+    """A cached data set; None where there is none, or it is damaged, which is said and put out of the way."""
+    if not folder.exists():
+        return None
+    try:
+        manifest = read_json(folder / _MANIFEST, {})
+        names = {"words.json", *(f"{name}.npy" for name in _ARRAYS)}
+        lacking = next((f"{name} is missing" for name in sorted(names - manifest.keys())), None)
+        problem = lacking or next(
+            (what for name, one in manifest.items() if (what := difference(folder / name, one))), None
+        )
+    except (OSError, ValueError) as error:
+        problem = first_line(error)
+    if problem is None:
+        return load(folder)
+    say(f"{folder}: the cached tokens are damaged ({problem}) and are made again")
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def tokenize_pairs(
@@ -188,10 +215,10 @@ def tokenize_pairs(
     if cache_dir is not None:
         key = _key(pairs, tokenizer, known, (template, max_length, drop_rejected))
         folder = Path(cache_dir) / key
-        if folder.exists():
-            dataset = load(folder)
-            dataset.counts.check(max_dropped)
-            return dataset
+        cached = _load_whole(folder)
+        if cached is not None:
+            cached.counts.check(max_dropped)
+            return cached
     parts = _encode_all(encoder, pairs, drop_rejected, num_proc or 1)
     dataset = _join(parts, pairs, encoder, known)
     dataset.counts.check(max_dropped)
@@ -199,10 +226,11 @@ def tokenize_pairs(
         return dataset
     try:
         dataset.save(folder)
-    except OSError as error:
-        if not folder.exists():  # else another process was faster
-            dataset.notices.append(f"the tokenized data could not be cached ({error})")
-            return dataset
+    except (OSError, OrpoError) as error:
+        cached = _load_whole(folder)  # another process may have been faster
+        if cached is None:
+            dataset.notices.append(f"the tokenized data could not be cached ({first_line(error)})")
+        return dataset if cached is None else cached
     return load(folder)
 
 

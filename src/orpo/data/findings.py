@@ -5,7 +5,7 @@ Nothing is dropped here; these are findings about well-formed rows that a person
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 
 from orpo.data.dataset import TokenizedDataset
 from orpo.data.near_duplicates import near_duplicates
-from orpo.pairs import Message, PreferencePair
+from orpo.data.words import text_of
+from orpo.pairs import PreferencePair, side_key
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Findings:
     Attributes:
         pairs: Training pairs.
         duplicates: Pairs that repeat an earlier one word for word.
-        near_duplicates: Prompts that nearly repeat an earlier, other one.
+        near_duplicates: Pairs whose prompt nearly repeats an earlier, other one.
         contradictions: Pairs whose sides stand swapped in another pair with the same prompt.
         shared_prompts: Evaluation pairs whose prompt is also trained on; None without evaluation data.
         length_bias: Of the tokenized training pairs; None where they are not given.
@@ -117,7 +118,7 @@ def find(
 
     keys = [pair_key(pair) for pair in train]
     seen = set(keys)
-    first: dict[tuple[str, str, str], str] = {}
+    first: dict[tuple[bytes, bytes, bytes], str] = {}
     repeats = [
         pair.source
         for pair, key in zip(train, keys, strict=True)
@@ -128,11 +129,13 @@ def find(
         for pair, (prompt, chosen, rejected) in zip(train, keys, strict=True)
         if pair.rejected is not None and (prompt, rejected, chosen) in seen
     ]
-    near = [train[index].source for index in near_duplicates([key[0] for key in keys])]
+    near = [train[index].source for index in near_duplicates([text_of(pair.prompt) for pair in train])]
     shared = None
     if evaluation is not None:
         prompts = {key[0] for key in keys}
-        shared = count("shared_prompts", [pair.source for pair in evaluation if pair.prompt_key() in prompts])
+        shared = count(
+            "shared_prompts", [pair.source for pair in evaluation if _digest(pair.prompt_key()) in prompts]
+        )
     return Findings(
         pairs=len(train),
         duplicates=count("duplicates", repeats),
@@ -156,10 +159,10 @@ def length_bias(pairs: TokenizedDataset) -> LengthBias | None:
     return LengthBias(float(differences.mean()), float(spread), float(longer))
 
 
-def pair_key(pair: PreferencePair) -> tuple[str, str, str]:
-    """Equal for pairs that are the same word for word."""
-    return pair.prompt_key(), _key(pair.chosen), _key(pair.rejected)
+def pair_key(pair: PreferencePair) -> tuple[bytes, bytes, bytes]:
+    """Equal for pairs that are the same word for word; short, so that all keys of a large set can be held."""
+    return _digest(pair.prompt_key()), _digest(side_key(pair.chosen)), _digest(side_key(pair.rejected))
 
 
-def _key(side: list[Message] | str | None) -> str:
-    return side if isinstance(side, str) else json.dumps(side, sort_keys=True)
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -4,44 +4,58 @@ Two texts of which a share J of the word runs is common agree in each of the has
 of hashes find candidates without comparing all texts; the share of agreeing hashes then estimates J.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
-import numpy as np
+from rensa import RMinHashDeduplicator
 
-NUM_HASHES, BAND = 64, 4
+from orpo.data.words import runs_of, words_of
+
 SIMILARITY = 0.8
+NUM_HASHES, NUM_BANDS = 256, 32
 MAX_WORDS = 512
 """Words of a text that are looked at."""
+_BATCH = 2000
+
+_Entry = tuple[str, list[bytes]]
 
 
-def near_duplicates(texts: Sequence[str]) -> list[int]:
+def near_duplicates(texts: Sequence[str], known: Sequence[str] | None = None) -> list[int]:
     """Indices of texts of whose word runs about `SIMILARITY` or more stand in an earlier, other text.
 
-    Texts of fewer than three words, and exact repeats, are never counted.
+    An earlier text counts where it is no near-duplicate itself. Texts of fewer than three words, and exact
+    repeats, are never counted.
+
+    Args:
+        texts: In order.
+        known: Look among these, and not among the texts.
     """
-    words: dict[str, int] = {}
-    random = np.random.default_rng(0)
-    identity = random.integers(1, 2**63, 100_003, dtype=np.uint64)
-    factor, shift = random.integers(1, 2**63, (2, NUM_HASHES), dtype=np.uint64) | np.uint64(1)
-    buckets: defaultdict[bytes, list[int]] = defaultdict(list)
-    signatures: dict[int, np.ndarray] = {}
-    seen: set[str] = set()
+    index = RMinHashDeduplicator(SIMILARITY, NUM_HASHES, True, NUM_BANDS, 0)
+    for batch in _batches(known or (), without=()):
+        index.add_pairs([(f"known {key}", runs) for key, runs in batch])
     found = []
+    for batch in _batches(texts, without=known or ()):
+        old = (
+            index.is_duplicate_pairs(batch)
+            if known is not None
+            else [not new for new in index.add_pairs(batch)]
+        )
+        found += [int(key) for (key, _), is_old in zip(batch, old, strict=True) if is_old]
+    return found
+
+
+def _batches(texts: Sequence[str], without: Sequence[str]) -> Iterator[list[_Entry]]:
+    """Index and runs of texts that are long enough, repeat no earlier one and are not among `without`."""
+    entries = _entries(texts, set(without))
+    while batch := list(islice(entries, _BATCH)):
+        yield batch
+
+
+def _entries(texts: Sequence[str], seen: set[str]) -> Iterator[_Entry]:
     for index, text in enumerate(texts):
-        tokens = re.findall(r"\w+", text.lower())[:MAX_WORDS]
-        if text in seen or len(tokens) < 3:
+        if text in seen:
             continue
         seen.add(text)
-        ids = identity[[words.setdefault(word, len(words)) % len(identity) for word in tokens]]
-        runs = ids[:-2] * np.uint64(3) + ids[1:-1] * np.uint64(5) + ids[2:] * np.uint64(7)
-        signature = ((runs[:, None] * factor + shift) >> np.uint64(32)).min(0)
-        bands = [bytes([band]) + part.tobytes() for band, part in enumerate(signature.reshape(-1, BAND))]
-        candidates = {other for band in bands for other in buckets[band][:16]}
-        if any((signatures[other] == signature).mean() >= SIMILARITY for other in candidates):
-            found.append(index)
-        signatures[index] = signature
-        for band in bands:
-            buckets[band].append(index)
-    return found
+        runs = runs_of(words_of(text)[:MAX_WORDS], 3)
+        if runs:
+            yield str(index), runs

@@ -17,7 +17,7 @@ from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE
 from orpo.data.named_templates import DEFAULT
 from orpo.data.rows import RawRow, read_rows
-from orpo.data.source import ReadPairs, read_pairs, text_rows_of
+from orpo.data.source import ReadPairs, read_pairs, read_texts
 from orpo.data.text_rows import LINES
 from orpo.errors import DataError
 from orpo.pairs import TokenizedPair
@@ -127,7 +127,7 @@ def read_row(
     notices = list(read.pairs.notices)
     if settings.text_rows is None and any(pair.is_text for pair in read.preferences):
         # All rows of the set decide about this together.
-        decided = text_rows_of(found.data, lenient, tokenizer, split=found.split)
+        decided = read_texts(found.data, lenient, tokenizer, split=found.split).text_rows
         read = _read(rows, replace(lenient, text_rows=decided), tokenizer, stop_tokens)
         notices = [*([LINES[decided]] if decided else []), *read.pairs.notices]
     assert read.counts is not None

@@ -28,6 +28,9 @@ from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
 
+MOST_REPEATS = 1000
+"""Largest weight of a data set: how often each of its pairs is seen in an epoch."""
+
 
 @dataclass(frozen=True)
 class PreferenceSet:
@@ -149,11 +152,11 @@ def resample(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[
 
     Args:
         pairs: Of one data set.
-        weight: At least 0.
+        weight: From 0 to `MOST_REPEATS`.
         seed: Of the random share.
     """
-    if weight < 0:
-        raise ConfigError(f"the weight {weight:g} of a data set is negative; use 0 or more")
+    if not 0 <= weight <= MOST_REPEATS:
+        raise ConfigError(f"the weight {weight:g} of a data set is not in 0 to {MOST_REPEATS}")
     whole, part = divmod(weight, 1)
     extra = random.Random(seed).sample(range(len(pairs)), round(part * len(pairs)))
     return [*(list(pairs) * int(whole)), *(pairs[index] for index in sorted(extra))]
@@ -286,14 +289,32 @@ def _refuse_media(row: NamedRow) -> None:
 def _check_texts(pair: PreferencePair) -> None:
     """Stop at text that cannot be encoded, and at answers that would be rendered a second time."""
     for name, side in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        _refuse_half_characters(name, side)
         for text in [side] if isinstance(side, str) else [turn["content"] for turn in side or []]:
-            if not text.isascii() and _HALF.search(text):
-                raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
             if name != "prompt" and turn_markers.is_rendered(text):
                 raise BadRow(
                     name, "is rendered already: it begins with the tokens of a chat template",
                     "give the rows as they were before the chat template",
                 )  # fmt: skip
+    for name, value in (
+        ("tools", pair.tools),
+        ("source", pair.group),
+        ("chat_template_kwargs", pair.chat_template_kwargs),
+    ):
+        _refuse_half_characters(name, value)
+
+
+def _refuse_half_characters(name: str, value: Any) -> None:
+    """Refuse text, at any depth, that no encoding can write."""
+    if isinstance(value, str):
+        if not value.isascii() and _HALF.search(value):
+            raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+    elif isinstance(value, Mapping):
+        for part in (*value.keys(), *value.values()):
+            _refuse_half_characters(name, part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _refuse_half_characters(name, part)
 
 
 def _tools(row: NamedRow) -> list[Any] | None:

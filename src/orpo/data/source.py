@@ -27,7 +27,7 @@ from orpo.data.preferences import (
 )
 from orpo.data.templates import prepare_template
 from orpo.data.text_rows import LINES, as_conversations, decide
-from orpo.data.tokenize import stream_tokenized
+from orpo.data.tokenize import PairTokenizer, stream_tokenized
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair, TokenizedPair
 from orpo.settings.config import OrpoSettings, TextRows
@@ -191,9 +191,25 @@ def read_pairs(
     return reading.tokenized(reading.preferences(data, split, name), name)
 
 
-def text_rows_of(data: Any, settings: OrpoSettings, tokenizer: Any, *, split: str | None) -> TextRows | None:
-    """How `read_pairs` takes the plain texts of a set; None where there are none."""
-    return _Reading(settings, tokenizer, ()).preferences(data, split, EVALUATION).text_rows
+def read_texts(
+    data: Any, settings: OrpoSettings, tokenizer: Any = None, *, split: str | None, name: str = EVALUATION
+) -> PreferenceSet:
+    """The pairs of a set as `read_pairs` reads them, before they become tokens.
+
+    Without a tokenizer, nothing is decided about plain texts; the other arguments are those of `read_pairs`.
+
+    Raises:
+        DataError: The data cannot be read, or no row of it can be used.
+    """
+    return _Reading(settings, tokenizer, ()).preferences(data, split, name)
+
+
+def pair_tokenizer(settings: OrpoSettings, tokenizer: Any, stop_tokens: Sequence[int] = ()) -> PairTokenizer:
+    """What `read_pairs` makes tokens with, for pairs of `read_texts`; arguments as for `read_pairs`."""
+    options = _Reading(settings, tokenizer, stop_tokens)._template_options
+    return PairTokenizer(
+        tokenizer, max_length=settings.max_length, chat_template=settings.chat_template, **options
+    )
 
 
 def read_training(
@@ -281,6 +297,8 @@ class _Reading:
             read = read_preferences(data, max_dropped=1.0, seed=seed, first=first, settings=settings)
         except DataError as error:
             raise _of_set(name, error) from None
+        if self.tokenizer is None:
+            return read
         has_template = bool(self.settings.chat_template or self.tokenizer.chat_template)
         decided = decide(read.pairs, has_template=has_template and _is_name(data))
         if decided is None:

@@ -96,9 +96,7 @@ def files_of_split(
     Raises:
         DataError: The folder holds no data, or not that split, or more than one that could be meant.
     """
-    splits = _splits_of_card(folder, config)
-    if splits is None:
-        splits = _splits_by_name(folder, _data_files(folder, config, is_data))
+    splits = splits_of_folder(folder, config, is_data)
     if name in splits:
         return splits[name]
     # `train_pairs.jsonl` is the split `train`; a shard's name is already exact.
@@ -109,6 +107,18 @@ def files_of_split(
     if keyed:
         raise DataError(f"{folder}: the split {name!r} could be any of {', '.join(sorted(keyed))}; name one")
     raise DataError(f"{folder}: there is no split {name!r}; the folder has {known}")
+
+
+def splits_of_folder(
+    folder: Path, config: str | None, is_data: Callable[[Path], bool]
+) -> dict[str, list[Path]]:
+    """The splits of a folder and their files; arguments as for `files_of_split`.
+
+    Raises:
+        DataError: The folder holds no data.
+    """
+    splits = _splits_of_card(folder, config)
+    return _splits_by_name(folder, _data_files(folder, config, is_data)) if splits is None else splits
 
 
 def _stem(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo.engine.scorer import base_model
+from orpo.errors import ModelError, raised_as
 
 # Gemma and Phi keep a document's end as EOS of the tokenizer and list the end of turn in generation_config
 # alone; every other family's chat models carry the end of turn in both.
@@ -24,10 +25,11 @@ def stop_token_ids(model: Any) -> list[int]:
 
 def saved_stop_token_ids(name: str) -> list[int]:
     """The same for a model folder or hub name, without loading the model."""
-    try:
-        return _eos_ids(GenerationConfig.from_pretrained(name))
-    except OSError:
-        return []
+    with raised_as(ModelError, f"{name}: its generation_config.json cannot be used"):
+        try:
+            return _eos_ids(GenerationConfig.from_pretrained(name))
+        except OSError:
+            return []
 
 
 def _eos_ids(generation: GenerationConfig) -> list[int]:

@@ -6,6 +6,7 @@ by prompt (statistics.py). `evaluate` does all of it by name, for `orpo eval` an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import read_pairs
+from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import PairScores
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.memory import default_tokens_per_micro_batch
-from orpo.engine.metrics import METRICS
+from orpo.engine.metrics import METRICS, Metric
 from orpo.engine.model import prepare_model
 from orpo.engine.score import score
+from orpo.engine.scorer import num_embeddings
 from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
 from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import ConfigError
@@ -66,6 +69,15 @@ class Evaluation:
         } | (
             {"groups": {name: group.to_json() for name, group in self.groups.items()}} if self.groups else {}
         )
+
+
+OF_MEANS = ("nll", "nll_token_mean", "loss")
+"""Metrics of an evaluation that are made of the others' means."""
+
+
+def evaluated_metrics() -> list[Metric]:
+    """Every metric that an evaluation has."""
+    return [metric for metric in METRICS if metric.value is not None or metric.name in OF_MEANS]
 
 
 def summarise(scores: PairScores, objective: Objective, prompt_P: Tensor) -> dict[str, Figure]:
@@ -225,6 +237,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} is out of range; expected at least 1")
+    if name is not None and not re.fullmatch(r"[\w.=+ -]{1,100}", name):
+        raise ConfigError(f"name: {name!r} cannot be part of a file name; use letters, digits, - and _")
     folder, run = model_folder(model), RunDirectory(Path(model))
     recipe = inherited_by_evaluation(run_recipe(str(model))) | settings
     check_recipe(recipe)
@@ -236,6 +250,7 @@ def evaluate(
     read = read_pairs(data, resolved, tokenizer, split=split, stop_tokens=stops)
     _say_all([] if quiet else read.lines())
     loaded = load_trained(folder, resolved)
+    check_token_ids(read.pairs, num_embeddings(loaded), tokenizer)
     batches, notices = _batch_settings(loaded, resolved)
     _say_all([] if quiet else notices)
     found = evaluate_pairs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from html import escape
 from importlib.resources import files
@@ -18,7 +19,9 @@ from orpo.engine.metrics import in_order, metric_named, write_change, write_figu
 from orpo.html_page import html_page
 from orpo.report.figures import Line, Points, figure_html
 from orpo.run.directory import Run, RunDirectory, Samples, read_json, read_run, write_json
+from orpo.run.disk import replace_text
 from orpo.run.log import Figure, Figures, figures_from_json, figures_to_json
+from orpo.run.public import public
 
 _TILES = ("accuracy", "log_odds_ratio", "chosen_logprob", "rejected_logprob")
 _CURVES = ("log_odds_ratio", "accuracy", "nll", "odds_ratio_loss")
@@ -63,15 +66,26 @@ def write_report(
         asked["test"] = {model: figures_to_json(figures) for model, figures in test.items()}
     if note is not None:
         asked["note"] = note
-    others = [read_run(run_dir / other, name) for name, other in asked["contrast"].items()]
-    run = read_run(run_dir, "ORPO" if others else None)
+    others = [_for_others(read_run(run_dir / other, name)) for name, other in asked["contrast"].items()]
+    run = _for_others(read_run(run_dir, "ORPO" if others else None))
     where = run_files.page_request
     tested = {model: figures_from_json(values, where) for model, values in asked.get("test", {}).items()}
     page = _page(run_dir.resolve().name, run, others, tested, asked.get("note", ""))
-    run_files.page.write_text(page, encoding="utf-8")
+    replace_text(run_files.page, page)
     if any(asked.values()):
         write_json(run_files.page_request, asked)
     return run_files.page
+
+
+def _for_others(run: Run) -> Run:
+    """What a page that is mailed may show of a run: no secret, no path of this machine."""
+    return replace(
+        run,
+        recipe=public(run.recipe),
+        data=public(run.data),
+        environment=public(run.environment),
+        saved_evaluations=public(run.saved_evaluations),
+    )
 
 
 # Page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import orpo
 from orpo.run.directory import RunDirectory, dump_yaml, is_adapter
+from orpo.run.disk import replace_text
+from orpo.run.public import is_local, public, public_name
 
 
 def write_model_card(
@@ -22,32 +25,44 @@ def write_model_card(
         results: Names and values of what held-out pairs say.
         step: The step these are of.
     """
-    from huggingface_hub import ModelCard
-
-    base, names = recipe.get("model_name_or_path"), _data_names(recipe)
-    on_data = f" on `{', '.join(_shown(name) for name in names)}`" if names else ""
-    public = {key: _public(value) for key, value in recipe.items()}
+    base, names = recipe.get("model_name_or_path"), data_names(recipe)
+    on_data = f" on {', '.join(_code(public_name(name)) for name in names)}" if names else ""
+    settings = dump_yaml(public(recipe))
+    fence = _fence(settings, 3)
     text = f"""---
 {_metadata(folder, recipe)}
 ---
 
-# {folder.resolve().name}
+# {_plain(folder.resolve().name)}
 
-{f"`{_shown(base)}`" if base else "A language model"} trained{on_data}
+{_code(public_name(base)) if base else "A language model"} trained{on_data}
 with ORPO ([Hong, Lee and Thorne, 2024](https://arxiv.org/abs/2403.07691)): one stage, no reference model.
 Made with `orpo` {orpo.__version__} and transformers {version("transformers")}.
 """
     if results:
-        rows = "\n".join(f"| {_cell(name)} | {value} |" for name, value in results)
+        rows = "\n".join(f"| {_plain(name)} | {_plain(value)} |" for name, value in results)
         text += f"\n## On held-out pairs, after {step} steps\n\n| | |\n|---|---|\n{rows}\n"
-    text += f"\n## Recipe\n\n```yaml\n{dump_yaml(public)}```\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    ModelCard(text).save(RunDirectory(folder).card)
+    text += f"\n## Recipe\n\n{fence}yaml\n{settings}{fence}\n"
+    replace_text(RunDirectory(folder).card, text)
 
 
-def _cell(text: str) -> str:
-    """Text that cannot end its cell of a Markdown table: sets of pairs may have any name."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+def _plain(text: str) -> str:
+    """A name as Markdown shows it, whatever it holds: folders and sets of pairs may have any name."""
+    one_line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", one_line)
+
+
+def _code(text: str) -> str:
+    """A name in a code span, which it cannot end."""
+    one_line = " ".join(text.split())
+    fence = _fence(one_line, 1)
+    space = " " if "`" in one_line else ""
+    return f"{fence}{space}{one_line}{space}{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than stand together anywhere in a text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _metadata(folder: Path, recipe: Mapping[str, Any]) -> str:
@@ -56,26 +71,15 @@ def _metadata(folder: Path, recipe: Mapping[str, Any]) -> str:
 
     base = recipe.get("model_name_or_path")
     return ModelCardData(
-        base_model=base if base and not Path(base).exists() else None,
-        datasets=[name for name in _data_names(recipe) if not Path(name).exists()] or None,
+        base_model=base if base and not is_local(base) else None,
+        datasets=[name for name in data_names(recipe) if not is_local(name)] or None,
         library_name="peft" if is_adapter(folder) else "transformers",
         tags=["orpo", "trl", "preference-optimization"],
         pipeline_tag="text-generation",
     ).to_yaml()
 
 
-def _data_names(recipe: Mapping[str, Any]) -> list[str]:
+def data_names(recipe: Mapping[str, Any]) -> list[str]:
+    """The data sets that a recipe trains on."""
     data = recipe.get("dataset_name")
     return [data] if isinstance(data, str) else list(data or [])
-
-
-def _shown(name: str) -> str:
-    """A hub name as it is, of a local one the last part: cards are published."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def _public(value: Any) -> Any:
-    """A setting without the folders of this machine."""
-    if isinstance(value, list):
-        return [_public(one) for one in value]
-    return _shown(value) if isinstance(value, str) and "/" in value else value

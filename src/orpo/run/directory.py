@@ -15,12 +15,20 @@ from typing import Any
 import yaml
 
 from orpo.errors import DataError
+from orpo.run.disk import replace_text
 from orpo.run.log import Record, read_records, read_text
 
 RECIPE = "recipe.yaml"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _EVALUATION = "eval-{}.json"
+_RESULTS = (_EVALUATION.format("*"),)
+_MODEL = (
+    MODEL_CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
+    "adapter_model*", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja", "training_args.bin",
+)  # fmt: skip
+"""Names of the files that saving a model and its tokenizer writes."""
 
 Samples = Sequence[Mapping[str, Any]]
 """For each prompt its answers by name: `{"prompt": ..., "answers": {"step 10": ...}}`."""
@@ -63,8 +71,13 @@ class RunDirectory:
 
     @property
     def card(self) -> Path:
-        """The model card; the last thing that a finished run writes."""
+        """The model card."""
         return self.path / "README.md"
+
+    @property
+    def finished(self) -> Path:
+        """The mark of a finished run, written last (finished.py)."""
+        return self.path / "finished.json"
 
     @property
     def page(self) -> Path:
@@ -99,13 +112,25 @@ class RunDirectory:
         """The checkpoint of one step."""
         return self.path / f"checkpoint-{step}"
 
+    def is_checkpoint(self, path: Path) -> bool:
+        """Whether a path is named like a checkpoint of this run."""
+        return path.parent == self.path and path.name.startswith(self.checkpoint(0).name.rstrip("0"))
+
+    def files_written(self) -> list[Path]:
+        """The files that training writes here, besides the model's."""
+        return [
+            self.recipe, self.log, self.data_report, self.environment, self.samples, self.card, self.page,
+            self.page_request, self.finished,
+        ]  # fmt: skip
+
+    def of_the_run(self) -> list[Path]:
+        """What lies here of a run but its checkpoints: files of training, of evaluations, of the model."""
+        patterns = [*(path.name for path in self.files_written()), *_RESULTS, *_MODEL]
+        return sorted({path for pattern in patterns for path in self.path.glob(pattern)})
+
     def is_run(self) -> bool:
         """Whether a run has begun here."""
         return self.recipe.is_file() or self.log.is_file()
-
-    def is_finished(self) -> bool:
-        """Whether a run has ended here, with its model and its card."""
-        return self.recipe.is_file() and holds_model(self.path) and self.card.is_file()
 
     def read_recipe(self) -> dict[str, Any]:
         """The settings, unchecked; empty where there is no file.
@@ -123,7 +148,7 @@ class RunDirectory:
 
     def write_recipe(self, settings: Mapping[str, Any]) -> None:
         """Write the settings, one key on each line."""
-        self.recipe.write_text(dump_yaml(settings), encoding="utf-8")
+        replace_text(self.recipe, dump_yaml(settings))
 
     def read_evaluations(self) -> dict[str, dict[str, Any]]:
         """Everything `orpo eval` has saved here, by name."""
@@ -249,6 +274,8 @@ def read_json(path: Path, missing: Any) -> Any:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path}: not JSON that can be read") from None
     if not isinstance(value, type(missing)):
         expected = "an object" if isinstance(missing, dict) else "a list"
         raise DataError(f"{path}: not a file of this package; expected {expected}")
@@ -257,13 +284,12 @@ def read_json(path: Path, missing: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that people read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Write one JSON value a line."""
-    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    path.write_text(text, encoding="utf-8")
+    replace_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 def dump_yaml(settings: Mapping[str, Any]) -> str:

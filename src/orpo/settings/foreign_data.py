@@ -42,8 +42,10 @@ class DataDescription:
 
 
 MIXTURE = "dataset_mixture"
-TRAINING = ("dataset", "datasets", "train_dataset", "train_file", "train_data", "data_path", "dataset_path")
-TRAINING += (MIXTURE,)
+TRAINING = (
+    *("dataset", "datasets", "train_dataset", "train_file", "train_data", "data_path", "dataset_path"),
+    MIXTURE,
+)
 EVALUATION = ("eval_dataset", "val_dataset", "test_datasets", "eval_file", "validation_file", "test_file")
 
 
@@ -264,7 +266,7 @@ _LOADERS = ("json", "csv", "parquet", "arrow")
 
 
 def _from_block(key: str, entry: Any) -> DataDescription:
-    """One item of an Axolotl `datasets:` list; TRL's and the Alignment Handbook's are written alike."""
+    """One item of an Axolotl `datasets:` list; TRL's and the Alignment Handbook's look the same."""
     if isinstance(entry, Mapping):
         entry = {_HANDBOOK.get(str(name), str(name)): value for name, value in entry.items()}
     if not isinstance(entry, Mapping) or not entry.get("path"):

@@ -35,7 +35,7 @@ def _default(value: Any, help_text: str, **facts: Any) -> Inherited:
 
 _FREE = (
     "accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics",
-    "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_multiprocessing_context", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
     "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm", "do_predict", "do_train",
     "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_steps",
@@ -149,10 +149,12 @@ INHERITED: dict[str, Inherited] = {
     "warmup_steps": Inherited(Facts(at_least=0, in_recipe="always")),
     "weight_decay": Inherited(Facts(at_least=0, in_recipe="always")),
     "max_grad_norm": Inherited(Facts(at_least=0, in_recipe="always")),
-    **{
-        name: Inherited(Facts(in_recipe="always"))
-        for name in ("lr_scheduler_type", "max_steps", "optim", "seed")
-    },
+    **{name: Inherited(Facts(in_recipe="always")) for name in ("lr_scheduler_type", "max_steps")},
+    "optim": Inherited(Facts(resume="built in", in_recipe="always")),
+    **{name: Inherited(Facts(resume="built in")) for name in ("optim_args", "optim_target_modules")},
+    "seed": Inherited(Facts(at_least=0, below=2**32, in_recipe="always")),
+    "data_seed": Inherited(Facts(at_least=0, below=2**32)),
+    "dataloader_num_workers": Inherited(Facts(at_least=0, resume="free")),
     "label_smoothing_factor": Inherited(Facts(at_least=0, at_most=0)),
 }
 """Setting -> what we make of it."""

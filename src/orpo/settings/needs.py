@@ -26,7 +26,12 @@ def check_needs(settings: Mapping[str, Any]) -> None:
     for package, reason in _packages(settings):
         if find_spec(package) is None:
             raise ConfigError(f"{reason} needs {package}, which is not installed; pip install {package}")
-    if settings.get("fsdp") and "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            "WORLD_SIZE asks for several processes, but MASTER_ADDR does not say where they meet; start them"
+            " with torchrun, or unset WORLD_SIZE"
+        )
+    if settings.get("fsdp") and not settings.get("dry_run") and "RANK" not in os.environ:
         raise ConfigError(
             "fsdp shards a model over several processes, and this is one; start it with"
             " `torchrun --nproc_per_node N -m orpo train ...`, or write --fsdp '' to train in one process"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_origin
 
 import yaml
 
-from orpo.errors import ConfigError
+from orpo.errors import ConfigError, raised_as
 from orpo.run.directory import RunDirectory
 from orpo.settings.renamed import (
     NO_EFFECT,
@@ -105,6 +105,9 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError("; ".join(problems))
     notices += _leave_behind(settings, of_file, {entry.key for entry in typed})
     notices += _idle(settings)
+    for name, value in environment.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise ConfigError(f"env: {name!r} cannot be a variable with the value {value!r}")
     return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
 
 
@@ -241,8 +244,20 @@ def _read_yaml(path: Path) -> list[Entry]:
         if isinstance(error, FileNotFoundError):
             reason = "no such file (a setting is written --key value or key=value)"
         raise ConfigError(f"{path}: cannot read the recipe: {reason}") from None
-    loader = YamlLoader(text)
+    with raised_as(ConfigError, f"{path}: not valid YAML"):
+        entries = _entries(text, path)
+    seen: dict[str, str] = {}
+    for entry in entries:
+        if entry.key in seen:
+            raise ConfigError(f"{entry.where}: {entry.key!r} is set twice; first at {seen[entry.key]}")
+        seen[entry.key] = entry.where
+    return entries
+
+
+def _entries(text: str, path: Path) -> list[Entry]:
+    loader = None
     try:
+        loader = YamlLoader(text)
         node = loader.get_single_node()
         if node is None:
             return []
@@ -255,19 +270,13 @@ def _read_yaml(path: Path) -> list[Entry]:
             key = str(loader.construct_object(key_node, deep=True))
             value = loader.construct_object(value_node, deep=True)
             entries.append(Entry(key, value, f"{path.name}:{key_node.start_mark.line + 1}"))
+        return entries
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
-        loader.dispose()
-    seen: dict[str, str] = {}
-    for entry in entries:
-        if entry.key in seen:
-            raise ConfigError(f"{entry.where}: {entry.key!r} is set twice; first at {seen[entry.key]}")
-        seen[entry.key] = entry.where
-    return entries
+        if loader is not None:
+            loader.dispose()
 
 
 def _read_arguments(words: Sequence[str]) -> tuple[list[str], list[Entry]]:

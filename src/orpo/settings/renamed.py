@@ -17,7 +17,6 @@ from orpo.settings.other_tools import PACKED
 RENAMED = other_tools.RENAMED | {
     "evaluation_strategy": "eval_strategy",
     "torch_dtype": "dtype",
-    "warmup_ratio": "warmup_steps",
     "no_cuda": "use_cpu",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
@@ -213,6 +212,16 @@ def _flash_attention(value: Any) -> tuple[dict[str, Any], str]:
     return {}, "no effect: attn_implementation is unset anyway"
 
 
+def _warmup_ratio(value: Any) -> tuple[dict[str, Any], str]:
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = 0.0  # no number: refused under the name it has now
+    if share > 1:
+        raise ValueError(f"warmup_ratio: {value} is no share of a run; for steps write warmup_steps: {value}")
+    return {"warmup_steps": value}, "now called warmup_steps"
+
+
 def _adafactor(value: Any) -> tuple[dict[str, Any], str]:
     return ({"optim": "adafactor"} if _truth(value) else {}), "now written optim: adafactor"
 
@@ -231,5 +240,6 @@ _TRANSLATED: dict[str, Callable[[Any], tuple[dict[str, Any], str]]] = {
     "dataset_configs": _dataset_configs,
     "use_flash_attention_2": _flash_attention,
     "adafactor": _adafactor,
+    "warmup_ratio": _warmup_ratio,
     "is_encoder_decoder": _encoder_decoder,
 }

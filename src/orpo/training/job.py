@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +16,16 @@ from transformers.utils import logging
 
 from orpo.console import say
 from orpo.report.page import write_report
+from orpo.run.card import data_names
 from orpo.run.checkpoints import last_checkpoint
 from orpo.run.directory import Run, RunDirectory, read_run
-from orpo.run.log import read_records
+from orpo.run.lock import check_output_dir, held
+from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
-from orpo.training.preflight import is_finished, summary
+from orpo.training.preflight import check_optimization, is_finished, summary
+from orpo.training.resuming import first_rank_decides
 from orpo.training.trainer import ORPOTrainer
 
 Ending = Literal["trained", "stopped", "was finished", "dry run"]
@@ -67,26 +72,49 @@ def train(settings: Mapping[str, Any]) -> Outcome:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    models = [settings.get("model_name_or_path"), settings.get("adapter_name_or_path")]
+    check_output_dir(str(settings["output_dir"]), models, data_names(settings))
+    if settings.get("dry_run") and settings.get("fsdp") and "RANK" not in os.environ:
+        say(f"dry run in one process: fsdp ({settings.pop('fsdp')}) is left out")
     config = ORPOConfig(**settings)
     folder = Path(str(config.output_dir))
-    if is_finished(config):
+    if first_rank_decides(config, lambda: is_finished(config)):
         say(f"{folder} already holds a finished run of this recipe; set another output_dir to train again")
+        if config.process_index == 0 and not (config.dry_run or RunDirectory(folder).page.exists()):
+            write_report(folder)
         return Outcome("was finished", folder)
-    is_new = not folder.exists()
-    checkpoint = _checkpoint(config)
-    if checkpoint:
-        read_records(
-            RunDirectory(folder).log
-        )  # one that cannot be continued is refused before anything is loaded
+    if config.dry_run:
+        return _dry_run(config, folder)
+    with ExitStack() as stack:
+        checkpoint = first_rank_decides(config, lambda: _take_directory(stack, config))
+        return _train(_checked_trainer(config), folder, checkpoint)
+
+
+def _checked_trainer(config: ORPOConfig) -> ORPOTrainer:
     trainer = ORPOTrainer(args=config)
+    check_optimization(trainer)
     for line in summary(trainer):
         say(line)
-    if config.dry_run:
-        if is_new and trainer.is_world_process_zero():
-            folder.rmdir()  # the Trainer has made it
-        say("dry run: nothing was trained or written")
-        return Outcome("dry run", folder)
-    return _train(trainer, folder, checkpoint)
+    return trainer
+
+
+def _dry_run(config: ORPOConfig, folder: Path) -> Outcome:
+    """Load and check everything, and leave nothing behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    trainer = _checked_trainer(config)
+    if trainer.is_world_process_zero():
+        for path in made:  # the Trainer has made them
+            path.rmdir()
+    say("dry run: nothing was trained or written")
+    return Outcome("dry run", folder)
+
+
+def _take_directory(stack: ExitStack, config: ORPOConfig) -> str | None:
+    """Keep others out of the run directory, put damaged files aside, and find where to resume from."""
+    run = RunDirectory(Path(str(config.output_dir)))
+    stack.enter_context(held(run.path))
+    put_damaged_aside(run)
+    return _checkpoint(config)
 
 
 def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcome:
@@ -96,7 +124,8 @@ def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcom
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by is not None:
         kept = RunDirectory(folder).checkpoint(trainer.state.global_step)
-        say(f"stopped by {trainer.stopped_by}: saved {kept}; run the same command to resume")
+        saved = f"saved {kept}" if kept.is_dir() else "no step was made, so nothing is saved"
+        say(f"stopped by {trainer.stopped_by}: {saved}; run the same command to resume")
         number = int(getattr(signal, trainer.stopped_by, signal.SIGTERM))
         return Outcome("stopped", folder, 128 + number)
     if trainer.eval_dataset is not None and not trainer.is_evaluated():

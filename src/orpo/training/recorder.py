@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 import orpo
+from orpo.run.checkpoints import begin_at
 from orpo.run.directory import RunDirectory, write_json
 from orpo.run.log import Figures, Record, append_record, read_records, write_records
 
@@ -46,9 +47,10 @@ class Recorder(TrainerCallback):
         """Describe the run; of an earlier attempt's log keep what the checkpoint already includes."""
         if not self._writes:
             return
-        self.run.path.mkdir(parents=True, exist_ok=True)
+        begin_at(self.run.path, state.global_step)
         earlier = read_records(self.run.log) if state.global_step > 0 else []
-        kept = [record for record in earlier if record.step <= state.global_step]
+        # What a run saved that was killed afterwards is not its result: this run saves again.
+        kept = [record for record in earlier if record.step <= state.global_step and record.kind != "saved"]
         if kept or self.run.log.exists():
             write_records(self.run.log, kept)
         self.run.write_recipe(self.recipe)
@@ -81,6 +83,13 @@ class Recorder(TrainerCallback):
         self._append(
             Record(step=step, kind="saved", epoch=epoch, seconds=self._seconds, model_step=model_step)
         )
+
+    def take_back_evaluations(self, step: int) -> None:
+        """Forget the evaluations recorded at a step, which will be made again."""
+        if self._writes:
+            records = read_records(self.run.log)
+            kept = [record for record in records if (record.kind, record.step) != ("eval", step)]
+            write_records(self.run.log, kept)
 
     def evaluations(self, step: int) -> list[Record]:
         """The evaluations recorded at a step."""

@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
+from orpo.data.dataset import TokenizedDataset
 from orpo.data.named_templates import tokens_to_add
 from orpo.data.show import first_pair_lines
-from orpo.data.source import SavedTemplate, TrainingData, read_training
+from orpo.data.source import SavedTemplate, TokenizedStream, TrainingData, read_training
+from orpo.data.token_ids import check_token_ids, checked_token_ids
 from orpo.engine.loading import add_adapter, load_model, load_tokenizer
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError
-from orpo.run.directory import RunDirectory
+from orpo.evaluation.preferences import evaluated_metrics
+from orpo.run.checkpoints import earlier_recipe
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
@@ -39,7 +43,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
         )
     args.notices = list(args.notices)
     if args.template_date is None:  # a run that resumes on another day trains on the same tokens
-        before = RunDirectory(Path(str(args.output_dir))).read_recipe().get("template_date")
+        before = earlier_recipe(Path(str(args.output_dir))).get("template_date")
         args.template_date = str(before or date.today())
     if args.n_gpu > 1:
         args.notices.append(
@@ -156,7 +160,16 @@ def read_for_training(
     """Read what there is to train and evaluate on; prompts are held out unless evaluation is off."""
     evaluates = args.eval_strategy != IntervalStrategy.NO
     stops = stop_token_ids(model)
-    return read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+    data = read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+    number = num_embeddings(model) if model is not None else 0
+    for pairs in [data.train_pairs, *(one.pairs for one in data.evals.values())]:
+        if number and isinstance(pairs, TokenizedDataset):
+            check_token_ids(pairs, number, tokenizer)
+    if number and isinstance(data.train, TokenizedStream):
+        unchecked = data.train.open
+        checked = replace(data.train, open=lambda: checked_token_ids(unchecked(), number, tokenizer))
+        return replace(data, train=checked)
+    return data
 
 
 def opening_lines(args: ORPOConfig, data: TrainingData, processing_class: Any) -> list[str]:
@@ -180,8 +193,17 @@ def keep_template(template: SavedTemplate, processing_class: Any, model: Any) ->
         stop_at(end_token, tokenizer, model)
 
 
-def settle_evaluation(args: ORPOConfig, set_names: Sequence[str]) -> None:
-    """Turn evaluation on where it was left open and there is data, and off where there is none."""
+def settle_evaluation(args: ORPOConfig, set_names: Sequence[str], *, has_own_metrics: bool = False) -> None:
+    """Turn evaluation on where it was left open and there is data, and off where there is none.
+
+    Args:
+        args: The settings; what was left open is filled in.
+        set_names: Of the evaluation sets.
+        has_own_metrics: Whether the user computes metrics, whose names show only then.
+
+    Raises:
+        ConfigError: Evaluation is asked for without data, or by a metric that there is not.
+    """
     if set_names:
         args.evaluate_by_default()
     elif args.eval_strategy != IntervalStrategy.NO:
@@ -194,6 +216,22 @@ def settle_evaluation(args: ORPOConfig, set_names: Sequence[str]) -> None:
         args.notices.append(
             f"the best checkpoint is chosen by {args.metric_for_best_model}; see metric_for_best_model"
         )
+    if args.load_best_model_at_end and args.metric_for_best_model is not None:
+        _settle_best(args, set_names, has_own_metrics)
+
+
+def _settle_best(args: ORPOConfig, set_names: Sequence[str], has_own_metrics: bool) -> None:
+    """Check the metric that checkpoints are chosen by, and fill in which way it gets better."""
+    chosen_by = str(args.metric_for_best_model)
+    known = {flat_name(metric.name, name): metric for name in set_names for metric in evaluated_metrics()}
+    metric = known.get(chosen_by) or known.get(flat_name(chosen_by))
+    if metric is None:
+        if not has_own_metrics:
+            raise ConfigError(f"metric_for_best_model: {chosen_by!r} is none of {', '.join(known)}")
+    elif metric.better == 0:
+        raise ConfigError(f"metric_for_best_model: neither more nor less of {chosen_by!r} is better")
+    elif args.better_is_open:  # transformers goes by whether a name ends in "loss"
+        args.greater_is_better = metric.better > 0
 
 
 def unused(**given: Any) -> list[str]:

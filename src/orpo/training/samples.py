@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import StoppingCriteriaList, TrainerCallback
 
 from orpo.run.directory import RunDirectory, read_json, write_json
 
@@ -38,12 +38,13 @@ class SampleWriter(TrainerCallback):
         """Generate on every rank, since a sharded model needs all of them; the first one writes."""
         if self._answered == state.global_step:
             return
-        self._answered = state.global_step
         pairs = self.trainer.eval_dataset
         pairs = next(iter(pairs.values())) if isinstance(pairs, dict) else pairs
         shown = [pairs[index] for index in range(min(args.num_samples, len(pairs)))]
         prompts = [[*pair.prompt, *pair.chosen[: pair.chosen_context]] for pair in shown]
         answers = self._generate(prompts, args)
+        self.trainer.cut_off()
+        self._answered = state.global_step
         if not state.is_world_process_zero:
             return
         path = RunDirectory(Path(args.output_dir)).samples
@@ -75,9 +76,13 @@ class SampleWriter(TrainerCallback):
                 max_new_tokens=args.max_completion_length or DEFAULT_LENGTH,
                 do_sample=False,
                 pad_token_id=pad,
+                stopping_criteria=StoppingCriteriaList([self._is_cut_off]),
             )
         # By number of tokens, never by the text of the prompt, which loses its special tokens when decoded.
         return [sequence[width:].tolist() for sequence in output]
+
+    def _is_cut_off(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(ids),), self.trainer.is_cut_off, dtype=torch.bool, device=ids.device)
 
 
 def _step(name: str) -> int:

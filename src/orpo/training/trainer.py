@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -41,13 +40,14 @@ from transformers.trainer_utils import (
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
+from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
 from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
 from orpo.engine.score import score
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.steps import (
     EVALUATION_BLOCK,
     BatchSettings,
@@ -58,7 +58,7 @@ from orpo.engine.steps import (
     step_loader,
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
-from orpo.errors import ConfigError, DataError, RunError, first_line
+from orpo.errors import ConfigError, DataError, RunError, first_line, raised_as
 from orpo.evaluation.preferences import summarise
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
@@ -67,12 +67,17 @@ from orpo.run.checkpoints import (
     read_state,
     remove_unfinished,
     write_state,
+    written_into,
     written_whole,
 )
 from orpo.run.directory import RunDirectory, is_adapter
+from orpo.run.finished import mark_finished
+from orpo.run.lock import check_output_dir, held
 from orpo.run.log import Figure, flat, flat_name, is_number
+from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import LayoutName, Objective
 from orpo.training.arguments import ORPOConfig
+from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
 from orpo.training.progress import Progress, Stopwatch
 from orpo.training.recorder import Recorder
 from orpo.training.resolve import (
@@ -88,7 +93,7 @@ from orpo.training.resolve import (
     text_tokenizer,
     unused,
 )
-from orpo.training.resuming import refuse_changes, run_identity
+from orpo.training.resuming import check_changes, first_rank_decides, run_identity
 from orpo.training.samples import SampleWriter
 from orpo.training.stopping import StopSignal
 
@@ -98,7 +103,7 @@ GIVEN_ROWS = "given rows"
 """Name in metrics.jsonl of a set that `evaluate` was given without a name."""
 
 
-class ORPOTrainer(Trainer):
+class ORPOTrainer(InterruptibleTrainer):
     """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
 
     Attributes:
@@ -107,14 +112,11 @@ class ORPOTrainer(Trainer):
         stopped_by: Name of the signal that ended `train` early, or None.
     """
 
-    args: ORPOConfig
     model: Any
-    optimizer: Any
     deepspeed: Any
     train_dataset: Any
     eval_dataset: Any
     objective: Objective
-    stopped_by: str | None = None
     _prepared: tuple[nn.Module, Preparation] | None = None
     _tokens_per_micro_batch = 0
     _evaluated_set: str | None = None  # its name, while an evaluation runs
@@ -171,26 +173,28 @@ class ORPOTrainer(Trainer):
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
         args.text_rows = data.text_rows or args.text_rows
-        settle_evaluation(args, list(data.evals))
+        settle_evaluation(args, list(data.evals), has_own_metrics=compute_metrics is not None)
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
         self._recipe = args.recipe()
-        self._identity = run_identity(args, data.train_pairs)
+        self._identity = run_identity(args, data.train_pairs, loaded)
+        self.forced = []
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
         self._printed: set[str] = set()
-        super().__init__(
-            model=loaded,
-            args=args,
-            train_dataset=data.train_pairs,
-            eval_dataset=data.eval_pairs,
-            processing_class=tokenizer,
-            model_init=model_init,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with raised_as(ConfigError, "the run cannot be set up"):
+            super().__init__(
+                model=loaded,
+                args=args,
+                train_dataset=data.train_pairs,
+                eval_dataset=data.eval_pairs,
+                processing_class=tokenizer,
+                model_init=model_init,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
         self.recorder = self._add_callbacks(data)
@@ -207,7 +211,7 @@ class ORPOTrainer(Trainer):
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         self.add_callback(_EpochOrder())
-        self.add_callback(_StopBetweenSteps(self))
+        self.add_callback(StopBetweenSteps(self))
         recorder = Recorder(
             str(self.args.output_dir), self._recipe, data.to_json(), writes=self.is_world_process_zero()
         )
@@ -353,6 +357,8 @@ class ORPOTrainer(Trainer):
         )
         for line in read.lines():
             say(line)
+        if number := num_embeddings(self.model):
+            check_token_ids(read.pairs, number, text_tokenizer(self.processing_class))
         return read.pairs
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
@@ -581,6 +587,7 @@ class ORPOTrainer(Trainer):
         copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
 
         def advance(num_pairs: int) -> None:
+            self.cut_off()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         return score(
@@ -609,7 +616,7 @@ class ORPOTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train; SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the current step and return.
+        """Train; SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint after the current step and return.
 
         Args:
             resume_from_checkpoint: True for the newest whole checkpoint of the run directory, or a folder.
@@ -620,21 +627,34 @@ class ORPOTrainer(Trainer):
             RunError: The checkpoint is damaged or of another recipe, the loss is not finite, the disk is
                 full.
         """
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        if self.args.should_save:
-            remove_unfinished(str(self.args.output_dir))
+        models = [self.args.model_name_or_path, self.args.adapter_name_or_path]
+        check_output_dir(str(self.args.output_dir), models)
+        with contextlib.ExitStack() as stack:
+            checkpoint = first_rank_decides(
+                self.args, lambda: self._take_directory(stack, resume_from_checkpoint)
+            )
+            return self._train_from(checkpoint, trial, ignore_keys_for_eval)
+
+    def _train_from(
+        self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         self.stopped_by = None
         set_seed(self.args.seed)  # nothing done before, an evaluation or another run, may change this one
         settings: dict[str, Any] = {}
         state: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint)
+        before, forces = state.get("run"), self.args.force and checkpoint is not None
+        self.forced = (
+            check_changes(Path(checkpoint or ""), before, self._identity, force=True) if forces else []
+        )
         self.window.restore(state.get("window"))
+        self.evaluation_waits = bool(state.get("evaluation_waits"))
         if checkpoint is not None:
             if self.args.tokens_per_micro_batch is None:  # another budget would round differently
                 self._tokens_per_micro_batch = state.get(
                     "tokens_per_micro_batch", self._tokens_per_micro_batch
                 )
-            settings["eval_on_start"] = False
-        with self.stop_signal.caught(), _changed(self.args, **settings):
+            settings["eval_on_start"] = self.evaluation_waits
+        with self.stop_signal.caught(), changed(self.args, **settings):
             self.stopwatch.restart(state.get("window_seconds", 0.0))
             try:
                 return super().train(
@@ -642,26 +662,23 @@ class ORPOTrainer(Trainer):
                 )
             finally:
                 self._progress.close()
-                self._say_what_streamed()
 
-    def _say_what_streamed(self) -> None:
-        """What became of the rows of a stream, which only now are counted."""
-        stream = self.train_dataset
-        if isinstance(stream, TokenizedStream) and stream.counts.total and self.args.should_log:
-            for line in stream.counts.lines():
-                say(f"train, all that was streamed: {line}")
-
-    def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
+    def _take_directory(self, stack: contextlib.ExitStack, resume: str | bool | None) -> Path | None:
+        """Keep others out of the run directory, clear it up, and find the checkpoint to resume from."""
+        run = RunDirectory(Path(str(self.args.output_dir)))
+        stack.enter_context(held(run.path))
+        remove_unfinished(run.path)
+        put_damaged_aside(run)
         if not resume:
             return None
-        checkpoint = last_checkpoint(str(self.args.output_dir)) if resume is True else Path(resume)
+        checkpoint = last_checkpoint(run.path) if resume is True else Path(resume)
         if checkpoint is None:
-            raise RunError(f"{self.args.output_dir}: there is no whole checkpoint to resume from")
+            raise RunError(f"{run.path}: there is no whole checkpoint to resume from")
         problem = checkpoint_problem(checkpoint)
         if problem is not None:
             raise RunError(f"{checkpoint}: cannot resume, {problem}; take an earlier checkpoint")
         if not self.args.force:
-            refuse_changes(checkpoint, read_state(checkpoint).get("run"), self._identity)
+            check_changes(checkpoint, read_state(checkpoint).get("run"), self._identity)
         return checkpoint
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -675,7 +692,7 @@ class ORPOTrainer(Trainer):
                 target, is_writer=self.args.should_save, wait=self.accelerator.wait_for_everyone
             ) as folder,
         ):
-            with _changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
+            with changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
                 super()._save_checkpoint(model, None)
             best = (
                 None if self.state.best_global_step is None else run.checkpoint(self.state.best_global_step)
@@ -693,6 +710,7 @@ class ORPOTrainer(Trainer):
                         "run": self._identity,
                         "recipe": self._recipe,
                         "tokens_per_micro_batch": self._tokens_per_micro_batch,
+                        "evaluation_waits": self.evaluation_waits,
                     },
                 )
         if self.args.should_save:
@@ -711,20 +729,33 @@ class ORPOTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint."""
-        with _no_bars():
-            super().save_model(output_dir, _internal_call)
-        folder = Path(output_dir or str(self.args.output_dir))
-        if self.args.should_save and is_adapter(folder):
-            save_generation_config(folder, self.model)
+        """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint.
+
+        In the run directory, the weights of a run that has ended are marked as its result.
+        """
         if _internal_call:
+            self._write_model(output_dir)
             return
-        if (
-            self.state.global_step > 0
-            and Path(output_dir or self.recorder.run.path) == self.recorder.run.path
-        ):
+        folder, run = Path(output_dir or str(self.args.output_dir)), self.recorder.run
+        with written_into(
+            folder, is_writer=self.args.should_save, wait=self.accelerator.wait_for_everyone
+        ) as unfinished:
+            self._write_model(str(unfinished))
+        is_result = folder == run.path and self.state.global_step > 0
+        if is_result:
             self.recorder.saved(self.state.global_step, self.state.epoch or 0.0, self.model_step)
         self.create_model_card(output_dir=output_dir)
+        if is_result and self.stopped_by is None and self.is_world_process_zero():
+            mark_finished(run)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, output_dir: str | None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        with _no_bars():
+            super().save_model(str(folder), _internal_call=True)
+        if self.args.should_save and is_adapter(folder):
+            save_generation_config(folder, self.model)
 
     @property
     def model_step(self) -> int:
@@ -768,29 +799,6 @@ class _EpochOrder(TrainerCallback):
             steps.set_epoch(state.global_step // len(steps))
 
 
-class _StopBetweenSteps(TrainerCallback):
-    """Ends training where any rank has received a signal, at the same step on all, with a checkpoint."""
-
-    def __init__(self, trainer: ORPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last window, however few steps it has
-        received = self.trainer.stop_signal.name is not None
-        if args.world_size > 1:
-            flag = torch.tensor(float(received), device=args.device)
-            received = self.trainer._reduce(flag).item() > 0
-        if received and state.global_step < state.max_steps:
-            self.trainer.stopped_by = self.trainer.stop_signal.name or "another rank"
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped_by is not None:
-            # The end of `train` would load the best checkpoint, and at save_total_limit=1 delete this one.
-            state.best_model_checkpoint = None
-
-
 def _item(value: Any) -> Any:
     """An array without dimensions as its number; any other value as it is."""
     return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
@@ -806,16 +814,3 @@ def _no_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers.logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _changed(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes for a while."""
-    before = {name: getattr(target, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)

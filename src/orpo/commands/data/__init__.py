@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from orpo.commands.data import show
+from orpo.commands.data import inspect, show
 
-WORDS = (show,)
+WORDS = (inspect, show)
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
