@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from orpo.console import LongWork
+
 if TYPE_CHECKING:
     from orpo.evaluation.preferences import Evaluation, Result
 
@@ -36,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
     from orpo.settings.recipe import load_recipe
 
     settings = load_recipe(overrides=args.settings).settings
+    from orpo.data.stages import following
     from orpo.evaluation.preferences import evaluate
 
-    with _progress(silent=args.json) as progress:
+    with _progress(silent=args.json) as progress, LongWork() as work, following(work):
         result = evaluate(
             args.model,
             args.data,
