@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
 from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
 from orpo.data.rows import RawRow, read_rows
+from orpo.data.stages import EVERY, report
 from orpo.data.verdicts import contradiction, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
@@ -102,7 +103,7 @@ def read_preferences(
     sources = _sources(data)
     for name, (source, weight) in sources.items():
         reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
-        pairs = list(reading.pairs(source, first))
+        pairs = list(_reported(reading, name, source, first))
         result.counts.add(reading.counts)
         result.formats[name] = reading.detected
         result.unused_columns[name] = reading.columns.unused
@@ -116,6 +117,19 @@ def read_preferences(
         result.pairs.extend(pairs)
     result.counts.check(max_dropped)
     return result
+
+
+def _reported(reading: _Reading, name: str, data: Any, first: int | None) -> Iterator[PreferencePair]:
+    """The pairs of a data set, with reports of how far its reading is."""
+    stage = f"reading {Path(name).name}"
+    total = len(data) if isinstance(data, Sized) and not isinstance(data, str | Mapping) else None
+    known = first if total is None else total if first is None else min(first, total)
+    report(stage, 0, known)
+    for number, pair in enumerate(reading.pairs(data, first), start=1):
+        if number % EVERY == 0:
+            report(stage, reading.counts.total, known)
+        yield pair
+    report(stage, reading.counts.total, reading.counts.total)
 
 
 def _notices(name: str, reading: _Reading) -> list[str]:
