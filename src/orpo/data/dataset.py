@@ -100,6 +100,12 @@ class TokenizedDataset:
         """Stored tokens of prompt, chosen and rejected, `[n, 3]`."""
         return np.diff(self.offsets).reshape(-1, 3)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest side, prompt included; 0 where there is no pair."""
+        lengths = self.lengths
+        return int((lengths[:, 0] + lengths[:, 1:].max(1)).max()) if len(lengths) else 0
+
     def __reduce__(self) -> Any:
         if self.folder is not None:  # another process maps the same files
             return load, (self.folder,)

@@ -297,18 +297,13 @@ class ORPOTrainer(InterruptibleTrainer):
         tokenized = [
             pairs for pairs in (self.train_dataset, *sets.values()) if isinstance(pairs, TokenizedDataset)
         ]
-        sides = [
-            int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
-            for pairs in tokenized
-            if len(pairs)
-        ]
+        sides = [pairs.longest for pairs in tokenized]
         return None if self.args.max_length is None else max([self.args.max_length, *sides])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model that `model_init` gives, with the same checks as one that is passed."""
         model: nn.Module = super().call_model_init(trial)
-        for line in check_model(model, self.args):
-            say(line)
+        check_model(model, self.args)
         return model
 
     # ------------------------------------------------------------------------------------ data
