@@ -101,12 +101,11 @@ def check_length(model: Any, longest: int | None) -> list[str]:
     most, name = positions_in_window(config), type(model).__name__
     if most is None or (longest is not None and longest <= most):
         return []
-    asked = (
-        "max_length has no limit" if longest is None else f"the longest pair has {longest:,} tokens a side"
-    )
+    tokens = f"the longest pair has {longest or 0:,} tokens a side"
+    tokens = "max_length has no limit" if longest is None else tokens
     if _has_position_table(model, most):
         raise ConfigError(
-            f"{asked}, but {name} knows {most:,} positions and none beyond; set max_length: {most}"
+            f"{tokens}, but {name} knows {most:,} positions and none beyond; set max_length: {most}"
         )
     if longest is None:
         return []
