@@ -201,7 +201,8 @@ def data(side: str, rows: int, processes: int) -> dict[str, Any]:
     def ready(chosen: list[dict[str, Any]]) -> None:
         common = {
             "output_dir": tempfile.mkdtemp(prefix="bench-"), "max_length": 4096, "use_cpu": True,
-            "report_to": "none", "disable_tqdm": True, "dataset_num_proc": processes if processes > 1 else None,
+            "report_to": "none", "disable_tqdm": True,
+            "dataset_num_proc": processes if processes > 1 else None,
         }  # fmt: skip
         given = datasets.Dataset.from_list(chosen)
         model = Shape(64, 1, len(tokenizer)).build()

@@ -97,7 +97,8 @@ def write_report(path: Path, raw: Spec, _cells: Any = None) -> None:
         f"Python {machine['python']}, " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
         + f". **1 thread.** {_load_note(results)}", "",
         *_train_table(results), *_data_table(results), *_step_table(results), *_memory_table(results),
-        *_agreement_table(results), *_head_table(results), *_budget_table(results), *_growth_note(path.parent), *_errors(raw),
+        *_agreement_table(results), *_head_table(results), *_budget_table(results),
+        *_growth_note(path.parent), *_errors(raw),
     ]  # fmt: skip
     path.write_text("\n".join(map(wrapped, lines)).rstrip() + "\n")
 
@@ -177,11 +178,12 @@ def _data_table(results: Results) -> list[str]:
                 f"**{show(faster)}x** ({name} time, ≥ {bar})", str(len(found["ours"])),
             ])  # fmt: skip
     note = [
-        "`ORPOTrainer(...)` on 4,000 rows of text with the lengths of UltraFeedback: read, rendered, tokenized, "
-        "checked and ready to train, with nothing cached. CPU time counts all processes.", "",
+        "`ORPOTrainer(...)` on 4,000 rows of text with the lengths of UltraFeedback: read, rendered, "
+        "tokenized, checked and ready to train, with nothing cached. CPU time counts all processes.", "",
     ]  # fmt: skip
     header = [
-        "processes", "ours, CPU s", "TRL, CPU s", "ours, wall s", "TRL, wall s", "ours is faster by (bar)", "runs",
+        "processes", "ours, CPU s", "TRL, CPU s", "ours, wall s", "TRL, wall s", "ours is faster by (bar)",
+        "runs",
     ]  # fmt: skip
     return ["## Rows to tokens", "", *note, *table(header, rows)] if rows else []
 

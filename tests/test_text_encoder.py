@@ -59,8 +59,8 @@ def plain(tokenizer, text):
 
 
 LETTERS = st.sampled_from(
-    [*"aZé漢\u0301\u200b0 9'.,/-_\"<>|\n\r\t \u00a0\x1c\x85\u2028\U0001f1e9🙂", "  ", "   ", " \n", "\n\n", "'s",
-     "'ll", "don't", " the", "</s>", "<|x|>", "1234", "<s>", "<|im_end|>", "    "]
+    [*"aZé漢\u0301\u200b0 9'.,/-_\"<>|\n\r\t \u00a0\x1c\x85\u2028\U0001f1e9🙂", "  ", "   ", " \n", "\n\n",
+     "'s", "'ll", "don't", " the", "</s>", "<|x|>", "1234", "<s>", "<|im_end|>", "    "]
 )  # fmt: skip
 TEXTS = st.lists(LETTERS, max_size=24).map("".join)
 

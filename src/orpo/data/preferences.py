@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -290,11 +289,12 @@ class _Reading:
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
 
 
-_HALF = re.compile("[\ud800-\udfff]")
 _MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
 
 
 def _refuse_media(row: NamedRow) -> None:
+    if _MEDIA.isdisjoint(row):
+        return
     for name in sorted(_MEDIA & row.keys()):
         if row[name]:
             raise BadRow(name, "belongs to the question, and only text is trained", "leave the column out")
@@ -303,8 +303,11 @@ def _refuse_media(row: NamedRow) -> None:
 def _check_texts(pair: PreferencePair) -> None:
     """Stop at text that cannot be encoded, and at answers that would be rendered a second time."""
     for name, side in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
-        _refuse_half_characters(name, side)
-        for text in [side] if isinstance(side, str) else [turn["content"] for turn in side or []]:
+        texts = [side] if isinstance(side, str) else [turn["content"] for turn in side or ()]
+        _refuse_half_characters(name, texts)
+        if not isinstance(side, str):
+            _refuse_half_characters(name, [turn for turn in side or () if len(turn) > 2])
+        for text in texts:
             if name != "prompt" and turn_markers.is_rendered(text):
                 raise BadRow(
                     name, "is rendered already: it begins with the tokens of a chat template",
@@ -315,20 +318,27 @@ def _check_texts(pair: PreferencePair) -> None:
         ("source", pair.group),
         ("chat_template_kwargs", pair.chat_template_kwargs),
     ):
-        _refuse_half_characters(name, value)
+        if value is not None:
+            _refuse_half_characters(name, value)
 
 
 def _refuse_half_characters(name: str, value: Any) -> None:
-    """Refuse text, at any depth, that no encoding can write."""
+    if _has_half_character(value):
+        raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+
+
+def _has_half_character(value: Any) -> bool:
+    """Whether there is text, at any depth, that no encoding can write."""
     if isinstance(value, str):
-        if not value.isascii() and _HALF.search(value):
-            raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
-    elif isinstance(value, Mapping):
-        for part in (*value.keys(), *value.values()):
-            _refuse_half_characters(name, part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _refuse_half_characters(name, part)
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return True
+        return False
+    if isinstance(value, dict):
+        return any(map(_has_half_character, value.values())) or any(map(_has_half_character, value))
+    return isinstance(value, list | tuple) and any(map(_has_half_character, value))
 
 
 def row_tools(row: NamedRow) -> list[Any] | None:
@@ -374,7 +384,7 @@ def _cannot_train(pair: PreferencePair) -> str | None:
             return f"empty {name} answer"
     if not pair.prompt:
         return "no prompt: the sides share no beginning"
-    if pair.rejected is None:
+    if pair.rejected is None or _last(pair.chosen) != _last(pair.rejected):
         return None
     return "chosen and rejected are identical" if _answer(pair.chosen) == _answer(pair.rejected) else None
 
@@ -383,6 +393,10 @@ def _is_empty(side: list[Message] | str) -> bool:
     if isinstance(side, str):
         return not side.strip()
     return not side[-1]["content"].strip() and not side[-1].get("tool_calls")
+
+
+def _last(side: list[Message] | str) -> str:
+    return (side if isinstance(side, str) else str(side[-1]["content"])).strip()
 
 
 def _answer(side: list[Message] | str) -> object:
