@@ -287,6 +287,4 @@ def _remembered(merged: Merged) -> dict[str, Any]:
     """The settings that decide how an exported model is evaluated and talked to."""
     kept = inherited_by_evaluation(merged.recipe)
     kept.pop("chat_template", None)  # the tokenizer has it
-    return kept | (
-        {"model_name_or_path": merged.base} if merged.base and not is_local(merged.base) else {}
-    )
+    return kept | ({"model_name_or_path": merged.base} if merged.base and not is_local(merged.base) else {})
