@@ -28,7 +28,7 @@ ORDER = (
     ("data", "engine"),
     ("evaluation",),
     ("report",),
-    ("curation", "training"),
+    ("curation", "export", "training"),
     ("demo",),
     ("commands",),
     ("cli",),
@@ -36,8 +36,13 @@ ORDER = (
 )
 FLOOR = {name: number for number, names in enumerate(ORDER) for name in names}
 
-MATHEMATICS = ("packing", "objective", "attention", "segments", "varlen", "head", "logits", "precision")
-WITH_TRANSFORMERS = {"scorer", "loading", "probe", "model", "memory", "stop_tokens"}
+MATHEMATICS = (
+    "packing", "passes", "objective", "attention", "segments", "varlen", "head", "logits", "precision",
+)  # fmt: skip
+WITH_TRANSFORMERS = {
+    "scorer", "vocabulary", "router", "adapters", "loading", "probe", "model", "memory", "stop_tokens",
+    "gguf_model",
+}  # fmt: skip
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
 LIGHT = ("errors", "pairs", "console", "html_page", "settings", "run", "cli", "commands", "__init__")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}

@@ -25,16 +25,16 @@ def test_log_probabilities_and_slopes_are_those_of_autograd(softcap):
     (grad,) = torch.autograd.grad(expected.sum(), raw)
     with torch.no_grad():
         logprob, logsumexp = token_logprobs(capped, target)
-        slope = logprob_slopes(capped, logsumexp, target, softcap, torch.float64)
+        slope = logprob_slopes(capped, logsumexp, logprob, target, softcap, torch.float64)
     torch.testing.assert_close(logprob, expected)
     torch.testing.assert_close(slope, -grad)
 
 
 def test_slopes_come_in_half_precision_where_the_products_do():
     _, capped, target = chunk(None)
-    logsumexp = token_logprobs(capped, target)[1]
+    logprob, logsumexp = token_logprobs(capped, target)
     assert (
-        logprob_slopes(capped.float(), logsumexp.float(), target, None, torch.bfloat16).dtype
+        logprob_slopes(capped.float(), logsumexp.float(), logprob.float(), target, None, torch.bfloat16).dtype
         == torch.bfloat16
     )
 

@@ -420,27 +420,28 @@ def test_only_the_loss_carries_a_gradient():
 # Guards
 
 
-class ScalesItsLogits(transformers.LlamaForCausalLM):
+class BendsItsLogits(transformers.LlamaForCausalLM):
     """Does something to its logits that no setting tells."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
-        output.logits = 1.5 * output.logits
+        output.logits = output.logits + 0.1 * output.logits.square()
         return output
 
 
-class ScalesItsHiddenStates(transformers.LlamaForCausalLM):
+class BendsItsHiddenStates(transformers.LlamaForCausalLM):
     """Does something between its backbone and its head."""
 
     def forward(self, *args, **kwargs):
         hidden = self.model(*args, **kwargs).last_hidden_state
-        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(2 * hidden))
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden.tanh()))
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("sabotaged", [ScalesItsLogits, ScalesItsHiddenStates])
+@pytest.mark.parametrize("sabotaged", [BendsItsLogits, BendsItsHiddenStates])
 def test_the_probe_refuses_a_model_that_does_something_unknown_before_its_loss(sabotaged, trained):
     model = sabotaged(tiny_models.build("Llama").config).requires_grad_(trained)
+    model.lm_head.weight.data *= 20
     with pytest.raises(ModelError, match="does not reproduce the model's own loss"):
         prepare_model(model, OBJECTIVE)
 
@@ -465,7 +466,7 @@ def test_the_probe_refuses_an_adapter_on_the_vocabulary_matrix_that_we_do_not_kn
     targets = ["k_proj", "v_proj", "lm_head"]
     config = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[])
     model = get_peft_model(tiny_models.build("Llama"), config)
-    with pytest.raises(ModelError, match="a gradient differs"):
+    with pytest.raises(ModelError, match="IA3 cannot be trained here: on the vocabulary matrix"):
         prepare_model(model, OBJECTIVE)
 
 

@@ -1,6 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `ChatModel`, `write_report`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `generate`, `ChatModel`,
+`write_report`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orpo.curation.inspection import inspect_data
+    from orpo.evaluation.answering import generate
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
     from orpo.report.page import write_report
@@ -27,6 +29,7 @@ __all__ = [
     "ORPOTrainer",
     "__version__",
     "evaluate",
+    "generate",
     "inspect_data",
     "load_recipe",
     "train",
@@ -38,6 +41,7 @@ _WHERE = {
     "ORPOConfig": "orpo.training.arguments",
     "ORPOTrainer": "orpo.training.trainer",
     "evaluate": "orpo.evaluation.preferences",
+    "generate": "orpo.evaluation.answering",
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
     "train": "orpo.training.job",

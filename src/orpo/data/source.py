@@ -254,7 +254,7 @@ def read_training(
         read, held_out, notices = _hold_out(read, settings)
         known_evals = {"": reading.tokenized(held_out, EVALUATION)}
     else:
-        trained = {pair_key(pair) for pair in read.pairs}
+        trained = {pair_key(pair) for pair in read.pairs} if sets else set()
         known_evals = reading.evaluation_sets(sets, trained, leaves_out=leaves_out, text_rows=text_rows)
     tokenized_train = reading.tokenized(read, TRAINING)
     evaluated = [pair for one in known_evals.values() for pair in one.preferences]

@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orpo.engine.logits import logprob_slopes, product, token_logprobs
+from orpo.engine.logits import logprob_slopes, product, softmax_minus_target, token_logprobs
 from orpo.engine.objective import log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
 from orpo.engine.packing import PackedBatch, Role
 from orpo.engine.precision import compute_dtype
 from orpo.settings.config import Objective
 
-CPU_BLOCK_TOKENS = 8
-"""Scored tokens a CPU takes through the softmax together: few enough for its second-level cache."""
+CPU_BLOCK, CPU_BLOCK_TOKENS = 2**18, 8
+"""Logits a CPU takes through the softmax together, so that they stay in its second-level cache, and the
+fewest tokens, so that calls do not cost more than numbers."""
 _ALL = slice(None)
 _TINY = 1e-12
 
@@ -76,6 +77,10 @@ class PairScores(NamedTuple):
         nll_weight_P: Sum of the weights of these tokens.
         nll_tokens_P: How many they are.
         has_rejected_P: Whether the pair has both sides.
+        chosen_doubt_P: Mean of 1 - p over the chosen response's tokens, p being the probability of the token:
+            half the sum of |d log p / d logit| over the vocabulary, so what a slope in log p comes to there.
+        rejected_doubt_P: The same of the rejected response; 0 where there is none.
+        nll_doubt_P: Weighted sum of 1 - p over the pair's NLL tokens.
     """
 
     chosen_logprob_P: Tensor
@@ -84,6 +89,9 @@ class PairScores(NamedTuple):
     nll_weight_P: Tensor
     nll_tokens_P: Tensor
     has_rejected_P: Tensor
+    chosen_doubt_P: Tensor
+    rejected_doubt_P: Tensor
+    nll_doubt_P: Tensor
 
 
 def score_batch(
@@ -119,6 +127,8 @@ def score_batch(
 def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
     """Reduce the log-probabilities of a micro-batch's scored tokens to its pairs."""
     mean_PS, count_PS = _response_means(logprob_T, batch)
+    doubt_T = -torch.expm1(logprob_T)
+    doubt_PS, _ = _response_means(doubt_T, batch)
     zero_P = logprob_T.new_zeros(len(batch.response_lengths))
     return PairScores(
         chosen_logprob_P=mean_PS[:, 0],
@@ -127,6 +137,9 @@ def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
         nll_weight_P=zero_P.index_add(0, batch.pair_T, batch.nll_weight_T.to(logprob_T.dtype)),
         nll_tokens_P=zero_P.index_add(0, batch.pair_T, (batch.nll_weight_T > 0).to(logprob_T.dtype)),
         has_rejected_P=count_PS[:, 1] > 0,
+        chosen_doubt_P=doubt_PS[:, 0],
+        rejected_doubt_P=doubt_PS[:, 1],
+        nll_doubt_P=zero_P.index_add(0, batch.pair_T, doubt_T * batch.nll_weight_T),
     )
 
 
@@ -282,7 +295,7 @@ class _Sweep:
         self.logprob_T = torch.empty(len(batch.target_T), dtype=self.precise, device=hidden_ND.device)
 
     def forward(self, at: slice) -> "_Chunk":
-        """Fill in the log-probabilities of the scored tokens `at`; return their softmax."""
+        """Fill in the log-probabilities of the scored tokens `at`; return what their gradients need."""
         with torch.autocast(self.hidden_ND.device.type, enabled=False):
             logits_TV = product(self.hidden_ND[self.batch.source_T[at]], self.weight_VD.T, self.precise)
             logits_TV = logits_TV.to(self.precise)
@@ -295,17 +308,14 @@ class _Sweep:
             logits_TV.div_(self.head.softcap).tanh_()
             damping_TV = None if self.compiled else 1 - logits_TV.square()
             logits_TV.mul_(self.head.softcap)
+        target_T = self.batch.target_T[at]
         if self.compiled:
-            self.logprob_T[at], logsumexp_T = token_logprobs(logits_TV, self.batch.target_T[at])
+            self.logprob_T[at], logsumexp_T = token_logprobs(logits_TV, target_T)
             return _Chunk(logits_TV, logsumexp_T=logsumexp_T)
-        target_T1 = self.batch.target_T[at, None]
-        block = CPU_BLOCK_TOKENS if logits_TV.device.type == "cpu" else len(logits_TV)
-        logprobs = []
-        for logits, targets in zip(logits_TV.split(block), target_T1.split(block), strict=True):
-            torch.log_softmax(logits, 1, out=logits)
-            logprobs.append(logits.gather(1, targets))
-            logits.exp_()
-        self.logprob_T[at] = torch.cat(logprobs)[:, 0]
+        on_cpu = logits_TV.device.type == "cpu"
+        block = max(CPU_BLOCK_TOKENS, CPU_BLOCK // logits_TV.shape[1]) if on_cpu else len(logits_TV)
+        blocks = zip(logits_TV.split(block), target_T[:, None].split(block), strict=True)
+        self.logprob_T[at] = torch.cat([softmax_minus_target(*each) for each in blocks])
         return _Chunk(logits_TV, damping_TV=damping_TV)
 
     def backward(self, at: slice, chunk: "_Chunk", slope_T: Tensor, grads: _Gradients) -> None:
@@ -315,10 +325,11 @@ class _Sweep:
         # d logp / d logits = onehot - p; the sign and the slope go onto the smaller matrices below.
         if chunk.logsumexp_T is not None:
             dtype = self.dtype if grads.bias_V is None else self.precise
-            grad_TV = logprob_slopes(chunk.values_TV, chunk.logsumexp_T, target_T, self.head.softcap, dtype)
+            grad_TV = logprob_slopes(
+                chunk.values_TV, chunk.logsumexp_T, self.logprob_T[at], target_T, self.head.softcap, dtype
+            )
         else:
             grad_TV = chunk.values_TV
-            grad_TV[torch.arange(len(target_T), device=target_T.device), target_T] -= 1
             if chunk.damping_TV is not None:
                 grad_TV *= chunk.damping_TV
         if grads.bias_V is not None:
@@ -340,7 +351,8 @@ class _Chunk(NamedTuple):
     """A chunk between its log-probabilities and its gradients.
 
     Attributes:
-        values_TV: Softmax of the logits; with `logsumexp_T` the logits, which compiled code reads again.
+        values_TV: Softmax of the logits minus 1 at the target; with `logsumexp_T` the logits, which compiled
+            code reads again.
         damping_TV: Slope of the soft-cap where there is one.
         logsumexp_T: Log-sum-exp of the logits.
     """

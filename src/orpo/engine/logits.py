@@ -13,10 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from orpo.console import say
 from orpo.errors import first_line
+
+_UNLIKELY = 1e-30
+"""Probabilities below this are near the smallest that float32 holds with all its digits."""
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,29 +80,69 @@ class OnePass:
             return self.function(logits_TV, *args)
 
 
+def softmax_minus_target(logits_TV: Tensor, target_T1: Tensor) -> Tensor:
+    """Turn logits into minus the slopes of the targets' log-probabilities, in place.
+
+    A nearly certain target has a probability p whose distance from 1 float32 cannot hold. The sum of the
+    others' probabilities can: it gives both log p = log(1 - others) and the slope, minus itself.
+
+    Args:
+        logits_TV: Logits; become their softmax, with minus the sum of the others at the target.
+        target_T1: Target ids. Shape [T, 1].
+
+    Returns:
+        Log-probability of each target. [T].
+    """
+    target_logit_T1, largest_T1 = logits_TV.gather(1, target_T1), logits_TV.amax(1, keepdim=True)
+    torch.softmax(logits_TV, 1, out=logits_TV)
+    probability_T1 = logits_TV.gather(1, target_T1)
+    logits_TV.scatter_(1, target_T1, 0.0)
+    others_T1 = logits_TV.sum(1, keepdim=True)
+    logprob_T1 = torch.where(others_T1 < 0.5, torch.log1p(-others_T1), probability_T1.log())
+    unlikely_T1 = probability_T1 < _UNLIKELY
+    if unlikely_T1.any():  # too small to be held exactly
+        log_largest_T1 = torch.maximum(logits_TV.amax(1, keepdim=True), probability_T1).log()
+        logprob_T1 = torch.where(unlikely_T1, target_logit_T1 - largest_T1 + log_largest_T1, logprob_T1)
+    logits_TV.scatter_(1, target_T1, -others_T1)
+    return logprob_T1[:, 0]
+
+
 @OnePass
 def token_logprobs(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and the log-sum-exp of its line. Both [T]."""
-    logsumexp_T = logits_TV.logsumexp(1)
-    return logits_TV.gather(1, target_T[:, None])[:, 0] - logsumexp_T, logsumexp_T
+    """Log-probability of each target, and the log-sum-exp of its line. Both [T].
+
+    log p = -softplus(log-sum-exp of the others - its logit) keeps the digits of a nearly certain target.
+    """
+    id_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
+    hit_TV = id_V == target_T[:, None]
+    others_T = logits_TV.masked_fill(hit_TV, float("-inf")).logsumexp(1)
+    target_logit_T = logits_TV.gather(1, target_T[:, None])[:, 0]
+    logprob_T = -F.softplus(others_T - target_logit_T)
+    return logprob_T, target_logit_T - logprob_T
 
 
 @OnePass
 def logprob_slopes(
-    logits_TV: Tensor, logsumexp_T: Tensor, target_T: Tensor, softcap: float | None, dtype: torch.dtype
+    logits_TV: Tensor,
+    logsumexp_T: Tensor,
+    logprob_T: Tensor,
+    target_T: Tensor,
+    softcap: float | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Minus the derivative of each target's log-probability in the logits before their soft cap. [T, V].
 
     Args:
         logits_TV: Logits, soft-capped.
         logsumexp_T: What `token_logprobs` returned.
+        logprob_T: The same.
         target_T: Target ids.
         softcap: Bound of the logits, or None.
         dtype: Of the result.
     """
     id_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
-    hit_TV = (id_V == target_T[:, None]).to(logits_TV.dtype)
-    slope_TV = torch.exp(logits_TV - logsumexp_T[:, None]) - hit_TV
+    softmax_TV = torch.exp(logits_TV - logsumexp_T[:, None])
+    slope_TV = torch.where(id_V == target_T[:, None], torch.expm1(logprob_T)[:, None], softmax_TV)
     if softcap is not None:
         slope_TV = slope_TV * (1 - (logits_TV / softcap).square())
     return slope_TV.to(dtype)

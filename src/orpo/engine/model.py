@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from orpo.engine.adapters import refuse_adapters
 from orpo.engine.memory import default_logits_memory_mib
-from orpo.engine.probe import layout_problem
+from orpo.engine.probe import layout_problem, measure
+from orpo.engine.router import router_loss_of
 from orpo.engine.scorer import Scorer, base_model
 from orpo.engine.segments import SEGMENTS
 from orpo.errors import ModelError
@@ -16,11 +18,21 @@ from orpo.settings.config import LayoutName, Objective
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """How a model was prepared: its layout of micro-batches, lines to print, and what attends, by name."""
+    """How a model was prepared.
+
+    Attributes:
+        layout: Of its micro-batches.
+        notices: Lines to print.
+        attention: What attends, by name.
+        logit_scale: The factor that the model has on its logits.
+        router_loss: Whether training adds a router loss.
+    """
 
     layout: LayoutName
     notices: tuple[str, ...]
     attention: str = SEGMENTS
+    logit_scale: float = 1.0
+    router_loss: bool = False
 
 
 def prepare_model(
@@ -30,6 +42,8 @@ def prepare_model(
     layout: LayoutName | None = None,
     logits_memory_mib: int | None = None,
     probe: bool = True,
+    longest: int | None = None,
+    found: Preparation | None = None,
 ) -> Preparation:
     """Make `model(batch=..., denominators=...)` score a micro-batch; the model is changed in place.
 
@@ -39,27 +53,40 @@ def prepare_model(
         layout: Take this layout; by default the fastest that the probe finds exact.
         logits_memory_mib: Largest chunk of logits alive, in MiB; None: as the device likes it.
         probe: Whether to compare with the plain model; without it the first layout allowed is trusted.
+        longest: Longest side there will be, in tokens; None: any. A window that it cannot reach does not
+            matter.
+        found: What another rank has found out about this model; nothing is run.
 
     Raises:
-        ModelError: The model is no causal language model, or no layout reproduces its own log-probabilities.
+        ModelError: The model is no causal language model, its adapter cannot be trained here, or no layout
+            reproduces its own log-probabilities.
     """
     inner = base_model(model)
     if inner.get_output_embeddings() is None:
         raise ModelError(f"{type(inner).__name__} has no language-model head to score tokens with")
+    refuse_adapters(model, inner)
     memory = logits_memory_mib or default_logits_memory_mib(next(model.parameters()).device)
     scorer = Scorer(inner, objective, memory)
     scorer.install()
+    if found is not None:
+        scorer.use_layout(found.layout, longest)
+        scorer.logit_scale = found.logit_scale
+        scorer.router_loss = router_loss_of(inner) if found.router_loss else None
+        return found
+    notices = measure(model, scorer)
     candidates: list[LayoutName] = [layout] if layout else ["shared", "packed", "padded"]
-    if not probe:
-        scorer.use_layout(candidates[0])
-        return Preparation(candidates[0], ())
     problems: list[str] = []
     for candidate in candidates:
-        scorer.use_layout(candidate)
-        problem = layout_problem(model, scorer, candidate)
+        scorer.use_layout(candidate, longest)
+        problem = layout_problem(model, scorer, candidate) if probe else None
         if problem is None:
+            notices += _fallback_notice(inner, candidate, problems)
             return Preparation(
-                candidate, tuple(_fallback_notice(inner, candidate, problems)), scorer.attention
+                candidate,
+                tuple(notices),
+                scorer.attention,
+                scorer.logit_scale,
+                scorer.router_loss is not None,
             )
         problems.append(problem)
     raise ModelError(

@@ -1,23 +1,35 @@
 """Whether a layout is exact for a model, found out by trying it on two pairs.
 
-A model that cannot follow a layout fails silently, so the loss and a few gradients of each layout are
-compared with those of the plain model, one response at a time.
+A model that cannot follow a layout fails silently. Two tests find out. One is sharp in every precision: the
+log-probabilities of a side may not depend on the tokens of another side or pair, neither their values nor
+their gradients, which are exactly zero or not. The other compares the loss and a few gradients with those of
+the plain model, one response at a time, as closely as the precision allows.
 """
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from orpo.engine.lengths import reset_dynamic_rope, turning_points
 from orpo.engine.objective import log_odds, odds_ratio_loss
-from orpo.engine.packing import pack
+from orpo.engine.packing import PackedBatch, Role, pack
+from orpo.engine.router import checked_router_loss
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
+from orpo.engine.vocabulary import measured_scale
 from orpo.errors import first_line
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
 
 PROBE_OBJECTIVE = Objective(beta=1.0)
-MAX_PROBE_WINDOW = 512
-"""Sliding windows up to this length are exceeded by the probe's first pair."""
+MAX_PROBE_LENGTH = 512
+"""Windows, chunks and switches up to this length are exceeded by the probe's first pair."""
+
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What a model raises that cannot follow a layout."""
 
 
 def layout_problem(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
@@ -27,12 +39,144 @@ def layout_problem(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str 
     whole micro-batches is tried in the precision of training, and has its own test (attention.py).
     """
     kind = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(kind) and _has_full_precision(model):
-        with torch.autocast(kind, enabled=False):
-            problem = _probe(model, scorer, layout)
-        if problem is not None:
-            return problem
-    return _probe(model, scorer, layout)
+    try:
+        with _probing(model, scorer):
+            problem = _leak(model, scorer, layout)
+            if problem is None and torch.is_autocast_enabled(kind) and _has_full_precision(model):
+                with torch.autocast(kind, enabled=False):
+                    problem = _difference(model, scorer, layout)
+            return problem or _difference(model, scorer, layout)
+    except NotOnTheInterfaceError as error:
+        return str(error)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextmanager
+def _probing(model: nn.Module, scorer: Scorer) -> Iterator[None]:
+    """Without dropout and router loss, with the probe's objective, and with gradients."""
+    before = model.training, scorer.objective, scorer.router_loss
+    model.eval()
+    scorer.objective, scorer.router_loss = PROBE_OBJECTIVE, None
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        model.train(before[0])
+        scorer.objective, scorer.router_loss = before[1:]
+
+
+def measure(model: nn.Module, scorer: Scorer) -> list[str]:
+    """Find out the factor on the logits and the router loss by the plain model; returns lines to print.
+
+    Raises:
+        ModelError: The router loss that the configuration asks for cannot be computed.
+    """
+    inner, device = scorer.model, next(model.parameters()).device
+    ids = torch.tensor([_pairs(inner)[0].prompt], device=device)
+    hidden: list[Tensor] = []
+    hook = scorer.backbone.register_forward_hook(lambda *call: hidden.append(call[2][0].detach()))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = scorer.plain_forward(input_ids=ids, use_cache=False).logits
+        flat = hidden[0].flatten(0, 1)
+        scorer.logit_scale = measured_scale(inner, logits.flatten(0, 1), flat, _is_precise(model, device))
+        scorer.router_loss, notices = checked_router_loss(inner, scorer.plain_forward, ids)
+        return notices
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES:  # the probe meets it again, and says it
+        return []
+    finally:
+        hook.remove()
+        model.train(training)
+
+
+# ---------------------------------------------------------------------------------------- neighbours
+
+
+def _leak(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
+    """Whether a side's log-probabilities depend on tokens that it must not see; how, or None."""
+    first, second = _pairs(scorer.model)
+    other_first, other_second = (_others(pair, scorer.model) for pair in (first, second))
+    exchanges = (
+        (1, Role.REJECTED, (other_first, replace(second, chosen=other_second.chosen))),
+        (0, Role.CHOSEN, (replace(first, rejected=other_first.rejected), other_second)),
+    )
+    device = next(model.parameters()).device
+    batch = pack([first, second], PROBE_OBJECTIVE, layout=layout).to(device)
+    for number, role, exchanged in exchanges:
+        changed = pack(exchanged, PROBE_OBJECTIVE, layout=layout).to(device)
+        foreign_BN = batch.input_ids_BN != changed.input_ids_BN
+        value, slope = _side(model, scorer, batch, number, role, foreign_BN)
+        other, _ = _side(model, scorer, changed, number, role)
+        difference = abs(value - other)
+        if difference and (
+            _has_experts(scorer.model) or value != _side(model, scorer, batch, number, role)[0]
+        ):
+            # Experts with other numbers of tokens round otherwise, and so do kernels that add in any order.
+            difference = 0.0 if difference <= (2e-5 if _is_precise(model, device) else 2e-2) else difference
+        if slope or difference != 0:  # not a number is no 0
+            return f"a side's log-probs depend on its neighbours (by {abs(value - other):.1e})"
+    return None
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    """Whether a token's experts see how many other tokens came to them, which changes their rounding."""
+    settings = vars(model.config.get_text_config()).items()
+    return any("expert" in name and isinstance(value, int) and value > 1 for name, value in settings)
+
+
+def _side(
+    model: nn.Module,
+    scorer: Scorer,
+    batch: PackedBatch,
+    number: int,
+    role: Role,
+    foreign_BN: Tensor | None = None,
+) -> tuple[float, bool]:
+    """Mean log-probability of one side, and whether it has a slope in the embeddings of foreign tokens."""
+    mine_T = (batch.pair_T == number) & (batch.role_T == role)
+    batch = replace(batch, nll_weight_T=mine_T.float())
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        found.append(output if output.requires_grad else output.requires_grad_())
+        return found[-1]
+
+    scorer.objective = replace(PROBE_OBJECTIVE, beta=0.0)
+    hook = scorer.model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        output = model(batch=batch)
+        if foreign_BN is None or len(found) != 1 or found[0].shape[:2] != foreign_BN.shape:
+            return _value(output.pairs, number, role), False
+        (slope,) = torch.autograd.grad(output.loss, found, allow_unused=True)
+    finally:
+        hook.remove()
+        scorer.objective = PROBE_OBJECTIVE
+    return _value(output.pairs, number, role), slope is not None and bool(slope[foreign_BN].any().item())
+
+
+def _value(scores: object, number: int, role: Role) -> float:
+    side = "rejected_logprob_P" if role == Role.REJECTED else "chosen_logprob_P"
+    return float(getattr(scores, side)[number].item())
+
+
+def _others(pair: TokenizedPair, model: PreTrainedModel) -> TokenizedPair:
+    """A pair of the same lengths, other in every token."""
+    size = model.config.get_text_config().vocab_size
+
+    def move(ids: object) -> list[int]:
+        return [1 + id % (size - 1) for id in ids]  # type: ignore[attr-defined]
+
+    return replace(pair, prompt=move(pair.prompt), chosen=move(pair.chosen), rejected=move(pair.rejected))
+
+
+# ---------------------------------------------------------------------------------------- the plain model
 
 
 def _has_full_precision(model: nn.Module) -> bool:
@@ -49,29 +193,17 @@ def _is_precise(model: nn.Module, device: torch.device) -> bool:
         return False
 
 
-def _probe(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
-    """Compare a layout with the plain model on two pairs, loss and gradient; return what differs, or None."""
-    pairs = _probe_pairs(scorer.model)
+def _difference(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
+    """What loss or gradient differs from the plain model's on two pairs, or None."""
+    points = turning_points(scorer.model.config.get_text_config())
+    longest = scorer.longest or 2 * MAX_PROBE_LENGTH
+    pairs = _pairs(scorer.model, [point for point in points if point < longest], longest)
     weights = _probe_weights(model, scorer.model)
     device = next(model.parameters()).device
-    training, objective = model.training, scorer.objective
-    model.eval()
-    scorer.objective, scorer.router_loss = PROBE_OBJECTIVE, False
-    try:
-        with torch.enable_grad():
-            ours = model(batch=pack(pairs, PROBE_OBJECTIVE, layout=layout).to(device)).loss
-            ours_grads = torch.autograd.grad(ours, weights, materialize_grads=True) if weights else ()
-            plain = _plain_loss(model, pairs, device)
-            plain_grads = torch.autograd.grad(plain, weights, materialize_grads=True) if weights else ()
-    except NotOnTheInterfaceError as error:
-        return str(error)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        return f"{type(error).__name__}: {first_line(error)}"
-    finally:
-        model.train(training)
-        scorer.objective, scorer.router_loss = objective, True
+    ours = model(batch=pack(pairs, PROBE_OBJECTIVE, layout=layout).to(device)).loss
+    ours_grads = torch.autograd.grad(ours, weights, materialize_grads=True) if weights else ()
+    plain = _plain_loss(model, scorer, pairs, device)
+    plain_grads = torch.autograd.grad(plain, weights, materialize_grads=True) if weights else ()
     loss_limit, grad_limit = (2e-5, 1e-3) if _is_precise(model, device) else (2e-2, 0.2)
     difference = abs(ours.item() - plain.item()) / max(abs(plain.item()), 1e-12)
     if not difference <= loss_limit:
@@ -86,15 +218,18 @@ def _probe(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | None:
     return None
 
 
-def _probe_pairs(model: PreTrainedModel) -> list[TokenizedPair]:
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
+def _pairs(
+    model: PreTrainedModel, beyond: Sequence[int] = (), longest: int = 2 * MAX_PROBE_LENGTH
+) -> list[TokenizedPair]:
+    """Two pairs, the first longer than those of the lengths `beyond` that a probe can afford."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> list[int]:
-        return torch.randint(1, config.vocab_size, (length,), generator=generator).tolist()
+        size = model.config.get_text_config().vocab_size
+        return torch.randint(1, size, (length,), generator=generator).tolist()
 
-    prompt = 9 + (window if window <= MAX_PROBE_WINDOW else 0)
+    prompt = 9 + max((length for length in beyond if length <= MAX_PROBE_LENGTH), default=0)
+    prompt = max(9, min(prompt, longest - 7))
     return [TokenizedPair(ids(prompt), ids(7), ids(5)), TokenizedPair(ids(3), ids(4), ids(6))]
 
 
@@ -108,12 +243,14 @@ def _probe_weights(model: nn.Module, inner: PreTrainedModel) -> list[nn.Paramete
     return (inside or [weight for _, weight in trained])[:4] + head
 
 
-def _plain_loss(model: nn.Module, pairs: list[TokenizedPair], device: torch.device) -> Tensor:
+def _plain_loss(model: nn.Module, scorer: Scorer, pairs: list[TokenizedPair], device: torch.device) -> Tensor:
     """`PROBE_OBJECTIVE` by the plain model, one response at a time."""
     nll, means = [], []
     for pair in pairs:
         for side in (pair.chosen, pair.rejected):
             ids = torch.tensor([[*pair.prompt, *side]], device=device)
+            if scorer.limits.alone:
+                reset_dynamic_rope(scorer.backbone)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             logprob_T = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             means.append(logprob_T[len(pair.prompt) - 1 :].mean())

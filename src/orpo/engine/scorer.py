@@ -7,11 +7,10 @@ what it was.
 """
 
 import inspect
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +18,18 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from orpo.engine.attention import attend
-from orpo.engine.head import Denominators, Head, PairScores, score_batch
+from orpo.engine.head import Denominators, PairScores, score_batch
+from orpo.engine.lengths import mask_chunk, mask_window, pass_limits, reset_dynamic_rope
 from orpo.engine.packing import PackedBatch
+from orpo.engine.passes import Pass, split_passes
+from orpo.engine.router import RouterLoss
 from orpo.engine.segments import SEGMENTS, Segments
+from orpo.engine.vocabulary import backbone_of, head_of
 from orpo.errors import ModelError
 from orpo.settings.config import LayoutName, Objective
 
 ATTENTION = "orpo_segments"
 """Name under which our attention is registered with transformers."""
-
-
-CPU_CHUNK_TOKENS = 256
-"""Scored tokens per chunk on a CPU: measured fastest at V = 32,000, where more fall out of its caches."""
 
 
 @dataclass
@@ -40,10 +39,12 @@ class ORPOOutput(ModelOutput):
     Attributes:
         loss: Its share of the step's loss; a scalar, the only tensor with a gradient.
         pairs: The scores of its pairs.
+        router_loss: The part of `loss` that balances a mixture of experts; detached, or None.
     """
 
     loss: Tensor | None = None
     pairs: PairScores | None = None
+    router_loss: Tensor | None = None
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -70,10 +71,28 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def num_embeddings(model: nn.Module) -> int:
+    """Tokens that a model has an embedding for; 0 where its weights are sharded and nobody can tell."""
+    return len(base_model(model).get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
 def refuse_encoder_decoder(config: Any, name: str) -> None:
     """Refuse a model whose answers do not continue its prompts; `name` is what to call it."""
     if config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder model; ORPO here trains causal language models")
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _passed_over(function: _Function) -> _Function:
+    """Not compiled under torch_compile, unlike what it calls: the way to the backbone."""
+    return cast(_Function, torch.compiler.disable(function, recursive=False))
+
+
+def _eager(function: _Function) -> _Function:
+    """Not compiled under torch_compile, nor what it calls: no list of lengths is compiled for itself."""
+    return cast(_Function, torch.compiler.disable(function))
 
 
 class Scorer:
@@ -81,6 +100,7 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel, objective: Objective, logits_memory_mib: int) -> None:
         self.model = model
+        self.backbone = backbone_of(model)
         self.objective = objective
         self.chunk_bytes = logits_memory_mib * 2**20
         self.layout: LayoutName = "shared"
@@ -88,13 +108,17 @@ class Scorer:
         self.configs = _attention_configs(model)
         self.plain_attention = [config._attn_implementation for config in self.configs]
         self.num_attention_calls: int | None = None
-        self.router_loss = True
+        self.router_loss: RouterLoss | None = None
+        self.logit_scale = 1.0
+        self.limits = pass_limits(model.config.get_text_config())
+        self.longest: int | None = None
         self.attention = SEGMENTS
 
     def install(self) -> None:
         """Give the model a `forward` that takes a micro-batch."""
         scorer = self
 
+        @_passed_over
         def forward(
             self: PreTrainedModel,
             *args: Any,
@@ -110,11 +134,18 @@ class Scorer:
         forward.__signature__ = _joined_signature(self.plain_forward, forward)  # type: ignore[attr-defined]
         self.model.forward = MethodType(forward, self.model)
 
-    def use_layout(self, layout: LayoutName) -> None:
-        """Switch to `layout`; our attention serves all but the padded one."""
+    def use_layout(self, layout: LayoutName, longest: int | None = None) -> None:
+        """Switch to `layout`; our attention serves all but the padded one.
+
+        Args:
+            layout: How micro-batches come.
+            longest: Longest side there will be, in tokens; None: any.
+        """
         self.layout = layout
+        self.longest = longest
         self.num_attention_calls = None
 
+    @_eager
     def attend_to(self, segments: Segments | None) -> None:
         """Give the layers our attention over `segments`, or with None their own again, for generation."""
         _active.segments = segments
@@ -125,39 +156,68 @@ class Scorer:
                 self.plain_attention[number] = config._attn_implementation
                 config._attn_implementation = ATTENTION
 
+    @_passed_over
     def score(self, batch: PackedBatch, denominators: Denominators) -> ORPOOutput:
         """Run a micro-batch through the model and its head."""
-        self._check_layout(batch)
-        segments = Segments(batch.runs)
-        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask_BN, "use_cache": False}
-        if self.layout != "padded":
-            inputs["position_ids"] = batch.position_ids_BN
-            self.attend_to(segments)
-        try:
-            outputs = _backbone(self.model)(batch.input_ids_BN, **inputs, **self._router_inputs())
-        finally:
-            self.attend_to(None)
-        self._check_attention(segments)
-        self.attention = segments.backend
-        hidden_ND = outputs.last_hidden_state.flatten(0, 1)
-        loss, pairs = score_batch(hidden_ND, self._head(hidden_ND), batch, self.objective, denominators)
-        loss = loss + self._router_loss(outputs, batch, denominators)
-        if self.layout != "padded" and loss.requires_grad:
-            loss = _AttendInBackward.apply(loss, self, segments)
-        return ORPOOutput(loss, pairs)
+        passes, batch = self._begin(batch)
+        outputs = []
+        for each in passes:
+            segments, inputs = self._enter(each)
+            try:
+                output = self.backbone(each.input_ids_BN, **inputs)
+            finally:
+                self.attend_to(None)
+            outputs.append(self._leave(output, segments))
+        return self._finish(outputs, passes, batch, denominators)
 
-    def _head(self, hidden_ND: Tensor) -> Head:
-        """The vocabulary projection as the model applies it now (LoRA on it included) to these states."""
-        weight, bias = _weight_and_bias(self.model.get_output_embeddings(), hidden_ND)
-        config = self.model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        most = max(1, self.chunk_bytes // (4 * weight.shape[0]))
-        return Head(
-            weight, bias, scale, getattr(config, "final_logit_softcapping", None),
-            chunk_tokens=min(CPU_CHUNK_TOKENS, most) if weight.device.type == "cpu" else most,
-            max_chunk_tokens=most,
-        )  # fmt: skip
+    @_eager
+    def _begin(self, batch: PackedBatch) -> tuple[list[Pass], PackedBatch]:
+        """The passes of a micro-batch that the model can follow."""
+        self._check_layout(batch)
+        return split_passes(batch, self.limits)
+
+    @_eager
+    def _enter(self, each: Pass) -> tuple[Segments, dict[str, Any]]:
+        """What the backbone reads in a pass besides ids; its layers attend by our segments from here."""
+        segments = Segments(each.runs)
+        inputs: dict[str, Any] = {"attention_mask": each.attention_mask_BN, "use_cache": False}
+        if self.router_loss is not None:
+            inputs["output_router_logits"] = True
+        if self.limits.alone:
+            reset_dynamic_rope(self.backbone)
+        for tensor in (each.input_ids_BN, each.position_ids_BN):
+            torch._dynamo.maybe_mark_dynamic(
+                tensor, 1
+            )  # under torch_compile no length is compiled for itself
+        if self.layout != "padded":
+            inputs["position_ids"] = each.position_ids_BN
+            self.attend_to(segments)
+        return segments, inputs
+
+    @_eager
+    def _leave(self, output: Any, segments: Segments) -> Any:
+        """Check that the layers attended by our segments, and let them do so again in the backward."""
+        if self.layout != "padded":
+            self._check_attention(segments)
+            self.attention = segments.backend
+            hidden = output.last_hidden_state
+            if hidden.requires_grad:
+                output.last_hidden_state = _AttendInBackward.apply(hidden, self, segments)
+        return output
+
+    @_eager
+    def _finish(
+        self, outputs: list[Any], passes: list[Pass], batch: PackedBatch, denominators: Denominators
+    ) -> ORPOOutput:
+        """The head, over the hidden states of all passes."""
+        hidden = [output.last_hidden_state.flatten(0, 1) for output in outputs]
+        hidden_ND = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        head = head_of(self.model, hidden_ND, self.logit_scale, self.chunk_bytes)
+        loss, pairs = score_batch(hidden_ND, head, batch, self.objective, denominators)
+        router_loss = self._router_loss(outputs, passes, batch, denominators)
+        if router_loss is not None:
+            loss, router_loss = loss + router_loss, router_loss.detach()
+        return ORPOOutput(loss, pairs, router_loss)
 
     def _check_layout(self, batch: PackedBatch) -> None:
         """A micro-batch that the model cannot follow would be scored wrongly, in silence."""
@@ -170,11 +230,12 @@ class Scorer:
             )
 
     def _check_attention(self, segments: Segments) -> None:
-        """Every micro-batch must pass through our attention as often as the probe's did."""
-        if self.layout == "padded":
-            return
+        """Every pass must go through our attention as often as the probe's did."""
         if segments.num_calls == 0:
             raise NotOnTheInterfaceError("its attention cannot be replaced")
+        for what, length in self._untold(segments):
+            if self.longest is None or max(self.longest, segments.longest()) > length:
+                raise NotOnTheInterfaceError(f"its {what} of {length:,} tokens is known to its masks alone")
         if self.num_attention_calls is None:
             self.num_attention_calls = segments.num_calls
         if segments.num_calls != self.num_attention_calls:
@@ -183,22 +244,30 @@ class Scorer:
                 f"pass, {self.num_attention_calls} times in the one before; set layout: padded"
             )
 
-    def _router_inputs(self) -> dict[str, bool]:
-        return {"output_router_logits": True} if _has_router_loss(self.model) else {}
-
-    def _router_loss(self, outputs: Any, batch: PackedBatch, denominators: Denominators) -> Tensor | float:
-        """The load-balancing loss of a mixture of experts as the model defines it, for this batch's share."""
-        if not (self.router_loss and _has_router_loss(self.model)) or not torch.is_grad_enabled():
-            return 0.0
+    def _untold(self, segments: Segments) -> Iterator[tuple[str, int]]:
+        """What limits attention by masks that do not reach our attention, and from which length on."""
         config = self.model.config.get_text_config()
-        balancing = sys.modules[type(self.model).__module__].load_balancing_loss_func
-        experts = getattr(config, "num_experts", None) or config.num_local_experts
-        balance = balancing(
-            outputs.router_logits, experts, config.num_experts_per_tok, batch.attention_mask_BN
+        window, chunk = mask_window(config), mask_chunk(config)
+        if window is not None and window not in segments.windows:
+            yield "sliding window", window
+        if chunk is not None:
+            yield "attention in chunks", chunk
+
+    def _router_loss(
+        self, outputs: list[Any], passes: list[Pass], batch: PackedBatch, denominators: Denominators
+    ) -> Tensor | None:
+        """The load-balancing loss of a mixture of experts as the model defines it, for this batch's share."""
+        if self.router_loss is None or not torch.is_grad_enabled():
+            return None
+        layers = zip(*(output.router_logits for output in outputs), strict=True)
+        masks = [each.attention_mask_BN for each in passes if each.attention_mask_BN is not None]
+        mask = (
+            masks[0] if len(masks) == 1 else torch.cat([m.flatten() for m in masks])[None] if masks else None
         )
-        share = batch.num_pairs / denominators.examples
-        loss: Tensor = config.router_aux_loss_coef * share * balance
-        return loss
+        balance = self.router_loss(
+            [torch.cat(layer) if len(layer) > 1 else layer[0] for layer in layers], mask
+        )
+        return batch.num_pairs / denominators.examples * balance
 
 
 class NotOnTheInterfaceError(ModelError):
@@ -218,12 +287,12 @@ def _joined_signature(plain: Callable[..., Any], ours: Callable[..., Any]) -> in
 
 
 class _AttendInBackward(torch.autograd.Function):
-    """Identity on the loss; in its backward, layers under gradient checkpointing attend once more."""
+    """Identity on hidden states; in their backward, layers under gradient checkpointing attend once more."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, scorer: Scorer, segments: Segments) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, scorer: Scorer, segments: Segments) -> Tensor:
         ctx.scorer, ctx.segments = scorer, segments
-        return loss.view_as(loss)
+        return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -261,6 +330,7 @@ def _segments_attention_forward(  # noqa: PLR0913 - the signature transformers c
     if attention_mask is not None or unknown:
         raise NotOnTheInterfaceError(f"its attention needs {', '.join(unknown) or 'a mask'}")
     segments.num_calls += 1
+    segments.windows.add(sliding_window)
     output = attend(
         query, key, value, segments, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout
     )
@@ -280,58 +350,3 @@ def _attention_configs(model: PreTrainedModel) -> list[Any]:
     """Every configuration object a layer may read its attention implementation from."""
     found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
-
-
-def _backbone(model: PreTrainedModel) -> nn.Module:
-    """The model below its vocabulary projection."""
-    backbone: nn.Module = getattr(model, model.base_model_prefix)
-    return backbone
-
-
-def _weight_and_bias(module: Any, hidden_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The vocabulary matrix and its bias as `module` applies them now, PEFT adapters included."""
-    disabled: bool = getattr(module, "disable_adapters", False)
-    module = _trained_copy(module, disabled)
-    _gather_shards(module, hidden_ND)
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if not disabled and hasattr(module, "get_delta_weight") and not module.merged:
-        weight = _adapted_weight(module)
-    return weight, bias
-
-
-def _trained_copy(module: Any, disabled: bool) -> Any:
-    """The copy that PEFT's `modules_to_save` trains in full, where there is one, or the module itself."""
-    if not hasattr(module, "modules_to_save"):
-        return module
-    return module.original_module if disabled else module.modules_to_save[module.active_adapters[0]]
-
-
-def _gather_shards(module: Any, hidden_ND: Tensor) -> None:
-    """Give a module that FSDP2 shards its whole weight, as FSDP2 does for the module's own forward."""
-    if hasattr(module, "unshard"):
-        with torch.no_grad():  # a unit of norm and head has run only when both were called
-            module(hidden_ND[:1])
-        module.unshard()
-
-
-def _adapted_weight(module: Any) -> Tensor:
-    """The weight under the active adapters of a LoRA layer, one added to the other."""
-    base: Tensor = module.weight
-    weight = base
-    for adapter in module.active_adapters:
-        delta = module.get_delta_weight(adapter)
-        if adapter in getattr(module, "lora_magnitude_vector", ()):  # DoRA
-            delta = _dora_delta(base, delta, module.lora_magnitude_vector[adapter].weight)
-        weight = weight + delta
-    return weight
-
-
-def _dora_delta(base_VD: Tensor, delta_VD: Tensor, magnitude_V: Tensor) -> Tensor:
-    """What DoRA adds to a weight: its norm, a constant to the gradient, is replaced by a trained one."""
-    moved_VD = base_VD + delta_VD
-    factor_V: Tensor = magnitude_V / moved_VD.detach().norm(dim=1)
-    return factor_V[:, None] * moved_VD - base_VD
-
-
-def _has_router_loss(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))

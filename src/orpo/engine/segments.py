@@ -31,11 +31,13 @@ class Segments:
         runs: The runs of the micro-batch, in order.
         num_calls: Attention layers that have used these segments; a model that attends some other way leaves
             it 0.
+        windows: Sliding windows that these layers asked for; None for none.
         backend: What served the last of these layers.
     """
 
     runs: Sequence[Run]
     num_calls: int = 0
+    windows: set[int | None] = field(default_factory=set)
     backend: str = SEGMENTS
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     _layout: KernelLayout | None = None

@@ -1,0 +1,159 @@
+"""Which causal families of the installed transformers train exactly, and how: writes docs/exactness.md.
+
+Every family is built tiny and random (tests/tiny_families.py), in float32 and in bfloat16, plain and with the
+default LoRA. Loss and every gradient are compared with those of each response alone through a plain copy. It
+resumes where it stopped (exactness.json); `--only NAME ...` runs some families again, `--table` only writes.
+
+    python benchmarks/exactness.py
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import signal
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import reference  # noqa: E402
+import tiny_families  # noqa: E402
+
+from orpo.engine.adapters import add_adapter, lora_config  # noqa: E402
+from orpo.engine.model import prepare_model  # noqa: E402
+from orpo.engine.packing import pack  # noqa: E402
+from orpo.errors import OrpoError  # noqa: E402
+from orpo.pairs import TokenizedPair  # noqa: E402
+from orpo.settings.config import Objective, OrpoSettings  # noqa: E402
+
+RESULTS = Path(__file__).with_name("exactness.json")
+TABLE = ROOT / "docs" / "exactness.md"
+OBJECTIVE = Objective(beta=0.7)
+CASES = {
+    f"{name}{', LoRA' if lora else ''}": (dtype, lora)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    for lora in (False, True)
+}
+SECONDS = 60
+"""A family gets so long for a case; towers of full size do not."""
+LIMITS = {torch.float32: (2e-5, 2e-3), torch.bfloat16: (3e-2, 0.3)}
+"""Largest error of the loss and of the whole gradient, relative."""
+
+
+def pairs() -> list[TokenizedPair]:
+    """Pairs of unlike lengths."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = [(7, 9, 4), (3, 5, 12), (11, 2, 6), (1, 1, 3)]
+    ids = [[torch.randint(1, 97, (n,), generator=draw).tolist() for n in row] for row in lengths]
+    return [TokenizedPair(*row) for row in ids]
+
+
+def run_case(family: str, dtype: torch.dtype, lora: bool) -> str:
+    """The outcome of one family in one precision, as the table shows it."""
+    try:
+        model = tiny_families.build(family)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[1, 2, 3, 4]]))
+    except Exception as error:
+        return f"not built: {type(error).__name__}"
+    model = model.to(dtype)
+    try:
+        if lora:
+            model = add_adapter(model, lora_config(OrpoSettings(lora_r=2)))
+        plain = copy.deepcopy(model).float()
+        prepared = prepare_model(model, OBJECTIVE)
+    except OrpoError as error:
+        return f"refused: {error}"
+    output = model(batch=pack(pairs(), OBJECTIVE, layout=prepared.layout)).loss
+    output.backward()
+    expected = reference.orpo_loss(reference.logprobs_of(plain), pairs(), OBJECTIVE)
+    expected.backward()
+    found = (reference.gradients(m).values() for m in (model, plain))
+    ours, exact = (torch.cat([g.flatten().float() for g in grads]) for grads in found)
+    loss_error = abs(output.item() / expected.item() - 1)
+    gradient_error = ((ours - exact).norm() / exact.norm()).item()
+    limits = LIMITS[dtype]
+    good = loss_error <= limits[0] and gradient_error <= limits[1]
+    how = "shares" if prepared.layout == "shared" else f"falls back to {prepared.layout}"
+    return how if good else f"WRONG ({how}): loss off {loss_error:.1e}, gradient {gradient_error:.1e}"
+
+
+def measure(families: list[str], results: dict[str, dict[str, str]], again: bool) -> None:
+    """Run every case of these families that has no result yet."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    for family in families:
+        done = {} if again else results.setdefault(family, {})
+        results[family] = done
+        for name, (dtype, lora) in CASES.items():
+            if name in done:
+                continue
+            signal.alarm(SECONDS)
+            try:
+                done[name] = run_case(family, dtype, lora)
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                done[name] = f"error: {type(error).__name__}: {str(error).splitlines()[:1]}"
+            finally:
+                signal.alarm(0)
+            if done[name].startswith("not built") or "TimeoutError" in done[name]:
+                done |= dict.fromkeys(CASES, done[name])
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        print(family, done, flush=True)
+
+
+def write_table(results: dict[str, dict[str, str]]) -> None:
+    """Write docs/exactness.md."""
+    lines = [
+        "# Which model families train exactly",
+        "",
+        "Every causal family of transformers, tiny and random, compared with each response alone through the",
+        "plain model: loss and every gradient. Written by `python benchmarks/exactness.py`, with",
+        f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}, on a CPU.",
+        "`shares` stores each prompt once; `falls back` is exact too, slower, and said at the start;",
+        "`not built` says that the tiny configuration does not fit, nothing about the family.",
+        "",
+    ]
+    for name in CASES:
+        said = [row[name] for row in results.values() if name in row]
+        kinds = Counter(text.partition(":")[0].partition(" (")[0] for text in said)
+        lines.append(f"- {name}: {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}")
+    left = sorted(set(tiny_families.FAMILIES) - set(results))
+    if left:
+        lines += ["", f"Not run yet ({len(left)}): {', '.join(left)}."]
+    lines += ["", f"| family | {' | '.join(CASES)} |", f"|---{'|---' * len(CASES)}|"]
+    for family, row in sorted(results.items()):
+        cells = (row.get(name, "-").replace("|", "/").replace("\n", " ") for name in CASES)
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Measure what is left, then write."""
+    parser = argparse.ArgumentParser(description="Which model families train exactly")
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="run these, again where they ran")
+    parser.add_argument("--table", action="store_true", help="write the table from what has run")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not options.table:
+        with contextlib.suppress(KeyboardInterrupt):
+            measure(options.only or tiny_families.FAMILIES, results, again=bool(options.only))
+    write_table(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""No family trains wrongly in silence: what shares, what falls back, and where lengths change the model."""
+
+import copy
+
+import pytest
+import reference
+import tiny_families
+import torch
+import transformers
+from tiny_models import build as build_tiny
+from tiny_training import logged, random_pairs, tiny_trainer
+
+from orpo.engine.model import prepare_model
+from orpo.engine.packing import pack
+from orpo.errors import ConfigError, ModelError
+from orpo.pairs import TokenizedPair
+from orpo.settings.config import Objective
+
+OBJECTIVE = Objective(beta=0.7)
+
+
+def pair(*lengths, seed=0):
+    draw = torch.Generator().manual_seed(seed + sum(lengths))
+    return TokenizedPair(*(torch.randint(1, 97, (n,), generator=draw).tolist() for n in lengths))
+
+
+PAIRS = [pair(7, 9, 4), pair(3, 5, 12, seed=1), pair(11, 2, 6, seed=2)]
+
+
+def alone(model):
+    """Log-probabilities by a fresh copy each time: some models remember the longest sequence they saw."""
+    twin = copy.deepcopy(model).double()
+    if hasattr(twin, "set_experts_implementation"):
+        twin.set_experts_implementation("eager")  # the default has no float64
+    buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    seen = {id(m): m.max_seq_len_cached for m in twin.modules() if hasattr(m, "max_seq_len_cached")}
+
+    def logprobs(ids):
+        for module in twin.modules():
+            if id(module) in seen:
+                module.max_seq_len_cached = seen[id(module)]
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            twin.get_submodule(owner).register_buffer(leaf, buffer.clone(), persistent=False)
+        return reference.logprobs_of(twin)(ids)
+
+    return twin, logprobs
+
+
+def assert_exact(plain, pairs, tolerance=2e-5, **settings):
+    """Prepare a copy, compare loss and every gradient with those of `plain`; returns the preparation."""
+    twin, logprobs = alone(plain)
+    expected = reference.orpo_loss(logprobs, pairs, OBJECTIVE)
+    expected.backward()
+    model = copy.deepcopy(plain)
+    preparation = prepare_model(model, OBJECTIVE, **settings)
+    loss = model(batch=pack(pairs, OBJECTIVE, layout=preparation.layout)).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    error = reference.worst_gradient_error(reference.gradients(model), reference.gradients(twin))
+    assert error <= 100 * tolerance
+    return preparation
+
+
+SHARE = ["llama", "qwen3_moe", "deepseek_v3", "gemma3_text", "gpt2", "hyperclovax", "phi3"]
+FALL_BACK = ["jamba", "minimax", "zamba2", "bamba", "falcon_h1", "olmo_hybrid", "phimoe", "gpt_oss"]
+
+
+@pytest.mark.parametrize("family", [*SHARE, *FALL_BACK])
+def test_a_family_shares_or_falls_back_and_is_exact(family):
+    layout = assert_exact(tiny_families.build(family), PAIRS).layout
+    assert (layout == "shared") == (family in SHARE)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("family", ["jamba", "minimax", "zamba2", "olmo_hybrid", "falcon_h1", "bamba"])
+def test_bfloat16_does_not_let_a_state_leak_into_the_next_side(family, adapted):
+    """At the usual scale of new weights, where losses and gradients agree within what bfloat16 rounds."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_families.config_of(family)).bfloat16()
+    if adapted:
+        from orpo.engine.adapters import add_adapter, lora_config
+        from orpo.settings.config import OrpoSettings
+
+        model = add_adapter(model, lora_config(OrpoSettings(lora_r=2)))
+    preparation = prepare_model(model, OBJECTIVE)
+    assert preparation.layout == "padded"
+    assert "depend on its neighbours" in preparation.notices[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text", "deepseek_v3", "gpt2"])
+def test_bfloat16_raises_no_false_alarm(family):
+    assert prepare_model(tiny_families.build(family).bfloat16(), OBJECTIVE).layout == "shared"
+
+
+# Lengths that change the model
+
+
+LONG = {"rope_theta": 1e4, "original_max_position_embeddings": 32, "factor": 4.0}
+ROPES = {
+    "longrope": LONG | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}
+MIXED = [
+    [pair(40, 9, 8), pair(5, 6, 7)],
+    [pair(28, 20, 2)],
+    [pair(28, 2, 20), pair(4, 4, 4), pair(33, 5, 6)],
+    [pair(30, 2, 2), pair(40, 2, 9), pair(41, 9, 2)],
+]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("pairs", MIXED, ids=["mixed", "straddling", "several", "at the limit"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_sides_on_either_side_of_a_rope_switch_never_share_a_pass(rope, pairs, layout):
+    settings = {"rope_parameters": ROPES[rope], "max_position_embeddings": 128 if rope == "longrope" else 32}
+    assert_exact(build_tiny("Llama", **settings), pairs, layout=layout)
+
+
+def test_checkpointed_layers_see_the_segments_of_their_own_pass():
+    plain = build_tiny("Llama", rope_parameters=ROPES["longrope"])
+    twin, logprobs = alone(plain)
+    reference.orpo_loss(logprobs, MIXED[2], OBJECTIVE).backward()
+    prepare_model(plain, OBJECTIVE, layout="shared", probe=False)
+    plain.gradient_checkpointing_enable({"use_reentrant": False})
+    plain.train()
+    plain(batch=pack(MIXED[2], OBJECTIVE)).loss.backward()
+    assert reference.worst_gradient_error(reference.gradients(plain), reference.gradients(twin)) < 1e-4
+
+
+def llama4(**settings):
+    sizes = {"num_hidden_layers": 4, "attention_chunk_size": 400, "floor_scale": 40, "attn_scale": 0.5}
+    return tiny_families.build("llama4_text", **(sizes | settings))
+
+
+def test_rows_of_llama4_never_exceed_what_its_temperature_leaves_exact():
+    pairs = [pair(20, 9, 8), pair(5, 16, 17), pair(33, 5, 6), pair(6, 4, 50)]
+    assert assert_exact(llama4(), pairs, longest=100).layout == "shared"
+
+
+def test_chunks_that_no_side_exceeds_do_not_matter_and_others_fall_back():
+    model = llama4(attention_chunk_size=24)
+    pairs = [pair(12, 9, 8), pair(5, 6, 17)]
+    assert assert_exact(model, pairs, longest=24).layout == "shared"
+    assert assert_exact(model, [pair(30, 9, 8)]).layout == "padded"
+    prepare_model(model, OBJECTIVE, longest=24)
+    with pytest.raises(ModelError, match="attention in chunks of 24 tokens is known to its masks alone"):
+        model(batch=pack([pair(30, 9, 8)], OBJECTIVE))
+
+
+@pytest.mark.parametrize("window", [20, 520])
+@pytest.mark.parametrize("family", ["phimoe", "qwen2_moe"])
+def test_a_window_that_only_the_masks_know_falls_back_at_any_length(family, window):
+    settings = {"qwen2_moe": {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}}.get(
+        family, {}
+    )
+    model = tiny_families.build(
+        family, sliding_window=window, num_hidden_layers=2, max_position_embeddings=1024, **settings
+    )
+    preparation = prepare_model(copy.deepcopy(model.bfloat16()), OBJECTIVE)
+    assert preparation.layout == "padded"
+    assert f"sliding window of {window} tokens is known to its masks alone" in preparation.notices[0]
+    assert prepare_model(model, OBJECTIVE, longest=window).layout == "shared"
+
+
+class ScalesItsLogits(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 1.5 * output.logits
+        return output
+
+
+class ScalesItsHiddenStates(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        hidden = self.model(*args, **kwargs).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(0.3 * hidden))
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(ScalesItsLogits, 1.5), (ScalesItsHiddenStates, 0.3)])
+def test_a_factor_on_logits_or_hidden_states_is_measured(kind, factor):
+    model = kind(build_tiny("Llama").config)
+    assert assert_exact(model, PAIRS).logit_scale == pytest.approx(factor, rel=1e-6)
+
+
+# What is refused or said before training
+
+
+def test_pairs_beyond_a_table_of_positions_are_refused_and_beyond_a_rotary_window_said(tmp_path, capsys):
+    long = [*random_pairs(), TokenizedPair([5] * 100, [6] * 29, [7] * 9, source="long")]
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel knows 128 positions .* set max_length: 128"):
+        tiny_trainer(tmp_path, model=build_tiny("GPT2"), train=long)
+    with pytest.raises(ConfigError, match="OPTForCausalLM knows 128 positions"):
+        tiny_trainer(tmp_path, model=build_tiny("OPT"), train=long)
+    tiny_trainer(tmp_path, model=build_tiny("GPT2"))
+    assert "extrapolates" not in capsys.readouterr().out
+    tiny_trainer(tmp_path, train=long)
+    assert "129 tokens a side; beyond the 128 positions" in capsys.readouterr().out
+
+
+def test_gradient_checkpointing_that_a_model_has_not_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="gradient_checkpointing: CTRLLMHeadModel has none"):
+        tiny_trainer(tmp_path, model=tiny_families.build("ctrl"), gradient_checkpointing=True, max_length=64)
+
+
+def test_dropout_that_layers_read_from_the_configuration_is_turned_off(tmp_path):
+    model = tiny_families.build("persimmon", attention_dropout=0.5)
+    trainer = tiny_trainer(tmp_path, model=model)
+    assert model.config.attention_dropout == 0.5
+    trainer._preparation()
+    model.train()
+    batch = pack(PAIRS, OBJECTIVE, layout=trainer._preparation().layout)
+    assert torch.equal(model(batch=batch).loss, model(batch=batch).loss)
+
+
+def test_a_router_loss_that_a_model_lacks_is_said_and_others_are_reported_apart(tmp_path, capsys):
+    model = tiny_families.build("deepseek_v3", num_hidden_layers=2, output_router_logits=True)
+    trainer = tiny_trainer(tmp_path, model=model, max_steps=1)
+    trainer.train()
+    assert (
+        "output_router_logits has no effect: DeepseekV3ForCausalLM has no router loss"
+        in capsys.readouterr().out
+    )
+    assert not logged(trainer, "router_loss")
+    losses = []
+    for asked in (True, False):
+        model = build_tiny("Mixtral", output_router_logits=asked, router_aux_loss_coef=0.5)
+        trainer = tiny_trainer(tmp_path, model=model, max_steps=1)
+        trainer.train()
+        losses.append(logged(trainer)[0])
+        assert bool(logged(trainer, "router_loss")) == asked
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_under_torch_compile_new_lengths_are_not_compiled_again(tmp_path):
+    torch._dynamo.reset()
+    graphs = []
+
+    class Count(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    trainer = tiny_trainer(
+        tmp_path, train=random_pairs(48), max_steps=6, per_device_train_batch_size=8,
+        tokens_per_micro_batch=60, torch_compile=True, torch_compile_backend="eager",
+        arguments={"callbacks": [Count()]},
+    )  # fmt: skip
+    trainer.train()
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[1]
