@@ -17,7 +17,7 @@ CHARACTERS_PER_TOKEN = 4.0
 
 
 def make_rows(number: int) -> list[dict[str, Any]]:
-    """`number` rows with the columns of UltraFeedback-binarized, a function of the number alone."""
+    """`number` rows with columns of UltraFeedback-binarized, a function of the number alone."""
     rng = np.random.default_rng(0)
     sentences = _sentences()
     order = iter(())
@@ -60,5 +60,6 @@ def _sentences() -> list[str]:
         for line in gzip.decompress((folder / f"{split}.jsonl.gz").read_bytes()).decode().splitlines():
             row = json.loads(line)
             turns = re.split(r"\n\n(?:Human|Assistant):", row["chosen"] + row["rejected"])
-            found.update(dict.fromkeys(one for turn in turns for one in re.split(r"(?<=[.?!])\s+", turn.strip())))
+            said = (one for turn in turns for one in re.split(r"(?<=[.?!])\s+", turn.strip()))
+            found.update(dict.fromkeys(said))
     return [sentence for sentence in found if sentence]

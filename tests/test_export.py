@@ -4,6 +4,10 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ from orpo.evaluation.generation import ChatModel, Sampling
 from orpo.export.check import LIMITS, Found, compare
 from orpo.export.folder import write_folder
 from orpo.export.job import export_run
+from orpo.export.llama_cpp import post
 from orpo.export.merged import merge_run
 from orpo.export.ollama import turns_of
 from orpo.export.reload import log_probs
@@ -322,3 +327,27 @@ def test_ollamas_template_writes_the_prompts_of_training_or_there_is_none(shape)
     for talk in talks if turns is not None else []:
         text = template.render(tokenizer, talk, None, ask=True)
         assert turns.render(talk) == text.removeprefix(tokenizer.bos_token or "\0")
+
+
+@pytest.mark.slow
+def test_the_export_answers_through_transformers_serve(exported):
+    """Needs the extras of `transformers serve`: fastapi, uvicorn, openai, rich."""
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name)
+    folder, port = exported[0], 8791
+    main = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
+    words = [sys.executable, "-c", main, "serve", str(folder), "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            time.sleep(1)
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5).close()
+                break
+        body = {"model": str(folder), "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+        reply = post(f"http://localhost:{port}/v1/chat/completions", body)
+    finally:
+        server.kill()
+        server.wait()
+    assert reply["choices"][0]["message"]["role"] == "assistant"
+    assert reply["usage"]["prompt_tokens"] == len(chat_ids(AutoTokenizer.from_pretrained(folder)))

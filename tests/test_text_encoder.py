@@ -1,4 +1,4 @@
-"""Tokens put together from words are those of whole texts, and pairs are the same with and without shortcuts."""
+"""Tokens put together from words are those of whole texts; pairs are the same with and without shortcuts."""
 
 import functools
 import random
@@ -59,14 +59,14 @@ def plain(tokenizer, text):
 
 
 LETTERS = st.sampled_from(
-    [*"aZé漢\u0301\u200b0 9'.,/-_\"<>|\n\r\t \u00a0\x1c\x85\u2028𝔘🙂", "  ", "   ", " \n", "\n\n", "'s", "'ll",
-     "don't", " the", "</s>", "<|x|>", "1234", "<s>", "<|im_end|>", "    "]
+    [*"aZé漢\u0301\u200b0 9'.,/-_\"<>|\n\r\t \u00a0\x1c\x85\u2028\U0001f1e9🙂", "  ", "   ", " \n", "\n\n",
+     "'s", "'ll", "don't", " the", "</s>", "<|x|>", "1234", "<s>", "<|im_end|>", "    "]
 )  # fmt: skip
 TEXTS = st.lists(LETTERS, max_size=24).map("".join)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
 def test_words_give_the_tokens_of_the_text(name, text):
     tokenizer = trained(name)
@@ -76,7 +76,7 @@ def test_words_give_the_tokens_of_the_text(name, text):
         assert encoder.encode([text])[0].tolist() == plain(tokenizer, text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=5), data=st.data())
 def test_a_token_is_found_by_a_character_as_the_tokenizer_finds_it(texts, data):
     tokenizer = trained(data.draw(st.sampled_from([*PATTERNS])))

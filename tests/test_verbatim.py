@@ -1,4 +1,4 @@
-"""A template that is written without Jinja writes what Jinja does, and one that looks at contents is rendered."""
+"""A template written without Jinja writes what Jinja does; one that looks at contents is rendered."""
 
 from datetime import datetime
 
@@ -62,8 +62,8 @@ def real_renderer(name):
 
 
 PROVED = [
-    "cohere", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3", "gptoss", "llama3", "llama3_1", "llama3_2",
-    "phi3", "phi3_5", "qwen2_5", "qwen2_5_vl", "qwen3", "qwen3_instruct_2507", "qwen3_vl",
+    "cohere", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3", "gptoss", "llama3", "llama3_1",
+    "llama3_2", "phi3", "phi3_5", "qwen2_5", "qwen2_5_vl", "qwen3", "qwen3_instruct_2507", "qwen3_vl",
 ]  # fmt: skip
 
 

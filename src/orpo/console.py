@@ -1,4 +1,4 @@
-"""What a run says on the terminal: one line, once, however many processes run."""
+"""What a run says on the terminal: one line, once, however many processes run; and how far long work is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from types import TracebackType
+from typing import Any, Self
 
 
 def say(line: str, *, error: bool = False) -> None:
@@ -46,22 +47,73 @@ def _printable(line: str) -> str:
     return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-@contextmanager
-def watching() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for long steps, where that is a terminal: told what is done, how far, of how much."""
-    if not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
+class LongWork:
+    """Shows on stderr how far work over rows is, once it takes long: a bar on a terminal, lines elsewhere.
 
-    # Lines that are printed meanwhile go above the bar, unless they go to a file.
-    lines_too = sys.stdout.isatty()
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=lines_too) as progress:
-        task = progress.add_task("")
-        yield lambda what, done, total: progress.update(
-            task, description=what, completed=done, total=total or None
-        )
+    It is called with the stage, the rows done and all rows (None where nobody knows); a context that closes.
+
+    Args:
+        bar: Whether a bar may be drawn.
+    """
+
+    PATIENCE, PAUSE = 3.0, 30.0
+    """Seconds before a stage is shown, and between two lines."""
+
+    def __init__(self, *, bar: bool = True) -> None:
+        self._draws = bar and sys.stderr.isatty()
+        self._stage = ""
+        self._began = self._said = 0.0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Show the stage, where it is time to."""
+        now = time.monotonic()
+        if stage != self._stage or done == 0:
+            self._close()
+            self._stage, self._began, self._said = stage, now, now - self.PAUSE + self.PATIENCE
+        seconds = max(now - self._began, 1e-9)
+        if total is not None and done >= total:
+            self._close()
+        elif seconds < self.PATIENCE or _rank() != 0:
+            return
+        elif self._draws:
+            self._draw(done, total, done / seconds)
+        elif now - self._said >= self.PAUSE:
+            self._said = now
+            say(f"{stage}: {_how_far(done, total, done / seconds)}", error=True)
+
+    def _draw(self, done: int, total: int | None, rate: float) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[far]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(self._stage, total=total, far="")
+            self._bar.start()
+        self._bar.update(self._task, completed=done, far=_how_far(done, total, rate))
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _how_far(done: int, total: int | None, rate: float) -> str:
+    """`51,200 of 200,000 rows, 3,400 a second, 0:44 left`."""
+    if total is None:
+        return f"{done:,} rows, {rate:,.0f} a second"
+    left = round((total - done) / max(rate, 1e-9))
+    return f"{done:,} of {total:,} rows, {rate:,.0f} a second, {left // 60}:{left % 60:02} left"
 
 
 def _rank() -> int:

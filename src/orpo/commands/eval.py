@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from orpo.console import say_item
+from orpo.console import LongWork, say_item
 from orpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.settings.recipe import load_recipe
 
     settings = load_recipe(overrides=args.settings).settings
+    from orpo.data.stages import following
     from orpo.evaluation.comparison import Comparison, compare_models
     from orpo.evaluation.preferences import evaluate
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"eval compares two models; {len(args.models)} are named")
     options = {"split": args.split, "name": args.name, "batch_size": args.batch_size, "quiet": args.json}
     found: Result | Comparison
-    with _progress(silent=args.json) as progress:
+    with _progress(silent=args.json) as progress, LongWork() as work, following(work):
         options |= settings | {"progress": progress}
         if len(args.models) == 1:
             found = evaluate(args.models[0], args.data, **options)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from orpo.curation.steps import Sieve, Step, Watch, unwatched
+from orpo.curation.steps import Sieve, Step
 from orpo.data.preferences import cannot_train
+from orpo.data.stages import report
 from orpo.pairs import PreferencePair
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
@@ -28,7 +29,6 @@ def clean(
     *,
     fix_text: bool = False,
     drop_broken: bool = False,
-    watch: Watch = unwatched,
 ) -> tuple[list[PreferencePair], Step]:
     """Clean the texts of pairs, and remove the pairs that cannot train afterwards.
 
@@ -36,13 +36,12 @@ def clean(
         pairs: As read.
         fix_text: Repair encodings that were read wrongly (ftfy); otherwise they are counted.
         drop_broken: Remove pairs with the sign of a lost character (U+FFFD); otherwise they are counted.
-        watch: Told how far it is.
     """
     sieve = Sieve("clean", pairs)
     cleaned = []
     for index, pair in enumerate(pairs):
         if index % 1000 == 0:
-            watch("cleaning", index, len(pairs))
+            report("cleaning", index, len(pairs))
         cleaner = _Cleaner(fix_text)
         cleaned.append(cleaner.pair(pair))
         reason = _HALF_REASON if _holds_half(cleaned[-1]) else cannot_train(cleaned[-1])
@@ -52,7 +51,7 @@ def clean(
             sieve.remove(index, reason)
         for words in cleaner.said if reason is None else ():
             sieve.change(index, words)
-    watch("cleaning", len(pairs), len(pairs))
+    report("cleaning", len(pairs), len(pairs))
     step = sieve.step()
     if _WRONG in step.changed and not fix_text:
         step = replace(step, remark="fix_text repairs encodings")

@@ -13,7 +13,7 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 
 from orpo.curation.fingerprints import context, fingerprint, written
 from orpo.curation.similar import similar_groups
-from orpo.curation.steps import Sieve, Step, Watch, unwatched
+from orpo.curation.steps import Sieve, Step
 from orpo.curation.texts import asked
 from orpo.pairs import PreferencePair
 
@@ -34,15 +34,12 @@ KINDS = {
 _PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[\s*_#\"'`!?;:\u2018\u2019\u201c\u201d]")
 
 
-def remove_repeats(
-    pairs: Sequence[PreferencePair], *, keep: Collection[str] = (), watch: Watch = unwatched
-) -> tuple[list[int], Step]:
+def remove_repeats(pairs: Sequence[PreferencePair], *, keep: Collection[str] = ()) -> tuple[list[int], Step]:
     """Find pairs that add nothing, or that contradict another.
 
     Args:
         pairs: To look at.
         keep: Of `KINDS`, what is counted and stays.
-        watch: Told how far it is.
 
     Returns:
         Indices of the pairs that stay, and what was found.
@@ -67,7 +64,7 @@ def remove_repeats(
     found(_contradictions(keys), CONTRADICTIONS)
     # Those that repeat word for word, and were kept, are not counted once more.
     left = [index for index in _firsts(keys) if index not in gone]
-    near = _near_keys([pairs[index] for index in left], watch)
+    near = _near_keys([pairs[index] for index in left])
     found((left[place] for place in _later(near)), NEAR_REPEATS)
     return sieve.kept, sieve.step()
 
@@ -100,12 +97,12 @@ def _bare(text: str) -> str:
     return _PUNCTUATION.sub("", text.casefold())
 
 
-def _near_keys(pairs: Sequence[PreferencePair], watch: Watch) -> list[Hashable]:
+def _near_keys(pairs: Sequence[PreferencePair]) -> list[Hashable]:
     """Equal for pairs all of whose parts nearly repeat each other."""
     number = len(pairs)
-    prompts = similar_groups(map(asked, pairs), number, what="comparing prompts", watch=watch)
+    prompts = similar_groups(map(asked, pairs), number, what="comparing prompts")
     sides = itertools.chain((p.chosen for p in pairs), (p.rejected for p in pairs))
-    answers = similar_groups(map(written, sides), 2 * number, what="comparing answers", watch=watch)
+    answers = similar_groups(map(written, sides), 2 * number, what="comparing answers")
     return [
         (context(pair), prompts[index], answers[index], answers[number + index])
         for index, pair in enumerate(pairs)

@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 
 from orpo.curation.fingerprints import written
 from orpo.curation.measuring import Lengths
-from orpo.curation.steps import Sieve, Step, Watch, unwatched
+from orpo.curation.steps import Sieve, Step
 from orpo.curation.texts import asked
+from orpo.data.stages import report
 from orpo.data.verdicts import SCORE_COLUMNS
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair
@@ -38,15 +39,12 @@ def by_source(pairs: Sequence[PreferencePair], sources: Collection[str]) -> tupl
     return sieve.kept, sieve.step()
 
 
-def by_language(
-    pairs: Sequence[PreferencePair], languages: Collection[str], *, watch: Watch = unwatched
-) -> tuple[list[int], Step]:
+def by_language(pairs: Sequence[PreferencePair], languages: Collection[str]) -> tuple[list[int], Step]:
     """Keep the pairs whose answers, and question, are in one of some languages, as far as can be told.
 
     Args:
         pairs: To look at.
         languages: Codes: en, de, zh, ...
-        watch: Told how far it is.
 
     Raises:
         ConfigError: A code is not known.
@@ -60,7 +58,7 @@ def by_language(
     sieve = Sieve("language", pairs)
     for index, pair in enumerate(pairs):
         if index % 1000 == 0:
-            watch("telling languages", index, len(pairs))
+            report("telling languages", index, len(pairs))
         texts = [text[:_LOOKED_AT] for text in (asked(pair), written(pair.chosen), written(pair.rejected))]
         long_enough = [text for text in texts if sum(map(str.isalpha, text[:200])) >= _LETTERS]
         found = [py3langid.classify(text)[0] for text in long_enough]
@@ -69,7 +67,7 @@ def by_language(
             sieve.remove(index, f"in {others[0]}")
         elif not found:
             sieve.change(index, "too short to tell the language")
-    watch("telling languages", len(pairs), len(pairs))
+    report("telling languages", len(pairs), len(pairs))
     return sieve.kept, sieve.step()
 
 

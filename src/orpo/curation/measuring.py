@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo.curation.fingerprints import written
-from orpo.curation.steps import Step, Watch, unwatched
+from orpo.curation.steps import Step
 from orpo.data.dataset import tokenize_pairs
+from orpo.data.stages import report
 from orpo.data.text_rows import as_conversations, decide
 from orpo.pairs import PreferencePair
 from orpo.settings.config import OrpoSettings
@@ -56,7 +57,6 @@ def in_tokens(
     settings: OrpoSettings,
     *,
     stop_tokens: Sequence[int] = (),
-    watch: Watch = unwatched,
 ) -> tuple[list[int], Lengths, Step]:
     """Lengths of tokens as they would train.
 
@@ -65,12 +65,11 @@ def in_tokens(
         tokenizer: Of the model.
         settings: Its template, and how texts are read.
         stop_tokens: Ids that generation stops at by the model's own configuration.
-        watch: Told how far it is.
 
     Returns:
         Indices of the pairs that can train with this model, their lengths, and what became of the others.
     """
-    watch("counting tokens", 0, len(pairs))
+    report("counting tokens", 0, len(pairs))
     template = settings.chat_template or tokenizer.chat_template
     reading = settings.text_rows or decide(pairs, has_template=bool(template))
     shown = as_conversations(pairs) if reading == "chat" else pairs
@@ -93,5 +92,5 @@ def in_tokens(
     counts = tokens.counts
     examples = {reason: [counts.examples[reason]] for reason in counts.dropped}
     step = Step(name="tokenize", before=len(pairs), removed=counts.dropped, examples=examples)
-    watch("counting tokens", len(pairs), len(pairs))
+    report("counting tokens", len(pairs), len(pairs))
     return tokens.pair_index.tolist(), lengths, step

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from orpo.curation.similar import Groups, similar_groups
-from orpo.curation.steps import Watch, unwatched
 from orpo.curation.texts import asked
 from orpo.data.near_duplicates import SIMILARITY
 from orpo.errors import DataError
@@ -24,7 +23,6 @@ def part_pairs(
     shares: Mapping[str, float],
     *,
     seed: int,
-    watch: Watch = unwatched,
 ) -> tuple[dict[str, list[int]], str]:
     """Split pairs by their prompts.
 
@@ -32,7 +30,6 @@ def part_pairs(
         pairs: To split.
         shares: Name of each held-out split -> its share of the pairs, in [0, 1).
         seed: Of the choice.
-        watch: Told how far it is.
 
     Returns:
         Split -> indices in order, training first; and a line about it.
@@ -44,9 +41,7 @@ def part_pairs(
     if not wanted:
         return {TRAIN: list(range(len(pairs)))}, f"split: train {len(pairs):,}; nothing is held out"
     prompts = len({pair.prompt_key() for pair in pairs})
-    near = similar_groups(
-        map(asked, pairs), len(pairs), similarity=_SIMILARITY, what="comparing prompts", watch=watch
-    )
+    near = similar_groups(map(asked, pairs), len(pairs), similarity=_SIMILARITY, what="comparing prompts")
     groups = _members(_joined(pairs, near))
     together = f"{prompts - len(groups):,} prompts that nearly repeat another stay on its side"
     parts = _draw(groups, wanted, len(pairs), seed)

@@ -22,7 +22,8 @@ from orpo.curation.pairing import PAIRINGS, Pairing, pair_answers
 from orpo.curation.parting import part_pairs
 from orpo.curation.reading import check_packages, curation_settings, only_name, other_splits, read_input
 from orpo.curation.sampling import balance_length, limit
-from orpo.curation.steps import Step, Watch, unwatched
+from orpo.curation.steps import Step
+from orpo.data.stages import report
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair
 from orpo.settings.config import OrpoSettings
@@ -101,7 +102,6 @@ def prepare_data(
     settings: dict[str, Any] | None = None,
     force: bool = False,
     say: Callable[[str], None] | None = None,
-    watch: Watch = unwatched,
     **given: Any,
 ) -> PreparedData:
     """Clean, deduplicate, filter, balance and split preference pairs, and write them to a folder.
@@ -113,7 +113,6 @@ def prepare_data(
         settings: Of a recipe, for how rows are read: `columns`, `data_format`, `sft_rows`, ...
         force: Replace a folder that was prepared before.
         say: Gets each line as it is known.
-        watch: Told how far long steps are.
         given: Fields of `PrepareOptions`, instead of `options`.
 
     Raises:
@@ -125,11 +124,11 @@ def prepare_data(
     check_packages(["ftfy", *(["py3langid"] if options.language else [])], "preparing data")
     folder = check_out(out, data, force=force)
     data = only_name(data)
-    work = _Work(options, curation_settings(settings), say or (lambda line: None), watch)
+    work = _Work(options, curation_settings(settings), say or (lambda line: None))
     pairs = work.read(data)
     pairs = work.filtered(work.cleaned(pairs))
     parts, line = part_pairs(
-        pairs, {"validation": options.validation, "test": options.test}, seed=options.seed, watch=watch
+        pairs, {"validation": options.validation, "test": options.test}, seed=options.seed
     )
     work.say(line)
     splits = {name: [pairs[index] for index in indices] for name, indices in parts.items()}
@@ -146,13 +145,10 @@ def prepare_data(
 class _Work:
     """The steps in their order; each is said and remembered."""
 
-    def __init__(
-        self, options: PrepareOptions, settings: OrpoSettings, say: Callable[[str], None], watch: Watch
-    ) -> None:
+    def __init__(self, options: PrepareOptions, settings: OrpoSettings, say: Callable[[str], None]) -> None:
         self.options = options
         self.settings = settings
         self.say = say
-        self.watch = watch
         self.steps: list[Step] = []
 
     def done(self, step: Step) -> None:
@@ -168,7 +164,7 @@ class _Work:
 
     def read(self, data: Any) -> list[PreferencePair]:
         """The pairs of the data, in the pairing that is asked for."""
-        self.watch("reading", 0, 0)
+        report("reading", 0, None)
         read, step, lines = read_input(data, self.options.split, self.settings)
         for line in lines:
             self.say(line)
@@ -185,11 +181,9 @@ class _Work:
     def cleaned(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
         """Cleaned pairs without repeats."""
         options = self.options
-        pairs, step = clean(
-            pairs, fix_text=options.fix_text, drop_broken=options.drop_broken, watch=self.watch
-        )
+        pairs, step = clean(pairs, fix_text=options.fix_text, drop_broken=options.drop_broken)
         self.done(step)
-        return self._kept(pairs, remove_repeats(pairs, keep=options.keep, watch=self.watch))
+        return self._kept(pairs, remove_repeats(pairs, keep=options.keep))
 
     def filtered(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
         """The pairs that are wanted, and no more than are wanted."""
@@ -197,7 +191,7 @@ class _Work:
         if options.source:
             pairs = self._kept(pairs, filters.by_source(pairs, options.source))
         if options.language:
-            pairs = self._kept(pairs, filters.by_language(pairs, options.language, watch=self.watch))
+            pairs = self._kept(pairs, filters.by_language(pairs, options.language))
         if options.min_margin is not None:
             pairs = self._kept(pairs, filters.by_margin(pairs, options.min_margin))
         if not (
@@ -230,5 +224,5 @@ class _Work:
         folder = model_folder(self.options.model)
         tokenizer = load_tokenizer(folder, trust_remote_code=self.settings.trust_remote_code)
         stops = saved_stop_token_ids(folder)
-        kept, lengths, step = in_tokens(pairs, tokenizer, self.settings, stop_tokens=stops, watch=self.watch)
+        kept, lengths, step = in_tokens(pairs, tokenizer, self.settings, stop_tokens=stops)
         return self._kept(pairs, (kept, step)), lengths

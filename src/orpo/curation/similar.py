@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from rensa import RMinHash, RMinHashLSH
 
 from orpo.curation.fingerprints import fingerprint
-from orpo.curation.steps import Watch, unwatched
 from orpo.data.near_duplicates import SIMILARITY
+from orpo.data.stages import report
 from orpo.data.words import runs_of, words_of
 
 NUM_HASHES, NUM_BANDS = 128, 32
@@ -56,7 +56,6 @@ def similar_groups(
     *,
     similarity: float = SIMILARITY,
     what: str = "comparing texts",
-    watch: Watch = unwatched,
 ) -> list[int]:
     """The same number for texts that share about `similarity` of their word runs, directly or by others.
 
@@ -66,14 +65,13 @@ def similar_groups(
         texts: One after the other.
         total: How many there are.
         similarity: Share of the word runs of two texts that both have, in [0.5, 1]; estimated to about 0.04.
-        what: What to tell the watcher.
-        watch: Told how far it is.
+        what: The stage that is reported.
     """
     index = RMinHashLSH(threshold=SIMILARITY, num_perm=NUM_HASHES, num_bands=NUM_BANDS)
     groups, first, signatures = Groups(), dict[bytes, int](), dict[int, RMinHash]()
     for number, text in enumerate(texts):
         if number % 1000 == 0:
-            watch(what, number, total)
+            report(what, number, total)
         earlier = first.setdefault(fingerprint(text.casefold()), number)
         groups.add(earlier)
         runs = runs_of(words_of(text), 3) if earlier == number else []
@@ -88,5 +86,5 @@ def similar_groups(
         if sum(groups.of(other) == groups.of(number) for other in near) < CROWD:
             signatures[number] = signature
             index.insert(number, signature)
-    watch(what, total, total)
+    report(what, total, total)
     return groups.numbers()

@@ -7,21 +7,15 @@ manifest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orpo.data.counts import RowCounts
 from orpo.pairs import PreferencePair
 
-Watch = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 EXAMPLES = 3
 """Sources that are named for each reason."""
-
-
-def unwatched(what: str, done: int, total: int) -> None:
-    """Nobody watches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

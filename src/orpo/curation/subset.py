@@ -19,8 +19,9 @@ from orpo.curation.folder import PreparedData, check_out, describe_input, write_
 from orpo.curation.parting import TRAIN
 from orpo.curation.reading import check_packages, curation_settings, only_name, other_splits, read_input
 from orpo.curation.sampling import take_shares
-from orpo.curation.steps import Sieve, Step, Watch, unwatched
+from orpo.curation.steps import Sieve, Step
 from orpo.curation.vectors import Float32, embeddings, tfidf
+from orpo.data.stages import report
 from orpo.errors import ConfigError
 from orpo.pairs import PreferencePair
 from orpo.settings.config import OrpoSettings
@@ -28,6 +29,8 @@ from orpo.settings.config import OrpoSettings
 By = Literal["diversity", "margin", "random"]
 BYS: tuple[By, ...] = ("diversity", "margin", "random")
 _CHUNK = 4096
+_PASSES = 5
+"""Times that each pair is looked at while clusters are found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,6 @@ def subset_data(
     settings: dict[str, Any] | None = None,
     force: bool = False,
     say: Callable[[str], None] | None = None,
-    watch: Watch = unwatched,
     **given: Any,
 ) -> PreparedData:
     """Choose some of many preference pairs, and write them to a folder as `prepare_data` does.
@@ -106,7 +108,6 @@ def subset_data(
         settings: Of a recipe, for how rows are read.
         force: Replace a folder that was prepared before.
         say: Gets each line as it is known.
-        watch: Told how far long steps are.
         given: Fields of `SubsetOptions`, instead of `options`.
 
     Raises:
@@ -122,11 +123,11 @@ def subset_data(
     folder = check_out(out, data, force=force)
     data = only_name(data)
     resolved = curation_settings(settings)
-    watch("reading", 0, 0)
+    report("reading", 0, None)
     read, step, lines = read_input(data, options.split, resolved)
     for line in [*lines, step.line()]:
         say(line)
-    kept, chosen, coverage = choose(read.pairs, options, watch=watch)
+    kept, chosen, coverage = choose(read.pairs, options)
     for line in [chosen.line(), *([coverage.line()] if coverage else [])]:
         say(line)
     splits = {TRAIN: [read.pairs[index] for index in kept]}
@@ -153,7 +154,7 @@ def _taken_over(
 
 
 def choose(
-    pairs: Sequence[PreferencePair], options: SubsetOptions, *, watch: Watch = unwatched
+    pairs: Sequence[PreferencePair], options: SubsetOptions
 ) -> tuple[list[int], Step, Coverage | None]:
     """Choose pairs.
 
@@ -172,15 +173,13 @@ def choose(
             sieve.remove(index, "no scores")
     if len(candidates) <= options.n:
         return sieve.kept, sieve.step(f"no more than {options.n:,}: all are taken"), None
-    if options.embeddings:
-        vectors = embeddings(pairs, options.embeddings, watch=watch)
-    else:
-        vectors = tfidf(pairs, seed=options.seed, watch=watch)
+    folder = options.embeddings
+    vectors = embeddings(pairs, folder) if folder else tfidf(pairs, seed=options.seed)
     if options.by == "margin":
         kept = _by_margin(pairs, candidates, options)
     else:
-        kept = diverse(vectors, options.n, seed=options.seed, watch=watch)
-    coverage = measure_coverage(vectors, kept, seed=options.seed, watch=watch)
+        kept = diverse(vectors, options.n, seed=options.seed)
+    coverage = measure_coverage(vectors, kept, seed=options.seed)
     return _chosen(sieve, pairs, kept, options), sieve.step(), coverage
 
 
@@ -203,35 +202,32 @@ def _by_margin(
     return sorted(candidates[int(place)] for place in order[: options.n])
 
 
-def diverse(vectors: Float32, number: int, *, seed: int, watch: Watch = unwatched) -> list[int]:
+def diverse(vectors: Float32, number: int, *, seed: int) -> list[int]:
     """The members nearest to the centres of `number` clusters; indices in order.
 
     Args:
         vectors: Of length 1, [n, d].
         number: How many to choose, at most n.
         seed: Of the clusters' first centres.
-        watch: Told how far it is.
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    watch("clustering", 0, 0)
-    clusters = MiniBatchKMeans(
-        number,
-        random_state=seed,
-        batch_size=max(4096, number),
-        init_size=3 * number,
-        n_init=1,
-        max_iter=10,
-        max_no_improvement=None,
-        reassignment_ratio=0.0,
-    ).fit(vectors)
-    near = np.linalg.norm(vectors - clusters.cluster_centers_[clusters.labels_], axis=1)
-    order = np.lexsort((near, clusters.labels_))
-    labels = clusters.labels_[order]
+    clusters = MiniBatchKMeans(number, random_state=seed, n_init=1, reassignment_ratio=0.0)
+    order = np.random.default_rng(seed).permutation(len(vectors))
+    size, total = max(_CHUNK, number), _PASSES * len(vectors)
+    report("clustering", 0, total)
+    clusters.partial_fit(vectors[order[: max(size, 3 * number)]])  # draws the first centres
+    for start in range(0, total, size):
+        report("clustering", start, total)
+        clusters.partial_fit(vectors[order[np.arange(start, start + size) % len(vectors)]])
+    members = clusters.predict(vectors)
+    near = np.linalg.norm(vectors - clusters.cluster_centers_[members], axis=1)
+    order = np.lexsort((near, members))
+    labels = members[order]
     first = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
     chosen = order[first].tolist()
     # Clusters without members leave places, which go to the pairs farthest from what is chosen.
-    distance = nearest(vectors, vectors[chosen], watch)
+    distance = nearest(vectors, vectors[chosen])
     distance[chosen] = -1.0
     while len(chosen) < number:
         chosen.append(int(distance.argmax()))
@@ -240,24 +236,22 @@ def diverse(vectors: Float32, number: int, *, seed: int, watch: Watch = unwatche
     return sorted(chosen)
 
 
-def nearest(vectors: Float32, chosen: Float32, watch: Watch = unwatched) -> Float32:
+def nearest(vectors: Float32, chosen: Float32) -> Float32:
     """Distance of each vector to the nearest of some, [n]; all are of length 1."""
     found = np.empty(len(vectors), dtype=np.float32)
     for start in range(0, len(vectors), _CHUNK):
-        watch("measuring", start, len(vectors))
+        report("measuring", start, len(vectors))
         product = (vectors[start : start + _CHUNK] @ chosen.T).max(1)
         found[start : start + _CHUNK] = np.sqrt(np.maximum(0, 2 - 2 * product))
     return found
 
 
-def measure_coverage(
-    vectors: Float32, chosen: Sequence[int], *, seed: int, watch: Watch = unwatched
-) -> Coverage:
+def measure_coverage(vectors: Float32, chosen: Sequence[int], *, seed: int) -> Coverage:
     """Compare chosen pairs with as many drawn at random."""
     drawn = np.random.default_rng(seed).choice(len(vectors), len(chosen), replace=False)
 
     def left_out(indices: Any) -> float:
         rest = np.setdiff1d(np.arange(len(vectors)), indices)
-        return float(nearest(vectors[rest], vectors[indices], watch).mean())
+        return float(nearest(vectors[rest], vectors[indices]).mean())
 
     return Coverage(left_out(list(chosen)), left_out(drawn))

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo.curation.fingerprints import written
-from orpo.curation.steps import Watch, unwatched
 from orpo.curation.texts import asked
+from orpo.data.stages import report
 from orpo.errors import ModelError, first_line
 from orpo.pairs import PreferencePair
 
@@ -38,7 +38,7 @@ def text_of(pair: PreferencePair) -> str:
     return f"{asked(pair)[:half]}\n{written(pair.chosen)[:half]}"
 
 
-def tfidf(pairs: Sequence[PreferencePair], *, seed: int, watch: Watch = unwatched) -> Float32:
+def tfidf(pairs: Sequence[PreferencePair], *, seed: int) -> Float32:
     """Vectors of the words of pairs, [n, d]."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -46,7 +46,7 @@ def tfidf(pairs: Sequence[PreferencePair], *, seed: int, watch: Watch = unwatche
     def texts() -> Iterable[str]:
         for number, pair in enumerate(pairs):
             if number % 1000 == 0:
-                watch("counting words", number, len(pairs))
+                report("counting words", number, len(pairs))
             yield text_of(pair)
 
     least = 2 if len(pairs) > 1000 else 1
@@ -57,7 +57,7 @@ def tfidf(pairs: Sequence[PreferencePair], *, seed: int, watch: Watch = unwatche
         words = vectorizer.fit_transform(texts())
     except ValueError:  # no text has a word
         return np.ones((len(pairs), 1), dtype=np.float32)
-    watch("reducing", 0, 0)
+    report("reducing", 0, None)
     dimensions = min(_DIMENSIONS, min(words.shape) - 1)
     if dimensions < 2:
         return _normalised(words.toarray())
@@ -71,18 +71,17 @@ def _normalised(vectors: Any) -> Float32:
     return result
 
 
-def embeddings(pairs: Sequence[PreferencePair], folder: str | Path, *, watch: Watch = unwatched) -> Float32:
+def embeddings(pairs: Sequence[PreferencePair], folder: str | Path) -> Float32:
     """Vectors of a sentence-embedding model, [n, d].
 
     Args:
         pairs: To embed.
         folder: With modules.json and the folders it names, as sentence-transformers saves them.
-        watch: Told how far it is.
 
     Raises:
         ModelError: The folder is no such model, or has a module that is not known.
     """
-    return SentenceEncoder(folder).encode([text_of(pair) for pair in pairs], watch)
+    return SentenceEncoder(folder).encode([text_of(pair) for pair in pairs])
 
 
 class SentenceEncoder:
@@ -114,14 +113,14 @@ class SentenceEncoder:
         )
         self._max_length = min(int(longest), 512)
 
-    def encode(self, texts: Sequence[str], watch: Watch = unwatched) -> Float32:
+    def encode(self, texts: Sequence[str]) -> Float32:
         """Vectors of texts, [n, d], of length 1."""
         import torch
 
         found: list[Float32] = [np.zeros(0, dtype=np.float32)] * len(texts)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding
         for start in range(0, len(order), _BATCH):
-            watch("embedding", start, len(texts))
+            report("embedding", start, len(texts))
             batch = order[start : start + _BATCH]
             tokens = self._tokenizer(
                 [texts[index] for index in batch],

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy.typing as npt
 from orpo.console import say
 from orpo.data.counts import RowCounts
 from orpo.data.preferences import PreferenceSet
+from orpo.data.stages import report
 from orpo.data.tokenize import BATCH, PairArrays, PairTokenizer
 from orpo.errors import OrpoError, first_line
 from orpo.pairs import PreferencePair, TokenizedPair
@@ -35,6 +36,7 @@ from orpo.run.disk import describe, difference, files_in, flush_folder
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 _ARRAYS = ("tokens", "offsets", "contexts", "spans", "span_offsets", "pair_index")
+TOKENIZING = "tokenizing"
 _MANIFEST = "manifest.json"
 _VERSION = 4
 _NO_TOKENS: Int32 = np.zeros(0, dtype=np.int32)
@@ -97,6 +99,12 @@ class TokenizedDataset:
     def lengths(self) -> Int64:
         """Stored tokens of prompt, chosen and rejected, `[n, 3]`."""
         return np.diff(self.offsets).reshape(-1, 3)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest side, prompt included; 0 where there is no pair."""
+        lengths = self.lengths
+        return int((lengths[:, 0] + lengths[:, 1:].max(1)).max()) if len(lengths) else 0
 
     def __reduce__(self) -> Any:
         if self.folder is not None:  # another process maps the same files
@@ -243,44 +251,48 @@ class _Part:
     counts: RowCounts
 
 
-def _encode_range(
+def _encode_batch(
     encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, start: int, stop: int
-) -> list[_Part]:
-    """Tokenize a stretch of the pairs, batch by batch: token lists take ten times the memory of arrays."""
-    parts = []
-    for first in range(start, stop, BATCH):
-        encoder.counts = RowCounts()
-        tokenized = encoder.encode_arrays(pairs[first : min(first + BATCH, stop)])
-        kept = [index for index, tokens in enumerate(tokenized, start=first) if tokens is not None]
-        arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
-        parts.append(_Part(arrays, kept, encoder.counts))
-    return parts
+) -> _Part:
+    encoder.counts = RowCounts()
+    tokenized = encoder.encode_arrays(pairs[start:stop])
+    kept = [index for index, tokens in enumerate(tokenized, start=start) if tokens is not None]
+    arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
+    return _Part(arrays, kept, encoder.counts)
 
 
 _inherited: Any = None  # what forked workers work on, so that the pairs are not sent to them
 
 
-def _encode_inherited(bounds: tuple[int, int]) -> list[_Part]:
+def _encode_inherited(bounds: tuple[int, int]) -> _Part:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder, pairs, drop_rejected = _inherited
-    return _encode_range(encoder, pairs, drop_rejected, *bounds)
+    return _encode_batch(encoder, pairs, drop_rejected, *bounds)
 
 
 def _encode_all(
     encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, num_proc: int
 ) -> list[_Part]:
     global _inherited
-    if num_proc < 2 or len(pairs) <= BATCH or sys.platform != "linux":  # elsewhere a fork is not safe
-        return _encode_range(encoder, pairs, drop_rejected, 0, len(pairs))
     bounds = [(start, min(start + BATCH, len(pairs))) for start in range(0, len(pairs), BATCH)]
+    if num_proc < 2 or len(bounds) < 2 or sys.platform != "linux":  # elsewhere a fork is not safe
+        one_by_one = (_encode_batch(encoder, pairs, drop_rejected, *one) for one in bounds)
+        return list(_reported(one_by_one, len(pairs)))
     _inherited = (encoder, pairs, drop_rejected)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
             with multiprocessing.get_context("fork").Pool(num_proc) as pool:
-                return [part for parts in pool.imap(_encode_inherited, bounds) for part in parts]
+                return list(_reported(pool.imap(_encode_inherited, bounds), len(pairs)))
     finally:
         _inherited = None
+
+
+def _reported(parts: Iterable[_Part], total: int) -> Iterator[_Part]:
+    report(TOKENIZING, 0, total)
+    for number, part in enumerate(parts, start=1):
+        report(TOKENIZING, min(number * BATCH, total), total)
+        yield part
 
 
 def _arrays(pairs: Sequence[TokenizedPair | PairArrays], drop_rejected: bool = False) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
 from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
 from orpo.data.rows import ORIGIN, RawRow, read_rows
+from orpo.data.stages import EVERY, report
 from orpo.data.verdicts import contradiction, side_scores, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
@@ -102,7 +102,7 @@ def read_preferences(
     sources = _sources(data)
     for name, (source, weight) in sources.items():
         reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
-        pairs = list(reading.pairs(source, first))
+        pairs = list(_reported(reading, name, source, first))
         result.counts.add(reading.counts)
         result.formats[name] = reading.detected
         result.unused_columns[name] = reading.columns.unused
@@ -116,6 +116,19 @@ def read_preferences(
         result.pairs.extend(pairs)
     result.counts.check(max_dropped)
     return result
+
+
+def _reported(reading: _Reading, name: str, data: Any, first: int | None) -> Iterator[PreferencePair]:
+    """The pairs of a data set, with reports of how far its reading is."""
+    stage = f"reading {Path(name).name}"
+    total = len(data) if isinstance(data, Sized) and not isinstance(data, str | Mapping) else None
+    known = first if total is None else total if first is None else min(first, total)
+    report(stage, 0, known)
+    for number, pair in enumerate(reading.pairs(data, first), start=1):
+        if number % EVERY == 0:
+            report(stage, reading.counts.total, known)
+        yield pair
+    report(stage, reading.counts.total, reading.counts.total)
 
 
 def _notices(name: str, reading: _Reading) -> list[str]:
@@ -277,11 +290,12 @@ class _Reading:
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
 
 
-_HALF = re.compile("[\ud800-\udfff]")
 _MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
 
 
 def _refuse_media(row: NamedRow) -> None:
+    if _MEDIA.isdisjoint(row):
+        return
     for name in sorted(_MEDIA & row.keys()):
         if row[name]:
             raise BadRow(name, "belongs to the question, and only text is trained", "leave the column out")
@@ -290,8 +304,11 @@ def _refuse_media(row: NamedRow) -> None:
 def _check_texts(pair: PreferencePair) -> None:
     """Stop at text that cannot be encoded, and at answers that would be rendered a second time."""
     for name, side in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
-        _refuse_half_characters(name, side)
-        for text in [side] if isinstance(side, str) else [turn["content"] for turn in side or []]:
+        texts = [side] if isinstance(side, str) else [turn["content"] for turn in side or ()]
+        _refuse_half_characters(name, texts)
+        if not isinstance(side, str):
+            _refuse_half_characters(name, [turn for turn in side or () if len(turn) > 2])
+        for text in texts:
             if name != "prompt" and turn_markers.is_rendered(text):
                 raise BadRow(
                     name, "is rendered already: it begins with the tokens of a chat template",
@@ -302,20 +319,27 @@ def _check_texts(pair: PreferencePair) -> None:
         ("source", pair.group),
         ("chat_template_kwargs", pair.chat_template_kwargs),
     ):
-        _refuse_half_characters(name, value)
+        if value is not None:
+            _refuse_half_characters(name, value)
 
 
 def _refuse_half_characters(name: str, value: Any) -> None:
-    """Refuse text, at any depth, that no encoding can write."""
+    if _has_half_character(value):
+        raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+
+
+def _has_half_character(value: Any) -> bool:
+    """Whether there is text, at any depth, that no encoding can write."""
     if isinstance(value, str):
-        if not value.isascii() and _HALF.search(value):
-            raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
-    elif isinstance(value, Mapping):
-        for part in (*value.keys(), *value.values()):
-            _refuse_half_characters(name, part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _refuse_half_characters(name, part)
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return True
+        return False
+    if isinstance(value, dict):
+        return any(map(_has_half_character, value.values())) or any(map(_has_half_character, value))
+    return isinstance(value, list | tuple) and any(map(_has_half_character, value))
 
 
 def row_tools(row: NamedRow) -> list[Any] | None:
@@ -361,7 +385,7 @@ def cannot_train(pair: PreferencePair) -> str | None:
             return f"empty {name} answer"
     if not pair.prompt:
         return "no prompt: the sides share no beginning"
-    if pair.rejected is None:
+    if pair.rejected is None or _last(pair.chosen) != _last(pair.rejected):
         return None
     return "chosen and rejected are identical" if _answer(pair.chosen) == _answer(pair.rejected) else None
 
@@ -370,6 +394,10 @@ def _is_empty(side: list[Message] | str) -> bool:
     if isinstance(side, str):
         return not side.strip()
     return not side[-1]["content"].strip() and not side[-1].get("tool_calls")
+
+
+def _last(side: list[Message] | str) -> str:
+    return (side if isinstance(side, str) else str(side[-1]["content"])).strip()
 
 
 def _answer(side: list[Message] | str) -> object:

@@ -125,9 +125,14 @@ def _from_table(rows: Any) -> Iterator[Row]:
 
 
 def _as_row(row: object, source: str) -> RawRow:
+    if type(row) is dict and _PLAIN.issuperset(map(type, row.values())):
+        return RawRow(row, source)
     if isinstance(row, Mapping):
         return RawRow({name: _plain(value) for name, value in row.items()}, source)
     return RawRow(DataError(f"is a {type(row).__name__}; expected an object with columns"), source)
+
+
+_PLAIN = frozenset({str, list, dict, int, float, bool, type(None)})
 
 
 def _plain(value: Any) -> Any:

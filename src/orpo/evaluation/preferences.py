@@ -209,7 +209,7 @@ def evaluate(
     _say_all([] if quiet else read.lines())
     loaded = load_trained(folder, resolved)
     check_token_ids(read.pairs, num_embeddings(loaded), tokenizer)
-    batches, notices = _batch_settings(loaded, resolved)
+    batches, notices = _batch_settings(loaded, resolved, read.pairs.longest)
     _say_all([] if quiet else notices)
     found = evaluate_pairs(
         loaded, read.pairs, batches, batch_size=batch_size, progress=_counting(progress, len(read.pairs))
@@ -255,11 +255,13 @@ def _default_split(source: str | Path, settings: OrpoSettings) -> str | None:
     return None if Path(source).is_file() else settings.dataset_test_split or "test"
 
 
-def _batch_settings(model: nn.Module, settings: OrpoSettings) -> tuple[BatchSettings, Sequence[str]]:
+def _batch_settings(
+    model: nn.Module, settings: OrpoSettings, longest: int
+) -> tuple[BatchSettings, Sequence[str]]:
     """Prepare a model; returns how pairs become its micro-batches, and lines to print."""
     objective, _ = resolve_objective(settings)
     memory = settings.logits_memory_mib
-    lines = check_length(base_model(model), settings.max_length)
+    lines = check_length(base_model(model), longest)
     prepared = prepare_model(
         model, objective, layout=settings.layout, logits_memory_mib=memory, longest=settings.max_length
     )

@@ -74,7 +74,7 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
     else:
         _refuse_loading_settings(model, args)
     args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
-    args.notices += check_model(model, args)
+    check_model(model, args)
     if peft_config is not None:
         if hasattr(model, "peft_config"):
             raise ModelError(
@@ -95,14 +95,13 @@ def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
             raise ConfigError(f"{name} is set, but the model is loaded already; pass its name instead")
 
 
-def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
-    """Refuse what cannot be trained, and turn dropout off where asked; returns lines to print."""
+def check_model(model: nn.Module, args: ORPOConfig) -> None:
+    """Refuse what cannot be trained, and turn dropout off where asked."""
     inner = base_model(model)  # refuses
     if args.gradient_checkpointing and not inner.supports_gradient_checkpointing:
         raise ConfigError(f"gradient_checkpointing: {type(inner).__name__} has none; set it to false")
     if args.disable_dropout:
         _disable_dropout(model)
-    return check_length(inner, args.max_length)
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -182,6 +181,8 @@ def read_for_training(
     evaluates = args.eval_strategy != IntervalStrategy.NO
     stops = stop_token_ids(model)
     data = read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+    if model is not None:
+        args.notices += check_length(base_model(model), _longest(data, args.max_length))
     number = num_embeddings(model) if model is not None else 0
     for pairs in [data.train_pairs, *(one.pairs for one in data.evals.values())]:
         if number and isinstance(pairs, TokenizedDataset):
@@ -191,6 +192,14 @@ def read_for_training(
         checked = replace(data.train, open=lambda: checked_token_ids(unchecked(), number, tokenizer))
         return replace(data, train=checked)
     return data
+
+
+def _longest(data: TrainingData, max_length: int | None) -> int | None:
+    """Tokens of the longest side; of a stream, the most that the settings allow, None for any number."""
+    if isinstance(data.train, TokenizedStream):
+        return max_length
+    sets = [data.train_pairs, *(one.pairs for one in data.evals.values())]
+    return max((pairs.longest for pairs in sets if isinstance(pairs, TokenizedDataset)), default=0)
 
 
 def opening_lines(args: ORPOConfig, data: TrainingData, processing_class: Any) -> list[str]:

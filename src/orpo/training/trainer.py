@@ -37,9 +37,10 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from orpo.console import say
+from orpo.console import LongWork, say
 from orpo.data.dataset import TokenizedDataset
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
+from orpo.data.stages import following
 from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
@@ -103,6 +104,13 @@ __all__ = ["ORPOConfig", "ORPOTrainer"]
 
 GIVEN_ROWS = "given rows"
 """Name in metrics.jsonl of a set that `evaluate` was given without a name."""
+
+
+@contextlib.contextmanager
+def _shown(args: ORPOConfig) -> Iterator[None]:
+    """Show how far the reading of data in this block is, where it takes long."""
+    with LongWork(bar=not args.disable_tqdm) as work, following(work):
+        yield
 
 
 class ORPOTrainer(InterruptibleTrainer):
@@ -170,7 +178,7 @@ class ORPOTrainer(InterruptibleTrainer):
         tokenizer = resolve_tokenizer(processing_class or tokenizer, args)
         if args.resize_embeddings:
             args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
-        with args.main_process_first(desc="tokenizing the data"):
+        with args.main_process_first(desc="tokenizing the data"), _shown(args):
             data = read_for_training(train_dataset, eval_dataset, args, text_tokenizer(tokenizer), loaded)
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
@@ -289,18 +297,13 @@ class ORPOTrainer(InterruptibleTrainer):
         tokenized = [
             pairs for pairs in (self.train_dataset, *sets.values()) if isinstance(pairs, TokenizedDataset)
         ]
-        sides = [
-            int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
-            for pairs in tokenized
-            if len(pairs)
-        ]
+        sides = [pairs.longest for pairs in tokenized]
         return None if self.args.max_length is None else max([self.args.max_length, *sides])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model that `model_init` gives, with the same checks as one that is passed."""
         model: nn.Module = super().call_model_init(trial)
-        for line in check_model(model, self.args):
-            say(line)
+        check_model(model, self.args)
         return model
 
     # ------------------------------------------------------------------------------------ data
@@ -372,13 +375,9 @@ class ORPOTrainer(InterruptibleTrainer):
         """Read rows that were given to be evaluated, and say what became of them."""
         is_named = self._evaluated_set not in (None, GIVEN_ROWS)
         name = evaluation_name(str(self._evaluated_set) if is_named else "")
-        read = read_pairs(
-            rows,
-            self.args,
-            text_tokenizer(self.processing_class),
-            stop_tokens=stop_token_ids(self.model),
-            name=name,
-        )
+        tokenizer, stops = text_tokenizer(self.processing_class), stop_token_ids(self.model)
+        with _shown(self.args):
+            read = read_pairs(rows, self.args, tokenizer, stop_tokens=stops, name=name)
         for line in read.lines():
             say(line)
         if number := num_embeddings(self.model):

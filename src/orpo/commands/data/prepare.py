@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from orpo.console import say, watching
+from orpo.console import LongWork, say
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         say(notice, error=True)
     check_recipe(recipe.settings)
     from orpo.curation.prepare import PrepareOptions, prepare_data
+    from orpo.data.stages import following
 
     options = PrepareOptions(
         split=args.split, pairs=args.pairs, fix_text=args.fix_text, drop_broken=args.drop_broken,
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model, balance=args.balance, limit=args.limit, test=args.test,
         validation=args.validation, seed=args.seed,
     )  # fmt: skip
-    with watching() as watch:
+    with LongWork() as shown, following(shown):
         prepared = prepare_data(
             args.data,
             args.out,
@@ -73,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
             settings=dict(recipe.settings),
             force=args.force,
             say=say,
-            watch=watch,
         )
     for line in prepared.lines():
         say(line)

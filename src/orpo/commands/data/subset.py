@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from orpo.console import say, watching
+from orpo.console import LongWork, say
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         say(notice, error=True)
     check_recipe(recipe.settings)
     from orpo.curation.subset import SubsetOptions, subset_data
+    from orpo.data.stages import following
 
     options = SubsetOptions(
         n=args.n,
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         seed=args.seed,
     )
-    with watching() as watch:
+    with LongWork() as shown, following(shown):
         chosen = subset_data(
             args.data,
             args.out,
@@ -61,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
             settings=dict(recipe.settings),
             force=args.force,
             say=say,
-            watch=watch,
         )
     for line in chosen.lines():
         say(line)
