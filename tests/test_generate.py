@@ -161,23 +161,33 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_file(tmp_path, capsys):
     class StoppedError(Exception):
         pass
 
-    def stop(done, total):
-        assert total == 10
-        if done == 6:
-            raise StoppedError
+    def stop_at(number):
+        def stop(done, total):
+            assert total == 10
+            if done == number:
+                raise StoppedError
+
+        return stop
+
+    def again(batch_size, progress):
+        orpo.generate(
+            DEMO, QUESTIONS, out, sampling=DRAWN, samples=2, batch_size=batch_size, progress=progress
+        )
+        return capsys.readouterr().err
 
     out = tmp_path / "again.jsonl"
     with pytest.raises(StoppedError):
-        orpo.generate(DEMO, QUESTIONS, out, sampling=DRAWN, samples=2, batch_size=3, progress=stop)
+        again(3, stop_at(6))
     assert "6 of 10 answers are kept" in capsys.readouterr().err
     assert len(lines(out)) == 6
     out.write_bytes(out.read_bytes()[:-40])  # as a machine that lost its power leaves it
-    began = []
-    orpo.generate(
-        DEMO, QUESTIONS, out, sampling=DRAWN, samples=2, batch_size=4, progress=lambda d, _: began.append(d)
-    )
+    with pytest.raises(StoppedError):
+        again(1, stop_at(7))
     assert "the last line was cut off" in capsys.readouterr().err
-    assert began[0] == 5
+    assert len(lines(out)) == 7
+    began = []
+    assert "cut off" not in again(4, lambda done, total: began.append(done))
+    assert began[0] == 7
     assert lines(out) == lines(whole)
     assert len({row["output"] for row in lines(out)}) == 10
 
