@@ -7,8 +7,12 @@ no entry for the file's `tokenizer.ggml.pre`; and of the tokens that end an answ
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +96,13 @@ def gguf_loading_arguments(path: Path) -> dict[str, Any]:
     from transformers import GgufConfig
 
     return {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+
+
+@contextlib.contextmanager
+def no_bar_in_a_file() -> Iterator[None]:
+    """Without the bar that transformers draws while it unpacks a file, where nobody watches it."""
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def settle_gguf_model(model: PreTrainedModel, path: Path) -> None:

@@ -24,6 +24,7 @@ from orpo.engine.gguf_model import (
     gguf_family,
     gguf_loading_arguments,
     load_gguf_tokenizer,
+    no_bar_in_a_file,
     settle_gguf_model,
 )
 from orpo.engine.scorer import refuse_encoder_decoder
@@ -230,7 +231,7 @@ def _load_gguf(path: Path, arguments: dict[str, Any]) -> PreTrainedModel:
     arguments["dtype"] = torch.float32 if dtype == "auto" else dtype  # blocks have no dtype to take over
     refused = f"{path}: transformers cannot read this {gguf_family(path)} file"
     then = "convert it to a folder of safetensors first, or take the folder that it was made from"
-    with raised_as(ModelError, refused, then), _no_load_report():
+    with raised_as(ModelError, refused, then), _no_load_report(), no_bar_in_a_file():
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, output_loading_info=True, **arguments
