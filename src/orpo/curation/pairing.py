@@ -81,5 +81,5 @@ def _against(better: PreferencePair, worse: PreferencePair) -> PreferencePair:
         sides = Sides(better.prompt, better.rejected or "", worse.rejected)
     else:
         whole = [[*pair.prompt, *(pair.rejected or ())] for pair in (better, worse)]
-        sides = part(*whole)  # type: ignore[arg-type]
+        sides = part(*whole)
     return replace(better, prompt=sides.prompt, chosen=sides.chosen, rejected=sides.rejected, scores=scores)
