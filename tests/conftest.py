@@ -1,5 +1,7 @@
 """One thread, no logs, and hypothesis without a database or a clock: the same run every time."""
 
+import signal
+
 import hypothesis
 import torch
 import transformers
@@ -11,3 +13,6 @@ hypothesis.settings.register_profile(
     "repeatable", max_examples=50, derandomize=True, database=None, deadline=None
 )
 hypothesis.settings.load_profile("repeatable")
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and a run respects that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
