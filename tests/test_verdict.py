@@ -360,7 +360,7 @@ def test_eval_compares_two_models_pair_by_pair_and_leaves_the_first_alone(world,
 
 def test_an_evaluation_of_a_run_that_has_not_ended_says_so(world, good, tmp_path):
     shutil.copytree(good[0], world / "short")
-    for name in ("README.md", "model.safetensors", "config.json"):
+    for name in ("finished.json", "model.safetensors", "config.json"):
         (world / "short" / name).unlink()
     _, printed = run_process(tmp_path / "log", "eval", world / "short", "--data", world / "test.jsonl")
     assert "short: the run is not finished; this is the model of checkpoint-3" in printed

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from orpo.data.splits import DEFAULT, check_file, files_of_split, parse_split, splits_of_folder
 from orpo.errors import DataError, first_line, raised_as
+from orpo.run.directory import read_json
 
 Row = dict[str, Any]
 ORIGIN = "orpo_origin"
@@ -68,13 +69,15 @@ def splits_of(data: object, config: str | None = None) -> tuple[str, ...]:
     if isinstance(data, Mapping):
         is_weighted = all(isinstance(value, int | float) for value in data.values())
         return () if is_weighted else tuple(map(str, data))
-    if not isinstance(data, str | Path) or not (folder := Path(data).expanduser()).is_dir():
+    if not isinstance(data, str | Path):
         return ()
-    if (listed := folder / "dataset_dict.json").is_file():  # written by `save_to_disk`
-        return tuple(json.loads(listed.read_text(encoding="utf-8"))["splits"])
-    if (folder / "state.json").exists():
-        return ()
-    return tuple(splits_of_folder(folder, config, _is_data))
+    with raised_as(DataError, f"{data}: cannot be read"):
+        folder = Path(data).expanduser()
+        if not folder.is_dir() or (folder / "state.json").exists():
+            return ()
+        if (listed := folder / "dataset_dict.json").is_file():  # written by `save_to_disk`
+            return tuple(read_json(listed, {}).get("splits", ()))
+        return tuple(splits_of_folder(folder, config, _is_data))
 
 
 def data_files(data: str | Path, split: str | None, config: str | None = None) -> list[Path]:

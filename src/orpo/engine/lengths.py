@@ -101,7 +101,7 @@ def check_length(model: Any, longest: int | None) -> list[str]:
     most, name = positions_in_window(config), type(model).__name__
     if most is None or (longest is not None and longest <= most):
         return []
-    tokens = f"the longest pair has {longest or 0:,} tokens a side"
+    tokens = f"pairs have up to {longest or 0:,} tokens a side"
     tokens = "max_length has no limit" if longest is None else tokens
     if _has_position_table(model, most):
         raise ConfigError(

@@ -709,6 +709,14 @@ class ORPOTrainer(InterruptibleTrainer):
                 )
             finally:
                 self._progress.close()
+                self._say_what_streamed()
+
+    def _say_what_streamed(self) -> None:
+        """What became of the rows of a stream, which only now are counted."""
+        stream = self.train_dataset
+        if isinstance(stream, TokenizedStream) and stream.counts.total and self.args.should_log:
+            for line in stream.counts.lines():
+                say(f"train, all that was streamed: {line}")
 
     def _take_directory(self, stack: contextlib.ExitStack, resume: str | bool | None) -> Path | None:
         """Keep others out of the run directory, clear it up, and find the checkpoint to resume from."""
