@@ -73,7 +73,7 @@ def run_case(family: str, dtype: torch.dtype, lora: bool) -> str:
     try:
         if lora:
             model = add_adapter(model, lora_config(OrpoSettings(lora_r=2)))
-        own, plain = copy.deepcopy(model), copy.deepcopy(model).float()  # own: what the precision itself costs
+        own, plain = copy.deepcopy(model), copy.deepcopy(model).float()  # own: what rounding costs
         prepared = prepare_model(model, OBJECTIVE)
     except OrpoError as error:
         return f"refused: {error}"
