@@ -101,6 +101,11 @@ HEADS: list[Spec] = [
     {"task": "head", "variant": v, "shape": "h256", "data": "hh", "pairs": 8} for v in VARIANTS
 ]
 MAIN_HEADS = [s for s in HEADS if s["variant"] in ("ours", "full", "torch", "liger")]
+DATA: list[Spec] = [
+    {"task": "data", "side": side, "rows": 4000, "processes": processes}
+    for processes in (1, 2)
+    for side in ("trl", "ours")
+]
 BUDGETS: list[Spec] = [
     {
         "task": "micro_batches", "shape": shape, "data": "hh", "per_step": 32,
@@ -206,7 +211,8 @@ def _measure_all(store: Store, arguments: argparse.Namespace) -> None:
     command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     cells = GRID if arguments.full else BAR
     others = HEADS + BUDGETS if arguments.full else MAIN_HEADS
-    runs = [run for cell in cells for run in cell.runs()] + [(spec, True) for spec in others]
+    runs = [(spec, True) for spec in DATA] + [run for cell in cells for run in cell.runs()]
+    runs += [(spec, True) for spec in others]
     runs = [
         run for run in dict((key_of(*run), run) for run in runs).values() if arguments.only in key_of(*run)
     ]
@@ -214,7 +220,7 @@ def _measure_all(store: Store, arguments: argparse.Namespace) -> None:
     for number in range(arguments.passes):
         for spec, keep_heap in runs:
             key, spent = key_of(spec, keep_heap), (time.monotonic() - start) / 60
-            timed = keep_heap and spec["task"] in ("train", "step")
+            timed = keep_heap and spec["task"] in ("train", "step", "data")
             if store.count(key) > number or (number and not timed):
                 continue
             if number and not arguments.full and spent > arguments.minutes:

@@ -8,6 +8,7 @@ included.
 
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -39,7 +40,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     tasks: dict[str, Callable[..., dict[str, Any]]] = {
         "train": train, "step": step, "agreement": agreement, "micro_batches": micro_batches, "head": head,
-        "sweep": sweep,
+        "sweep": sweep, "data": data,
     }  # fmt: skip
     result = tasks[spec.pop("task")](**{k: v for k, v in spec.items() if k not in ("threads", "rep")})
     print("RESULT " + json.dumps(result))
@@ -185,6 +186,46 @@ def micro_batches(
         "cpu": [statistics.median(times[b]) for b in budgets], "cpu_min": [min(times[b]) for b in budgets],
         "peak_mib": [peaks[b] for b in budgets],
     }  # fmt: skip
+
+
+def data(side: str, rows: int, processes: int) -> dict[str, Any]:
+    """From rows of text to a trainer that is ready to train: read, rendered, tokenized, checked; no cache."""
+    from importlib.resources import files
+
+    from preference_rows import make_rows
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(files("orpo") / "demo" / "model"))
+    tokenizer.model_max_length = 4096
+    made = make_rows(rows)
+
+    def ready(chosen: list[dict[str, Any]]) -> None:
+        common = {
+            "output_dir": tempfile.mkdtemp(prefix="bench-"), "max_length": 4096, "use_cpu": True,
+            "report_to": "none", "disable_tqdm": True,
+            "dataset_num_proc": processes if processes > 1 else None,
+        }  # fmt: skip
+        given = datasets.Dataset.from_list(chosen)
+        model = Shape(64, 1, len(tokenizer)).build()
+        if side == "ours":
+            from orpo.training.trainer import ORPOConfig, ORPOTrainer
+
+            settings = ORPOConfig(**common, eval_strategy="no")
+            trainer = ORPOTrainer(
+                model=model, args=settings, train_dataset=given, processing_class=tokenizer
+            )
+        else:
+            from trl.experimental.orpo import ORPOConfig as TrlConfig
+            from trl.experimental.orpo import ORPOTrainer as TrlTrainer
+
+            trainer = TrlTrainer(
+                model=model, args=TrlConfig(**common), train_dataset=given, processing_class=tokenizer
+            )
+        assert len(trainer.train_dataset) == len(chosen)
+
+    ready(made[:64])
+    timer = _Timer()
+    ready(made)
+    return timer.stop()
 
 
 def head(variant: str, shape: str, data: str, pairs: int, repeats: int = 5) -> dict[str, Any]:
@@ -336,12 +377,12 @@ class _Timer:
     """CPU and wall seconds, and pages the kernel had to hand out, since it was made."""
 
     def __init__(self) -> None:
-        self.start = (time.process_time(), time.perf_counter(), _page_faults())
+        self.start = (_cpu_time(), time.perf_counter(), _page_faults())
 
     def stop(self) -> dict[str, float]:
         cpu, wall, faults = self.start
         return {
-            "cpu": time.process_time() - cpu,
+            "cpu": _cpu_time() - cpu,
             "wall": time.perf_counter() - wall,
             "page_faults": _page_faults() - faults,
         }
@@ -361,9 +402,13 @@ def _keep_heap(keep: bool) -> None:
     libc.mallopt(mmap_threshold, 2**17)
 
 
-def _page_faults() -> int:
-    import resource
+def _cpu_time() -> float:
+    """Seconds of this process and of those it has started and waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
+
+def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 

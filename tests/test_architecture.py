@@ -28,7 +28,7 @@ ORDER = (
     ("data", "engine"),
     ("evaluation",),
     ("report",),
-    ("curation", "training"),
+    ("curation", "export", "training"),
     ("demo",),
     ("commands",),
     ("cli",),
@@ -41,6 +41,7 @@ MATHEMATICS = (
 )  # fmt: skip
 WITH_TRANSFORMERS = {
     "scorer", "vocabulary", "router", "adapters", "loading", "probe", "model", "memory", "stop_tokens",
+    "gguf_model",
 }  # fmt: skip
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
 LIGHT = ("errors", "pairs", "console", "html_page", "settings", "run", "cli", "commands", "__init__")

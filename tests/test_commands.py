@@ -116,7 +116,9 @@ def test_a_run_tells_format_counts_plan_and_result(trained):
         "held out   15 pairs",
         "steps      15 of 8 pairs: 3 epochs of 5 steps",
         "accuracy",
-        "after (step 15)",
+        "step 15",
+        "15 held-out pairs",
+        "verdict    ",
         "--compare",
     ):
         assert expected in printed
@@ -422,7 +424,7 @@ def test_chat_refuses_what_it_cannot_do(world, words, expected):
 class Page(HTMLParser):
     """Checks that elements are closed in order; collects texts, links and element counts."""
 
-    VOID = ("meta", "br", "img", "link", "hr", "input")
+    VOID = ("meta", "br", "wbr", "img", "link", "hr", "input")
 
     def __init__(self, text: str):
         super().__init__()
@@ -452,7 +454,7 @@ class Page(HTMLParser):
 def test_the_report_is_one_page_that_loads_nothing(trained):
     run_dir, _ = trained
     page = Page((run_dir / "report.html").read_text())
-    assert page.count["svg"] == 6
+    assert page.count["svg"] == 7
     assert all(link.startswith("#") for link in page.links)
     assert page.count.get("script", 0) == page.count.get("img", 0) == page.count.get("link", 0) == 0
     for expected in (
@@ -511,7 +513,7 @@ def test_the_report_shows_each_evaluation_set_whatever_its_name(tmp_path, names)
         evaluation(9, 0.83, first), evaluation(9, 0.74, second),
     ]  # fmt: skip
     page = Page(write_report(fake_run(tmp_path / "run", lines)).read_text())
-    for expected in (*(f"{name}, before and after" for name in names), "83.0 %", "74.0 %", "+32.0 points"):
+    for expected in (*(f"{name}20 pairs" for name in names), "83.0 %", "74.0 %", "+32.0 points"):
         assert expected in page.text
     assert page.text.count("51.0 % ± 1.0") == page.text.count("52.0 % ± 1.0") == 1
     assert page.count["svg"] == 1

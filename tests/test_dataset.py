@@ -105,7 +105,7 @@ def test_the_cache_is_mapped_and_gives_the_same_set(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer("chatml")
     fresh = tokenize_pairs(pairs, tokenizer, max_length=64)
     first = tokenize_pairs(pairs, tokenizer, max_length=64, cache_dir=tmp_path)
-    monkeypatch.setattr(PairTokenizer, "encode", None)
+    monkeypatch.setattr(PairTokenizer, "encode_arrays", None)
     again = tokenize_pairs(pairs, tokenizer, max_length=64, cache_dir=tmp_path)
     for data in (first, again, pickle.loads(pickle.dumps(again)), pickle.loads(pickle.dumps(fresh))):
         assert content(data) == content(fresh)

@@ -185,17 +185,16 @@ def test_a_factor_on_logits_or_hidden_states_is_measured(kind, factor):
 # What is refused or said before training
 
 
-def test_a_max_length_beyond_a_table_of_positions_is_refused_and_beyond_a_rotary_window_said(
-    tmp_path, capsys
-):
+def test_pairs_beyond_a_table_of_positions_are_refused_and_beyond_a_rotary_window_said(tmp_path, capsys):
+    long = [*random_pairs(), TokenizedPair([5] * 100, [6] * 29, [7] * 9, source="long")]
     with pytest.raises(ConfigError, match=r"GPT2LMHeadModel knows 128 positions .* set max_length: 128"):
-        tiny_trainer(tmp_path, model=build_tiny("GPT2"))
+        tiny_trainer(tmp_path, model=build_tiny("GPT2"), train=long)
     with pytest.raises(ConfigError, match="OPTForCausalLM knows 128 positions"):
-        tiny_trainer(tmp_path, model=build_tiny("OPT"))
-    tiny_trainer(tmp_path, model=build_tiny("GPT2"), max_length=128)
-    assert "extrapolate" not in capsys.readouterr().out
-    tiny_trainer(tmp_path, max_length=129)
-    assert "max_length 129 is beyond the 128 positions" in capsys.readouterr().out
+        tiny_trainer(tmp_path, model=build_tiny("OPT"), train=long)
+    tiny_trainer(tmp_path, model=build_tiny("GPT2"))
+    assert "extrapolates" not in capsys.readouterr().out
+    tiny_trainer(tmp_path, train=long)
+    assert "129 tokens a side; beyond the 128 positions" in capsys.readouterr().out
 
 
 def test_gradient_checkpointing_that_a_model_has_not_is_refused(tmp_path):

@@ -556,6 +556,8 @@ def test_half_a_character_is_said_with_its_row():
     good = {"prompt": "Q?", "chosen": "caf\u00e9 \U0001f600", "rejected": "no"}
     for name in good:
         stops(good, {**good, name: "x \ud83d y"}, match=f"^row:1: '{name}' holds half of a character")
+    for name, value in (("tools", [{"name": "\ud83d"}]), ("source", "\ud83d")):
+        stops(good, {**good, name: value}, match=f"^row:1: '{name}' holds half of a character")
     found = read(good, {**good, "chosen": "x \ud83d y"}, on_bad_row="skip")
     assert len(found) == 1 and found.counts.num_dropped == 1
 

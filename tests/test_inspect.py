@@ -21,8 +21,9 @@ from orpo.curation.bias import FEWEST, audit
 from orpo.curation.lengths import padded_tokens, spread
 from orpo.curation.repeats import RUN, RunIndex
 from orpo.curation.texts import PairTexts
-from orpo.curation.wording import refuses
+from orpo.curation.wording import is_mojibake
 from orpo.data.near_duplicates import SIMILARITY, near_duplicates
+from orpo.data.refusals import refuses
 from orpo.data.words import runs_of, words_of
 from orpo.errors import DataError
 from orpo.evaluation.statistics import share_interval
@@ -159,6 +160,7 @@ def test_each_limit_says_what_it_drops_as_a_run_with_it_does(inspected, planted)
                 "rejected": [{"role": "assistant", "content": "No, not at all."}],
             }
         )
+    rows.append(rows[0] | {"prompt": [{"role": "user", "content": "word " * 120}]})  # no turn to leave out
     found = orpo.inspect_data(rows, str(DEMO / "model"), max_length=100)
     tokenizer = load_tokenizer(str(DEMO / "model"))
     for limit in found.tokens.limits:
@@ -166,7 +168,7 @@ def test_each_limit_says_what_it_drops_as_a_run_with_it_does(inspected, planted)
         assert limit.dropped == read.counts.num_dropped
         assert limit.cut == sum(read.counts.changed.values())
         assert limit.shared_tokens == read.pairs.lengths.sum()
-    assert (found.tokens.limits[0].cut, found.tokens.limits[0].dropped) == (1, 1)
+    assert (found.tokens.limits[0].cut, found.tokens.limits[0].dropped) == (1, 2)
     assert inspected.tokens.set_limit.max_length == 64
 
 
@@ -276,11 +278,17 @@ def test_intervals_hold_as_often_as_they_say():
         held += accuracy.low <= norm.cdf(0.5) <= accuracy.high
         auc_held += auc.low <= norm.cdf(0.5 * np.sqrt(2)) <= auc.high
     assert held >= 288 and auc_held >= 288  # 7 looks: 99.3 % each
+    at_chance = [_measure(random_.normal(0, 1, 400), np.arange(400))[1] for _ in range(300)]
+    errors = [(one.high - one.low) / 2 / norm.ppf(1 - 0.025 / 7) for one in at_chance]
+    assert np.mean(errors) > 0.93 * np.std([one.share for one in at_chance])
     shares = torch.from_numpy(random_.integers(0, 2, 200).astype(float))
-    wide = share_interval(shares.repeat(4), torch.arange(200).repeat(4))
-    assert wide.high - wide.low == pytest.approx(
-        np.subtract(*share_interval(shares, torch.arange(200))[:0:-1]), rel=0.02
+    once = share_interval(shares, torch.arange(200))
+    four_times = share_interval(shares.repeat(4), torch.arange(200).repeat(4))
+    assert four_times == pytest.approx(once, rel=0.02)
+    one_large = share_interval(
+        torch.cat([shares, torch.ones(200)]), torch.tensor([*range(200), *[200] * 200])
     )
+    assert one_large.high - one_large.low > 3 * (once.high - once.low)
 
 
 def _texts(rows):
@@ -333,6 +341,10 @@ def test_runs_in_common_are_found_wherever_they_begin():
         part = " ".join(known[start].split()[: random_.randrange(8, 30)])
         text = sentence(random_, start) + " " + part + " " + sentence(random_, 9)
         assert set(index.find(text)) == runs & set(runs_of(words_of(text), RUN))
+    exactly = next(" ".join(text.split()[:RUN]) for text in known if len(text.split()) >= RUN)
+    for before in range(RUN):
+        (found,) = index.find(" ".join(["x"] * before + [exactly]))
+        assert found == b" ".join(words_of(exactly))
 
 
 def test_words_of_scripts_without_blanks_and_of_typographic_text():
@@ -340,7 +352,21 @@ def test_words_of_scripts_without_blanks_and_of_typographic_text():
     assert len(words_of("今天天气很好")) == 6
     chinese = "请把下面这句话翻译成英文然后解释每一个词的意思和用法谢谢你"
     assert near_duplicates([chinese, chinese[:-1] + "您"]) == [1]
-    assert near_duplicates([chinese, "x"], known=[chinese[:-1] + "您", "x"]) == [0]
+    known = [chinese[:-1] + "您", "quite another text", "the same text again"]
+    assert near_duplicates([chinese, "a third text altogether", "the same text again"], known) == [0]
+
+
+def test_mojibake_is_told_from_accents():
+    from ftfy import fix_encoding
+
+    def is_broken(text):
+        return is_mojibake(text, text.encode(), fix_encoding)
+
+    russian = "Привет, мир".encode().decode("cp1251")
+    for text in ("cafÃ©", "x" * 500 + " donâ€™t", russian):
+        assert is_broken(text), text
+    for text in ("l\u2019été \u2013 déjà»", "Привет, мир! Россия", "今天天气很好", "plain"):
+        assert not is_broken(text), text
 
 
 def test_refusals_are_told_from_help():

@@ -9,13 +9,16 @@ import tiny_models
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 from tiny_training import tiny_trainer
 
+from orpo.data.token_ids import checked_token_ids
 from orpo.engine import loading
 from orpo.engine.loading import add_adapter, is_adapter, load_model, load_tokenizer, lora_config
 from orpo.errors import ConfigError, ModelError
 from orpo.evaluation.generation import this_device
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import OrpoSettings
 from orpo.training.resolve import add_template_tokens
 
@@ -191,6 +194,98 @@ def test_a_damaged_weight_file_is_said_in_one_line(folder, tmp_path):
     with pytest.raises(ModelError, match="could not be loaded") as error:
         load(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def changed(folder, path, tensors=lambda found: found, **config):
+    """A copy of a model with other tensors, or another config."""
+    shutil.copytree(folder, path)
+    weights = tensors(load_file(path / "model.safetensors"))
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(written | config))
+    return str(path)
+
+
+def without(part):
+    return lambda found: {name: tensor for name, tensor in found.items() if part not in name}
+
+
+GPT2 = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4).to_dict()
+INCOMPLETE = {
+    "a tensor": ({"tensors": without("layers.1.mlp.up_proj")}, "lacks 1 tensors .*layers.1.mlp.up_proj"),
+    "a layer": ({"num_hidden_layers": 3}, r"lacks 9 tensors .*layers\.2.* and 6 more\)"),
+    "the head": ({"tensors": without("lm_head")}, r"lacks 1 tensors .*\(lm_head.weight\)"),
+    "a reward model": (
+        {"tensors": lambda found: without("lm_head")(found) | {"score.weight": torch.zeros(1, 32)}},
+        r"\(lm_head.weight\) and has 1 that do not belong to it \(score.weight\)",
+    ),
+    "all": (GPT2, "lacks 27 tensors of GPT2LMHeadModel"),
+}
+
+
+@pytest.mark.parametrize("what", INCOMPLETE)
+def test_a_model_that_lacks_weights_is_refused_with_their_names(folder, tmp_path, capfd, what):
+    changes, message = INCOMPLETE[what]
+    transformers.logging.set_verbosity_warning()
+    try:
+        with pytest.raises(ModelError, match=message) as error:
+            load(changed(folder, tmp_path / "model", **changes))
+    finally:
+        transformers.logging.set_verbosity_error()
+    assert "\n" not in str(error.value) and "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_weights_that_have_no_place_are_said(folder, tmp_path, capsys):
+    load(changed(folder, tmp_path / "model", num_hidden_layers=1))
+    assert "9 tensors have no place in LlamaForCausalLM and are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "GPT2", "Bloom", "DeepseekV3", "Mamba"])
+def test_tied_weights_and_buffers_are_not_missed(tmp_path, name):
+    model = tiny_models.build(name)
+    model.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    assert all(torch.equal(loaded.get_parameter(own), weight) for own, weight in model.named_parameters())
+
+
+def test_an_adapter_that_lacks_weights_is_refused(adapter, tmp_path):
+    path = shutil.copytree(adapter, tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file(without("layers.0.mlp.up_proj")(load_file(path)), path)
+    with pytest.raises(ModelError, match=r"lacks weights .*layers\.0\.mlp\.up_proj"):
+        load(str(path.parent))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_said_as_such(folder, tmp_path, value):
+    spoil = lambda found: found | {"model.norm.weight": found["model.norm.weight"] * value}
+    with pytest.raises(
+        ModelError, match=r"1 of its tensors hold values that are not finite \(model.norm.weight"
+    ):
+        load(changed(folder, tmp_path / "model", spoil))
+
+
+def test_large_finite_weights_are_finite():
+    assert loading._is_finite(torch.full((9,), 6e4, dtype=torch.float16)), "though their sum is not"
+    assert not loading._is_finite(torch.tensor([float("inf"), float("-inf")]))
+
+
+def test_whole_numbers_are_no_weights(folder, tmp_path):
+    quantized = lambda found: {n: (w * 9).to(torch.int8) if w.ndim > 1 else w for n, w in found.items()}
+    with pytest.raises(ModelError, match=r"stored as whole numbers \(I8\).*quantization_config"):
+        load(changed(folder, tmp_path / "model", quantized))
+
+
+def test_a_token_without_an_embedding_is_refused_with_its_pair(tmp_path):
+    pairs = [TokenizedPair([1, 2], [3], [4], source="p:1"), TokenizedPair([1], [2, 97], [4], source="p:2")]
+    with pytest.raises(ModelError, match=r"p:2: token 97 \(.*\) has no embedding in the model, which has 97"):
+        tiny_trainer(tmp_path, train=pairs)
+    trainer = tiny_trainer(tmp_path, train=pairs[:1])
+    with pytest.raises(ModelError, match="p:2: token 97"):
+        trainer.evaluate(pairs)
+    stream = checked_token_ids(iter(pairs), 97, tiny_tokenizer())
+    assert next(stream) == pairs[0]
+    with pytest.raises(ModelError, match="p:2: token 97"):
+        next(stream)
 
 
 def test_an_adapter_whose_base_is_gone_names_the_base(adapter, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orpo.engine.head import PairScores
 from orpo.engine.metrics import SUMS, MetricWindow, trl_names
-from orpo.evaluation.preferences import summarise
+from orpo.evaluation.per_pair import PairResults
 from orpo.settings.config import Objective
 
 CPU = torch.device("cpu")
@@ -27,13 +27,15 @@ def scores(pairs):
         tokens.float(),
         tokens.float(),
         torch.as_tensor(has),
+        *(torch.full((len(pairs),), 0.5) for _ in range(3)),
     )
 
 
 def evaluated_means(pairs_or_scores, objective):
     """Figures of pairs that share no prompt."""
     found = pairs_or_scores if isinstance(pairs_or_scores, PairScores) else scores(pairs_or_scores)
-    return summarise(found, objective, torch.arange(len(found.nll_sum_P)))
+    number = len(found.nll_sum_P)
+    return PairResults(found, torch.arange(number), [""] * number, [None] * number).figures(objective)
 
 
 def odds(logp):
@@ -61,6 +63,18 @@ def obvious(pairs):
     return means
 
 
+def obvious_odds_share(pairs, beta):
+    """One pair at a time, with a doubt of 0.5 everywhere (tests/test_verdict.py has it from autograd)."""
+    both = [p for p in pairs if p[4]]
+    if not both:
+        return 0
+    slopes = [sum(1 / max(-math.expm1(side), 1e-6) for side in p[:2]) for p in both]
+    deltas = [1 / (1 + math.exp(odds(p[0]) - odds(p[1]))) for p in both]
+    odds_term = beta * sum(0.5 * a * b for a, b in zip(slopes, deltas, strict=True)) / len(both)
+    nll_term = 0.5 * len(pairs) / sum(p[2] for p in pairs)
+    return odds_term / (odds_term + nll_term)
+
+
 @given(st.lists(pair, min_size=1, max_size=8), st.integers(1, 4))
 def test_window_means_do_not_depend_on_micro_batches(pairs, size):
     window = MetricWindow(Objective(), CPU)
@@ -69,6 +83,8 @@ def test_window_means_do_not_depend_on_micro_batches(pairs, size):
     window.add_step(torch.tensor(3.0), num_tokens=10, num_ranks=1)
     means = window.close(lambda sums: sums)
     assert means.pop("loss") == 3.0 and means.pop("tokens") == 10
+    assert means.pop("prompt_share") == 0.0
+    assert means.pop("odds_share", 0) == pytest.approx(obvious_odds_share(pairs, beta=0.1), rel=1e-3)
     assert means == pytest.approx(obvious(pairs), rel=1e-3, abs=1e-4)
 
 
@@ -177,7 +193,7 @@ def test_the_mean_over_tokens_counts_tokens_where_the_loss_weights_pairs_alike()
     """A token of a pair of n has the weight 1 / n under `nll_reduction: pair`."""
     sums, tokens = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 9.0])
     whole = torch.ones(2)
-    found = PairScores(-whole, -whole, sums, whole, tokens, whole > 0)
+    found = PairScores(-whole, -whole, sums, whole, tokens, whole > 0, whole, whole, whole)
     figures = evaluated_means(found, Objective(nll_reduction="pair"))
     assert figures["nll"].mean == pytest.approx(2.5)
     assert figures["nll_token_mean"].mean == pytest.approx((1 * 1.0 + 9 * 4.0) / 10)

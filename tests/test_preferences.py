@@ -306,7 +306,7 @@ def test_every_format_name_can_be_forced_and_says_so():
     assert found.pairs[0].prompt == [user("Q")]
     with pytest.raises(ConfigError, match="data_format: 'alpaca' is unknown"):
         read(row, data_format="alpaca")
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 12
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 13
 
 
 # --------------------------------------------------------------------------------- what becomes of rows
@@ -451,7 +451,7 @@ def test_every_row_of_the_documentation_is_read_as_it_says():
     for name, row in rows:
         found = read(json.loads(row))
         assert found.format.name == name and len(found) == 1, row
-        assert found.pairs[0].is_text == name.startswith(("standard", "rendered"))
+        assert found.pairs[0].is_text == name.startswith(("standard", "rendered", "prepared"))
 
 
 def test_group_comes_from_the_source_or_dataset_column():

@@ -24,10 +24,10 @@ from orpo.run.checkpoints import (
     last_checkpoint,
     written_whole,
 )
-from orpo.training.resuming import refuse_changes
+from orpo.training.resuming import check_changes
 from orpo.training.stopping import StopSignal
 
-CLOCKS = ("seconds", "tokens_per_second")
+CLOCKS = ("seconds", "tokens_per_second", "peak_memory")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "optim": "adamw_torch"}
 
 
@@ -128,7 +128,7 @@ def test_fresh_run_in_an_old_directory_starts_new_files(uninterrupted, tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [0, 2, 2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_saves_after_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_path, number):
     """trap 8"""
     before = {s: signal.getsignal(s) for s in StopSignal.SIGNALS}
@@ -250,7 +250,7 @@ def test_changes_that_cannot_change_the_mathematics_pass(uninterrupted, tmp_path
 
 
 def test_checkpoint_of_plain_transformers_is_not_compared():
-    refuse_changes(Path("checkpoint-1"), None, {"beta": 0.1})
+    check_changes(Path("checkpoint-1"), None, {"beta": 0.1})
 
 
 def test_no_checkpoint_is_said(tmp_path):
@@ -360,7 +360,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
             (tmp_path / "half written").touch()
             time.sleep(60)
 
-    monkeypatch.setattr("orpo.run.checkpoints._to_disk", hang)
+    monkeypatch.setattr("orpo.run.checkpoints.flush_folder", hang)
     process = in_process(lambda: make(tmp_path, max_steps=3, eval_strategy="no").train())
     while not (tmp_path / "half written").exists() and process.is_alive():
         time.sleep(0.01)

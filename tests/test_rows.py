@@ -60,10 +60,30 @@ def test_a_line_that_is_no_object_is_handed_on_with_its_problem(tmp_path):
     assert isinstance(other, DataError) and "is a list; expected an object" in str(other)
 
 
-def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(b'{"a": "\xff"}\n{"a": "good"}\n')
-    assert [row["a"] for row, _ in rows(path)] == ["\ufffd", "good"]
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", b'{"a": "caf\xe9"}\n{"a": "good"}\n'),
+        ("p.json", b'[{"a": "caf\xe9"},\n{"a": "good"}]'),
+        ("p.csv", b"a,b\ncaf\xe9,1\ngood,2\n"),
+    ],
+)
+def test_bytes_that_are_not_utf8_make_their_row_malformed_and_no_other(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    (bad, _), (good, _) = rows(path)
+    assert "bytes that are not UTF-8 (0xe9)" in str(bad)
+    assert good["a"] == "good"
+
+
+def test_a_file_of_another_encoding_is_said_as_such(tmp_path):
+    for name, content in (("p.jsonl", '{"a": "b"}\n'), ("p.json", '{"data": [{"a": "b"}]}')):
+        (tmp_path / name).write_bytes(content.encode("utf-16"))
+        with pytest.raises(DataError, match="not UTF-8"):
+            raise next(row for row, _ in rows(tmp_path / name) if isinstance(row, DataError))
+    (tmp_path / "p.csv").write_bytes("a,b\n1,2\n".encode("utf-16"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        rows(tmp_path / "p.csv")
 
 
 def test_csv_cells_are_text_or_json_lists_of_texts(tmp_path):
@@ -229,6 +249,42 @@ def test_a_csv_row_with_too_many_or_too_few_cells_is_malformed(tmp_path):
     assert "more cells than the header" in str(more[0]) and more[1] == "p.csv:2"
     assert "fewer cells than the header" in str(fewer[0])
     assert good == ({"prompt": "x", "chosen": "y", "rejected": "z"}, "p.csv:4")
+
+
+def csv_with(cell, also=""):
+    """Twenty rows of three cells; `cell` stands for the fifth row's second one, `also` for the 15th's."""
+    lines = [f"question {n},good answer {n},bad answer {n}" for n in range(20)]
+    lines[5], lines[15] = (lines[n].replace(f"good answer {n}", text or f"good answer {n}")
+                           for n, text in ((5, cell), (15, also)))  # fmt: skip
+    return "\n".join(["prompt,chosen,rejected", *lines]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    [
+        (csv_with('"good answer 5', 'good answer 15"'), range(7, 18)),  # correct CSV: eleven rows in one cell
+        (csv_with('"good answer 5', 'good "answer 15'), range(7, 18)),
+        (csv_with('"good answer 5'), range(7, 22)),
+        (csv_with('"good" answer 5'), range(7, 8)),
+    ],
+)
+def test_rows_between_stray_quotes_are_malformed_each_of_them(tmp_path, text, bad):
+    found = rows(write(tmp_path / "p.csv", text))
+    assert [source for row, source in found if isinstance(row, DataError)] == [f"p.csv:{n}" for n in bad]
+    good = [row["prompt"] for row, _ in found if not isinstance(row, DataError)]
+    assert good == [f"question {n}" for n in range(20) if n + 2 not in bad]
+
+
+def test_csv_text_of_several_lines_is_a_row(tmp_path):
+    text = csv_with('"first, second\nthird\nfourth, fifth, sixth, ""seventh""\n"', '"one, two\nthree, four"')
+    found = rows(write(tmp_path / "p.csv", text))
+    assert len(found) == 20 and found[5][0]["chosen"].endswith('"seventh"\n')
+    assert found[15][0]["chosen"] == "one, two\nthree, four"
+
+
+def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"p\.csv:1: the header names 'chosen' twice"):
+        rows(write(tmp_path / "p.csv", "prompt,chosen,chosen\na,b,c\n"))
 
 
 def test_objects_of_the_datasets_library(tmp_path):

@@ -66,6 +66,7 @@ def test_overridden_hooks_are_these():
         "create_model_card": "ours",
     }
     private = {
+        "_evaluate": "what is there before the first step may be the best checkpoint",
         "_get_grad_norm": "the only place after backward and before the optimizer that may raise",
         "_issue_warnings_after_load": "tied weights are not missing",
         "_save_checkpoint": "written under another name and renamed; with the open log window and a manifest",
@@ -579,7 +580,9 @@ def test_run_directory(tmp_path):
     names = ["loss", "nll", "odds_ratio_loss", "log_odds_ratio", "accuracy", "margin", "chosen_logprob"]
     training, evaluating = lines[1], lines[0]
     assert {"epoch", "seconds", "metrics"} <= training.keys()
-    assert {"grad_norm", "learning_rate", "tokens_per_second", "rejected_logprob", *names} == training[
+    shares = {"odds_share", "prompt_share"}
+    took = {"tokens_per_second", "tokens", "peak_memory"}
+    assert {"grad_norm", "learning_rate", "rejected_logprob", *names, *shares, *took} == training[
         "metrics"
     ].keys()
     assert (evaluating["set"], evaluating["num_pairs"]) == ("", 2)
@@ -651,7 +654,7 @@ def test_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     trainer = tiny_trainer(tmp_path, disable_tqdm=False)
     trainer.train()
     shown = capsys.readouterr().out
-    assert "4/4" in shown and "accuracy" in shown and "tokens/s" in shown
+    assert "4/4" in shown and "accuracy" in shown and "odds share" in shown and "left 0:0" in shown
 
 
 # ------------------------------------------------------------------------------------------ settings
@@ -681,9 +684,12 @@ def test_a_recipe_with_data_evaluates_and_keeps_the_best():
 
 
 def test_evaluation_data_without_a_strategy_is_used(tmp_path):
-    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(5), save_strategy="steps", max_steps=3)
+    trainer = tiny_trainer(
+        tmp_path, train=random_pairs(3000), evaluation=random_pairs(5), save_strategy="steps", max_steps=10,
+        per_device_train_batch_size=300,
+    )  # fmt: skip
     trainer.train()
-    assert [x["step"] for x in trainer.state.log_history if "eval_loss" in x] == [0, 1, 2, 3]
+    assert [x["step"] for x in trainer.state.log_history if "eval_loss" in x] == list(range(11))
     assert trainer.state.best_model_checkpoint
     silent = tiny_trainer(tmp_path, evaluation=random_pairs(5), eval_strategy="no")
     assert not silent.args.eval_on_start

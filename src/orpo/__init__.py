@@ -1,6 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `ChatModel`, `write_report`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `generate`, `ChatModel`,
+`write_report`, `prepare_data`, `subset_data`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orpo.curation.inspection import inspect_data
+    from orpo.curation.prepare import prepare_data
+    from orpo.curation.subset import subset_data
+    from orpo.evaluation.answering import generate
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
     from orpo.report.page import write_report
@@ -27,8 +31,11 @@ __all__ = [
     "ORPOTrainer",
     "__version__",
     "evaluate",
+    "generate",
     "inspect_data",
     "load_recipe",
+    "prepare_data",
+    "subset_data",
     "train",
     "write_report",
 ]
@@ -38,8 +45,11 @@ _WHERE = {
     "ORPOConfig": "orpo.training.arguments",
     "ORPOTrainer": "orpo.training.trainer",
     "evaluate": "orpo.evaluation.preferences",
+    "generate": "orpo.evaluation.answering",
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
+    "prepare_data": "orpo.curation.prepare",
+    "subset_data": "orpo.curation.subset",
     "train": "orpo.training.job",
     "write_report": "orpo.report.page",
 }

@@ -33,16 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for a mistake in the input, 130 after Ctrl-C.
     """
-    parser = _parser()
-    args, settings = parser.parse_known_args(argv)
-    if args.word is None:
-        parser.print_help()
-        return 0
-    if settings and not args.takes_settings:
-        parser.error(f"orpo {args.word}: unrecognized arguments: {' '.join(settings)}")
-    args.settings = settings
     try:
-        return int(args.run(args))
+        return _run(argv)
     except OrpoError as error:
         say_error(error, everywhere=isinstance(error, RunError))
         return 2
@@ -53,6 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone; keep the interpreter from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    args, settings = parser.parse_known_args(argv)
+    if args.word is None:
+        parser.print_help()
+        return 0
+    if settings and not args.takes_settings:
+        parser.error(f"orpo {args.word}: unrecognized arguments: {' '.join(settings)}")
+    args.settings = settings
+    return int(args.run(args))
 
 
 def _parser() -> argparse.ArgumentParser:

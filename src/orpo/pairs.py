@@ -31,6 +31,8 @@ class PreferencePair:
         source: `pairs.jsonl:118`.
         group: Value of the row's `source` or `dataset` column, for reports by source.
         chat_template_kwargs: Arguments of the chat template for this conversation (`enable_thinking`, ...).
+        scores: How good the data says chosen and rejected are, more is better; None where it does not. A
+            strength of the preference alone counts against 0.
     """
 
     prompt: list[Message] | str
@@ -40,6 +42,12 @@ class PreferencePair:
     source: str = ""
     group: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    scores: tuple[float, float] | None = None
+
+    @property
+    def margin(self) -> float | None:
+        """Score of chosen minus that of rejected."""
+        return None if self.scores is None else self.scores[0] - self.scores[1]
 
     @property
     def is_text(self) -> bool:

@@ -6,9 +6,11 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from orpo.console import say
+from orpo.console import say, say_item
 
 if TYPE_CHECKING:
+    from orpo.evaluation.verdict import Verdict
+    from orpo.run.directory import Run
     from orpo.training.job import Outcome
 
 _USAGE = "orpo train [RECIPE] [--KEY VALUE ...] [KEY=VALUE ...]"
@@ -39,6 +41,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Read the recipe, train, and print what came of it."""
+    from orpo.training.stopping import note_warnings
+
+    note_warnings()
     from orpo.settings.config import check_recipe
     from orpo.settings.needs import check_needs
     from orpo.settings.recipe import load_recipe
@@ -57,33 +62,44 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_result(outcome: Outcome) -> None:
-    """Held-out numbers before and after, and where the model is."""
+    """Held-out numbers before and after, what they come to, and where the model is."""
+    run, verdict = outcome.run, outcome.verdict
+    if run is None or verdict is None:
+        return
+    for set_name in verdict.sets or run.evaluation_sets():
+        _print_table(run, verdict, set_name)
+    if run.shared_prompts:
+        say_item(
+            "warning",
+            f"{run.shared_prompts} held-out pairs share a prompt with training pairs; they flatter",
+        )
+    say_item("verdict", verdict.sentence)
+    for line in verdict.advice:
+        say_item("try", line)
+    say_item("model", str(outcome.folder))
+    if outcome.page is not None:
+        say_item("report", str(outcome.page))
+    if verdict.kind != "worse":
+        say_item("next", f"orpo chat {outcome.folder} --compare")
+
+
+def _print_table(run: Run, verdict: Verdict, set_name: str) -> None:
+    """One evaluation set: before, after, and the change with its own error."""
     from rich.console import Console
     from rich.table import Table
 
-    from orpo.engine.metrics import metric_named, write_figure
+    from orpo.engine.metrics import metric_named, write_change, write_figure
 
-    run = outcome.run
-    if run is None:
+    first = run.first_evaluation(set_name)
+    last = run.evaluation_at(set_name, verdict.step) if verdict.sets else run.final_evaluation(set_name)
+    if first is None or last is None:
         return
-    for set_name in run.evaluation_sets():
-        first, last = run.first_evaluation(set_name), run.final_evaluation(set_name)
-        if first is None or last is None:
-            continue
-        table = Table(title=f"Held-out pairs{f' ({set_name})' if set_name else ''}", title_justify="left")
-        table.add_column("")
-        for name, record in (("before", first), ("after", last)):
-            table.add_column(f"{name} (step {record.step})", justify="right")
-        for name, figure in last.metrics.items():
-            before = first.metrics.get(name)
-            table.add_row(
-                metric_named(name).title, *(str(write_figure(name, one)) for one in (before, figure))
-            )
-        Console().print(table)
-    if run.shared_prompts:
-        print(
-            f"warning    {run.shared_prompts} held-out pairs share a prompt with training pairs; they flatter"
-        )
-    print(f"model      {outcome.folder}")
-    print(f"report     {outcome.page}")
-    print(f"next       orpo chat {outcome.folder} --compare")
+    change = verdict.sets[set_name].change if set_name in verdict.sets else {}
+    named = f" ({set_name})" if set_name else ""
+    table = Table(title=f"{last.num_pairs:,} held-out pairs{named}", title_justify="left")
+    for title in ("", f"step {first.step}", f"step {last.step}", "change"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, figure in last.metrics.items():
+        cells = (write_figure(name, first.metrics.get(name)), write_figure(name, figure))
+        table.add_row(metric_named(name).title, *map(str, cells), str(write_change(name, change.get(name))))
+    Console().print(table)

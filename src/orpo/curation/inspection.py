@@ -24,7 +24,6 @@ from orpo.curation.repeats import (
     nearly_identical,
     overlap,
     shared_between_splits,
-    split_names,
 )
 from orpo.curation.texts import PairTexts, drawn, pair_texts
 from orpo.curation.wording import (
@@ -40,6 +39,7 @@ from orpo.data.counts import RowCounts
 from orpo.data.findings import Findings, find
 from orpo.data.named_templates import tokens_to_add
 from orpo.data.preferences import PreferenceSet
+from orpo.data.rows import splits_of
 from orpo.data.source import pair_tokenizer, read_texts
 from orpo.data.splits import parse_split
 from orpo.errors import DataError
@@ -301,7 +301,7 @@ def _other_splits(
     data: Any, split: str | None, settings: OrpoSettings, progress: Progress
 ) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
     """All splits of the data, and (prompt, source) of the pairs of those that are not inspected."""
-    names = split_names(data, settings.dataset_config)
+    names = list(splits_of(data, settings.dataset_config))
     others = {}
     for name in names:
         if name not in {part.name for part in parse_split(split)} and len(names) > 1:

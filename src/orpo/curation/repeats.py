@@ -3,13 +3,11 @@ of an evaluation set."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from orpo.curation.texts import PairTexts, asked
@@ -18,8 +16,7 @@ from orpo.data.columns import Columns
 from orpo.data.near_duplicates import near_duplicates
 from orpo.data.preferences import ReadSettings, stream_preferences
 from orpo.data.questions import question
-from orpo.data.rows import RawRow, _reader, read_rows
-from orpo.data.splits import splits_of_folder
+from orpo.data.rows import RawRow, read_rows, splits_of
 from orpo.data.words import runs_of, text_of, words_of
 from orpo.errors import DataError
 
@@ -67,20 +64,6 @@ class SharedSplits:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return {"splits": list(self.splits), "prompts": self.prompts, "rows": self.rows.to_json()}
-
-
-def split_names(data: object, config: str | None = None) -> list[str]:
-    """The splits of a folder, of a folder written by `save_to_disk`, or of a `DatasetDict`; else none."""
-    if isinstance(data, Mapping):
-        is_weighted = all(isinstance(value, int | float) for value in data.values())
-        return [] if is_weighted else [str(name) for name in data]
-    if not isinstance(data, str | Path) or not Path(data).expanduser().is_dir():
-        return []
-    folder = Path(data).expanduser()
-    saved = folder / "dataset_dict.json"
-    if saved.is_file():
-        return list(json.loads(saved.read_text(encoding="utf-8"))["splits"])
-    return list(splits_of_folder(folder, config, lambda file: _reader(file) is not None))
 
 
 def shared_between_splits(splits: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[SharedSplits, ...]:
@@ -144,7 +127,7 @@ def evaluation_questions(data: str) -> list[str]:
     Raises:
         DataError: It cannot be read, or no column of it is known to ask.
     """
-    split = "+".join(split_names(data)) or None
+    split = "+".join(splits_of(data)) or None
     rows = list(read_rows(data, split=split))
     settings = ReadSettings(on_bad_row="skip", sft_rows="use")
     with suppress(DataError):

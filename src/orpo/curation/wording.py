@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from orpo.curation.texts import PairTexts
+from orpo.data.refusals import beginning, refuses
 
 LANGUAGE_SAMPLE = 2000
 """Answers whose language is told."""
@@ -88,7 +89,7 @@ def has_control_characters(_: str, raw: bytes) -> bool:
 
 
 def is_mojibake(text: str, raw: bytes, fix_encoding: Callable[[str], str]) -> bool:
-    """Whether ftfy would mend one of the first places that look like bytes read in the wrong code.
+    """Whether ftfy would repair one of the first places that look like bytes read in the wrong code.
 
     Args:
         text: It.
@@ -106,42 +107,15 @@ def is_mojibake(text: str, raw: bytes, fix_encoding: Callable[[str], str]) -> bo
 
 # ------------------------------------------------------------------------------------- refusals
 
-_NOT = (
-    r"(?:can'?t|cannot|can not|could not|couldn't|won'?t|will not"
-    r"|(?: am|'m) (?:unable|not (?:able|going|allowed|willing|comfortable)) ?(?:to)?)"
-)
-_DO = (
-    r"(?:help|assist|provide|do (?:that|this|so)|answer|comply|fulfil|create|write|generate|discuss|engage"
-    r"|support|give|offer|recommend|condone|share|participate|advise|suggest|encourage|tell you)"
-)
-_REFUSES = re.compile(
-    rf"\bi ?{_NOT} (?:\w+ ){{0,2}}{_DO}"
-    rf"|\b(?:sorry|afraid|unfortunately)\b[^.!?\n]{{0,40}}\bi ?{_NOT}"
-    r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-    r"|\bi(?: must|'ll have to| have to|'d have to| would have to) (?:respectfully )?(?:decline|refuse)"
-)
 _REFUSAL_WORDS = re.compile(
     r"\b(?:sorry|apologi[sz]e|unfortunately|can'?t|cannot|can not|won'?t|unable|illegal|unethical"
     r"|inappropriate|harmful|dangerous|as an ai|language model)\b"
 )
-_NEEDED = ("not", "n't", "cant", "wont", "unable", " ai", "artificial", "language model", "decline", "refuse")
-"""A refusal has one of these; to look for them is faster."""
-
-
-def _beginning(answer: str) -> str:
-    """The part of an answer in which a refusal stands, in lower case."""
-    return answer[:300].lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-
-
-def refuses(answer: str) -> bool:
-    """Whether an answer begins with a refusal, in English."""
-    beginning = _beginning(answer)
-    return any(word in beginning for word in _NEEDED) and _REFUSES.search(beginning) is not None
 
 
 def num_refusal_words(answer: str) -> int:
     """Words that refusals are made of, in an answer's beginning."""
-    return sum(1 for _ in _REFUSAL_WORDS.finditer(_beginning(answer)))
+    return sum(1 for _ in _REFUSAL_WORDS.finditer(beginning(answer)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "tools": ("input.tools",),
 }  # fmt: skip
 
+PROVENANCE = "provenance"
+"""Column that says where a pair comes from; nothing is read from it, and it is not noise."""
+
 _MISSING = object()
 _SIDES = ("prompt", "chosen", "rejected", "messages", "conversations")
 _LISTS = ("answers", "scores", "history", "labels")
@@ -84,7 +87,7 @@ class Columns:
         self.mapping = {ours: theirs for ours, theirs in mapping.items() if ours not in _KEYS}
         self._keys = {mapping[ours]: ours for ours in _KEYS if ours in mapping}
         self._opened = {theirs.split(".")[0] for theirs in self.mapping.values() if "." in theirs}
-        self._plans: dict[tuple[tuple[str, type], ...], dict[str, str]] = {}
+        self._plans: dict[tuple[tuple[str, ...], tuple[type, ...]], dict[str, str]] = {}
         self._seen: dict[str, None] = {}
         self._used: set[str] = set()
 
@@ -129,16 +132,18 @@ class Columns:
             BadRow: A cell holds a conversation as text that cannot be parsed.
         """
         row = {str(name): self._parsed(str(name), value) for name, value in raw.items()}
-        pattern = tuple((name, type(value)) for name, value in row.items())
+        pattern = (tuple(row), tuple(map(type, row.values())))
         theirs = self._plans.get(pattern)
         if theirs is None:
             theirs = self._plan(row)
             # What lies inside an object may differ from row to row.
             if len(self._plans) < 1000 and not any(isinstance(value, Mapping) for value in row.values()):
                 self._plans[pattern] = theirs
-        taken = theirs.values()
-        named = {name: value for name, value in row.items() if name not in taken}
-        named |= {ours: _find(row, path) for ours, path in theirs.items()}
+        named = row
+        if theirs:
+            taken = theirs.values()
+            named = {name: value for name, value in row.items() if name not in taken}
+            named |= {ours: _find(row, path) for ours, path in theirs.items()}
         _unwrap(named)
         return NamedRow(named, theirs, self._used)
 
@@ -173,7 +178,7 @@ class Columns:
                     key for key in keys if not any(f"{column}.".startswith(f"{key}.") for column in inside)
                 ]
                 names = [*inside, *rest]
-            if value is not None:
+            if value is not None and name != PROVENANCE:
                 self._seen.update(dict.fromkeys(names))
 
     def _parsed(self, name: str, value: Any) -> Any:
@@ -235,7 +240,7 @@ def _unwrap(row: Row) -> None:
     """`{"messages": [...], "tools": [...]}` in a side is its messages; the tools become the row's."""
     for name in _SIDES:
         value = row.get(name)
-        if not isinstance(value, Mapping):
+        if value is None or isinstance(value, str | list) or not isinstance(value, Mapping):
             continue
         turns = next((value[key] for key in _WRAPPERS if kind(value.get(key)) == "messages"), None)
         if turns is None:

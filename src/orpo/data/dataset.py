@@ -14,26 +14,32 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from orpo.console import say
 from orpo.data.counts import RowCounts
 from orpo.data.preferences import PreferenceSet
-from orpo.data.tokenize import BATCH, PairTokenizer
+from orpo.data.stages import report
+from orpo.data.tokenize import BATCH, PairArrays, PairTokenizer
+from orpo.errors import OrpoError, first_line
 from orpo.pairs import PreferencePair, TokenizedPair
+from orpo.run.directory import read_json, write_json
+from orpo.run.disk import describe, difference, files_in, flush_folder
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 _ARRAYS = ("tokens", "offsets", "contexts", "spans", "span_offsets", "pair_index")
-_VERSION = 3
+TOKENIZING = "tokenizing"
+_MANIFEST = "manifest.json"
+_VERSION = 4
+_NO_TOKENS: Int32 = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,12 @@ class TokenizedDataset:
         """Stored tokens of prompt, chosen and rejected, `[n, 3]`."""
         return np.diff(self.offsets).reshape(-1, 3)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest side, prompt included; 0 where there is no pair."""
+        lengths = self.lengths
+        return int((lengths[:, 0] + lengths[:, 1:].max(1)).max()) if len(lengths) else 0
+
     def __reduce__(self) -> Any:
         if self.folder is not None:  # another process maps the same files
             return load, (self.folder,)
@@ -115,8 +127,9 @@ class TokenizedDataset:
             OSError: The disk is full or the folder cannot be written.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        scratch = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
         try:
+            scratch.mkdir()
             for name in _ARRAYS:
                 np.save(scratch / f"{name}.npy", getattr(self, name))
             words = {
@@ -128,6 +141,8 @@ class TokenizedDataset:
                 "end_token": self.end_token,
             }
             (scratch / "words.json").write_text(json.dumps(words), encoding="utf-8")
+            write_json(scratch / _MANIFEST, {path.name: describe(path) for path in files_in(scratch)})
+            flush_folder(scratch)
             os.rename(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -147,6 +162,26 @@ def load(folder: Path) -> TokenizedDataset:
     words["counts"] = RowCounts.from_dict(words["counts"])
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
     return TokenizedDataset(**arrays, **words, folder=folder)
+
+
+def _load_whole(folder: Path) -> TokenizedDataset | None:
+    """A cached data set; None where there is none, or it is damaged, which is said and put out of the way."""
+    if not folder.exists():
+        return None
+    try:
+        manifest = read_json(folder / _MANIFEST, {})
+        names = {"words.json", *(f"{name}.npy" for name in _ARRAYS)}
+        lacking = next((f"{name} is missing" for name in sorted(names - manifest.keys())), None)
+        problem = lacking or next(
+            (what for name, one in manifest.items() if (what := difference(folder / name, one))), None
+        )
+    except (OSError, ValueError) as error:
+        problem = first_line(error)
+    if problem is None:
+        return load(folder)
+    say(f"{folder}: the cached tokens are damaged ({problem}) and are made again")
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def tokenize_pairs(
@@ -188,10 +223,10 @@ def tokenize_pairs(
     if cache_dir is not None:
         key = _key(pairs, tokenizer, known, (template, max_length, drop_rejected))
         folder = Path(cache_dir) / key
-        if folder.exists():
-            dataset = load(folder)
-            dataset.counts.check(max_dropped)
-            return dataset
+        cached = _load_whole(folder)
+        if cached is not None:
+            cached.counts.check(max_dropped)
+            return cached
     parts = _encode_all(encoder, pairs, drop_rejected, num_proc or 1)
     dataset = _join(parts, pairs, encoder, known)
     dataset.counts.check(max_dropped)
@@ -199,10 +234,11 @@ def tokenize_pairs(
         return dataset
     try:
         dataset.save(folder)
-    except OSError as error:
-        if not folder.exists():  # else another process was faster
-            dataset.notices.append(f"the tokenized data could not be cached ({error})")
-            return dataset
+    except (OSError, OrpoError) as error:
+        cached = _load_whole(folder)  # another process may have been faster
+        if cached is None:
+            dataset.notices.append(f"the tokenized data could not be cached ({first_line(error)})")
+        return dataset if cached is None else cached
     return load(folder)
 
 
@@ -215,49 +251,53 @@ class _Part:
     counts: RowCounts
 
 
-def _encode_range(
+def _encode_batch(
     encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, start: int, stop: int
-) -> list[_Part]:
-    """Tokenize a stretch of the pairs, batch by batch: token lists take ten times the memory of arrays."""
-    parts = []
-    for first in range(start, stop, BATCH):
-        encoder.counts = RowCounts()
-        tokenized = encoder.encode(pairs[first : min(first + BATCH, stop)])
-        kept = [index for index, tokens in enumerate(tokenized, start=first) if tokens is not None]
-        arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
-        parts.append(_Part(arrays, kept, encoder.counts))
-    return parts
+) -> _Part:
+    encoder.counts = RowCounts()
+    tokenized = encoder.encode_arrays(pairs[start:stop])
+    kept = [index for index, tokens in enumerate(tokenized, start=start) if tokens is not None]
+    arrays = _arrays([tokens for tokens in tokenized if tokens is not None], drop_rejected)
+    return _Part(arrays, kept, encoder.counts)
 
 
 _inherited: Any = None  # what forked workers work on, so that the pairs are not sent to them
 
 
-def _encode_inherited(bounds: tuple[int, int]) -> list[_Part]:
+def _encode_inherited(bounds: tuple[int, int]) -> _Part:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder, pairs, drop_rejected = _inherited
-    return _encode_range(encoder, pairs, drop_rejected, *bounds)
+    return _encode_batch(encoder, pairs, drop_rejected, *bounds)
 
 
 def _encode_all(
     encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, num_proc: int
 ) -> list[_Part]:
     global _inherited
-    if num_proc < 2 or len(pairs) <= BATCH or sys.platform != "linux":  # elsewhere a fork is not safe
-        return _encode_range(encoder, pairs, drop_rejected, 0, len(pairs))
     bounds = [(start, min(start + BATCH, len(pairs))) for start in range(0, len(pairs), BATCH)]
+    if num_proc < 2 or len(bounds) < 2 or sys.platform != "linux":  # elsewhere a fork is not safe
+        one_by_one = (_encode_batch(encoder, pairs, drop_rejected, *one) for one in bounds)
+        return list(_reported(one_by_one, len(pairs)))
     _inherited = (encoder, pairs, drop_rejected)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
             with multiprocessing.get_context("fork").Pool(num_proc) as pool:
-                return [part for parts in pool.imap(_encode_inherited, bounds) for part in parts]
+                return list(_reported(pool.imap(_encode_inherited, bounds), len(pairs)))
     finally:
         _inherited = None
 
 
-def _arrays(pairs: Sequence[TokenizedPair], drop_rejected: bool = False) -> dict[str, Any]:
+def _reported(parts: Iterable[_Part], total: int) -> Iterator[_Part]:
+    report(TOKENIZING, 0, total)
+    for number, part in enumerate(parts, start=1):
+        report(TOKENIZING, min(number * BATCH, total), total)
+        yield part
+
+
+def _arrays(pairs: Sequence[TokenizedPair | PairArrays], drop_rejected: bool = False) -> dict[str, Any]:
     parts = [part for p in pairs for part in (p.prompt, p.chosen, [] if drop_rejected else p.rejected)]
-    flat = np.fromiter(chain.from_iterable(parts), dtype=np.int32)
+    flat = np.concatenate([_NO_TOKENS, *(np.asarray(part, dtype=np.int32) for part in parts)])
     spans = [span for pair in pairs for span in pair.assistant_spans]
     contexts = [(p.chosen_context, 0 if drop_rejected else p.rejected_context) for p in pairs]
     return {

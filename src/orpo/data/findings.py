@@ -6,7 +6,7 @@ Nothing is dropped here; these are findings about well-formed rows that a person
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,6 +95,12 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         """For data_report.json."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Findings:
+        """Inverse of `to_dict`."""
+        bias = data.get("length_bias")
+        return cls(**{**data, "length_bias": None if bias is None else LengthBias(**bias)})
 
 
 def find(

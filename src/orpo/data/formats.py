@@ -12,9 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orpo.data import pairwise, ranked, turn_markers
-from orpo.data.messages import ROLES, BadRow, Turns, alternatives, kind, text_of, turns_of, with_system
+from orpo.data.messages import (
+    ROLES,
+    BadRow,
+    Turns,
+    alternatives,
+    kind,
+    number_of,
+    text_of,
+    turns_of,
+    with_system,
+)
 from orpo.data.questions import asked_in, instruction, is_transcript, transcript
-from orpo.data.rows import Row
+from orpo.data.rows import ORIGIN, Row
 from orpo.data.sides import Sides, pair_up, part
 
 
@@ -179,7 +189,7 @@ def _read_rendered(row: Row) -> list[Sides]:
         for rejected in wholes:
             cut = _last_header(chosen, _shared_length(chosen, rejected))
             found.append(Sides(chosen[:cut], chosen[cut:], rejected[cut:]))
-    for prompt, best, _ in found:
+    for prompt, best, *_ in found:
         if not prompt or turn_markers.asks(str(best)):
             raise BadRow(
                 "chosen", "is rendered already, and nothing shows where its answer begins", _UNRENDER
@@ -280,7 +290,7 @@ def _is_standard_repeated(row: Row) -> bool:
 
 def _read_standard_repeated(row: Row) -> list[Sides]:
     result = []
-    for prompt, chosen, rejected in _read_standard(row):
+    for prompt, chosen, rejected, _ in _read_standard(row):
         assert isinstance(prompt, str)
         for field, side in (("chosen", chosen), ("rejected", rejected)):
             if side is not None and not side.startswith(prompt):  # type: ignore[union-attr]
@@ -300,6 +310,24 @@ def _read_standard(row: Row) -> list[Sides]:
     if not others:
         return [Sides(prompt, chosen, None)]
     return [Sides(prompt, chosen, rejected) for rejected in others]
+
+
+# ------------------------------------------------------------------------------------------------- prepared
+
+
+def _is_prepared(row: Row) -> bool:
+    return isinstance(row.get(ORIGIN), str)
+
+
+def _read_prepared(row: Row) -> list[Sides]:
+    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
+    scores = [number_of(row.get(name)) for name in ("score_chosen", "score_rejected")]
+    both = None if None in scores else (scores[0], scores[1])
+    if isinstance(prompt, str):
+        text = None if rejected is None else text_of(row, "rejected")
+        return [Sides(prompt, text_of(row, "chosen"), text, both)]  # type: ignore[arg-type]
+    answer = None if rejected is None else turns_of(rejected, "rejected")
+    return [Sides(turns_of(prompt, "prompt"), turns_of(chosen, "chosen"), answer, both)]  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------- registry
@@ -330,6 +358,12 @@ _RANKED = "several answers to a prompt and what says how good each is: the best 
 
 # A row speaks for the first format that it matches.
 FORMATS = (
+    Format(
+        "prepared",
+        "written by orpo data prepare or subset: taken as it is",
+        _is_prepared,
+        _read_prepared,
+    ),
     Format(
         "pairwise",
         "two answers and a label that says which is better",

@@ -63,12 +63,15 @@ def kind(value: object) -> str:
         return "null"
     if isinstance(value, str):
         return "text"
-    if isinstance(value, Mapping):
+    # Asking for the types themselves first: the question about an abstract one takes ten times as long.
+    if isinstance(value, dict) or (not isinstance(value, list) and isinstance(value, Mapping)):
         return "message" if "role" in value or "from" in value else "other"
-    if isinstance(value, Sequence) and value:
-        kinds = {kind(item) for item in value}
-        if all(isinstance(item, Mapping) for item in value):
-            return "messages" if kinds == {"message"} else "records"
+    if isinstance(value, list | tuple | Sequence) and value:
+        kinds = set(map(kind, value))
+        if kinds == {"message"}:
+            return "messages"
+        if all(isinstance(item, dict | Mapping) for item in value):
+            return "records"
         if kinds == {"text"}:
             return "texts"
         if kinds == {"messages"}:
@@ -86,6 +89,8 @@ def text_of(row: Row, field: str) -> str:
 
 def without_nulls(value: Any) -> Any:
     """Arrow tables give every struct all keys of the column; the ones a row did not set come back as None."""
+    if value is None:
+        return None
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
@@ -94,7 +99,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _message(value: object, field: str) -> Message:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict | Mapping):
         raise BadRow(field, f"holds {type_name(value)}; expected a message")
     role, content = value.get("role"), value.get("content")
     if len(value) == 2 and isinstance(content, str) and role in _PLAIN_ROLES:
@@ -152,10 +157,10 @@ def turns_of(value: object, field: str) -> Turns:
     """A text is one assistant answer; a message is itself; a list is its messages."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    if isinstance(value, Mapping):
-        return [_message(value, field)]
     if isinstance(value, list | tuple):
         return [_message(item, field) for item in value]
+    if isinstance(value, Mapping):
+        return [_message(value, field)]
     raise BadRow(field, "is missing" if value is None else f"is {type_name(value)}; expected messages")
 
 

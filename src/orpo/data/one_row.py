@@ -16,7 +16,7 @@ from typing import Any
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE
 from orpo.data.named_templates import DEFAULT
-from orpo.data.rows import RawRow, read_rows
+from orpo.data.rows import ORIGIN, RawRow, read_rows
 from orpo.data.source import ReadPairs, read_pairs, read_texts
 from orpo.data.text_rows import LINES
 from orpo.errors import DataError
@@ -106,7 +106,8 @@ def find_row(data: Any, row: str | int, settings: OrpoSettings, split: str | Non
 
 def _is_named(raw: RawRow, index: int, name: str) -> bool:
     """Whether a row is the one of an index or a source, which may be typed with the file's folder."""
-    return name == str(index) or name == raw.source or name.endswith("/" + raw.source)
+    origin = raw.data.get(ORIGIN) if isinstance(raw.data, dict) else None
+    return name in (str(index), raw.source, origin) or name.endswith("/" + raw.source)
 
 
 def read_row(
@@ -150,10 +151,20 @@ def _read(
 ) -> ReadPairs:
     """Read rows from memory; errors name them by their own sources."""
     try:
-        return read_pairs([row.data for row in rows], settings, tokenizer, stop_tokens=stop_tokens)
+        return read_pairs(
+            [_placed(row.data, number) for number, row in enumerate(rows)],
+            settings,
+            tokenizer,
+            stop_tokens=stop_tokens,
+        )
     except DataError as error:
         line = re.sub(r"\brow:(\d+)", lambda place: rows[int(place[1])].source, str(error))
         raise DataError(line) from None
+
+
+def _placed(row: Any, number: int) -> Any:
+    """A row that carries its origin, with its place among the rows in memory instead."""
+    return row | {ORIGIN: f"row:{number}"} if ORIGIN in row else row
 
 
 def _outcomes(counts: RowCounts) -> tuple[tuple[str, str], ...]:

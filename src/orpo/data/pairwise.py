@@ -220,7 +220,19 @@ def read_pairwise(row: Row) -> list[Sides]:
     if better is None:
         raise Untrainable(TIE)
     sides = _conversations(row, duel)
-    return [part(sides[better], sides[1 - better])]
+    return [part(sides[better], sides[1 - better])._replace(scores=_scores(row, label, judge, duel, better))]
+
+
+def _scores(row: Row, label: str, judge: Judge, duel: Duel, better: int) -> tuple[float, float] | None:
+    """Numbers of the better and the other answer, or the strength of the label; those found are not noted."""
+    if judge is _by_sign and (strength := number_of(row[label])) is not None:
+        return abs(strength), 0.0
+    plain = dict(row)
+    for word, sign in _NUMBERS.items():
+        if (columns := _number_columns(plain, word, duel)) is not None:
+            values = [sign * (number_of(plain[name]) or 0.0) for name in columns]
+            return values[better], values[1 - better]
+    return None
 
 
 def _conversations(row: Row, duel: Duel) -> tuple[Turns, Turns]:

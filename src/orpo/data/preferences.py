@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +21,9 @@ from orpo.data.columns import Columns, NamedRow
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
 from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
-from orpo.data.rows import RawRow, read_rows
-from orpo.data.verdicts import contradiction, unpaired_reason
+from orpo.data.rows import ORIGIN, RawRow, read_rows
+from orpo.data.stages import EVERY, report
+from orpo.data.verdicts import contradiction, side_scores, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
@@ -102,7 +102,7 @@ def read_preferences(
     sources = _sources(data)
     for name, (source, weight) in sources.items():
         reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
-        pairs = list(reading.pairs(source, first))
+        pairs = list(_reported(reading, name, source, first))
         result.counts.add(reading.counts)
         result.formats[name] = reading.detected
         result.unused_columns[name] = reading.columns.unused
@@ -116,6 +116,19 @@ def read_preferences(
         result.pairs.extend(pairs)
     result.counts.check(max_dropped)
     return result
+
+
+def _reported(reading: _Reading, name: str, data: Any, first: int | None) -> Iterator[PreferencePair]:
+    """The pairs of a data set, with reports of how far its reading is."""
+    stage = f"reading {Path(name).name}"
+    total = len(data) if isinstance(data, Sized) and not isinstance(data, str | Mapping) else None
+    known = first if total is None else total if first is None else min(first, total)
+    report(stage, 0, known)
+    for number, pair in enumerate(reading.pairs(data, first), start=1):
+        if number % EVERY == 0:
+            report(stage, reading.counts.total, known)
+        yield pair
+    report(stage, reading.counts.total, reading.counts.total)
 
 
 def _notices(name: str, reading: _Reading) -> list[str]:
@@ -227,7 +240,7 @@ class _Reading:
                 continue
             self.counts.total += len(pairs) - 1
             for pair in pairs:
-                reason = _cannot_train(pair) or self._cannot_use_alone(pair, named_row)
+                reason = cannot_train(pair) or self._cannot_use_alone(pair, named_row)
                 if reason is None:
                     self.contradictions.update(filter(None, [contradiction(named_row)]))
                     yield pair
@@ -258,10 +271,11 @@ class _Reading:
             raise BadRow("row", str(raw.data))
         row = self.columns.name(raw.data)
         _refuse_media(row)
-        tools, arguments = _tools(row), _template_arguments(row)
+        tools, arguments = row_tools(row), template_arguments(row)
+        source = row[ORIGIN] if isinstance(dict.get(row, ORIGIN), str) else raw.source
         group = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
         pairs = [
-            PreferencePair(*sides, tools, raw.source, group, arguments)
+            PreferencePair(*sides[:3], tools, source, group, arguments, sides.scores or side_scores(row))
             for sides in self.detected.format.read(row)
         ]
         for pair in pairs:
@@ -276,11 +290,12 @@ class _Reading:
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
 
 
-_HALF = re.compile("[\ud800-\udfff]")
 _MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
 
 
 def _refuse_media(row: NamedRow) -> None:
+    if _MEDIA.isdisjoint(row):
+        return
     for name in sorted(_MEDIA & row.keys()):
         if row[name]:
             raise BadRow(name, "belongs to the question, and only text is trained", "leave the column out")
@@ -289,17 +304,46 @@ def _refuse_media(row: NamedRow) -> None:
 def _check_texts(pair: PreferencePair) -> None:
     """Stop at text that cannot be encoded, and at answers that would be rendered a second time."""
     for name, side in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
-        for text in [side] if isinstance(side, str) else [turn["content"] for turn in side or []]:
-            if not text.isascii() and _HALF.search(text):
-                raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+        texts = [side] if isinstance(side, str) else [turn["content"] for turn in side or ()]
+        _refuse_half_characters(name, texts)
+        if not isinstance(side, str):
+            _refuse_half_characters(name, [turn for turn in side or () if len(turn) > 2])
+        for text in texts:
             if name != "prompt" and turn_markers.is_rendered(text):
                 raise BadRow(
                     name, "is rendered already: it begins with the tokens of a chat template",
                     "give the rows as they were before the chat template",
                 )  # fmt: skip
+    for name, value in (
+        ("tools", pair.tools),
+        ("source", pair.group),
+        ("chat_template_kwargs", pair.chat_template_kwargs),
+    ):
+        if value is not None:
+            _refuse_half_characters(name, value)
 
 
-def _tools(row: NamedRow) -> list[Any] | None:
+def _refuse_half_characters(name: str, value: Any) -> None:
+    if _has_half_character(value):
+        raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+
+
+def _has_half_character(value: Any) -> bool:
+    """Whether there is text, at any depth, that no encoding can write."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return True
+        return False
+    if isinstance(value, dict):
+        return any(map(_has_half_character, value.values())) or any(map(_has_half_character, value))
+    return isinstance(value, list | tuple) and any(map(_has_half_character, value))
+
+
+def row_tools(row: NamedRow) -> list[Any] | None:
+    """Schemas of the tools that a row's conversation may call."""
     tools = _from_json(row, "tools")
     if isinstance(tools, list):
         tools = [_loaded(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
@@ -308,7 +352,8 @@ def _tools(row: NamedRow) -> list[Any] | None:
     return without_nulls(tools) or None
 
 
-def _template_arguments(row: NamedRow) -> dict[str, Any] | None:
+def template_arguments(row: NamedRow) -> dict[str, Any] | None:
+    """A row's own arguments of the chat template."""
     arguments = _from_json(row, "chat_template_kwargs")
     if arguments is not None and not isinstance(arguments, Mapping):
         raise BadRow("chat_template_kwargs", f"is {type_name(arguments)}; expected an object")
@@ -329,7 +374,7 @@ def _loaded(text: str, name: str) -> Any:
         raise BadRow(name, "is text, but not JSON") from None
 
 
-def _cannot_train(pair: PreferencePair) -> str | None:
+def cannot_train(pair: PreferencePair) -> str | None:
     """Why a well-formed row is of no use; None where it is."""
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if side is None:
@@ -340,7 +385,7 @@ def _cannot_train(pair: PreferencePair) -> str | None:
             return f"empty {name} answer"
     if not pair.prompt:
         return "no prompt: the sides share no beginning"
-    if pair.rejected is None:
+    if pair.rejected is None or _last(pair.chosen) != _last(pair.rejected):
         return None
     return "chosen and rejected are identical" if _answer(pair.chosen) == _answer(pair.rejected) else None
 
@@ -349,6 +394,10 @@ def _is_empty(side: list[Message] | str) -> bool:
     if isinstance(side, str):
         return not side.strip()
     return not side[-1]["content"].strip() and not side[-1].get("tool_calls")
+
+
+def _last(side: list[Message] | str) -> str:
+    return (side if isinstance(side, str) else str(side[-1]["content"])).strip()
 
 
 def _answer(side: list[Message] | str) -> object:

@@ -94,7 +94,7 @@ def read_best_first(row: Row) -> list[Sides]:
     answers = _answers(row)
     found = ranking(row, answers)
     return _best_against_worse(
-        row, answers, found.values if found else [-float(i) for i in range(len(answers))]
+        row, answers, found.values if found else [float(-i) for i in range(len(answers))]
     )
 
 
@@ -113,7 +113,11 @@ def _best_against_worse(row: Row, answers: Sequence[Any], scores: Sequence[float
     worse = sorted((i for i in range(len(scores)) if scores[i] < scores[best]), key=lambda i: -scores[i])
     history = question(row)
     # Where no answer is worse, the sides are one and the same, and the pair is dropped as identical.
-    return [sides for i in worse or [best] for sides in pair_up(history, texts[best], texts[i])]
+    return [
+        sides._replace(scores=(scores[best], scores[i]))
+        for i in worse or [best]
+        for sides in pair_up(history, texts[best], texts[i])
+    ]
 
 
 def _answer_text(answer: object) -> object:

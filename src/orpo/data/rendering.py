@@ -27,6 +27,7 @@ from orpo.data.reasoning import (
 from orpo.data.spans import assistant_spans
 from orpo.data.templates import prepare_template, with_arguments
 from orpo.data.turn_ends import added_ids
+from orpo.data.verbatim import VerbatimWriter, looks_for
 from orpo.errors import ConfigError, ModelError, first_line
 from orpo.pairs import Message, PreferencePair
 
@@ -101,6 +102,7 @@ class Renderer:
         self._by_arguments: dict[str, ChatTemplate] = {}
         self._end_ids: dict[frozenset[str], set[int]] = {}
         self._elsewhere: dict[tuple[str, Block | None], str] = {}
+        self._writers: dict[int, VerbatimWriter | None] = {}
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -149,6 +151,24 @@ class Renderer:
                 raise Dropped(str(error)) from error
             self._by_arguments[key] = found
         return self._by_arguments[key]
+
+    def write(
+        self, template: ChatTemplate, turns: Sequence[Message], tools: list[Any] | None, *, ask: bool
+    ) -> str:
+        """A conversation as the template writes it, without Jinja where that is proved to be the same."""
+        if id(template) not in self._writers:  # the renderer keeps its templates, so that no id comes back
+            self._writers[id(template)] = self._verbatim(template)
+        writer = None if tools else self._writers[id(template)]
+        text = None if writer is None else writer.write(turns, ask=ask)
+        return template.render(self.tokenizer, turns, tools, ask=ask) if text is None else text
+
+    def _verbatim(self, template: ChatTemplate) -> VerbatimWriter | None:
+        looked_for = None if template.takes_parts else looks_for(template.text)
+        if looked_for is None:
+            return None
+        return VerbatimWriter(
+            lambda turns, ask: template.render(self.tokenizer, turns, None, ask=ask), looked_for
+        )
 
     def end_ids(self, template: ChatTemplate) -> set[int]:
         """Tokens that end an answer, and so stand in none."""
@@ -304,7 +324,7 @@ class _PairRenderer:
 
     def _turns(self, turns: Sequence[Message], *, ask: bool) -> str:
         """A conversation as the template writes it; `ask` adds the header after which the model answers."""
-        return self.template.render(self.renderer.tokenizer, turns, self.pair.tools, ask=ask)
+        return self.renderer.write(self.template, turns, self.pair.tools, ask=ask)
 
     def _try_turns(self, turns: Sequence[Message], *, ask: bool) -> str | None:
         """None where the template refuses a conversation that breaks off here."""

@@ -11,15 +11,21 @@ import ast
 import csv
 import gzip
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orpo.data.splits import DEFAULT, check_file, files_of_split, parse_split
+from orpo.data.splits import DEFAULT, check_file, files_of_split, parse_split, splits_of_folder
 from orpo.errors import DataError, first_line, raised_as
 
 Row = dict[str, Any]
+ORIGIN = "orpo_origin"
+"""Column of a prepared data set: the file and line that a row was read from first."""
+
+_SAVED = ("state.json", "dataset_dict.json")
+"""Files that tell a folder written by `save_to_disk`."""
 
 
 class RawRow(NamedTuple):
@@ -57,6 +63,37 @@ def read_rows(data: object, *, split: str | None = DEFAULT, config: str | None =
         raise DataError(f"cannot read rows from {type(data).__name__}; give a path, a hub name or a data set")
 
 
+def splits_of(data: object, config: str | None = None) -> tuple[str, ...]:
+    """Names of the splits of a local folder or a `DatasetDict`; none of anything else."""
+    if isinstance(data, Mapping):
+        is_weighted = all(isinstance(value, int | float) for value in data.values())
+        return () if is_weighted else tuple(map(str, data))
+    if not isinstance(data, str | Path) or not (folder := Path(data).expanduser()).is_dir():
+        return ()
+    if (listed := folder / "dataset_dict.json").is_file():  # written by `save_to_disk`
+        return tuple(json.loads(listed.read_text(encoding="utf-8"))["splits"])
+    if (folder / "state.json").exists():
+        return ()
+    return tuple(splits_of_folder(folder, config, _is_data))
+
+
+def data_files(data: str | Path, split: str | None, config: str | None = None) -> list[Path]:
+    """The local files that `read_rows` reads rows from; none for a hub name."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return []
+    if any((path / name).exists() for name in _SAVED):
+        return sorted(path.rglob("*.arrow"))
+    parts = parse_split(split)
+    return [file for part in parts for file in files_of_split(path, part.name, config, _is_data)]
+
+
+def _is_data(file: Path) -> bool:
+    return _reader(file) is not None
+
+
 def _named_rows(name: str, split: str | None, config: str | None) -> Iterator[RawRow]:
     path = Path(name).expanduser()
     if path.is_dir() or path.is_file():
@@ -70,14 +107,32 @@ def _named_rows(name: str, split: str | None, config: str | None) -> Iterator[Ra
 
 
 def _object_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_from_table(rows) if _is_table(rows) else rows):
         yield _as_row(row, f"{name}:{number}")
 
 
+def _is_table(rows: Any) -> bool:
+    """Whether this is a `Dataset` whose rows are plain Python."""
+    return type(rows).__name__ == "Dataset" and rows.format["type"] is None and len(rows.column_names) > 0
+
+
+def _from_table(rows: Any) -> Iterator[Row]:
+    """The rows of a `Dataset`: many at once, because one by one takes it several times as long."""
+    for batch in rows.iter(256):
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
 def _as_row(row: object, source: str) -> RawRow:
+    if type(row) is dict and _PLAIN.issuperset(map(type, row.values())):
+        return RawRow(row, source)
     if isinstance(row, Mapping):
         return RawRow({name: _plain(value) for name, value in row.items()}, source)
     return RawRow(DataError(f"is a {type(row).__name__}; expected an object with columns"), source)
+
+
+_PLAIN = frozenset({str, list, dict, int, float, bool, type(None)})
 
 
 def _plain(value: Any) -> Any:
@@ -100,12 +155,12 @@ def _load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
 
 
 def _local_rows(path: Path, split: str | None, config: str | None) -> Iterator[RawRow]:
-    if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+    if path.is_dir() and any((path / name).exists() for name in _SAVED):
         yield from _saved_rows(path, split)
         return
     for part in parse_split(split):
         if path.is_dir():
-            files = files_of_split(path, part.name, config, lambda file: _reader(file) is not None)
+            files = files_of_split(path, part.name, config, _is_data)
         else:
             check_file(path, part.name)
             files = [path]
@@ -132,10 +187,21 @@ def _file_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _open(path: Path) -> IO[str]:
-    # Bytes that are not UTF-8 become U+FFFD: the row then reads oddly, but its neighbours survive.
+    # A byte that is not UTF-8 becomes half a character: its row is malformed, and its neighbours survive.
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
-    return path.open(encoding="utf-8-sig", errors="replace", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+_FOREIGN_BYTE = re.compile("[\udc80-\udcff]")
+
+
+def _not_utf8(text: str) -> DataError | None:
+    """What is wrong with a text that was read from bytes of another encoding; None where nothing is."""
+    if text.isascii() or (found := _FOREIGN_BYTE.search(text)) is None:
+        return None
+    byte = ord(found[0]) - 0xDC00
+    return DataError(f"holds bytes that are not UTF-8 (0x{byte:02x}); save the file as UTF-8")
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
@@ -146,6 +212,8 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
 
 
 def _parse_json(text: str, source: str) -> RawRow:
+    if (foreign := _not_utf8(text)) is not None:
+        return RawRow(foreign, source)
     try:
         return _as_row(json.loads(text), source)
     except (ValueError, RecursionError) as error:
@@ -158,6 +226,8 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         text = file.read()
     start = len(text) - len(text.lstrip())
     if not text.startswith("[", start):
+        if (foreign := _not_utf8(text)) is not None and "\n" not in text.strip():
+            raise DataError(f"{path.name}: {foreign}")
         try:
             loaded = json.loads(text)
         except json.JSONDecodeError:
@@ -191,35 +261,79 @@ def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
             if text[position + 1 :].strip():
                 raise DataError(f"{name}:{line}: something follows the JSON array; fix the file")
             return
+        began = position
         try:
             row, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             # Where a broken row of an array ends is unknown, so the rest cannot be read: no skipping here.
             raise DataError(f"{name}:{error.lineno}: is not JSON ({error.msg}); fix the file") from error
-        yield _as_row(row, f"{name}:{line}")
+        foreign = _not_utf8(text[began:position])
+        yield _as_row(row, f"{name}:{line}") if foreign is None else RawRow(foreign, f"{name}:{line}")
 
 
 def _read_csv(path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path) as file:
-        reader = csv.DictReader(file)
-        while True:
-            line = reader.line_num + 1 if reader.line_num else 2
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield RawRow(DataError(f"is not CSV ({error})"), f"{path.name}:{line}")
-                continue
-            yield RawRow(_csv_row(row), f"{path.name}:{line}")
+        reader = csv.reader(file, strict=True)
+        header = _csv_header(reader, path.name)
+        for first, cells in _csv_records(reader):
+            row = cells if isinstance(cells, DataError) else _csv_row(cells, header)
+            # Each line that a stray quote has swallowed may have been a row.
+            last = max(reader.line_num, first) if isinstance(row, DataError) else first
+            yield from (RawRow(row, f"{path.name}:{number}") for number in range(first, last + 1))
 
 
-def _csv_row(row: dict[Any, Any]) -> Row | DataError:
-    if None in row or None in row.values():
-        more = "more" if None in row else "fewer"
+def _csv_records(reader: Any) -> Iterator[tuple[int, list[str] | DataError]]:
+    """The line that each record begins on, and its cells, or what is wrong with it; blank lines left out."""
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield first, DataError(f"is not CSV ({error}); write a quote within a cell twice")
+        else:
+            if cells:
+                yield first, cells
+
+
+def _csv_header(reader: Any, name: str) -> list[str]:
+    try:
+        header: list[str] = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{name}:1: the header is not CSV ({error})") from None
+    problem = _not_utf8("".join(header))
+    twice = sorted({cell for cell in header if header.count(cell) > 1})
+    if problem is not None or twice:
+        raise DataError(f"{name}:1: the header {problem or f'names {twice[0]!r} twice; rename one'}")
+    return header
+
+
+def _csv_row(cells: list[str], header: list[str]) -> Row | DataError:
+    """The cells of a record as a row, or why they are none."""
+    if len(cells) != len(header):
+        more = "more" if len(cells) > len(header) else "fewer"
         return DataError(f"has {more} cells than the header; put text that holds a comma into quotes")
-    return {key: _cell(value) for key, value in row.items()}
+    if any(_is_several_rows(cell, number, len(header)) for number, cell in enumerate(cells)):
+        return DataError(
+            "looks like several rows between two stray quotes; write a quote within a cell twice, or, if it"
+            " is one row, give the file as jsonl"
+        )
+    return _not_utf8("".join(cells)) or dict(zip(header, map(_cell, cells), strict=True))
+
+
+def _is_several_rows(cell: str, number: int, columns: int) -> bool:
+    """Whether a cell is the rest of one row, whole rows, and the beginning of another.
+
+    Two stray quotes at the edges of cells of the same column make that, and correct CSV. Each line then has
+    the commas of what it was cut from; two lines alone, with no whole row between them, may well be text.
+    """
+    if columns < 2 or cell.count("\n") < 2:
+        return False
+    lines = cell.split("\n")
+    expected = [columns - 1 - number, *[columns - 1] * (len(lines) - 2), number]
+    return [line.count(",") for line in lines] == expected
 
 
 def _cell(text: str) -> object:

@@ -19,6 +19,8 @@ class Sides(NamedTuple):
     prompt: Turns | str
     chosen: Turns | str
     rejected: Turns | str | None
+    scores: tuple[float, float] | None = None
+    """How good the row says chosen and rejected are; more is better."""
 
 
 def part(chosen: Turns, rejected: Turns) -> Sides:

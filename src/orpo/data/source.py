@@ -25,6 +25,8 @@ from orpo.data.preferences import (
     split_holdout,
     stream_preferences,
 )
+from orpo.data.rows import splits_of
+from orpo.data.splits import evaluation_split
 from orpo.data.templates import prepare_template
 from orpo.data.text_rows import LINES, as_conversations, decide
 from orpo.data.tokenize import PairTokenizer, stream_tokenized
@@ -240,22 +242,29 @@ def read_training(
     evals = _named_evaluation_data(settings) if evals is None else evals
     sets = {} if evals is None else dict(evals) if _is_named(evals) else {"": evals}
     reading = _Reading(settings, tokenizer, stop_tokens)
+    notices: tuple[str, ...] = ()
+    split = None
+    if evaluates and not sets and settings.eval_split > 0:
+        split, notices = _own_split(train, settings)
+        sets = {"": _unweighted(train)} if split else sets
     if train is not None and _as_tokenized(train) is None and _is_stream(train, settings):
         stream, text_rows = reading.stream(train)
-        known_evals = reading.evaluation_sets(sets, text_rows=text_rows)
-        return TrainingData(train=stream, evals=known_evals, text_rows=text_rows)
+        known_evals = reading.evaluation_sets(sets, text_rows=text_rows, split=split)
+        return TrainingData(train=stream, evals=known_evals, notices=notices, text_rows=text_rows)
     if train is None or (tokenized := _as_tokenized(train)) is not None:
         known = None if train is None else ReadPairs(name=TRAINING, pairs=tokenized)  # type: ignore[arg-type]
         return TrainingData(train=known, evals=reading.evaluation_sets(sets))
     read = reading.preferences(train, settings.dataset_train_split, TRAINING)
     text_rows = read.text_rows
-    notices: tuple[str, ...] = ()
     if evaluates and not sets and settings.eval_split > 0:
-        read, held_out, notices = _hold_out(read, settings)
+        read, held_out, line = _hold_out(read, settings)
+        notices += (line,)
         known_evals = {"": reading.tokenized(held_out, EVALUATION)}
     else:
-        trained = {pair_key(pair) for pair in read.pairs}
-        known_evals = reading.evaluation_sets(sets, trained, leaves_out=leaves_out, text_rows=text_rows)
+        trained = {pair_key(pair) for pair in read.pairs} if sets else set()
+        known_evals = reading.evaluation_sets(
+            sets, trained, leaves_out=leaves_out, text_rows=text_rows, split=split
+        )
     tokenized_train = reading.tokenized(read, TRAINING)
     evaluated = [pair for one in known_evals.values() for pair in one.preferences]
     findings = find(read.pairs, evaluated or None, tokenized_train.pairs)
@@ -345,9 +354,10 @@ class _Reading:
         *,
         leaves_out: bool = True,
         text_rows: TextRows | None = None,
+        split: str | None = None,
     ) -> dict[str, ReadPairs]:
         """Read the evaluation sets; pairs that are `trained` on are left out or named, and counted."""
-        split = self.settings.dataset_test_split or self.settings.dataset_train_split
+        split = split or self.settings.dataset_test_split or self.settings.dataset_train_split
         if self.settings.eval_dataset_name is not None and self.settings.dataset_test_split is None:
             split = "train"  # of a file or folder of its own: all of it
         found = {}
@@ -438,9 +448,7 @@ def _without(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
     return replace(read, pairs=kept)
 
 
-def _hold_out(
-    read: PreferenceSet, settings: OrpoSettings
-) -> tuple[PreferenceSet, PreferenceSet, tuple[str, ...]]:
+def _hold_out(read: PreferenceSet, settings: OrpoSettings) -> tuple[PreferenceSet, PreferenceSet, str]:
     """Training pairs, held-out pairs, and a line; what was dropped while reading stays with the former."""
     train, held_out = split_holdout(read.pairs, settings.eval_split, _seed(settings))
     if not held_out:
@@ -451,7 +459,36 @@ def _hold_out(
     )
     counts = replace(read.counts, total=read.counts.total - len(held_out))
     kept = replace(read, pairs=train, counts=counts)
-    return kept, PreferenceSet(held_out, counts=RowCounts(total=len(held_out))), (line,)
+    return kept, PreferenceSet(held_out, counts=RowCounts(total=len(held_out))), line
+
+
+def _own_split(train: Any, settings: OrpoSettings) -> tuple[str | None, tuple[str, ...]]:
+    """The split of the training data's own folder to evaluate on, where it has one, and a line about it."""
+    names = _unweighted(train)
+    names = names if isinstance(names, list) and _is_name(names) else [names]
+    splits = {}
+    for name in names:
+        found = splits_of(name, settings.dataset_config)
+        splits[name if isinstance(name, str | Path) else "the data"] = (
+            evaluation_split(found, settings.dataset_train_split),
+            found,
+        )
+    where = ", ".join(str(name) for name, (split, _) in splits.items() if split)
+    own = {split for split, _ in splits.values()}
+    if own == {None}:
+        return None, ()
+    if len(own) > 1:
+        return None, (f"only {where} of the training data has a split to evaluate on, which is not used",)
+    (split,) = own
+    others = [name for name in next(iter(splits.values()))[1] if name != split]
+    left = [name for name in others if evaluation_split([name], settings.dataset_train_split)]
+    rest = f"; {', '.join(left)} is left for orpo eval" if left else ""
+    return split, (f"evaluating on the split {split} of {where} (dataset_test_split names another){rest}",)
+
+
+def _unweighted(data: Any) -> Any:
+    """The names of data sets without their weights; any other data as it is."""
+    return list(data) if isinstance(data, Mapping) and _is_name(data) else data
 
 
 def _named_evaluation_data(settings: OrpoSettings) -> Any:

@@ -26,7 +26,11 @@ _KEYWORDS = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
-_NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+MANIFEST = "prepared.json"
+"""What `orpo data prepare` writes next to the data: how it came about."""
+_NO_DATA = {
+    "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", MANIFEST,
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -119,6 +123,27 @@ def splits_of_folder(
     """
     splits = _splits_of_card(folder, config)
     return _splits_by_name(folder, _data_files(folder, config, is_data)) if splits is None else splits
+
+
+def evaluation_split(names: Iterable[str], train_split: str | None) -> str | None:
+    """The split to evaluate on while training: validation, else test, that goes with the training split.
+
+    Args:
+        names: All splits of the data.
+        train_split: What is trained on; `train_prefs` goes with `test_prefs`.
+    """
+    trained = {part.name for part in parse_split(train_split)}
+    others = [name for name in names if name not in trained]
+    for keyword in ("validation", "test"):
+        found = [name for name in others if _keyword(name) == keyword]
+        same = [name for name in found if _further_words(name) in map(_further_words, trained)]
+        if len(chosen := same or found) == 1:
+            return chosen[0]
+    return None
+
+
+def _further_words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\W_\d]+", name.lower()) if word and word not in _KEYWORDS]
 
 
 def _stem(path: Path) -> str:

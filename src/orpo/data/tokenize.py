@@ -14,39 +14,57 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple
 
-from orpo.data.chat_template import ChatTemplate, common
+import numpy as np
+
+from orpo.data.chat_template import ChatTemplate
 from orpo.data.counts import RowCounts
 from orpo.data.rendering import Dropped, Rendered, RenderedSide, Renderer
 from orpo.data.templates import adds_bos
+from orpo.data.text_encoder import Ids, TextEncoder
 from orpo.pairs import Message, PreferencePair, TokenizedPair
 
-Tokens = list[int]
 BATCH = 512
 _APART = "a token crossed the boundary: the answer is tokenized apart from its prompt"
+_NO_IDS: Ids = np.zeros(0, dtype=np.int32)
 
 
-class _Encoded(NamedTuple):
-    """A text's tokens, and the tokenizer's record of where in the text they came from (fast ones only)."""
+class PairArrays(NamedTuple):
+    """A `TokenizedPair` whose parts are arrays."""
 
-    ids: Tokens
-    record: Any
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+    chosen_context: int
+    rejected_context: int
+    assistant_spans: tuple[tuple[int, int], ...]
+    source: str
+
+    def listed(self) -> TokenizedPair:
+        """The pair with lists."""
+        prompt, chosen, rejected = self.prompt.tolist(), self.chosen.tolist(), self.rejected.tolist()
+        return TokenizedPair(prompt, chosen, rejected, *self[3:])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer side, with its prompt."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 class _Outcome(NamedTuple):
     """What one pair became: its tokens, or why it is dropped."""
 
-    tokens: TokenizedPair | None
+    tokens: PairArrays | None
     reason: str | None
     notes: list[str]
     lost: list[str]
 
 
 class _Tokens(NamedTuple):
-    """One side: prompt tokens, the prompt's encoding, answer tokens, whether these were tokenized apart."""
+    """One side: prompt tokens, those without a BOS of ours, answer tokens, whether these were apart."""
 
-    head: Tokens
-    prompt: _Encoded
-    answer: Tokens
+    head: Ids
+    prompt: Ids
+    answer: Ids
     apart: bool = False
 
 
@@ -87,6 +105,8 @@ class PairTokenizer:
             date=date,
         )
         self.counts = RowCounts()
+        self._texts = TextEncoder(tokenizer)
+        self._shows: dict[int, bool] = {}
         self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | None]:
@@ -95,6 +115,10 @@ class PairTokenizer:
         A pair longer than `max_length` loses the oldest turns of its prompt, the same on both sides, and no
         more of them than it must.
         """
+        return [None if one is None else one.listed() for one in self.encode_arrays(pairs)]
+
+    def encode_arrays(self, pairs: Sequence[PreferencePair]) -> list[PairArrays | None]:
+        """As `encode`, with arrays for lists."""
         outcomes = self._encode(pairs)
         if self.max_length is not None:
             self._shorten(pairs, outcomes, self.max_length)
@@ -133,19 +157,6 @@ class PairTokenizer:
 
     # --------------------------------------------------------------------------------------- text to tokens
 
-    def _encode_texts(self, texts: list[str]) -> list[_Encoded]:
-        if not texts:
-            return []
-        batch = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        records = getattr(batch, "encodings", None) or [None] * len(texts)
-        return [_Encoded(ids, record) for ids, record in zip(batch["input_ids"], records, strict=True)]
-
     def _tokenize(self, sides: list[RenderedSide]) -> list[_Tokens | None]:
         """Prompt and answer of every side; None where the prompt's tokens do not begin the conversation's.
 
@@ -153,58 +164,58 @@ class PairTokenizer:
         the start of its conversation; a prompt that both sides share is tokenized once.
         """
         prompts = [side.text[: side.boundary] for side in sides]
-        texts = list(dict.fromkeys([*prompts, *(side.text[side.anchor :] for side in sides)]))
-        known = dict(zip(texts, self._encode_texts(texts), strict=True))
+        tails = [side.text[side.anchor :] for side in sides]
+        texts = list(dict.fromkeys([*prompts, *tails]))
+        known = dict(zip(texts, self._texts.encode(texts), strict=True))
         result: list[_Tokens | None] = []
-        crossed: list[tuple[int, Tokens, Tokens]] = []
-        for index, (side, prompt) in enumerate(zip(sides, prompts, strict=True)):
-            head, tail = known[prompt].ids, known[side.text[side.anchor :]].ids
-            header = head if side.anchor == 0 else self._last_header(side, head, tail)
-            result.append(_Tokens(self._with_bos(head), known[prompt], tail[len(header) :]))
-            if tail[: len(header)] != header or len(tail) == len(header):
+        crossed: list[tuple[int, Ids, Ids]] = []
+        for index, (side, prompt, text) in enumerate(zip(sides, prompts, tails, strict=True)):
+            head, tail = known[prompt], known[text]
+            header = head if side.anchor == 0 else _last_header(head, tail)
+            result.append(_Tokens(self._with_bos(head), head, tail[len(header) :]))
+            if len(tail) <= len(header) or not _begins(tail, header):
                 crossed.append((index, header, tail))
         # A token lies across these boundaries. At inference the prompt is tokenized without its answer.
         apart = self._encode_apart([sides[index].text[sides[index].boundary :] for index, _, _ in crossed])
         for (index, header, tail), answers in zip(crossed, apart, strict=True):
             part, whole = result[index], self._decode(tail)
-            same = next((ids for ids in answers if self._decode(header + ids) == whole), None)
-            result[index] = part._replace(answer=same, apart=True) if part is not None and same else None
+            fitting = (ids for ids in answers if self._decode(np.concatenate([header, ids])) == whole)
+            same = next(fitting, _NO_IDS)
+            result[index] = part._replace(answer=same, apart=True) if part is not None and len(same) else None
         return result
 
-    def _encode_apart(self, answers: list[str]) -> list[list[Tokens]]:
+    def _encode_apart(self, answers: list[str]) -> list[list[Ids]]:
         """Each answer by itself: as the tokenizer reads a text, and as it reads one inside a text.
 
         SentencePiece vocabularies put a blank in front of a text, which the prompt may end with already.
         """
-        (front,) = self._encode_texts(["\n"]) if answers else [_Encoded([], None)]
-        plain = self._encode_texts(answers)
-        inside = self._encode_texts(["\n" + answer for answer in answers])
+        (front,) = self._texts.encode(["\n"]) if answers else [_NO_IDS]
+        plain = self._texts.encode(answers)
+        inside = self._texts.encode(["\n" + answer for answer in answers])
         return [
-            [one.ids, two.ids[len(front.ids) :] if two.ids[: len(front.ids)] == front.ids else one.ids]
+            [one, two[len(front) :] if _begins(two, front) else one]
             for one, two in zip(plain, inside, strict=True)
         ]
 
-    def _last_header(self, side: RenderedSide, head: Tokens, tail: Tokens) -> Tokens:
-        """The prompt's tokens from the anchor on."""
-        starts = (index for index in range(len(head) - 1, -1, -1) if head[index] == tail[0])
-        return head[next(starts, 0) :]
+    def _decode(self, ids: Ids) -> str:
+        decoded = self.tokenizer.decode(
+            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(decoded)
 
-    def _decode(self, ids: Tokens) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def _with_bos(self, ids: Tokens) -> Tokens:
+    def _with_bos(self, ids: Ids) -> Ids:
         """BOS exactly once: not doubled where both the template and the text write it, never missing."""
         bos = self.tokenizer.bos_token_id
         while len(ids) > 1 and ids[0] == ids[1] == bos:
             ids = ids[1:]
-        return [self._bos, *ids] if self._bos is not None and ids[:1] != [self._bos] else ids
+        if self._bos is None or (len(ids) and ids[0] == self._bos):
+            return ids
+        return np.concatenate([np.array([self._bos], dtype=np.int32), ids])
 
     # --------------------------------------------------------------------------------------- one pair
 
-    def _assemble(
-        self, pair: PreferencePair, rendered: Rendered, parts: list[_Tokens | None]
-    ) -> TokenizedPair:
-        whole = [part for part in parts if part is not None and part.head]
+    def _assemble(self, pair: PreferencePair, rendered: Rendered, parts: list[_Tokens | None]) -> PairArrays:
+        whole = [part for part in parts if part is not None and len(part.head)]
         if len(whole) < len(parts):
             raise Dropped(
                 "no boundary: the prompt's tokens are not a prefix of the conversation's; "
@@ -212,72 +223,71 @@ class PairTokenizer:
             )
         for part in whole:
             self._check(part.answer, rendered.template)
-        if len(whole) == 2 and whole[0].head + whole[0].answer == whole[1].head + whole[1].answer:
+        if len(whole) == 2 and _same(whole):
             raise Dropped("chosen and rejected are identical once rendered")
         shared = self._shared(rendered, whole)
-        sides = [part.head[shared:] + part.answer for part in whole]
         contexts = [len(part.head) - shared for part in whole]
-        return TokenizedPair(
+        sides = [
+            np.concatenate([part.head[shared:], part.answer]) if context else part.answer
+            for part, context in zip(whole, contexts, strict=True)
+        ]
+        return PairArrays(
             prompt=whole[0].head[:shared],
             chosen=sides[0],
-            rejected=sides[1] if len(sides) == 2 else [],
+            rejected=sides[1] if len(sides) == 2 else _NO_IDS,
             chosen_context=contexts[0],
             rejected_context=contexts[1] if len(sides) == 2 else 0,
             assistant_spans=self._spans(rendered, whole[0]),
             source=pair.source,
         )
 
-    def _check(self, answer: Tokens, template: ChatTemplate | None) -> None:
-        if not answer or answer[-1] not in self.renderer.added:
+    def _check(self, answer: Ids, template: ChatTemplate | None) -> None:
+        last = int(answer[-1]) if len(answer) else None
+        if last is None or last not in self.renderer.added:
             raise Dropped("an answer does not end with an end-of-turn token")
         if not self._says_something(answer):
             raise Dropped("an answer is empty once rendered")
-        ends = {answer[-1]} if template is None else {answer[-1], *self.renderer.end_ids(template)}
-        stop = next((token for token in answer[:-1] if token in ends), None)
-        if stop is not None:
+        ends = {last} if template is None else {last, *self.renderer.end_ids(template)}
+        stops = np.flatnonzero(np.logical_or.reduce([answer[:-1] == token for token in ends]))
+        if len(stops):
             raise Dropped(
-                f"the end-of-turn token {self._decode([stop])} occurs inside an answer; "
+                f"the end-of-turn token {self._decode(answer[stops[:1]])} occurs inside an answer; "
                 "take it out of the data, or give a chat_template that writes it at the end only"
             )
 
-    def _says_something(self, answer: Tokens) -> bool:
+    def _says_something(self, answer: Ids) -> bool:
         """Whether there is more than added tokens and blanks in an answer."""
-        added = self.renderer.added
-        if any(self._decode([token]).strip() for token in answer if token not in added):
+        if any(self._shows_itself(token) for token in answer.tolist()):
             return True
         # The bytes of one letter show nothing by themselves.
-        return self._decode([token for token in answer if token not in added]).strip() != ""
+        own = [token not in self.renderer.added for token in answer.tolist()]
+        return self._decode(answer[own]).strip() != ""
+
+    def _shows_itself(self, token: int) -> bool:
+        """Whether a token is no added one, and more than blanks."""
+        if token not in self._shows:
+            own = token not in self.renderer.added
+            self._shows[token] = own and self._decode(np.array([token])).strip() != ""
+        return self._shows[token]
 
     def _shared(self, rendered: Rendered, parts: list[_Tokens]) -> int:
         """How many tokens both sides start with, cut back to a message boundary."""
         if all(side.boundary == rendered.shared[0] for side in rendered.sides):
             return len(parts[0].head)
         for end in rendered.shared:
-            ids = self._with_bos(self._encode_texts([rendered.sides[0].text[:end]])[0].ids)
-            if ids and all(part.head[: len(ids)] == ids for part in parts):
+            ids = self._with_bos(self._texts.encode([rendered.sides[0].text[:end]])[0])
+            if len(ids) and all(_begins(part.head, ids) for part in parts):
                 return len(ids)
         raise Dropped("no boundary: the sides share no whole message in tokens")
 
     def _spans(self, rendered: Rendered, part: _Tokens) -> tuple[tuple[int, int], ...]:
-        shift = len(part.head) - len(part.prompt.ids)  # BOS put in front, or a doubled one taken away
+        shift = len(part.head) - len(part.prompt)  # BOS put in front, or a doubled one taken away
         text = rendered.sides[0].text[: rendered.sides[0].boundary]
-        return tuple(
-            (
-                self._token_at(part.prompt, text, start) + shift,
-                self._token_at(part.prompt, text, stop) + shift,
-            )
-            for start, stop in rendered.spans
-        )
 
-    def _token_at(self, encoded: _Encoded, text: str, position: int) -> int:
-        """Number of tokens before a character."""
-        if encoded.record is None:
-            return common(self._encode_texts([text[:position]])[0].ids, encoded.ids)
-        for index in range(position, len(text)):
-            token = encoded.record.char_to_token(index)
-            if token is not None:
-                return int(token)
-        return len(encoded.ids)
+        def at(position: int) -> int:
+            return self._texts.token_at(text, part.prompt, position) + shift
+
+        return tuple((at(start), at(stop)) for start, stop in rendered.spans)
 
     # --------------------------------------------------------------------------------------- length
 
@@ -286,7 +296,7 @@ class PairTokenizer:
         searches = {
             index: _Search(pairs[index], outcome)
             for index, outcome in enumerate(outcomes)
-            if outcome.tokens is not None and _longest(outcome.tokens) > limit
+            if outcome.tokens is not None and outcome.tokens.longest > limit
         }
         while active := [search for search in searches.values() if search.low < search.high]:
             tried = self._encode([search.next_pair() for search in active])
@@ -311,7 +321,7 @@ class _Search:
 
     def take(self, outcome: _Outcome, limit: int) -> None:
         middle = (self.low + self.high) // 2
-        if outcome.tokens is not None and _longest(outcome.tokens) <= limit:
+        if outcome.tokens is not None and outcome.tokens.longest <= limit:
             self.high, self.best = middle, outcome
         else:
             self.low = middle + 1
@@ -329,8 +339,22 @@ class _Search:
         return _Outcome(None, f"too long: {what} exceeds max_length {limit}", [], [])
 
 
-def _longest(tokens: TokenizedPair) -> int:
-    return len(tokens.prompt) + max(len(tokens.chosen), len(tokens.rejected))
+def _last_header(head: Ids, tail: Ids) -> Ids:
+    """The prompt's tokens from the anchor on, with which `tail` begins."""
+    starts = np.flatnonzero(head == tail[0]) if len(tail) else _NO_IDS
+    return head[starts[-1] if len(starts) else 0 :]
+
+
+def _begins(ids: Ids, beginning: Ids) -> bool:
+    return ids[: len(beginning)].tobytes() == beginning.tobytes()
+
+
+def _same(parts: list[_Tokens]) -> bool:
+    """Whether two sides are the same tokens."""
+    one, other = parts
+    if len(one.head) + len(one.answer) != len(other.head) + len(other.answer):
+        return False
+    return bool((np.concatenate([one.head, one.answer]) == np.concatenate([other.head, other.answer])).all())
 
 
 def shorter_prompts(prompt: list[Message] | str) -> list[list[Message]]:

@@ -72,6 +72,26 @@ _SIDE_SCORES = {
 }
 
 
+_MARGINS = ("margin", "score_margin", "score_diff", "reward_margin")
+"""How much better chosen is than rejected."""
+
+
+def side_scores(row: NamedRow) -> tuple[float, float] | None:
+    """Scores of chosen and rejected that stand next to them, if any; a margin counts against 0."""
+    for chosen, rejected in _SIDE_SCORES.items():
+        if chosen in row and rejected in row:
+            high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
+            if high is not None and low is not None:
+                return high, low
+    margins = (number_of(dict.get(row, name)) for name in _MARGINS if name in row)
+    margin = next((value for value in margins if value is not None), None)
+    return None if margin is None else (margin, 0.0)
+
+
+SCORE_COLUMNS = frozenset(_MARGINS) | _SIDE_SCORES.keys() | set(_SIDE_SCORES.values())
+"""Names of columns with the scores of chosen and rejected."""
+
+
 def contradiction(row: NamedRow) -> str | None:
     """Which columns say that chosen is not better than rejected; None where none does."""
     for chosen in row:

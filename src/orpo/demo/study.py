@@ -29,7 +29,9 @@ from orpo.engine.loading import load_tokenizer
 from orpo.engine.model import prepare_model
 from orpo.engine.steps import BatchSettings
 from orpo.evaluation.generation import ChatModel, Sampling, load_trained
+from orpo.evaluation.per_pair import PairResults
 from orpo.evaluation.preferences import evaluate_pairs
+from orpo.evaluation.verdict import compare
 from orpo.pairs import Message, PreferencePair
 from orpo.report.page import write_report
 from orpo.run.directory import RunDirectory, write_json, write_json_lines
@@ -155,10 +157,12 @@ class Verdict:
     Attributes:
         figures: By metric; errors are over prompts.
         answers: What it answers to the prompts that are shown.
+        results: The same pair by pair.
     """
 
     figures: Figures
     answers: list[str]
+    results: PairResults
 
 
 class HeldOut:
@@ -193,7 +197,7 @@ class HeldOut:
         )
         chat = ChatModel(folder.name, model, load_tokenizer(str(folder)), self.tokenized.chat_template)
         answers = [self._answer(chat, prompt) for prompt in self.prompts] if answering else []
-        return Verdict(found.figures, answers)
+        return Verdict(found.figures, answers, found.results)
 
     def _answer(self, chat: ChatModel, prompt: Sequence[Message]) -> str:
         chat.turns = list(prompt[:-1])
@@ -265,6 +269,7 @@ def run_demo(console: Console, experiment: Experiment, folder: Path) -> None:
             folder,
             contrast={"SFT": folders["SFT"]},
             test={name: verdict.figures for name, verdict in verdicts.items()},
+            test_change=compare(verdicts["base"].results, verdicts["ORPO"].results, held_out.objective),
             note=screen.note(experiment, len(held_out)),
         )
     screen.results(console, verdicts, trainings, len(held_out))

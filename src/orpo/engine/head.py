@@ -77,6 +77,10 @@ class PairScores(NamedTuple):
         nll_weight_P: Sum of the weights of these tokens.
         nll_tokens_P: How many they are.
         has_rejected_P: Whether the pair has both sides.
+        chosen_doubt_P: Mean of 1 - p over the chosen response's tokens, p being the probability of the token:
+            half the sum of |d log p / d logit| over the vocabulary, so what a slope in log p comes to there.
+        rejected_doubt_P: The same of the rejected response; 0 where there is none.
+        nll_doubt_P: Weighted sum of 1 - p over the pair's NLL tokens.
     """
 
     chosen_logprob_P: Tensor
@@ -85,6 +89,9 @@ class PairScores(NamedTuple):
     nll_weight_P: Tensor
     nll_tokens_P: Tensor
     has_rejected_P: Tensor
+    chosen_doubt_P: Tensor
+    rejected_doubt_P: Tensor
+    nll_doubt_P: Tensor
 
 
 def score_batch(
@@ -120,6 +127,8 @@ def score_batch(
 def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
     """Reduce the log-probabilities of a micro-batch's scored tokens to its pairs."""
     mean_PS, count_PS = _response_means(logprob_T, batch)
+    doubt_T = -torch.expm1(logprob_T)
+    doubt_PS, _ = _response_means(doubt_T, batch)
     zero_P = logprob_T.new_zeros(len(batch.response_lengths))
     return PairScores(
         chosen_logprob_P=mean_PS[:, 0],
@@ -128,6 +137,9 @@ def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
         nll_weight_P=zero_P.index_add(0, batch.pair_T, batch.nll_weight_T.to(logprob_T.dtype)),
         nll_tokens_P=zero_P.index_add(0, batch.pair_T, (batch.nll_weight_T > 0).to(logprob_T.dtype)),
         has_rejected_P=count_PS[:, 1] > 0,
+        chosen_doubt_P=doubt_PS[:, 0],
+        rejected_doubt_P=doubt_PS[:, 1],
+        nll_doubt_P=zero_P.index_add(0, batch.pair_T, doubt_T * batch.nll_weight_T),
     )
 
 

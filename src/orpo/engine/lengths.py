@@ -84,12 +84,12 @@ def positions_in_window(config: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def check_length(model: Any, max_length: int | None) -> list[str]:
-    """Compare the longest side that the settings allow with the positions a model has.
+def check_length(model: Any, longest: int | None) -> list[str]:
+    """Compare the longest side that there is with the positions a model has.
 
     Args:
         model: The transformers model.
-        max_length: Tokens; None: any.
+        longest: Tokens of prompt and answer; of a stream, the `max_length`; None: any number.
 
     Returns:
         A line to print where positions will be extrapolated.
@@ -99,16 +99,17 @@ def check_length(model: Any, max_length: int | None) -> list[str]:
     """
     config = model.config.get_text_config()
     most, name = positions_in_window(config), type(model).__name__
-    if most is None or (max_length is not None and max_length <= most):
+    if most is None or (longest is not None and longest <= most):
         return []
-    asked = "max_length has no limit" if max_length is None else f"max_length {max_length:,}"
+    tokens = f"the longest pair has {longest or 0:,} tokens a side"
+    tokens = "max_length has no limit" if longest is None else tokens
     if _has_position_table(model, most):
         raise ConfigError(
-            f"{asked}, but {name} knows {most:,} positions and none beyond; set max_length: {most}"
+            f"{tokens}, but {name} knows {most:,} positions and none beyond; set max_length: {most}"
         )
-    if max_length is None:
+    if longest is None:
         return []
-    return [f"{asked} is beyond the {most:,} positions that {name} was made for; longer sides extrapolate"]
+    return [f"{tokens}; beyond the {most:,} positions that {name} was made for, it extrapolates"]
 
 
 def _has_position_table(model: Any, most: int) -> bool:

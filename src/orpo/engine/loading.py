@@ -1,8 +1,15 @@
 """Load a model and its tokenizer as the settings ask: precision, quantisation, a new or an old adapter."""
 
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -11,21 +18,31 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from orpo.console import say
 from orpo.engine.adapters import add_adapter, lora_config, train_in_float32
+from orpo.engine.gguf_model import (
+    gguf_family,
+    gguf_loading_arguments,
+    load_gguf_tokenizer,
+    no_bar_in_a_file,
+    settle_gguf_model,
+)
 from orpo.engine.scorer import refuse_encoder_decoder
-from orpo.errors import ConfigError, ModelError, raised_as
-from orpo.run.directory import adapter_base, is_adapter
+from orpo.errors import LONGEST, ConfigError, ModelError, raised_as
+from orpo.run.directory import adapter_base, gguf_file, is_adapter
 from orpo.settings.config import OrpoSettings
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model or adapter, by hub name or folder.
+    """Load the tokenizer of a model or adapter, by hub name, folder or GGUF file.
 
     Raises:
         ModelError: There is none, or it cannot be read.
     """
+    if (path := gguf_file(name)) is not None:
+        return load_gguf_tokenizer(path)
     with raised_as(ModelError, f"{name}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
@@ -37,13 +54,13 @@ def load_tokenizer(
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
     """Load `settings.model_name_or_path` for training, with an adapter where the settings ask for one.
 
-    A folder that holds an adapter loads its base model with that adapter on top. Full fine-tuning gets
-    float32 master weights, because a bfloat16 weight of 0.02 does not move under a learning rate of 5e-6; a
-    frozen base is held in bfloat16 where the hardware computes in it.
+    A folder that holds an adapter loads its base model with that adapter on top; a GGUF file is unpacked.
+    Full fine-tuning gets float32 master weights, because a bfloat16 weight of 0.02 does not move under a
+    learning rate of 5e-6; a frozen base is held in bfloat16 where the hardware computes in it.
 
     Raises:
         ConfigError: Settings that exclude each other.
-        ModelError: The model or the adapter cannot be loaded, or is no causal language model.
+        ModelError: Model or adapter cannot be loaded, lack weights, or are no causal language model.
     """
     name = settings.model_name_or_path
     if not name:
@@ -59,14 +76,30 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
         raise ConfigError(f"use_peft asks for a new adapter, but {adapter} is one already; drop use_peft")
     model = _load_base(name, settings, trains_adapter=bool(adapter or settings.use_peft))
     if adapter:
-        from peft import PeftModel
-
-        with raised_as(ModelError, f"{adapter}: the adapter could not be loaded"):
-            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        model = train_in_float32(adapted)
+        model = train_in_float32(_load_adapter(model, adapter))
     elif settings.use_peft:
         model = add_adapter(model, lora_config(settings))
     return model
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    with (
+        raised_as(ModelError, f"{adapter}: the adapter could not be loaded"),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        adapted: Any = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise ModelError(
+                f"{adapter}: the adapter lacks weights that its configuration asks for, which would be random"
+                f" ({str(warning.message)[:LONGEST]})"
+            )
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    _refuse_not_finite(adapted, adapter)
+    return adapted  # type: ignore[no-any-return]
 
 
 def supports_bf16() -> bool:
@@ -89,6 +122,8 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
                 "load_in_4bit and load_in_8bit freeze the weights; set use_peft: true to train LoRA on them"
             )
         arguments["quantization_config"] = _quantization(settings)
+    if (path := gguf_file(name)) is not None:
+        return _load_gguf(path, arguments)
     with raised_as(ModelError, f"{name}: the model could not be loaded"):
         config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
@@ -97,7 +132,115 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
         layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
         if layers < 1:
             raise ModelError(f"{name}: config.json says that it has {layers} layers")
-        return AutoModelForCausalLM.from_pretrained(name, **arguments)
+        with _no_load_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    model, report = loaded
+    _check_load_report(name, model, report)
+    _refuse_whole_numbers(name, model, config, settings.model_revision)
+    _refuse_not_finite(model, name)
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Without the table that transformers logs of tensors that do not fit, which are said in a line here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def hide(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(hide)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hide)
+
+
+def _check_load_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse a model with weights that are not in its files, which were drawn at random."""
+    kind, unused = type(model).__name__, report.get("unexpected_keys") or ()
+    if missing := report.get("missing_keys"):
+        left = f" and has {len(unused)} that do not belong to it ({_some(unused)})" if unused else ""
+        raise ModelError(
+            f"{name}: lacks {len(missing)} tensors of {kind} ({_some(missing)}){left}; these weights would be"
+            " random, so give a whole causal language model"
+        )
+    if unused:
+        say(f"{name}: {len(unused)} tensors have no place in {kind} and are left out ({_some(unused)})")
+
+
+def _refuse_whole_numbers(name: str, model: PreTrainedModel, config: Any, revision: str | None) -> None:
+    """Refuse quantized weights without the configuration that says how to read them."""
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    floats = {own for own, weight in model.named_parameters() if weight.is_floating_point()}
+    for path in _weight_files(name, revision):
+        with safe_open(path, framework="pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 - no mapping
+                stored = str(file.get_slice(tensor).get_dtype())
+                if tensor in floats and not stored.startswith(("F", "BF")):
+                    raise ModelError(
+                        f"{name}: {tensor} is stored as whole numbers ({stored}), as quantized weights are,"
+                        " but no quantization_config says how to read them; give the model as it was before"
+                    )
+
+
+def _weight_files(name: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a local or a downloaded model."""
+    folder = Path(name)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _refuse_not_finite(model: torch.nn.Module, name: str) -> None:
+    """Refuse weights that are NaN or infinite; those on no device, or of no float type, pass."""
+    bad = [
+        weight_name
+        for weight_name, weight in model.named_parameters()
+        if weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        and weight.device.type != "meta"
+        and not _is_finite(weight.detach())
+    ]
+    if bad:
+        raise ModelError(
+            f"{name}: {len(bad)} of its tensors hold values that are not finite ({_some(bad)}); the model is"
+            " damaged, or was saved from a run that had failed"
+        )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    weight = weight.to_local() if hasattr(weight, "to_local") else weight
+    # A sum needs no memory. It may be infinite for finite weights, never finite for others.
+    return bool(weight.sum().isfinite().item()) or bool(weight.isfinite().all().item())
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _load_gguf(path: Path, arguments: dict[str, Any]) -> PreTrainedModel:
+    if "quantization_config" in arguments:
+        raise ConfigError(f"{path} is unpacked when it is loaded; drop load_in_4bit and load_in_8bit")
+    arguments = arguments | gguf_loading_arguments(path)
+    dtype = arguments["dtype"]
+    arguments["dtype"] = torch.float32 if dtype == "auto" else dtype  # blocks have no dtype to take over
+    refused = f"{path}: transformers cannot read this {gguf_family(path)} file"
+    then = "convert it to a folder of safetensors first, or take the folder that it was made from"
+    with raised_as(ModelError, refused, then), _no_load_report(), no_bar_in_a_file():
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, output_loading_info=True, **arguments
+        )
+    model: PreTrainedModel = loaded[0]
+    _check_load_report(str(path), model, loaded[1])
+    _refuse_not_finite(model, str(path))
+    settle_gguf_model(model, path)
+    return model
 
 
 def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:

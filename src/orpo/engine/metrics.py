@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from orpo.engine.head import PairScores
-from orpo.engine.objective import log_odds, odds_ratio_loss
+from orpo.engine.objective import log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
 from orpo.errors import RunError
 from orpo.run.log import Figure
 from orpo.settings.config import Objective
 
-Unit = Literal["share", "nats", "number", "count", "rate"]
+Unit = Literal["share", "nats", "number", "count", "rate", "GiB"]
 Divisor = Literal["steps", "nll_weight", "pairs", "preferences"]
 
 
@@ -40,6 +40,7 @@ class Metric:
         caption: One sentence for a reader who does not know it.
         trl: TRL's name for it.
         trl_reward: TRL's name for beta times it.
+        short: Its title where there is little room; empty: the title.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Metric:
     caption: str = ""
     trl: str | None = None
     trl_reward: str | None = None
+    short: str = ""
 
 
 def _margin(scores: PairScores, objective: Objective) -> Tensor:
@@ -68,6 +70,19 @@ def _log_odds_ratio(scores: PairScores, objective: Objective) -> Tensor:
 
 def _odds_ratio_loss(scores: PairScores, objective: Objective) -> Tensor:
     return odds_ratio_loss(_log_odds_ratio(scores, objective), objective.odds_scale)
+
+
+def odds_gradient(scores: PairScores, objective: Objective) -> Tensor:
+    """Half the L1 norm of the gradient that a pair's odds-ratio loss has in all its logits. [P].
+
+    The slope in the log-prob of a token is the same for all tokens of an answer, and a slope s in log p is
+    the gradient s * (onehot - softmax) in the logits, whose L1 norm is |s| * 2 * (1 - p): hence the `doubt`
+    of the scores. A pair without a rejected side comes out as a number that means nothing.
+    """
+    outer_P = -odds_ratio_slope(_log_odds_ratio(scores, objective), objective.odds_scale)
+    chosen_P = log_odds_slope(scores.chosen_logprob_P) * scores.chosen_doubt_P
+    rejected_P = log_odds_slope(scores.rejected_logprob_P) * scores.rejected_doubt_P
+    return outer_P * (chosen_P + rejected_P)
 
 
 METRICS = (
@@ -110,15 +125,27 @@ METRICS = (
         "router_loss", "router loss", "number", -1, "steps",
         caption="What is minimised besides, so that a mixture of experts uses all of them.",
     ),
+    Metric(
+        "odds_share", "odds-ratio share of the gradient", "share",
+        caption="Share of the odds-ratio term in the gradient that the two terms have in the logits.",
+        short="odds share",
+    ),
+    Metric(
+        "prompt_share", "prompt share of the NLL", "share",
+        caption="Share of the NLL's tokens that come before the answer.", short="prompt share",
+    ),
     Metric("grad_norm", "gradient norm", "number"),
     Metric("learning_rate", "learning rate", "rate"),
     Metric("tokens_per_second", "tokens/s", "count", +1),
+    Metric("tokens", "tokens", "count"),
+    Metric("peak_memory", "peak memory", "GiB"),
 )  # fmt: skip
 """In the order in which tables show them."""
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
-_COUNTS = ("steps", "tokens", "nll_weight", "pairs", "preferences")
-SUMS = (*_COUNTS, *(metric.name for metric in METRICS if metric.divisor))
+_COUNTS = ("steps", "tokens", "nll_weight", "pairs", "preferences", "nll_tokens", "context_tokens")
+_GRADIENTS = ("nll_gradient", "odds_gradient")
+SUMS = (*_COUNTS, *_GRADIENTS, *(metric.name for metric in METRICS if metric.divisor))
 """What a window adds up."""
 
 
@@ -139,13 +166,15 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 class Written(NamedTuple):
-    """A figure as text: its value and its standard error, which is empty where there is none."""
+    """A figure as text: its value, its standard error, which is empty where there is none, and a unit."""
 
     value: str
     error: str
+    unit: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value} ± {self.error}" if self.error else self.value
+        error = f" ± {self.error}" if self.error else ""
+        return f"{self.value}{error}{self.unit and ' '}{self.unit}"
 
 
 def write_figure(name: str, figure: Figure | None) -> Written:
@@ -156,15 +185,18 @@ def write_figure(name: str, figure: Figure | None) -> Written:
     error = figure.se
     if unit == "share":
         return Written(f"{100 * figure.mean:.1f} %", "" if error is None else f"{100 * error:.1f}")
-    style = {"count": ",.0f", "rate": ".2e"}.get(unit, ".3f")
+    style = {"count": ",.0f", "rate": ".2e", "GiB": ".2f"}.get(unit, ".3f")
     return Written(format(figure.mean, style), "" if error is None else format(error, style))
 
 
-def write_change(name: str, before: Figure, after: Figure) -> tuple[str, bool]:
-    """A difference as signed text (`+3.1 points`, `-0.204`), and whether it is for the better."""
-    metric, change = metric_named(name), after.mean - before.mean
-    text = f"{100 * change:+.1f} points" if metric.unit == "share" else f"{change:+.3f}"
-    return text, change * metric.better > 0
+def write_change(name: str, change: Figure | None) -> Written:
+    """A difference with its own error: `+3.1 ± 1.2 points` for a share, `-0.204 ± 0.031` for the rest."""
+    if change is None:
+        return Written("-", "")
+    is_share = metric_named(name).unit == "share"
+    factor, style = (100, ".1f") if is_share else (1, ".3f")
+    error = "" if change.se is None else format(factor * change.se, style)
+    return Written(format(factor * change.mean, "+" + style), error, "points" if is_share else "")
 
 
 class MetricWindow:
@@ -181,8 +213,8 @@ class MetricWindow:
         other._sums = self._sums.clone()
         return other
 
-    def add_pairs(self, scores: PairScores) -> None:
-        """Add the pairs of one micro-batch."""
+    def add_pairs(self, scores: PairScores, num_context_tokens: int = 0) -> None:
+        """Add the pairs of one micro-batch, of whose NLL tokens so many come before the answers."""
         has_P = scores.has_rejected_P
         values = {}
         for metric in METRICS:
@@ -191,7 +223,14 @@ class MetricWindow:
                 chosen_only = metric.divisor != "preferences"
                 values[metric.name] = (value_P if chosen_only else torch.where(has_P, value_P, 0)).sum()
         self._add(
-            pairs=has_P.numel(), preferences=has_P.sum(), nll_weight=scores.nll_weight_P.sum(), **values
+            pairs=has_P.numel(),
+            preferences=has_P.sum(),
+            nll_weight=scores.nll_weight_P.sum(),
+            nll_tokens=scores.nll_tokens_P.sum(),
+            context_tokens=num_context_tokens,
+            nll_gradient=scores.nll_doubt_P.sum(),
+            odds_gradient=torch.where(has_P, odds_gradient(scores, self._objective), 0).sum(),
+            **values,
         )
 
     def add_step(
@@ -236,7 +275,18 @@ class MetricWindow:
         }
         if sums["router_loss"] == 0:  # of models that have none
             means.pop("router_loss", None)
-        return means | {"tokens": sums["tokens"]}
+        return means | self._shares(sums) | {"tokens": sums["tokens"]}
+
+    def _shares(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Shares of the gradient and of the NLL's tokens, where both terms, or an NLL, are there."""
+        shares = {}
+        nll = self._objective.nll_weight * sums["nll_gradient"] / max(sums["nll_weight"], 1)
+        odds = self._objective.beta * sums["odds_gradient"] / max(sums["preferences"], 1)
+        if nll + odds > 0 and sums["preferences"] > 0 and self._objective.beta > 0:
+            shares["odds_share"] = odds / (nll + odds)
+        if self._objective.nll_weight > 0 and sums["nll_tokens"] > 0:
+            shares["prompt_share"] = sums["context_tokens"] / sums["nll_tokens"]
+        return shares
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

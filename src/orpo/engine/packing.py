@@ -91,6 +91,11 @@ class PackedBatch:
         return 0 if self.empty else sum(rejected > 0 for _, rejected in self.response_lengths)
 
     @property
+    def num_context_tokens(self) -> int:
+        """Tokens that the NLL is over and that come before the answer: the prompt's, for most."""
+        return len(self.target_T) - sum(map(sum, self.response_lengths))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens the model reads, padding included."""
         return self.input_ids_BN.numel()

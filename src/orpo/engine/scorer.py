@@ -71,6 +71,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def num_embeddings(model: nn.Module) -> int:
+    """Tokens that a model has an embedding for; 0 where its weights are sharded and nobody can tell."""
+    return len(base_model(model).get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
 def refuse_encoder_decoder(config: Any, name: str) -> None:
     """Refuse a model whose answers do not continue its prompts; `name` is what to call it."""
     if config.is_encoder_decoder:

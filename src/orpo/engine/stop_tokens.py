@@ -9,8 +9,10 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from orpo.engine.gguf_model import gguf_stop_token_ids
 from orpo.engine.scorer import base_model
 from orpo.errors import ModelError, raised_as
+from orpo.run.directory import gguf_file
 
 # Gemma and Phi keep a document's end as EOS of the tokenizer and list the end of turn in generation_config
 # alone; every other family's chat models carry the end of turn in both.
@@ -24,7 +26,9 @@ def stop_token_ids(model: Any) -> list[int]:
 
 
 def saved_stop_token_ids(name: str) -> list[int]:
-    """The same for a model folder or hub name, without loading the model."""
+    """The same for a model folder, GGUF file or hub name, without loading the model."""
+    if (path := gguf_file(name)) is not None:
+        return gguf_stop_token_ids(path)
     with raised_as(ModelError, f"{name}: its generation_config.json cannot be used"):
         try:
             return _eos_ids(GenerationConfig.from_pretrained(name))

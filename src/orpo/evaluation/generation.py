@@ -7,9 +7,8 @@ template was trained on plain text, and continues what it is given.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -19,11 +18,12 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
 from orpo.data.chat_template import ChatTemplate
-from orpo.data.templates import prepare_template
+from orpo.data.templates import prepare_template, with_arguments
 from orpo.engine.loading import load_model, load_tokenizer
 from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import saved_stop_token_ids, stop_token_ids
-from orpo.errors import ConfigError, ModelError
+from orpo.errors import ConfigError, ModelError, first_line
+from orpo.evaluation.decoding import Decoding, decode
 from orpo.pairs import Message
 from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import is_adapter
@@ -110,6 +110,7 @@ class ChatModel:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | dict[str, str] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Probe the template.
 
@@ -118,13 +119,16 @@ class ChatModel:
             model: On its device.
             tokenizer: Its tokenizer.
             chat_template: A template to use instead of the tokenizer's own.
+            chat_template_kwargs: Arguments it is written with.
         """
         self.name = name
         self.model = model
         self.tokenizer: Any = tokenizer
         has_template = chat_template is not None or self.tokenizer.chat_template is not None
         self.template: ChatTemplate | None = (
-            prepare_template(tokenizer, chat_template) if has_template else None
+            prepare_template(tokenizer, chat_template, chat_template_kwargs=chat_template_kwargs)
+            if has_template
+            else None
         )
         self.turns: list[Message] = []
 
@@ -134,8 +138,9 @@ class ChatModel:
 
         Args:
             name: Run directory, model or adapter folder, or hub name.
-            settings: How to load it (`dtype`, `trust_remote_code`).
-            chat_template: A template to use instead of the tokenizer's own.
+            settings: How to load it (`dtype`, `trust_remote_code`) and to write conversations
+                (`chat_template`, `chat_template_kwargs`).
+            chat_template: A template to use instead of the tokenizer's own and that of the settings.
 
         Raises:
             OrpoError: One of them cannot be loaded.
@@ -144,7 +149,9 @@ class ChatModel:
         tokenizer = load_tokenizer(model_folder(name), trust_remote_code=settings.trust_remote_code)
         if run_recipe(name).get("text_rows") == "plain":
             tokenizer.chat_template = None  # it never saw one
-        return cls(name, load_trained(name, settings), tokenizer, chat_template)
+        arguments: Any = settings.chat_template_kwargs
+        template = chat_template or settings.chat_template
+        return cls(name, load_trained(name, settings), tokenizer, template, arguments)
 
     def answer(
         self, text: str, sampling: Sampling, *, system: str | None = None, stream: bool = False
@@ -171,59 +178,88 @@ class ChatModel:
         self.turns.append({"role": "assistant", "content": answer})
         return answer
 
-    def _fitting(self, opening: Sequence[Message], max_tokens: int) -> torch.Tensor:
-        """The conversation as tokens, shape [1, N]; its oldest turns are left out where it grows too long."""
-        config: Any = self.model.config
-        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    def _fitting(self, opening: Sequence[Message], max_tokens: int) -> list[int]:
+        """The conversation as tokens; its oldest turns are left out where it grows too long."""
+        most = self.max_context
         while True:
             ids = self._tokens([*opening, *self.turns])
-            if most is None or ids.shape[1] + max_tokens <= most:
+            if most is None or len(ids) + max_tokens <= most:
                 return ids
             if len(self.turns) < 3:
                 raise ModelError(
-                    f"{ids.shape[1]} tokens and an answer of {max_tokens} do not fit into the {most} tokens "
+                    f"{len(ids)} tokens and an answer of {max_tokens} do not fit into the {most} tokens "
                     f"{self.name} can read; say less or lower --max_tokens"
                 )
             del self.turns[:2]
 
-    def _tokens(self, turns: Sequence[Message]) -> torch.Tensor:
+    def _tokens(self, turns: Sequence[Message]) -> list[int]:
         if self.template is None:
-            text, adds = str(turns[-1]["content"]), True
-        else:
-            text, adds = self.template.render(self.tokenizer, turns, None, ask=True), False
-        ids: torch.Tensor = self.tokenizer(text, add_special_tokens=adds, return_tensors="pt")["input_ids"]
+            return self.token_ids(str(turns[-1]["content"]), plain=True)
+        return self.token_ids(self.prompt(turns), plain=False)
+
+    def prompt(
+        self,
+        turns: Sequence[Message],
+        tools: list[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as the model reads it when it is asked to answer; it needs a template.
+
+        Args:
+            turns: The last is the one to answer.
+            tools: Schemas of the tools it may call.
+            arguments: Of the chat template, for this conversation; they beat those the model has.
+
+        Raises:
+            ConfigError: The template cannot write it.
+        """
+        if self.template is None:
+            raise ConfigError(f"{self.name} has no chat template to write a conversation with; name one")
+        template = self.template.for_tools(tools)
+        if arguments:
+            template = with_arguments(self.tokenizer, template, arguments)
+        try:
+            return template.render(self.tokenizer, turns, tools, ask=True)
+        except Exception as error:  # a template is a program, and says no in any way it likes
+            raise ConfigError(f"the chat template refuses the conversation ({first_line(error)})") from error
+
+    def token_ids(self, text: str, *, plain: bool) -> list[int]:
+        """The tokens of what `prompt` has written or, if `plain`, of a text to continue."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=plain)["input_ids"]
         return ids
 
-    def _generate(self, ids: torch.Tensor, sampling: Sampling, stream: bool) -> str:
-        ids = ids.to(next(self.model.parameters()).device)
-        options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-        if sampling.temperature > 0:
-            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without special tokens, with the blanks around it."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of prompt and answer that the model can read; None where its configuration is silent."""
+        config: Any = base_model(self.model).config
+        most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return most
+
+    def decoding(self, sampling: Sampling) -> Decoding:
+        """How its answers are made token by token: drawn as asked, until any of its end tokens."""
         ends = {self.tokenizer.eos_token_id, *stop_token_ids(self.model)}
         if self.template is not None:
             ends.add(self.tokenizer.convert_tokens_to_ids(self.template.end_token))
-        with torch.no_grad(), _seeded(sampling.seed):
-            output = self.model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=sorted(end for end in ends if end is not None),
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-                streamer=_Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-                if stream
-                else None,
-                **options,
-            )
-        answer: str = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return answer.strip()
+        return Decoding(
+            max_tokens=sampling.max_tokens,
+            ends=sorted(end for end in ends if end is not None),
+            pad=pad_id(self.tokenizer),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+
+    def _generate(self, ids: Sequence[int], sampling: Sampling, stream: bool) -> str:
+        streamer = _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        (tokens,) = decode(self.model, [ids], self.decoding(sampling), [sampling.seed], streamer)
+        return self.text(tokens).strip()
 
 
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Draw from `seed` inside, and leave the generators outside as they were."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def pad_id(tokenizer: Any) -> int:
+    """What short prompts are filled up with: the padding token, EOS where there is none, or any token."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in known if token is not None), 0)

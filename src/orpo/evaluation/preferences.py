@@ -12,29 +12,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from orpo.console import say
-from orpo.data.dataset import TokenizedDataset, prompt_index
+from orpo.data.dataset import TokenizedDataset
 from orpo.data.source import read_pairs
+from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import PairScores
 from orpo.engine.lengths import check_length
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.memory import default_tokens_per_micro_batch
-from orpo.engine.metrics import METRICS, Metric
 from orpo.engine.model import prepare_model
 from orpo.engine.score import score
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.steps import EVALUATION_BLOCK, BatchSettings, StepDataset
 from orpo.engine.stop_tokens import saved_stop_token_ids
 from orpo.errors import ConfigError
 from orpo.evaluation.generation import load_trained
-from orpo.evaluation.statistics import clustered_mean
+from orpo.evaluation.per_pair import PairResults, write_results
 from orpo.pairs import TokenizedPair
 from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import RunDirectory, write_json
-from orpo.run.log import Figure, Figures, figures_to_json
+from orpo.run.finished import unfinished_because
+from orpo.run.log import Figures, figures_to_json
 from orpo.settings.config import (
     Objective,
     OrpoSettings,
@@ -52,12 +52,14 @@ class Evaluation:
         num_pairs: Pairs scored.
         num_preferences: Pairs with both sides; accuracy, margin and odds are over these.
         figures: By metric.
+        results: Pair by pair.
         groups: The same for each group of pairs, where the data names groups.
     """
 
     num_pairs: int
     num_preferences: int
     figures: Figures
+    results: PairResults
     groups: dict[str, Evaluation] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,46 +71,6 @@ class Evaluation:
         } | (
             {"groups": {name: group.to_json() for name, group in self.groups.items()}} if self.groups else {}
         )
-
-
-OF_MEANS = ("nll", "nll_token_mean", "loss")
-"""Metrics of an evaluation that are made of the others' means."""
-
-
-def evaluated_metrics() -> list[Metric]:
-    """Every metric that an evaluation has."""
-    return [metric for metric in METRICS if metric.value is not None or metric.name in OF_MEANS]
-
-
-def summarise(scores: PairScores, objective: Objective, prompt_P: Tensor) -> dict[str, Figure]:
-    """Average scores over examples; figures that no pair has a value for are left out.
-
-    `nll` is the mean over examples of each one's token mean, `nll_token_mean` weights every token the same,
-    and `loss` is the objective of these means.
-
-    Args:
-        scores: Of at least one pair.
-        objective: What is minimised.
-        prompt_P: The same number for pairs with the same prompt.
-    """
-    one_P = torch.ones(len(prompt_P), dtype=torch.float64)
-    has_P = scores.has_rejected_P.double()
-    nll_P = scores.nll_sum_P / scores.nll_weight_P
-    values = {metric.name: metric.value(scores, objective) for metric in METRICS if metric.value}
-    # A pair without a rejected side has no odds term, so the others' weigh more: means, then their sum.
-    share = len(one_P) / max(int(has_P.sum()), 1)
-    odds_P = torch.where(scores.has_rejected_P, objective.beta * share * values["odds_ratio_loss"], 0)
-    values |= {"nll": nll_P, "nll_token_mean": nll_P, "loss": objective.nll_weight * nll_P + odds_P}
-    figures = {}
-    for metric in METRICS:
-        if metric.name in values:
-            weight_P = has_P if metric.divisor == "preferences" else one_P
-            weight_P = scores.nll_tokens_P.double() if metric.name == "nll_token_mean" else weight_P
-            value_P = torch.where(weight_P > 0, values[metric.name], 0).double()
-            figure = clustered_mean(value_P * weight_P, weight_P, prompt_P)
-            if figure is not None:
-                figures[metric.name] = figure
-    return figures
 
 
 def evaluate_pairs(
@@ -130,29 +92,21 @@ def evaluate_pairs(
     """
     dataset = pairs if isinstance(pairs, TokenizedDataset) else TokenizedDataset.from_pairs(pairs)
     scores = score_pairs(model, dataset, settings, batch_size=batch_size, progress=progress)
-    prompt_P = torch.from_numpy(prompt_index(dataset))
-    members: dict[str, list[int]] = {}
-    for index, name in enumerate(dataset.groups):
-        if name is not None:
-            members.setdefault(name, []).append(index)
-    whole = _evaluation(scores, settings.objective, prompt_P)
-    groups = {
-        name: _evaluation(scores, settings.objective, prompt_P, index) for name, index in members.items()
-    }
-    return replace(whole, groups=groups)
+    return evaluation_of(PairResults.of(scores, dataset), settings.objective)
 
 
-def _evaluation(
-    scores: PairScores, objective: Objective, prompt_P: Tensor, index: Sequence[int] | None = None
-) -> Evaluation:
-    """The evaluation of all pairs, or of those at `index`."""
-    if index is not None:
-        scores = PairScores(*(column[list(index)] for column in scores))
-        prompt_P = prompt_P[list(index)]
+def evaluation_of(results: PairResults, objective: Objective) -> Evaluation:
+    """Averages over pairs, over all and over each group."""
+    groups = results.by_group()
     return Evaluation(
-        num_pairs=len(prompt_P),
-        num_preferences=int(scores.has_rejected_P.sum()),
-        figures=summarise(scores, objective, prompt_P),
+        num_pairs=len(results),
+        num_preferences=results.num_preferences,
+        figures=results.figures(objective),
+        groups={
+            name: evaluation_of(replace(of, groups=[None] * len(of)), objective)
+            for name, of in groups.items()
+        },
+        results=results,
     )
 
 
@@ -215,12 +169,14 @@ def evaluate(
     name: str | None = None,
     batch_size: int = EVALUATION_BLOCK,
     quiet: bool = False,
+    save: bool = True,
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Result:
     """Score preference pairs with the model of a run directory, or with any model or adapter.
 
-    Says how the data was read and what was dropped. In a run directory the result is saved, for the page.
+    Says how the data was read and what was dropped. In the directory of a run the result is saved, for the
+    page, with the scores of every pair next to it; nothing is written into any other folder.
 
     Args:
         model: Run directory, model or adapter folder, or hub name.
@@ -229,6 +185,7 @@ def evaluate(
         name: The result is saved under this name; None: the name of the data.
         batch_size: Pairs packed together, at least 1; only the speed depends on it.
         quiet: Say nothing.
+        save: Whether the result is saved where it can be.
         progress: Called with the pairs scored so far and their number.
         settings: Of a recipe (`max_length=1024`, ...); they beat those that the run was trained with.
 
@@ -239,7 +196,8 @@ def evaluate(
         raise ConfigError(f"batch_size: {batch_size} is out of range; expected at least 1")
     if name is not None and not re.fullmatch(r"[\w.=+ -]{1,100}", name):
         raise ConfigError(f"name: {name!r} cannot be part of a file name; use letters, digits, - and _")
-    folder, run = model_folder(model), RunDirectory(Path(model))
+    folder = model_folder(model)
+    _say_all([] if quiet else _unfinished(RunDirectory(Path(model)), folder))
     recipe = inherited_by_evaluation(run_recipe(str(model))) | settings
     check_recipe(recipe)
     resolved = OrpoSettings.from_recipe(recipe)
@@ -250,7 +208,8 @@ def evaluate(
     read = read_pairs(data, resolved, tokenizer, split=split, stop_tokens=stops)
     _say_all([] if quiet else read.lines())
     loaded = load_trained(folder, resolved)
-    batches, notices = _batch_settings(loaded, resolved)
+    check_token_ids(read.pairs, num_embeddings(loaded), tokenizer)
+    batches, notices = _batch_settings(loaded, resolved, read.pairs.longest)
     _say_all([] if quiet else notices)
     found = evaluate_pairs(
         loaded, read.pairs, batches, batch_size=batch_size, progress=_counting(progress, len(read.pairs))
@@ -262,11 +221,33 @@ def evaluate(
         settings=recipe,
         rows={} if read.counts is None else read.counts.to_dict(),
     )
-    if not run.is_run():
+    return save_result(result, name) if save else result
+
+
+def save_result(result: Result, name: str | None = None, **further: Any) -> Result:
+    """Save a result in its run directory; one of a model that is in none is returned as it is.
+
+    Args:
+        result: Of an evaluation.
+        name: It is saved under this name; None: the name of its data.
+        further: Further values of the file.
+    """
+    run = RunDirectory(Path(result.model))
+    if not run.log.is_file():
         return result
-    path = run.evaluation(name or Path(source).name.split(".")[0] or "data")
-    write_json(path, result.to_json())
+    name = name or Path(result.data).name.split(".")[0] or "data"
+    write_results(run.evaluated_pairs(name), {name: result.evaluation.results})
+    path = run.evaluation(name)
+    write_json(path, result.to_json() | further)
     return replace(result, path=path)
+
+
+def _unfinished(run: RunDirectory, folder: str) -> list[str]:
+    """A line where the model is that of a run that has not ended."""
+    why = unfinished_because(run) if run.log.is_file() else None
+    if why is None:
+        return []
+    return [f"{run.path}: {why}; this is the model of {Path(folder).name}"]
 
 
 def _default_split(source: str | Path, settings: OrpoSettings) -> str | None:
@@ -274,11 +255,13 @@ def _default_split(source: str | Path, settings: OrpoSettings) -> str | None:
     return None if Path(source).is_file() else settings.dataset_test_split or "test"
 
 
-def _batch_settings(model: nn.Module, settings: OrpoSettings) -> tuple[BatchSettings, Sequence[str]]:
+def _batch_settings(
+    model: nn.Module, settings: OrpoSettings, longest: int
+) -> tuple[BatchSettings, Sequence[str]]:
     """Prepare a model; returns how pairs become its micro-batches, and lines to print."""
     objective, _ = resolve_objective(settings)
     memory = settings.logits_memory_mib
-    lines = check_length(base_model(model), settings.max_length)
+    lines = check_length(base_model(model), longest)
     prepared = prepare_model(
         model, objective, layout=settings.layout, logits_memory_mib=memory, longest=settings.max_length
     )

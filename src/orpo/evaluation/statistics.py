@@ -1,4 +1,4 @@
-"""Means over pairs with standard errors that know which pairs share a prompt.
+"""Means over pairs with standard errors that know which pairs share a prompt, and what they can tell apart.
 
 Shape suffixes: P = pairs.
 """
@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 from orpo.run.log import Figure
+
+CONFIDENCE, POWER = 0.95, 0.8
+"""Of a change that is called measurable, and of the pairs said to be needed for one: the usual values."""
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+_Z_POWER = NormalDist().inv_cdf(POWER)
 
 
 def clustered_mean(sum_P: Tensor, weight_P: Tensor, prompt_P: Tensor) -> Figure | None:
@@ -42,6 +47,46 @@ def clustered_mean(sum_P: Tensor, weight_P: Tensor, prompt_P: Tensor) -> Figure 
     residual.index_add_(0, prompt_P, sum_P - mean * weight_P)
     spread = residual.square().sum() * num_prompts / (num_prompts - 1)
     return Figure(mean.item(), math.sqrt(spread) / total.item())
+
+
+def critical(num_prompts: int) -> float:
+    """How many of its standard errors a mean over so many prompts must be from 0 to be measurable.
+
+    Args:
+        num_prompts: At least 2.
+
+    Returns:
+        The quantile of Student's t for `CONFIDENCE`: 1.96 for many prompts, 2.26 for ten, 4.2 for three.
+
+    Source:
+        Cornish-Fisher expansion in 1/df (Abramowitz and Stegun, 26.7.5); 3 % too small at df = 2.
+    """
+    df, z = num_prompts - 1, _Z
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    correction: float = sum(term / df**power for power, term in enumerate(terms, start=1))
+    return z + correction
+
+
+def visible(change: Figure, num_prompts: int) -> float | None:
+    """The smallest change that pairs would have shown with probability `POWER`; None without an error."""
+    if change.se is None or num_prompts < 2:
+        return None
+    return (critical(num_prompts) + _Z_POWER) * change.se
+
+
+def pairs_needed(effect: float, spread: float) -> int:
+    """Pairs that show a change of `effect` with probability `POWER`, at least 2.
+
+    Args:
+        effect: A mean change, not 0.
+        spread: Standard error of the mean change over n pairs, times the root of n: what one pair's change
+            varies by, with more for pairs that share prompts.
+    """
+    return max(2, math.ceil(((_Z + _Z_POWER) * spread / effect) ** 2))
 
 
 class Interval(NamedTuple):

@@ -14,13 +14,23 @@ from typing import Any
 
 import yaml
 
-from orpo.errors import DataError
-from orpo.run.log import Record, read_records, read_text
+from orpo.errors import DataError, ModelError
+from orpo.run.disk import replace_text
+from orpo.run.log import Figure, Record, read_records, read_text
 
 RECIPE = "recipe.yaml"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _EVALUATION = "eval-{}.json"
+_EVALUATED_PAIRS = "eval-{}.jsonl"
+_STEP_RESULTS = "pairs-step-{}.jsonl"
+_RESULTS = (_EVALUATION.format("*"), _EVALUATED_PAIRS.format("*"), _STEP_RESULTS.format("*"))
+_MODEL = (
+    MODEL_CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
+    "adapter_model*", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja", "training_args.bin",
+)  # fmt: skip
+"""Names of the files that saving a model and its tokenizer writes."""
 
 Samples = Sequence[Mapping[str, Any]]
 """For each prompt its answers by name: `{"prompt": ..., "answers": {"step 10": ...}}`."""
@@ -63,8 +73,13 @@ class RunDirectory:
 
     @property
     def card(self) -> Path:
-        """The model card; the last thing that a finished run writes."""
+        """The model card."""
         return self.path / "README.md"
+
+    @property
+    def finished(self) -> Path:
+        """The mark of a finished run, written last (finished.py)."""
+        return self.path / "finished.json"
 
     @property
     def page(self) -> Path:
@@ -91,21 +106,53 @@ class RunDirectory:
         """The test pairs that a demo scored."""
         return self.path / "test.jsonl"
 
+    @property
+    def export_record(self) -> Path:
+        """Of an exported model: from what, how it was checked, what an evaluation inherits."""
+        return self.path / "export.json"
+
     def evaluation(self, name: str) -> Path:
         """What `orpo eval` found on one data set."""
         return self.path / _EVALUATION.format(name)
+
+    def evaluated_pairs(self, name: str) -> Path:
+        """The same pair by pair."""
+        return self.path / _EVALUATED_PAIRS.format(name)
+
+    def step_results(self, step: int) -> Path:
+        """What the run's evaluation at a step found, pair by pair."""
+        return self.path / _STEP_RESULTS.format(step)
+
+    def steps_with_results(self) -> list[int]:
+        """The steps whose evaluation is kept pair by pair, in order."""
+        start, _, end = _STEP_RESULTS.partition("{}")
+        names = (path.name for path in self.path.glob(_STEP_RESULTS.format("*")))
+        steps = (name.removeprefix(start).removesuffix(end) for name in names)
+        return sorted(int(step) for step in steps if step.isdecimal())
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of one step."""
         return self.path / f"checkpoint-{step}"
 
+    def is_checkpoint(self, path: Path) -> bool:
+        """Whether a path is named like a checkpoint of this run."""
+        return path.parent == self.path and path.name.startswith(self.checkpoint(0).name.rstrip("0"))
+
+    def files_written(self) -> list[Path]:
+        """The files that training writes here, besides the model's."""
+        return [
+            self.recipe, self.log, self.data_report, self.environment, self.samples, self.card, self.page,
+            self.page_request, self.finished,
+        ]  # fmt: skip
+
+    def of_the_run(self) -> list[Path]:
+        """What lies here of a run but its checkpoints: files of training, of evaluations, of the model."""
+        patterns = [*(path.name for path in self.files_written()), *_RESULTS, *_MODEL]
+        return sorted({path for pattern in patterns for path in self.path.glob(pattern)})
+
     def is_run(self) -> bool:
         """Whether a run has begun here."""
         return self.recipe.is_file() or self.log.is_file()
-
-    def is_finished(self) -> bool:
-        """Whether a run has ended here, with its model and its card."""
-        return self.recipe.is_file() and holds_model(self.path) and self.card.is_file()
 
     def read_recipe(self) -> dict[str, Any]:
         """The settings, unchecked; empty where there is no file.
@@ -123,7 +170,7 @@ class RunDirectory:
 
     def write_recipe(self, settings: Mapping[str, Any]) -> None:
         """Write the settings, one key on each line."""
-        self.recipe.write_text(dump_yaml(settings), encoding="utf-8")
+        replace_text(self.recipe, dump_yaml(settings))
 
     def read_evaluations(self) -> dict[str, dict[str, Any]]:
         """Everything `orpo eval` has saved here, by name."""
@@ -133,8 +180,9 @@ class RunDirectory:
 
     def forget_results(self) -> None:
         """Delete what was found out about the model that was here before."""
-        for stale in (self.page_request, *self.path.glob(_EVALUATION.format("*"))):
-            stale.unlink(missing_ok=True)
+        for name in (_EVALUATION, _EVALUATED_PAIRS, _STEP_RESULTS, self.page_request.name):
+            for stale in self.path.glob(name.format("*")):
+                stale.unlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +224,36 @@ class Run:
     def final_evaluation(self, set_name: str) -> Record | None:
         """The evaluation of the weights that the run ends with; of an unfinished run, the last one."""
         records = list(self._evaluations(set_name))
-        saved = [record.model_step for record in self.records if record.kind == "saved"]
-        final = [record for record in records if saved and record.step == saved[-1]]
+        final = [record for record in records if record.step == self.model_step]
         return next(reversed(final or records), None)
+
+    def evaluation_at(self, set_name: str, step: int) -> Record | None:
+        """The newest evaluation of a set at a step."""
+        found = [record for record in self._evaluations(set_name) if record.step == step]
+        return found[-1] if found else None
+
+    @property
+    def model_step(self) -> int | None:
+        """The step whose weights the directory holds, 0 for those before training; None while unfinished."""
+        saved = (record.model_step for record in reversed(self.records) if record.kind == "saved")
+        return next(saved, None)
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps made so far."""
+        return max((record.step for record in self.records), default=0)
+
+    def training_means(self) -> dict[str, Figure]:
+        """What was measured while training, averaged over the log's lines, each with the steps it covers."""
+        sums: dict[str, list[float]] = {}
+        before = 0
+        for record in self._training():
+            steps, before = record.step - before, record.step
+            for name, figure in record.metrics.items():
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += steps * figure.mean
+                total[1] += steps
+        return {name: Figure(total / steps) for name, (total, steps) in sums.items() if steps > 0}
 
     def series(self, metric: str, set_name: str | None = None) -> list[tuple[int, float, float | None]]:
         """Step, mean and standard error of a metric wherever it was measured.
@@ -231,6 +306,23 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
+def gguf_file(name: str | Path) -> Path | None:
+    """The GGUF file that a name stands for: a file, or a folder that holds one and no other model.
+
+    Raises:
+        ModelError: A folder of several, of which none is named.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or holds_model(path):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise ModelError(f"{path}: holds {len(found)} GGUF files; name one of them, such as {found[0]}")
+    return found[0] if found else None
+
+
 def adapter_base(folder: str | Path) -> str | None:
     """Name of the model that an adapter was trained on, as its folder says; None where it does not."""
     base = read_json(Path(folder) / ADAPTER_CONFIG, {}).get("base_model_name_or_path")
@@ -249,6 +341,8 @@ def read_json(path: Path, missing: Any) -> Any:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path}: not JSON that can be read") from None
     if not isinstance(value, type(missing)):
         expected = "an object" if isinstance(missing, dict) else "a list"
         raise DataError(f"{path}: not a file of this package; expected {expected}")
@@ -257,13 +351,12 @@ def read_json(path: Path, missing: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that people read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Write one JSON value a line."""
-    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    path.write_text(text, encoding="utf-8")
+    replace_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 def dump_yaml(settings: Mapping[str, Any]) -> str:

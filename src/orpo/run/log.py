@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from orpo.errors import DataError
+from orpo.run.disk import cannot_write, replace_text
 
 Kind = Literal["train", "eval", "saved"]
 
@@ -141,12 +142,14 @@ def read_text(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        DataError: It is not UTF-8.
+        DataError: It is not UTF-8, or cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{path}: damaged (not UTF-8 text)") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_records(path: Path) -> list[Record]:
@@ -155,19 +158,38 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         DataError: A line is damaged, or was written by a version of this package that wrote no records.
     """
-    if not path.exists():
-        return []
-    records = []
-    lines = read_text(path).splitlines()
-    for number, text in enumerate(lines, start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not valid JSON; delete this line") from None
-        records.append(_record(line, f"{path}:{number}"))
+    records, problems = _read_lines(path)
+    if problems:
+        raise DataError(problems[0])
     return records
+
+
+def readable_records(path: Path) -> tuple[list[Record], int]:
+    """The records that can be read, and the number of damaged lines between them.
+
+    Raises:
+        DataError: The file cannot be read at all.
+    """
+    records, problems = _read_lines(path)
+    return records, len(problems)
+
+
+def _read_lines(path: Path) -> tuple[list[Record], list[str]]:
+    """The records of a file, and what is wrong with each line that is none."""
+    records: list[Record] = []
+    problems: list[str] = []
+    lines = read_text(path).split("\n") if path.exists() else []
+    for number, text in enumerate(lines, start=1):
+        if number == len(lines) and not text:
+            break
+        try:
+            records.append(_record(json.loads(text), f"{path}:{number}"))
+        except (json.JSONDecodeError, RecursionError):
+            if number < len(lines):  # else it has no end: what a crash leaves
+                problems.append(f"{path}:{number}: not valid JSON; delete this line")
+        except DataError as error:
+            problems.append(str(error))
+    return records, problems
 
 
 def _record(line: Any, where: str) -> Record:
@@ -184,11 +206,14 @@ def _record(line: Any, where: str) -> Record:
 
 def append_record(path: Path, record: Record) -> None:
     """Add a record to a file, which is made where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record.to_json()) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.to_json()) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write a file from scratch."""
-    path.write_text("".join(json.dumps(record.to_json()) + "\n" for record in records), encoding="utf-8")
+    replace_text(path, "".join(json.dumps(record.to_json()) + "\n" for record in records))

@@ -62,6 +62,7 @@ class OrpoSettings:
         None,
         "Branch, tag or commit of a hub model.",
         trl=TrlDefault("main", "unset is the default branch, and also fits a local folder"),
+        resume="built in",
     )
     dtype: str | None = setting(
         None,
@@ -79,7 +80,7 @@ class OrpoSettings:
         False, "Allow code from the model's repository.", resume="free", evaluation=True
     )
     model_init_kwargs: dict[str, Any] | str | None = setting(
-        None, "Further arguments of from_pretrained.", loading=True
+        None, "Further arguments of from_pretrained.", loading=True, resume="built in"
     )
     disable_dropout: bool = setting(True, "Set every dropout of the model to 0.")
     chat_template: str | None = setting(None, "Jinja template, a file, or one of our named templates.")
@@ -92,34 +93,50 @@ class OrpoSettings:
         evaluation=True,
     )
     resize_embeddings: bool = setting(
-        False, "Add the template's special tokens to the vocabulary and train them."
+        False, "Add the template's special tokens to the vocabulary and train them.", resume="built in"
     )
     # LoRA
-    use_peft: bool = setting(False, "Train a LoRA adapter instead of all weights.", loading=True)
-    lora_r: int = setting(16, "LoRA rank.", at_least=1)
-    lora_alpha: int = setting(32, "LoRA scale: updates are scaled by alpha / r.", at_least=1)
+    use_peft: bool = setting(
+        False, "Train a LoRA adapter instead of all weights.", loading=True, resume="built in"
+    )
+    lora_r: int = setting(16, "LoRA rank.", at_least=1, resume="built in", only_with="use_peft")
+    lora_alpha: int = setting(
+        32, "LoRA scale: updates are scaled by alpha / r.", at_least=1, only_with="use_peft"
+    )
     lora_dropout: float = setting(
         0.0,
         "Dropout on the adapter's input, in [0, 1).",
         at_least=0,
         below=1,
         trl=TrlDefault(0.05, "noise that preference pairs, seen one to three times, do not need"),
+        only_with="use_peft",
     )
     lora_target_modules: list[str] | str | None = setting(
         "all-linear",
         "Module names that get an adapter; all-linear: every linear layer and the experts of a mixture, "
         "without vocabulary and routers.",
         trl=TrlDefault(None, "every linear layer, on models PEFT has no table for too"),
+        resume="built in",
+        only_with="use_peft",
     )
     lora_target_parameters: list[str] | None = setting(
-        None, "Weights outside of linear layers that get one, as in experts stored as one tensor."
+        None,
+        "Weights outside of linear layers that get one, as in experts stored as one tensor.",
+        resume="built in",
+        only_with="use_peft",
     )
-    lora_modules_to_save: list[str] | None = setting(None, "Modules trained in full alongside the adapter.")
-    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r).")
-    use_dora: bool = setting(False, "Weight-decomposed LoRA.")
-    adapter_name_or_path: str | None = setting(None, "Continue training this adapter.", loading=True)
-    load_in_4bit: bool = setting(False, "QLoRA: NF4 base weights (bitsandbytes).", loading=True)
-    load_in_8bit: bool = setting(False, "8-bit base weights (bitsandbytes).", loading=True)
+    lora_modules_to_save: list[str] | None = setting(
+        None, "Modules trained in full alongside the adapter.", resume="built in", only_with="use_peft"
+    )
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r).", only_with="use_peft")
+    use_dora: bool = setting(False, "Weight-decomposed LoRA.", resume="built in", only_with="use_peft")
+    adapter_name_or_path: str | None = setting(
+        None, "Continue training this adapter.", loading=True, resume="built in"
+    )
+    load_in_4bit: bool = setting(
+        False, "QLoRA: NF4 base weights (bitsandbytes).", loading=True, resume="built in"
+    )
+    load_in_8bit: bool = setting(False, "8-bit base weights (bitsandbytes).", loading=True, resume="built in")
     # Data
     dataset_name: list[str] | str | dict[str, float] | None = setting(
         None,
@@ -175,7 +192,9 @@ class OrpoSettings:
     )
     dataset_num_proc: int | None = setting(None, "Processes that tokenize.", at_least=1, resume="free")
     streaming: bool = setting(False, "Read the data as it comes; needs max_steps.")
-    shuffle_buffer: int = setting(10_000, "Rows held for shuffling when streaming.", at_least=1)
+    shuffle_buffer: int = setting(
+        10_000, "Rows held for shuffling when streaming.", at_least=1, only_with="streaming"
+    )
     # Objective
     objective: ObjectiveName = setting(
         "orpo", "Named set of the five settings below.", resume="derived", evaluation=True
@@ -212,17 +231,29 @@ class OrpoSettings:
     early_stopping_patience: int | None = setting(
         None, "Stop after this many evaluations without improvement.", at_least=1, resume="free"
     )
-    num_samples: int = setting(
-        0, "Answers generated from held-out prompts at each evaluation.", at_least=0, resume="free"
+    num_samples: int | None = setting(
+        None,
+        "Answers generated from held-out prompts at each evaluation. Unset: `orpo train` generates 3 short "
+        "ones before and after training.",
+        at_least=0,
+        resume="free",
     )
     max_completion_length: int | None = setting(
         None, "Tokens of a generated sample.", at_least=1, resume="free"
     )
     generate_during_eval: bool = setting(False, "Same as num_samples: 4.", resume="free")
+    fail_if_worse: bool = setting(
+        True, "Exit with status 3 where the result is worse than its base on held-out pairs.", resume="free"
+    )
     dry_run: bool = setting(
         False, "Check recipe, data and model, print the plan, stop.", resume="free", in_recipe="never"
     )
-    force: bool = setting(False, "Resume although the recipe has changed.", resume="free", in_recipe="never")
+    force: bool = setting(
+        False,
+        "Resume although the recipe has changed, with the changes from there on.",
+        resume="free",
+        in_recipe="never",
+    )
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:

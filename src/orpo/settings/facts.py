@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from orpo.errors import ConfigError
 
-Resume = Literal["fixed", "derived", "free"]
+Resume = Literal["built in", "fixed", "derived", "free"]
 InRecipe = Literal["always", "changed", "never"]
 
 
@@ -35,11 +35,14 @@ class Facts(str):
         above: Largest value too small.
         at_most: Largest value allowed.
         below: Smallest value too large.
-        resume: Whether a run may resume with another value. `fixed`: no, it would make another model.
+        resume: Whether a run may resume with another value. `fixed`: no, it would make another model, unless
+            it is forced, which takes effect from there on. `built in`: not even then, since the weights or
+            the optimizer's state in the checkpoint were made with it.
             `derived`: it makes another model, but a checkpoint answers for it in another way (a checksum of
             the tokens, the weights themselves, pairs per step). `free`: it cannot change the mathematics.
         in_recipe: Whether recipe.yaml of a run names it: `always`, where it was `changed`, or `never`, since
             it follows from others.
+        only_with: Another setting, without which this one has no effect.
         loading: Whether it says how a model is loaded, and so cannot apply to one that is loaded already.
         evaluation: Whether `orpo eval` takes the value that the run was trained with.
         trl: TRL's default where it differs from ours.
@@ -51,6 +54,7 @@ class Facts(str):
     below: float | None
     resume: Resume
     in_recipe: InRecipe
+    only_with: str | None
     loading: bool
     evaluation: bool
     trl: TrlDefault | None
@@ -65,6 +69,7 @@ class Facts(str):
         below: float | None = None,
         resume: Resume = "fixed",
         in_recipe: InRecipe = "changed",
+        only_with: str | None = None,
         loading: bool = False,
         evaluation: bool = False,
         trl: TrlDefault | None = None,
@@ -73,7 +78,7 @@ class Facts(str):
         facts = super().__new__(cls, help_text)
         facts.at_least, facts.above, facts.at_most, facts.below = at_least, above, at_most, below
         facts.resume, facts.in_recipe, facts.loading = resume, in_recipe, loading
-        facts.evaluation, facts.trl = evaluation, trl
+        facts.only_with, facts.evaluation, facts.trl = only_with, evaluation, trl
         return facts
 
     def check(self, key: str, value: Any) -> None:

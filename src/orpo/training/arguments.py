@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orpo.engine.loading import supports_bf16
 from orpo.errors import ConfigError, raised_as
+from orpo.run.public import without_secrets
 from orpo.settings.config import (
     OWN,
     Objective,
@@ -68,7 +69,7 @@ class _Arguments(OrpoSettings, TrainingArguments):
             for key, default in ((f.name, f.default) for f in dataclasses.fields(self))
             if key in NO_EFFECT and default is None and getattr(self, key) is not None
         ]
-        if self.generate_during_eval and self.num_samples == 0:
+        if self.generate_during_eval and not self.num_samples:
             self.num_samples = 4
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True  # else torchrun would start independent runs, each with the whole data
@@ -140,13 +141,11 @@ class _Arguments(OrpoSettings, TrainingArguments):
         return same_unit and ratio >= 1 and ratio == int(ratio)
 
     def plain_settings(self) -> dict[str, Any]:
-        """Every setting as a value that YAML and JSON can hold; tokens and plug-in objects left out."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        return {
-            name: plain
-            for name, value in values.items()
-            if not name.endswith("_token") and (plain := _plain(value)) is not _OBJECT
-        }
+        """Every setting as a value that YAML and JSON can hold; secrets and plug-in objects left out."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
+        shown = without_secrets({name: value for name, value in values.items() if value is not _OBJECT})
+        # A mapping of secrets alone is as good as none: a run must resume without them.
+        return {name: None if value == {} and values[name] else value for name, value in shown.items()}
 
     def recipe(self) -> dict[str, Any]:
         """The settings for recipe.yaml: ours, the usual ones, and all that are not at their default."""
@@ -156,7 +155,11 @@ class _Arguments(OrpoSettings, TrainingArguments):
         always = settings_where(lambda facts: facts.in_recipe == "always")
         shown = [name for name in values if name in always or values[name] != defaults[name]]
         names = dict.fromkeys([*OWN, "output_dir", *shown])
-        return {name: values[name] for name in names if name not in never and values[name] is not None}
+        return {
+            name: values[name]
+            for name in names
+            if name not in never and not (values[name] is None and defaults[name] is None)
+        }
 
 
 class ORPOConfig(_Arguments):

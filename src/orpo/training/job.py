@@ -7,22 +7,32 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers.utils import logging
 
 from orpo.console import say
+from orpo.evaluation.verdict import Verdict, judge_run
 from orpo.report.page import write_report
+from orpo.run.card import data_names
 from orpo.run.checkpoints import last_checkpoint
-from orpo.run.directory import Run, RunDirectory, read_run
-from orpo.run.log import read_records
+from orpo.run.directory import Run, RunDirectory, gguf_file, read_run
+from orpo.run.lock import check_output_dir, held
+from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
+from orpo.training.cautions import cautions
 from orpo.training.preflight import check_optimization, is_finished, summary
+from orpo.training.resuming import first_rank_decides
+from orpo.training.samples import FEW, SHORT, SampleWriter
 from orpo.training.trainer import ORPOTrainer
+
+WORSE = 3
+"""Exit status where the result is worse than its base."""
 
 Ending = Literal["trained", "stopped", "was finished", "dry run"]
 
@@ -35,9 +45,11 @@ class Outcome:
         ending: `trained` to the end; `stopped` by a signal, with a checkpoint; `was finished` before; or a
             `dry run`.
         folder: The run directory.
-        exit_status: For a shell: 0, or 128 and the number of the signal.
+        exit_status: For a shell: 0; 3 where the result is worse than its base; 128 and the number of the
+            signal.
         run: What the directory holds now, where training has ended, on the first rank.
         page: The report, where it was written.
+        verdict: Whether training worked, where it has ended, on the first rank.
     """
 
     ending: Ending
@@ -45,6 +57,7 @@ class Outcome:
     exit_status: int = 0
     run: Run | None = None
     page: Path | None = None
+    verdict: Verdict | None = None
 
 
 def train(settings: Mapping[str, Any]) -> Outcome:
@@ -61,36 +74,57 @@ def train(settings: Mapping[str, Any]) -> Outcome:
     check_recipe(settings)
     check_needs(settings)
     model = Path(settings["model_name_or_path"]).expanduser()
-    if model.is_dir():
+    if model.is_dir() or gguf_file(model) is not None:
         # The recipe and an adapter remember the name, and are read from other folders.
         settings["model_name_or_path"] = str(model.resolve())
     # `gradient_checkpointing`, which everybody writes, will not have that name for ever.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    models = [settings.get("model_name_or_path"), settings.get("adapter_name_or_path")]
+    check_output_dir(str(settings["output_dir"]), models, data_names(settings))
     if settings.get("dry_run") and settings.get("fsdp") and "RANK" not in os.environ:
         say(f"dry run in one process: fsdp ({settings.pop('fsdp')}) is left out")
     config = ORPOConfig(**settings)
     folder = Path(str(config.output_dir))
-    if is_finished(config):
+    if first_rank_decides(config, lambda: is_finished(config)):
         say(f"{folder} already holds a finished run of this recipe; set another output_dir to train again")
-        return Outcome("was finished", folder)
-    is_new = not folder.exists()
-    checkpoint = _checkpoint(config)
-    if checkpoint:
-        read_records(
-            RunDirectory(folder).log
-        )  # one that cannot be continued is refused before anything is loaded
+        if config.process_index == 0 and not (config.dry_run or RunDirectory(folder).page.exists()):
+            write_report(folder)
+        return _outcome("was finished", config)
+    if config.dry_run:
+        return _dry_run(config, folder)
+    with ExitStack() as stack:
+        checkpoint = first_rank_decides(config, lambda: _take_directory(stack, config))
+        return _train(_checked_trainer(config), folder, checkpoint)
+
+
+def _checked_trainer(config: ORPOConfig) -> ORPOTrainer:
     trainer = ORPOTrainer(args=config)
     check_optimization(trainer)
-    for line in summary(trainer):
+    _ask_for_samples(trainer)
+    for line in [*summary(trainer), *cautions(trainer)]:
         say(line)
-    if config.dry_run:
-        if is_new and trainer.is_world_process_zero():
-            folder.rmdir()  # the Trainer has made it
-        say("dry run: nothing was trained or written")
-        return Outcome("dry run", folder)
-    return _train(trainer, folder, checkpoint)
+    return trainer
+
+
+def _dry_run(config: ORPOConfig, folder: Path) -> Outcome:
+    """Load and check everything, and leave nothing behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    trainer = _checked_trainer(config)
+    if trainer.is_world_process_zero():
+        for path in made:  # the Trainer has made them
+            path.rmdir()
+    say("dry run: nothing was trained or written")
+    return Outcome("dry run", folder)
+
+
+def _take_directory(stack: ExitStack, config: ORPOConfig) -> str | None:
+    """Keep others out of the run directory, put damaged files aside, and find where to resume from."""
+    run = RunDirectory(Path(str(config.output_dir)))
+    stack.enter_context(held(run.path))
+    put_damaged_aside(run)
+    return _checkpoint(config)
 
 
 def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcome:
@@ -100,7 +134,8 @@ def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcom
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by is not None:
         kept = RunDirectory(folder).checkpoint(trainer.state.global_step)
-        say(f"stopped by {trainer.stopped_by}: saved {kept}; run the same command to resume")
+        saved = f"saved {kept}" if kept.is_dir() else "no step was made, so nothing is saved"
+        say(f"stopped by {trainer.stopped_by}: {saved}; run the same command to resume")
         number = int(getattr(signal, trainer.stopped_by, signal.SIGTERM))
         return Outcome("stopped", folder, 128 + number)
     if trainer.eval_dataset is not None and not trainer.is_evaluated():
@@ -108,7 +143,22 @@ def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcom
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return Outcome("trained", folder)
-    return Outcome("trained", folder, run=read_run(folder), page=write_report(folder))
+    return replace(_outcome("trained", trainer.args), page=write_report(folder))
+
+
+def _outcome(ending: Ending, config: ORPOConfig) -> Outcome:
+    """What a finished run directory holds, and what is to be thought of it."""
+    folder = Path(str(config.output_dir))
+    run = read_run(folder)
+    verdict = judge_run(folder, run)
+    failed = verdict.kind == "worse" and config.fail_if_worse
+    return Outcome(ending, folder, WORSE if failed else 0, run=run, verdict=verdict)
+
+
+def _ask_for_samples(trainer: ORPOTrainer) -> None:
+    """Have a few prompts answered before and after, where the recipe says nothing of samples."""
+    if trainer.args.num_samples is None and trainer.args.eval_on_start:
+        trainer.add_callback(SampleWriter(trainer, FEW, longest=SHORT, at_ends=True))
 
 
 def _checkpoint(config: ORPOConfig) -> str | None:

@@ -13,9 +13,10 @@ from transformers import get_scheduler
 from orpo.data.dataset import TokenizedDataset
 from orpo.errors import ConfigError, raised_as
 from orpo.run.directory import RunDirectory
+from orpo.run.finished import unfinished_because
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
-from orpo.training.resuming import refuse_changes
+from orpo.training.resuming import check_changes, is_in_use
 from orpo.training.trainer import ORPOTrainer
 
 
@@ -26,11 +27,15 @@ def is_finished(config: ORPOConfig) -> bool:
         RunError: It holds the result of another recipe.
     """
     run = RunDirectory(Path(str(config.output_dir)))
-    if config.force or not run.is_finished():
+    if config.force or unfinished_because(run) is not None:
         return False
-    before, now = run.read_recipe(), config.recipe()
-    names = (now.keys() & before.keys()) - settings_where(lambda facts: facts.resume == "free")
-    refuse_changes(run.path, {name: before[name] for name in names}, {name: now[name] for name in names})
+    now = config.plain_settings()
+    defaults = ORPOConfig(output_dir=config.output_dir).plain_settings()
+    before = defaults | run.read_recipe()
+    free = settings_where(lambda facts: facts.resume == "free")
+    left_open = {name for name in now if now[name] is None and defaults[name] is None}
+    compared = {name for name in now.keys() - free - left_open if is_in_use(name, now)}
+    check_changes(run.path, {name: before[name] for name in compared}, {name: now[name] for name in compared})
     return True
 
 

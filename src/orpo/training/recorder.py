@@ -1,6 +1,8 @@
 """What a run leaves in its directory besides weights: recipe, environment, data report, and its log."""
 
 import platform
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -11,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 import orpo
+from orpo.run.checkpoints import begin_at
 from orpo.run.directory import RunDirectory, write_json
 from orpo.run.log import Figures, Record, append_record, read_records, write_records
 
@@ -46,14 +49,15 @@ class Recorder(TrainerCallback):
         """Describe the run; of an earlier attempt's log keep what the checkpoint already includes."""
         if not self._writes:
             return
-        self.run.path.mkdir(parents=True, exist_ok=True)
+        begin_at(self.run.path, state.global_step)
         earlier = read_records(self.run.log) if state.global_step > 0 else []
-        kept = [record for record in earlier if record.step <= state.global_step]
+        # What a run saved that was killed afterwards is not its result: this run saves again.
+        kept = [record for record in earlier if record.step <= state.global_step and record.kind != "saved"]
         if kept or self.run.log.exists():
             write_records(self.run.log, kept)
         self.run.write_recipe(self.recipe)
         write_json(self.run.data_report, self.data_report)
-        write_json(self.run.environment, environment(args))
+        write_json(self.run.environment, environment(args) | {"steps": state.max_steps})
         if state.global_step == 0:
             self.run.forget_results()
         self._started = time.perf_counter() - (kept[-1].seconds if kept else 0.0)
@@ -82,6 +86,13 @@ class Recorder(TrainerCallback):
             Record(step=step, kind="saved", epoch=epoch, seconds=self._seconds, model_step=model_step)
         )
 
+    def take_back_evaluations(self, step: int) -> None:
+        """Forget the evaluations recorded at a step, which will be made again."""
+        if self._writes:
+            records = read_records(self.run.log)
+            kept = [record for record in records if (record.kind, record.step) != ("eval", step)]
+            write_records(self.run.log, kept)
+
     def evaluations(self, step: int) -> list[Record]:
         """The evaluations recorded at a step."""
         return [
@@ -96,6 +107,14 @@ class Recorder(TrainerCallback):
         self.newest = record
         if self._writes:
             append_record(self.run.log, record)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory that this process has held so far, in GiB: on its GPU where it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def environment(args: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
+from orpo.data.dataset import TokenizedDataset
 from orpo.data.named_templates import tokens_to_add
 from orpo.data.show import first_pair_lines
-from orpo.data.source import SavedTemplate, TrainingData, read_training
+from orpo.data.source import SavedTemplate, TokenizedStream, TrainingData, read_training
+from orpo.data.token_ids import check_token_ids, checked_token_ids
 from orpo.engine.adapters import adapter_lines, add_adapter
 from orpo.engine.lengths import check_length
 from orpo.engine.loading import load_model, load_tokenizer
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError
-from orpo.evaluation.preferences import evaluated_metrics
-from orpo.run.directory import RunDirectory
+from orpo.evaluation.per_pair import evaluated_metrics
+from orpo.run.checkpoints import earlier_recipe
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
@@ -42,7 +45,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
         )
     args.notices = list(args.notices)
     if args.template_date is None:  # a run that resumes on another day trains on the same tokens
-        before = RunDirectory(Path(str(args.output_dir))).read_recipe().get("template_date")
+        before = earlier_recipe(Path(str(args.output_dir))).get("template_date")
         args.template_date = str(before or date.today())
     if args.n_gpu > 1:
         args.notices.append(
@@ -71,7 +74,7 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
     else:
         _refuse_loading_settings(model, args)
     args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
-    args.notices += check_model(model, args)
+    check_model(model, args)
     if peft_config is not None:
         if hasattr(model, "peft_config"):
             raise ModelError(
@@ -92,14 +95,13 @@ def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
             raise ConfigError(f"{name} is set, but the model is loaded already; pass its name instead")
 
 
-def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
-    """Refuse what cannot be trained, and turn dropout off where asked; returns lines to print."""
+def check_model(model: nn.Module, args: ORPOConfig) -> None:
+    """Refuse what cannot be trained, and turn dropout off where asked."""
     inner = base_model(model)  # refuses
     if args.gradient_checkpointing and not inner.supports_gradient_checkpointing:
         raise ConfigError(f"gradient_checkpointing: {type(inner).__name__} has none; set it to false")
     if args.disable_dropout:
         _disable_dropout(model)
-    return check_length(inner, args.max_length)
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -178,7 +180,26 @@ def read_for_training(
     """Read what there is to train and evaluate on; prompts are held out unless evaluation is off."""
     evaluates = args.eval_strategy != IntervalStrategy.NO
     stops = stop_token_ids(model)
-    return read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+    data = read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+    if model is not None:
+        args.notices += check_length(base_model(model), _longest(data, args.max_length))
+    number = num_embeddings(model) if model is not None else 0
+    for pairs in [data.train_pairs, *(one.pairs for one in data.evals.values())]:
+        if number and isinstance(pairs, TokenizedDataset):
+            check_token_ids(pairs, number, tokenizer)
+    if number and isinstance(data.train, TokenizedStream):
+        unchecked = data.train.open
+        checked = replace(data.train, open=lambda: checked_token_ids(unchecked(), number, tokenizer))
+        return replace(data, train=checked)
+    return data
+
+
+def _longest(data: TrainingData, max_length: int | None) -> int | None:
+    """Tokens of the longest side; of a stream, the most that the settings allow, None for any number."""
+    if isinstance(data.train, TokenizedStream):
+        return max_length
+    sets = [data.train_pairs, *(one.pairs for one in data.evals.values())]
+    return max((pairs.longest for pairs in sets if isinstance(pairs, TokenizedDataset)), default=0)
 
 
 def opening_lines(args: ORPOConfig, data: TrainingData, processing_class: Any) -> list[str]:

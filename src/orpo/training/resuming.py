@@ -1,52 +1,115 @@
 """Whether a run may resume from a checkpoint: only with the settings and the data that made it.
 
 A resumed run equals an uninterrupted one, so a change that could move a weight is refused, with the list of
-differences; `force` lets it pass.
+differences. `force` lets those pass that take effect from there on; what is built into the weights or the
+optimizer's state of a checkpoint cannot be changed.
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
+from orpo.console import say
 from orpo.data.dataset import TokenizedDataset
-from orpo.errors import RunError
+from orpo.errors import OrpoError, RunError
 from orpo.settings.config import FACTS
 from orpo.settings.facts import Facts
 from orpo.training.arguments import ORPOConfig
 
+Result = TypeVar("Result")
+_TRAINED = "trained_weights"
+_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that remember more than the step, so that a checkpoint's cannot be exchanged for another."""
 
-def run_identity(args: ORPOConfig, pairs: Any) -> dict[str, Any]:
-    """Everything that decides where a run goes, as values JSON can hold."""
-    settings = {
-        name: value
-        for name, value in args.plain_settings().items()
-        if FACTS.get(name, Facts()).resume == "fixed"
-    }
-    identity = settings | {"pairs_per_step": args.pairs_per_step}
+
+def run_identity(args: ORPOConfig, pairs: Any, model: Any = None) -> dict[str, Any]:
+    """Everything that decides where a run goes, as values JSON can hold; no secret is in it."""
+    settings = args.plain_settings()
+    fixed = {name: value for name, value in settings.items() if _is_fixed(name, settings)}
+    identity = fixed | {"pairs_per_step": args.pairs_per_step}
     if isinstance(pairs, TokenizedDataset):
         identity |= {
             "num_pairs": len(pairs),
             "pairs_checksum": zlib.crc32(np.ascontiguousarray(pairs.tokens).data),
         }
+    if model is not None:
+        sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
+        identity[_TRAINED] = f"{sum(sizes):,} in {len(sizes)} tensors"
     return identity
 
 
-def refuse_changes(checkpoint: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Stop where the run that made `checkpoint` was another one; a checkpoint that names none may pass.
+def _is_fixed(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether another value of a setting would make another model."""
+    return is_in_use(name, settings) and FACTS.get(name, Facts()).resume in ("fixed", "built in")
+
+
+def is_in_use(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a setting has an effect, which some have only with another one."""
+    needed = FACTS.get(name, Facts()).only_with
+    return needed is None or bool(settings.get(needed))
+
+
+def check_changes(
+    made: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any], *, force: bool = False
+) -> list[str]:
+    """Stop where the run that made `made` was another one; one that names no settings may pass.
+
+    Args:
+        made: A checkpoint or a run directory.
+        before: What decided where that run went.
+        now: The same of this run.
+        force: Let changes pass that take effect from there on.
+
+    Returns:
+        Names of what has changed, where that is allowed.
 
     Raises:
         RunError: With the list of differences.
     """
-    changes = [
-        f"{name}: {before[name]} -> {now[name]}"
-        for name in sorted(now.keys() & (before or {}).keys())
-        if before is not None and before[name] != now[name]
-    ]
-    if changes:
+    before = before or {}
+    changed = [name for name in sorted(now.keys() & before.keys()) if before[name] != now[name]]
+    if not changed:
+        return []
+    differences = "; ".join(f"{name}: {before[name]} -> {now[name]}" for name in changed)
+    if not force:
         raise RunError(
-            f"{checkpoint} was made with other settings ({'; '.join(changes)}); set them back, name another"
+            f"{made} was made with other settings ({differences}); set them back, name another"
             " output_dir for a fresh run, or set force: true"
         )
+    built_in = [name for name in changed if not _takes_effect(name, before, now)]
+    if built_in:
+        raise RunError(
+            f"{made} was made with another {', '.join(built_in)} ({differences}), which force: true cannot"
+            " change; set it back, or train a fresh run with resume_from_checkpoint: false"
+        )
+    say(f"force: {made} was made with other settings, which change from here on: {differences}")
+    return changed
+
+
+def _takes_effect(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if name in ("learning_rate", "lr_scheduler_type"):
+        return not {before.get("lr_scheduler_type"), now.get("lr_scheduler_type")} & {*_WITH_STATE}
+    return name != _TRAINED and FACTS.get(name, Facts()).resume != "built in"
+
+
+def first_rank_decides(args: ORPOConfig, decide: Callable[[], Result]) -> Result:
+    """What the first rank finds in the run directory, for all ranks: they must not find different things.
+
+    Raises:
+        OrpoError: What `decide` has raised, on every rank.
+    """
+    found: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            found = [decide()]
+        except OrpoError as error:
+            found = [error]
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    if isinstance(found[0], OrpoError):
+        raise found[0]
+    return found[0]  # type: ignore[no-any-return]

@@ -1,15 +1,21 @@
-"""Answers to held-out prompts at each evaluation, so that a run can be read and not only plotted."""
+"""Answers to held-out prompts, so that a run can be read and not only plotted."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
+from orpo.engine.lengths import positions_in_window
+from orpo.engine.scorer import base_model
+from orpo.engine.stop_tokens import stop_token_ids
+from orpo.evaluation.decoding import Decoding, decode
+from orpo.evaluation.generation import pad_id
 from orpo.run.directory import RunDirectory, read_json, write_json
 
 DEFAULT_LENGTH = 128
+FEW, SHORT = 3, 64
+"""Answers, and tokens of each, that `orpo train` asks for before and after training where nothing is set."""
 
 
 class SampleWriter(TrainerCallback):
@@ -17,10 +23,19 @@ class SampleWriter(TrainerCallback):
 
     Args:
         trainer: Gives model, tokenizer and evaluation pairs.
+        number: How many prompts are answered.
+        longest: Tokens of an answer; None: `max_completion_length`, else `DEFAULT_LENGTH`.
+        at_ends: Whether only the model before training and the one that training ends with answer, not the
+            one at each evaluation.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(
+        self, trainer: Any, number: int, *, longest: int | None = None, at_ends: bool = False
+    ) -> None:
         self.trainer = trainer
+        self.number = number
+        self.longest = trainer.args.max_completion_length or longest or DEFAULT_LENGTH
+        self.at_ends = at_ends
         self._answered = -1  # the step of the last answers; each named evaluation set calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -30,54 +45,70 @@ class SampleWriter(TrainerCallback):
         if state.is_world_process_zero and path.exists():
             samples = read_json(path, []) if state.global_step > 0 else []
             for sample in samples:
-                answers = sample["answers"]
-                sample["answers"] = {k: v for k, v in answers.items() if _step(k) <= state.global_step}
+                for key in ("answers", "tokens"):
+                    named = sample.get(key, {})
+                    sample[key] = {k: v for k, v in named.items() if _step(k) <= state.global_step}
             write_json(path, samples)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer with the model as it is evaluated."""
+        if not self.at_ends or state.global_step == 0:
+            self._write(args, state, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer with the model that training ends with, the best checkpoint where that is loaded."""
+        if self.at_ends and self.trainer.stopped_by is None and self.trainer.model_step > 0:
+            self._write(args, state, self.trainer.model_step)
+
+    def _write(self, args: Any, state: Any, step: int) -> None:
         """Generate on every rank, since a sharded model needs all of them; the first one writes."""
-        if self._answered == state.global_step:
+        if self._answered == step:
             return
-        self._answered = state.global_step
         pairs = self.trainer.eval_dataset
         pairs = next(iter(pairs.values())) if isinstance(pairs, dict) else pairs
-        shown = [pairs[index] for index in range(min(args.num_samples, len(pairs)))]
+        shown = [pairs[index] for index in range(min(self.number, len(pairs)))]
         prompts = [[*pair.prompt, *pair.chosen[: pair.chosen_context]] for pair in shown]
-        answers = self._generate(prompts, args)
+        answers = self._generate(prompts)
+        self.trainer.cut_off()
+        self._answered = step
         if not state.is_world_process_zero:
             return
         path = RunDirectory(Path(args.output_dir)).samples
-        before = {sample["prompt"]: sample["answers"] for sample in read_json(path, [])}
+        known = {sample["prompt"]: sample for sample in read_json(path, [])}
         samples = []
         for pair, prompt, answer in zip(shown, prompts, answers, strict=True):
-            text = self._text(prompt)
-            known = before.get(text) or {"chosen": self._text(pair.chosen[pair.chosen_context :])}
-            known = known | {f"step {state.global_step}": self._text(answer)}
-            samples.append({"source": pair.source, "prompt": text, "answers": known})
+            text, name = self._text(prompt), f"step {step}"
+            before = known.get(text) or {
+                "answers": {"chosen": self._text(pair.chosen[pair.chosen_context :])}
+            }
+            samples.append(
+                {
+                    "source": pair.source,
+                    "prompt": text,
+                    "answers": before["answers"] | {name: self._text(answer)},
+                    "tokens": before.get("tokens", {}) | {name: len(answer)},
+                    "longest": self.longest,
+                }
+            )
         write_json(path, samples)
 
     def _text(self, tokens: Sequence[int]) -> str:
         text: str = self.trainer.processing_class.decode(tokens, skip_special_tokens=True)
         return text
 
-    @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], args: Any) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Answers up to and with the token that ends them, none of the padding after it."""
         tokenizer, model = self.trainer.processing_class, self.trainer.model
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=args.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(ids)
+        most = positions_in_window(base_model(model).config.get_text_config())
+        longest = self.longest if most is None else min(self.longest, most - max(map(len, prompts)))
+        decoding = Decoding(
+            max_tokens=max(1, longest),
+            ends=stop_token_ids(model),
+            pad=pad_id(tokenizer),
+        )
         model.eval()
         with self.trainer.stopwatch.paused(), self.trainer.accelerator.autocast():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=args.max_completion_length or DEFAULT_LENGTH,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-        # By number of tokens, never by the text of the prompt, which loses its special tokens when decoded.
-        return [sequence[width:].tolist() for sequence in output]
+            return decode(model, prompts, decoding, stop=lambda: self.trainer.is_cut_off)
 
 
 def _step(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Stopping between two steps: signals set a flag, and all ranks act on it at the end of the same step."""
+"""Signals that ask a run to stop: they set a flag, and all ranks act on it together."""
 
 import os
 import signal
@@ -8,27 +8,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_warned: list[str] = []
+
+
+def note_warnings() -> None:
+    """Keep SIGUSR1, with which schedulers warn, from ending this process before or after training.
+
+    One that arrives before training is acted on after the first step.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, lambda number, frame: _warned.append(signal.Signals(number).name))
+
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 into a flag; a second Ctrl-C interrupts immediately.
+    """Turns signals that ask for an end into a flag; a second Ctrl-C interrupts immediately.
 
     Attributes:
         name: Name of the signal received, or None.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.name: str | None = None
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Catch the signals; only the main thread can, in others nothing changes."""
+        """Catch the signals, but for those that are ignored, as `nohup` does with SIGHUP.
+
+        Only the main thread can; in others nothing changes.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.name = None
-        before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self.name = _warned.pop() if _warned else None
+        wanted = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._receive) for number in wanted}
         try:
             yield
         finally:
@@ -40,9 +55,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         # os.write, because print may be what the signal has interrupted
-        os.write(
-            sys.stderr.fileno() if _has_fileno() else 2, b"\nstopping after this step, with a checkpoint\n"
-        )
+        os.write(sys.stderr.fileno() if _has_fileno() else 2, b"\nstopping, with a checkpoint\n")
 
 
 def _has_fileno() -> bool:

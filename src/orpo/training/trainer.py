@@ -7,7 +7,7 @@ over examples, keep a run resumable, and stop before a loss that is not a number
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -38,16 +37,18 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from orpo.console import say
-from orpo.data.dataset import TokenizedDataset, prompt_index
+from orpo.console import LongWork, say
+from orpo.data.dataset import TokenizedDataset
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
+from orpo.data.stages import following
+from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import Denominators, PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
 from orpo.engine.model import Preparation, prepare_model
 from orpo.engine.packing import PackedBatch
 from orpo.engine.score import score
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.steps import (
     EVALUATION_BLOCK,
     BatchSettings,
@@ -59,7 +60,7 @@ from orpo.engine.steps import (
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.errors import ConfigError, DataError, RunError, first_line, raised_as
-from orpo.evaluation.preferences import summarise
+from orpo.evaluation.per_pair import PairResults
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
     checkpoint_problem,
@@ -67,14 +68,21 @@ from orpo.run.checkpoints import (
     read_state,
     remove_unfinished,
     write_state,
+    written_into,
     written_whole,
 )
 from orpo.run.directory import RunDirectory, is_adapter
+from orpo.run.finished import mark_finished
+from orpo.run.lock import check_output_dir, held
 from orpo.run.log import Figure, flat, flat_name, is_number
+from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import Objective
 from orpo.training.arguments import ORPOConfig
+from orpo.training.cadence import settle_cadence
+from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
+from orpo.training.pair_log import PairLog
 from orpo.training.progress import Progress, Stopwatch
-from orpo.training.recorder import Recorder
+from orpo.training.recorder import Recorder, peak_memory
 from orpo.training.resolve import (
     add_template_tokens,
     check_model,
@@ -88,7 +96,7 @@ from orpo.training.resolve import (
     text_tokenizer,
     unused,
 )
-from orpo.training.resuming import refuse_changes, run_identity
+from orpo.training.resuming import check_changes, first_rank_decides, run_identity
 from orpo.training.samples import SampleWriter
 from orpo.training.stopping import StopSignal
 
@@ -98,7 +106,14 @@ GIVEN_ROWS = "given rows"
 """Name in metrics.jsonl of a set that `evaluate` was given without a name."""
 
 
-class ORPOTrainer(Trainer):
+@contextlib.contextmanager
+def _shown(args: ORPOConfig) -> Iterator[None]:
+    """Show how far the reading of data in this block is, where it takes long."""
+    with LongWork(bar=not args.disable_tqdm) as work, following(work):
+        yield
+
+
+class ORPOTrainer(InterruptibleTrainer):
     """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
 
     Attributes:
@@ -107,14 +122,11 @@ class ORPOTrainer(Trainer):
         stopped_by: Name of the signal that ended `train` early, or None.
     """
 
-    args: ORPOConfig
     model: Any
-    optimizer: Any
     deepspeed: Any
     train_dataset: Any
     eval_dataset: Any
     objective: Objective
-    stopped_by: str | None = None
     _prepared: tuple[nn.Module, Preparation] | None = None
     _tokens_per_micro_batch = 0
     _evaluated_set: str | None = None  # its name, while an evaluation runs
@@ -166,17 +178,19 @@ class ORPOTrainer(Trainer):
         tokenizer = resolve_tokenizer(processing_class or tokenizer, args)
         if args.resize_embeddings:
             args.notices += add_template_tokens(loaded, text_tokenizer(tokenizer), args.chat_template)
-        with args.main_process_first(desc="tokenizing the data"):
+        with args.main_process_first(desc="tokenizing the data"), _shown(args):
             data = read_for_training(train_dataset, eval_dataset, args, text_tokenizer(tokenizer), loaded)
         if data.train is None and not data.evals:
             raise DataError("there is no train_dataset, and `args` names none")
         args.text_rows = data.text_rows or args.text_rows
         settle_evaluation(args, list(data.evals), has_own_metrics=compute_metrics is not None)
+        settle_cadence(args, data, loaded)
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
         self._recipe = args.recipe()
-        self._identity = run_identity(args, data.train_pairs)
+        self._identity = run_identity(args, data.train_pairs, loaded)
+        self.forced = []
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
         self._printed: set[str] = set()
@@ -208,21 +222,23 @@ class ORPOTrainer(Trainer):
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         self.add_callback(_EpochOrder())
-        self.add_callback(_StopBetweenSteps(self))
+        self.add_callback(StopBetweenSteps(self))
         recorder = Recorder(
             str(self.args.output_dir), self._recipe, data.to_json(), writes=self.is_world_process_zero()
         )
         self.add_callback(recorder)
-        self._progress = Progress(recorder, bar=not self.args.disable_tqdm)
-        self.add_callback(self._progress)
-        if self.args.num_samples > 0 and self.eval_dataset is not None:
-            self.add_callback(SampleWriter(self))
+        self._pair_log = PairLog(str(self.args.output_dir), writes=self.is_world_process_zero())
+        self.add_callback(self._pair_log)
+        if self.args.num_samples and self.eval_dataset is not None:
+            self.add_callback(SampleWriter(self, self.args.num_samples))
         if self.args.early_stopping_patience is not None:
             if self.args.eval_strategy == IntervalStrategy.NO:
                 raise ConfigError(
                     "early_stopping_patience: there is no evaluation; set eval_strategy and give data"
                 )
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        self._progress = Progress(recorder, bar=not self.args.disable_tqdm)
+        self.add_callback(self._progress)  # last, so that its clock sees what the others take
         return recorder
 
     def _preparation(self) -> Preparation:
@@ -281,18 +297,13 @@ class ORPOTrainer(Trainer):
         tokenized = [
             pairs for pairs in (self.train_dataset, *sets.values()) if isinstance(pairs, TokenizedDataset)
         ]
-        sides = [
-            int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
-            for pairs in tokenized
-            if len(pairs)
-        ]
+        sides = [pairs.longest for pairs in tokenized]
         return None if self.args.max_length is None else max([self.args.max_length, *sides])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model that `model_init` gives, with the same checks as one that is passed."""
         model: nn.Module = super().call_model_init(trial)
-        for line in check_model(model, self.args):
-            say(line)
+        check_model(model, self.args)
         return model
 
     # ------------------------------------------------------------------------------------ data
@@ -364,15 +375,13 @@ class ORPOTrainer(Trainer):
         """Read rows that were given to be evaluated, and say what became of them."""
         is_named = self._evaluated_set not in (None, GIVEN_ROWS)
         name = evaluation_name(str(self._evaluated_set) if is_named else "")
-        read = read_pairs(
-            rows,
-            self.args,
-            text_tokenizer(self.processing_class),
-            stop_tokens=stop_token_ids(self.model),
-            name=name,
-        )
+        tokenizer, stops = text_tokenizer(self.processing_class), stop_token_ids(self.model)
+        with _shown(self.args):
+            read = read_pairs(rows, self.args, tokenizer, stop_tokens=stops, name=name)
         for line in read.lines():
             say(line)
+        if number := num_embeddings(self.model):
+            check_token_ids(read.pairs, number, text_tokenizer(self.processing_class))
         return read.pairs
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
@@ -450,7 +459,7 @@ class ORPOTrainer(Trainer):
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
         self.accelerator.backward(scaled, **deepspeed)
         if not batch.empty:
-            self.window.add_pairs(output.pairs)
+            self.window.add_pairs(output.pairs, batch.num_context_tokens)
         if output.router_loss is not None:
             self._router_loss += output.router_loss
         loss_share: Tensor = output.loss.detach()
@@ -505,8 +514,8 @@ class ORPOTrainer(Trainer):
         of_training = self._evaluated_set is None and "train_runtime" not in logs
         if of_training and "loss" in logs:
             means = self.window.close(self._reduce)
-            means["tokens_per_second"] = means.pop("tokens") / self.stopwatch.restart()
-            logs |= means
+            means["tokens_per_second"] = means["tokens"] / self.stopwatch.restart()
+            logs |= means | {"peak_memory": peak_memory(self.args.device)}
         if of_training:
             figures = {name: Figure(value) for name, value in logs.items() if is_number(value)}
             self.recorder.trained(self.state.global_step, self.state.epoch or 0.0, figures)
@@ -538,6 +547,21 @@ class ORPOTrainer(Trainer):
         name = given if isinstance(given, str) else "" if eval_dataset is None else GIVEN_ROWS
         return self._evaluate_set(name, given, metric_key_prefix)
 
+    @property
+    def _own_sets(self) -> Collection[str]:
+        """Names of the run's evaluation sets."""
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Evaluate while training; what is there at step 0 may turn out to be the best checkpoint."""
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.state.global_step == 0 and self.args.load_best_model_at_end:
+            self._determine_best_metric(metrics=metrics, trial=trial)
+            self._save_checkpoint(self.model_wrapped, trial)
+        return metrics
+
     def _evaluate_set(self, name: str, rows: Any, prefix: str) -> dict[str, float]:
         self._evaluated_set = name
         try:
@@ -557,7 +581,8 @@ class ORPOTrainer(Trainer):
         with self.stopwatch.paused():
             scores = self._score(dataloader)
         pairs: Any = dataloader.dataset
-        figures = summarise(scores, self.objective, torch.from_numpy(prompt_index(pairs.pairs)))
+        results = PairResults.of(scores, pairs.pairs)
+        figures = dict(results.figures(self.objective))
         ours = {name: figure.mean for name, figure in figures.items()}
         chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
         rejected = np.where(scores.has_rejected_P.numpy(), rejected, np.nan)
@@ -569,6 +594,8 @@ class ORPOTrainer(Trainer):
         if self._evaluated_set is not None:
             epoch = self.state.epoch or 0.0
             self.recorder.evaluated(self.state.global_step, epoch, self._evaluated_set, len(chosen), figures)
+            if self._evaluated_set in self._own_sets:
+                self._pair_log.evaluated(self.args, self.state, self._evaluated_set, results)
         named = {f"{metric_key_prefix}_{name}": value for name, value in custom.items()}
         for name, value in trl_names(ours, self.objective.beta).items():
             named.setdefault(f"{metric_key_prefix}_{name}", value)
@@ -603,13 +630,17 @@ class ORPOTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
 
+        total = self.num_examples(dataloader)
+
         def advance(num_pairs: int) -> None:
+            self.cut_off()
+            self._progress.scored(num_pairs * self._num_ranks, total)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         return score(
             self._model_for_evaluation(),
             (item["step"] for item in dataloader),
-            self.num_examples(dataloader),
+            total,
             device=self.args.device,
             precision=self.accelerator.autocast,
             reduce=lambda table: self._reduce(table) / copies,
@@ -632,7 +663,7 @@ class ORPOTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train; SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the current step and return.
+        """Train; SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint after the current step and return.
 
         Args:
             resume_from_checkpoint: True for the newest whole checkpoint of the run directory, or a folder.
@@ -643,21 +674,34 @@ class ORPOTrainer(Trainer):
             RunError: The checkpoint is damaged or of another recipe, the loss is not finite, the disk is
                 full.
         """
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        if self.args.should_save:
-            remove_unfinished(str(self.args.output_dir))
+        models = [self.args.model_name_or_path, self.args.adapter_name_or_path]
+        check_output_dir(str(self.args.output_dir), models)
+        with contextlib.ExitStack() as stack:
+            checkpoint = first_rank_decides(
+                self.args, lambda: self._take_directory(stack, resume_from_checkpoint)
+            )
+            return self._train_from(checkpoint, trial, ignore_keys_for_eval)
+
+    def _train_from(
+        self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         self.stopped_by = None
         set_seed(self.args.seed)  # nothing done before, an evaluation or another run, may change this one
         settings: dict[str, Any] = {}
         state: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint)
+        before, forces = state.get("run"), self.args.force and checkpoint is not None
+        self.forced = (
+            check_changes(Path(checkpoint or ""), before, self._identity, force=True) if forces else []
+        )
         self.window.restore(state.get("window"))
+        self.evaluation_waits = bool(state.get("evaluation_waits"))
         if checkpoint is not None:
             if self.args.tokens_per_micro_batch is None:  # another budget would round differently
                 self._tokens_per_micro_batch = state.get(
                     "tokens_per_micro_batch", self._tokens_per_micro_batch
                 )
-            settings["eval_on_start"] = False
-        with self.stop_signal.caught(), _changed(self.args, **settings):
+            settings["eval_on_start"] = self.evaluation_waits
+        with self.stop_signal.caught(), changed(self.args, **settings):
             self.stopwatch.restart(state.get("window_seconds", 0.0))
             try:
                 return super().train(
@@ -665,26 +709,23 @@ class ORPOTrainer(Trainer):
                 )
             finally:
                 self._progress.close()
-                self._say_what_streamed()
 
-    def _say_what_streamed(self) -> None:
-        """What became of the rows of a stream, which only now are counted."""
-        stream = self.train_dataset
-        if isinstance(stream, TokenizedStream) and stream.counts.total and self.args.should_log:
-            for line in stream.counts.lines():
-                say(f"train, all that was streamed: {line}")
-
-    def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
+    def _take_directory(self, stack: contextlib.ExitStack, resume: str | bool | None) -> Path | None:
+        """Keep others out of the run directory, clear it up, and find the checkpoint to resume from."""
+        run = RunDirectory(Path(str(self.args.output_dir)))
+        stack.enter_context(held(run.path))
+        remove_unfinished(run.path)
+        put_damaged_aside(run)
         if not resume:
             return None
-        checkpoint = last_checkpoint(str(self.args.output_dir)) if resume is True else Path(resume)
+        checkpoint = last_checkpoint(run.path) if resume is True else Path(resume)
         if checkpoint is None:
-            raise RunError(f"{self.args.output_dir}: there is no whole checkpoint to resume from")
+            raise RunError(f"{run.path}: there is no whole checkpoint to resume from")
         problem = checkpoint_problem(checkpoint)
         if problem is not None:
             raise RunError(f"{checkpoint}: cannot resume, {problem}; take an earlier checkpoint")
         if not self.args.force:
-            refuse_changes(checkpoint, read_state(checkpoint).get("run"), self._identity)
+            check_changes(checkpoint, read_state(checkpoint).get("run"), self._identity)
         return checkpoint
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -698,7 +739,7 @@ class ORPOTrainer(Trainer):
                 target, is_writer=self.args.should_save, wait=self.accelerator.wait_for_everyone
             ) as folder,
         ):
-            with _changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
+            with changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
                 super()._save_checkpoint(model, None)
             best = (
                 None if self.state.best_global_step is None else run.checkpoint(self.state.best_global_step)
@@ -716,6 +757,7 @@ class ORPOTrainer(Trainer):
                         "run": self._identity,
                         "recipe": self._recipe,
                         "tokens_per_micro_batch": self._tokens_per_micro_batch,
+                        "evaluation_waits": self.evaluation_waits,
                     },
                 )
         if self.args.should_save:
@@ -734,20 +776,33 @@ class ORPOTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint."""
-        with _no_bars():
-            super().save_model(output_dir, _internal_call)
-        folder = Path(output_dir or str(self.args.output_dir))
-        if self.args.should_save and is_adapter(folder):
-            save_generation_config(folder, self.model)
+        """Save weights or adapter, tokenizer and template; with a model card unless in a checkpoint.
+
+        In the run directory, the weights of a run that has ended are marked as its result.
+        """
         if _internal_call:
+            self._write_model(output_dir)
             return
-        if (
-            self.state.global_step > 0
-            and Path(output_dir or self.recorder.run.path) == self.recorder.run.path
-        ):
+        folder, run = Path(output_dir or str(self.args.output_dir)), self.recorder.run
+        with written_into(
+            folder, is_writer=self.args.should_save, wait=self.accelerator.wait_for_everyone
+        ) as unfinished:
+            self._write_model(str(unfinished))
+        is_result = folder == run.path and self.state.global_step > 0
+        if is_result:
             self.recorder.saved(self.state.global_step, self.state.epoch or 0.0, self.model_step)
         self.create_model_card(output_dir=output_dir)
+        if is_result and self.stopped_by is None and self.is_world_process_zero():
+            mark_finished(run)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, output_dir: str | None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        with _no_bars():
+            super().save_model(str(folder), _internal_call=True)
+        if self.args.should_save and is_adapter(folder):
+            save_generation_config(folder, self.model)
 
     @property
     def model_step(self) -> int:
@@ -759,8 +814,7 @@ class ORPOTrainer(Trainer):
 
     def is_evaluated(self) -> bool:
         """Whether the weights that the model has were evaluated."""
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]
-        name = flat_name("loss", next(iter(sets)))
+        name = flat_name("loss", next(iter(self._own_sets)))
         return any(line.get("step") == self.model_step and name in line for line in self.state.log_history)
 
     def create_model_card(self, *args: Any, output_dir: str | None = None, **kwargs: Any) -> None:
@@ -791,29 +845,6 @@ class _EpochOrder(TrainerCallback):
             steps.set_epoch(state.global_step // len(steps))
 
 
-class _StopBetweenSteps(TrainerCallback):
-    """Ends training where any rank has received a signal, at the same step on all, with a checkpoint."""
-
-    def __init__(self, trainer: ORPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last window, however few steps it has
-        received = self.trainer.stop_signal.name is not None
-        if args.world_size > 1:
-            flag = torch.tensor(float(received), device=args.device)
-            received = self.trainer._reduce(flag).item() > 0
-        if received and state.global_step < state.max_steps:
-            self.trainer.stopped_by = self.trainer.stop_signal.name or "another rank"
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped_by is not None:
-            # The end of `train` would load the best checkpoint, and at save_total_limit=1 delete this one.
-            state.best_model_checkpoint = None
-
-
 def _item(value: Any) -> Any:
     """An array without dimensions as its number; any other value as it is."""
     return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
@@ -829,16 +860,3 @@ def _no_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers.logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _changed(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes for a while."""
-    before = {name: getattr(target, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)

@@ -1,20 +1,20 @@
-"""`orpo data WORD`: see what a data set is and what of it trains, before anything is trained."""
+"""`orpo data WORD`: see, clean, choose and make what trains, before anything is trained."""
 
 from __future__ import annotations
 
 import argparse
 
-from orpo.commands.data import inspect, show
+from orpo.commands.data import inspect, pairs, prepare, show, subset
 
-WORDS = (inspect, show)
+WORDS = (inspect, show, prepare, subset, pairs)
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `orpo data` and its words to the command line."""
     parser = words.add_parser(
         "data",
-        help="see what trains: a row as the model reads it, token by token",
-        description="See what a data set trains, before anything is trained.",
+        help="before training: see what trains, clean and choose pairs, make rejected answers",
+        description="See, clean, choose and make what trains, before anything is trained.",
     )
     parser.set_defaults(run=lambda args: print(parser.format_help(), end="") or 0)
     words_of_data = parser.add_subparsers(dest="data_word", metavar="WORD", title="words")

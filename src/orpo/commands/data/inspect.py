@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orpo.console import say
+from orpo.console import LongWork, say
 from orpo.errors import ConfigError
 
 
@@ -50,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         _make(args.out)
     from orpo.curation.inspection import inspect_data
+    from orpo.data.stages import following
     from orpo.run.directory import write_json
 
-    with _progress() as progress:
+    with _progress() as progress, following(progress or LongWork()):
         found = inspect_data(
             args.data,
             args.model,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo.console import say
+from orpo.console import LongWork, say
 from orpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.data.named_templates import tokens_to_add
     from orpo.data.one_row import find_row, read_row
     from orpo.data.show import lay_out
+    from orpo.data.stages import following
 
     found, folder = find_row(args.data, args.row, settings, args.split), model_folder(model)
     from orpo.engine.loading import load_tokenizer  # heavy: only now, when there is a row to show
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder, revision=revision, trust_remote_code=settings.trust_remote_code)
     if settings.resize_embeddings:
         tokenizer.add_tokens(tokens_to_add(tokenizer, settings.chat_template), special_tokens=True)
-    row = read_row(found, settings, tokenizer, stop_tokens=saved_stop_token_ids(folder))
+    with LongWork() as work, following(work):
+        row = read_row(found, settings, tokenizer, stop_tokens=saved_stop_token_ids(folder))
     nll = [nll_ranges(pair, objective) if objective.nll_weight > 0 else [] for pair in row.pairs]
     pairs = zip(row.pairs, nll, strict=True)
     layouts = [lay_out(pair, tokenizer, ranges, odds=objective.beta > 0) for pair, ranges in pairs]

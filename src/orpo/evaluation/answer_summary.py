@@ -1,0 +1,80 @@
+"""What answers look like, in a few figures that show at once where a model went wrong.
+
+An answer that does not end, repeats itself or refuses is seldom what was wanted, and a mean length shows a
+model that has learnt to be long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orpo.data.refusals import refuses
+from orpo.data.words import runs_of, words_of
+from orpo.evaluation.answers import Answer
+
+RUN = 3
+"""Words of a run whose repeats are counted."""
+LOOPING = 0.5
+"""Share of repeated runs from which an answer is counted as looping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSummary:
+    """Figures of answers.
+
+    Attributes:
+        number: Of the answers.
+        mean_tokens: Of those whose tokens are known; None where none are.
+        mean_words: Words an answer.
+        ended: Share that ended by itself, in [0, 1].
+        repetition: Mean share of runs of three words that repeat an earlier one in the same answer.
+        looping: Share of answers in which at least half of the runs do.
+        refusing: Share that begins with a refusal.
+        empty: Answers without a word.
+    """
+
+    number: int
+    mean_tokens: float | None
+    mean_words: float
+    ended: float
+    repetition: float
+    looping: float
+    refusing: float
+    empty: int
+
+    def lines(self) -> list[str]:
+        """To print."""
+        tokens = "" if self.mean_tokens is None else f"{self.mean_tokens:.1f} tokens, "
+        return [
+            f"answers     {self.number:,}" + (f", {self.empty:,} of them empty" if self.empty else ""),
+            f"length      {tokens}{self.mean_words:.1f} words on average",
+            f"ended       {self.ended:.1%} by themselves; the others were cut at --max_tokens",
+            f"repetition  {self.repetition:.1%} of runs of {RUN} words repeat an earlier one; "
+            f"{self.looping:.1%} of answers loop",
+            f"refusals    {self.refusing:.1%}, by set phrases in English",
+        ]
+
+
+def repetition(text: str) -> float:
+    """Share of a text's runs of three words that repeat an earlier one, in [0, 1); 0 for fewer words."""
+    runs = runs_of(words_of(text), RUN)
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def summarise(answers: Sequence[Answer]) -> AnswerSummary:
+    """The figures of at least one answer."""
+    number = len(answers)
+    tokens = [answer.num_tokens for answer in answers if answer.num_tokens is not None]
+    words = [len(words_of(answer.output)) for answer in answers]
+    repeated = [repetition(answer.output) for answer in answers]
+    return AnswerSummary(
+        number=number,
+        mean_tokens=sum(tokens) / len(tokens) if tokens else None,
+        mean_words=sum(words) / number,
+        ended=sum(answer.ended for answer in answers) / number,
+        repetition=sum(repeated) / number,
+        looping=sum(share >= LOOPING for share in repeated) / number,
+        refusing=sum(refuses(answer.output) for answer in answers) / number,
+        empty=sum(not count for count in words),
+    )
