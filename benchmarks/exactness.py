@@ -43,8 +43,9 @@ CASES = {
 }
 SECONDS = 60
 """A family gets so long for a case; towers of full size do not."""
-LIMITS = {torch.float32: (2e-5, 2e-3), torch.bfloat16: (3e-2, 0.3)}
-"""Largest error of the loss and of the whole gradient, relative."""
+SLACK = {torch.float32: (2e-5, 2e-3), torch.bfloat16: (2e-2, 5e-2)}
+"""How much larger the relative errors of loss and whole gradient may be than those of the plain model in the
+same precision, both against the plain model in float32."""
 
 
 def pairs() -> list[TokenizedPair]:
@@ -53,6 +54,11 @@ def pairs() -> list[TokenizedPair]:
     lengths = [(7, 9, 4), (3, 5, 12), (11, 2, 6), (1, 1, 3)]
     ids = [[torch.randint(1, 97, (n,), generator=draw).tolist() for n in row] for row in lengths]
     return [TokenizedPair(*row) for row in ids]
+
+
+def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
+    """The gradient of every trained weight, as one vector."""
+    return torch.cat([gradient.flatten().float() for gradient in reference.gradients(model).values()])
 
 
 def run_case(family: str, dtype: torch.dtype, lora: bool) -> str:
@@ -67,20 +73,23 @@ def run_case(family: str, dtype: torch.dtype, lora: bool) -> str:
     try:
         if lora:
             model = add_adapter(model, lora_config(OrpoSettings(lora_r=2)))
-        plain = copy.deepcopy(model).float()
+        own, plain = copy.deepcopy(model), copy.deepcopy(model).float()  # own: what rounding costs
         prepared = prepare_model(model, OBJECTIVE)
     except OrpoError as error:
         return f"refused: {error}"
     output = model(batch=pack(pairs(), OBJECTIVE, layout=prepared.layout)).loss
     output.backward()
-    expected = reference.orpo_loss(reference.logprobs_of(plain), pairs(), OBJECTIVE)
-    expected.backward()
-    found = (reference.gradients(m).values() for m in (model, plain))
-    ours, exact = (torch.cat([g.flatten().float() for g in grads]) for grads in found)
-    loss_error = abs(output.item() / expected.item() - 1)
-    gradient_error = ((ours - exact).norm() / exact.norm()).item()
-    limits = LIMITS[dtype]
-    good = loss_error <= limits[0] and gradient_error <= limits[1]
+    losses, gradients = [output.item()], [flat_gradient(model)]
+    for twin in (own, plain):
+        loss = reference.orpo_loss(reference.logprobs_of(twin), pairs(), OBJECTIVE)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(flat_gradient(twin))
+    loss_error, own_loss_error = (abs(loss / losses[2] - 1) for loss in losses[:2])
+    size = gradients[2].norm()
+    gradient_error, own_error = (((g - gradients[2]).norm() / size).item() for g in gradients[:2])
+    slack = SLACK[dtype]
+    good = loss_error <= own_loss_error + slack[0] and gradient_error <= 1.1 * own_error + slack[1]
     how = "shares" if prepared.layout == "shared" else f"falls back to {prepared.layout}"
     return how if good else f"WRONG ({how}): loss off {loss_error:.1e}, gradient {gradient_error:.1e}"
 
@@ -131,7 +140,7 @@ def write_table(results: dict[str, dict[str, str]]) -> None:
         lines.append(f"- {name}: {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}")
     left = sorted(set(tiny_families.FAMILIES) - set(results))
     if left:
-        lines += ["", f"Not run yet ({len(left)}): {', '.join(left)}."]
+        lines += ["", f"Not run yet: {len(left)} families. The command goes on where it stopped."]
     lines += ["", f"| family | {' | '.join(CASES)} |", f"|---{'|---' * len(CASES)}|"]
     for family, row in sorted(results.items()):
         cells = (row.get(name, "-").replace("|", "/").replace("\n", " ") for name in CASES)
