@@ -1,6 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `ChatModel`, `write_report`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `export_run`, `ChatModel`,
+`write_report`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from orpo.curation.inspection import inspect_data
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
+    from orpo.export.job import export_run
     from orpo.report.page import write_report
     from orpo.settings.recipe import load_recipe
     from orpo.training.arguments import ORPOConfig
@@ -27,6 +29,7 @@ __all__ = [
     "ORPOTrainer",
     "__version__",
     "evaluate",
+    "export_run",
     "inspect_data",
     "load_recipe",
     "train",
@@ -38,6 +41,7 @@ _WHERE = {
     "ORPOConfig": "orpo.training.arguments",
     "ORPOTrainer": "orpo.training.trainer",
     "evaluate": "orpo.evaluation.preferences",
+    "export_run": "orpo.export.job",
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
     "train": "orpo.training.job",
