@@ -1,7 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
 Everything the command line does can be called from Python: `train`, `evaluate`, `generate`, `ChatModel`,
-`write_report`, `prepare_data`, `subset_data`.
+`write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from orpo.evaluation.answering import generate
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
+    from orpo.export.job import export_run
     from orpo.report.page import write_report
     from orpo.settings.recipe import load_recipe
     from orpo.training.arguments import ORPOConfig
@@ -31,6 +32,7 @@ __all__ = [
     "ORPOTrainer",
     "__version__",
     "evaluate",
+    "export_run",
     "generate",
     "inspect_data",
     "load_recipe",
@@ -45,6 +47,7 @@ _WHERE = {
     "ORPOConfig": "orpo.training.arguments",
     "ORPOTrainer": "orpo.training.trainer",
     "evaluate": "orpo.evaluation.preferences",
+    "export_run": "orpo.export.job",
     "generate": "orpo.evaluation.answering",
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
