@@ -70,3 +70,64 @@ def test_shared_prompts_are_found_and_counted():
     )
     assert data.to_json()["train"]["findings"]["shared_prompts"] == 1
     assert "train: 1 evaluation pair has a prompt that is trained on (row:0)" in data.lines()
+
+
+# ---------------------------------------------------------------------------- a folder with splits of its own
+
+
+def folder(tmp_path, **files):
+    data = tmp_path / "data"
+    data.mkdir(exist_ok=True)
+    for name, rows in files.items():
+        write(data / f"{name}.jsonl", rows)
+    return str(data)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["test"], "test"), (["validation", "test"], "validation"), (["dev"], "dev"), (["my-eval"], "my-eval")],
+)
+def test_a_folder_is_evaluated_on_its_own_split_and_says_so(tmp_path, names, expected):
+    files = {name: ROWS[12 + 4 * place : 16 + 4 * place] for place, name in enumerate(names)}
+    data = read(dataset_name=folder(tmp_path, train=ROWS[:12], **files))
+    assert (len(data.train_pairs), len(data.eval_pairs)) == (12, 4)
+    assert data.evals[""].preferences[0].source == f"{expected}.jsonl:1"
+    (line,) = (line for line in data.lines() if line.startswith("evaluating on the split"))
+    assert f"evaluating on the split {expected} of {tmp_path / 'data'}" in line
+    assert ("test is left for orpo eval" in line) == (len(names) > 1)
+
+
+def test_no_own_split_is_used_where_another_was_asked_for_or_none(tmp_path):
+    name = folder(tmp_path, train=ROWS[:12], test=ROWS[12:16], validation=ROWS[16:])
+    assert len(read(dataset_name=name, dataset_test_split="test").evals[""].preferences) == 4
+    assert not read(dataset_name=name, eval_split=0.0).evals
+    trained = read(dataset_name=name, dataset_train_split="train+validation")
+    assert (len(trained.train_pairs), len(trained.eval_pairs)) == (16, 4)
+    whole = read(dataset_name=name, dataset_train_split="train+validation+test", eval_split=0.2)
+    assert any(line.startswith("no evaluation data: 4 of 20 pairs") for line in whole.lines())
+
+
+def test_splits_go_with_what_is_trained_on(tmp_path):
+    rows = {
+        "train_sft": ROWS[:5],
+        "train_prefs": ROWS[5:10],
+        "test_sft": ROWS[10:12],
+        "test_prefs": ROWS[12:15],
+    }
+    data = read(dataset_name=folder(tmp_path, **rows), dataset_train_split="train_prefs")
+    assert (len(data.train_pairs), len(data.eval_pairs)) == (5, 3)
+
+
+def test_one_of_several_folders_with_a_split_is_named_and_not_used(tmp_path):
+    other = write(tmp_path / "other.jsonl", ROWS[12:])
+    name = folder(tmp_path, train=ROWS[:10], test=ROWS[10:12])
+    data = read(dataset_name=[name, other])
+    assert f"only {name} of the training data has a split to evaluate on, which is not used" in data.lines()
+    assert any(line.startswith("no evaluation data: 1 of 18 pairs") for line in data.lines())
+    weighted = read(dataset_name={name: 2})
+    assert (len(weighted.train_pairs), len(weighted.eval_pairs)) == (20, 2)
+
+
+def test_the_splits_of_an_object_are_used_too():
+    data = read({"train": ROWS[:12], "test": ROWS[12:]})
+    assert (len(data.train_pairs), len(data.eval_pairs)) == (12, 8)
