@@ -78,7 +78,8 @@ def _remedy(looked: Audit, best: Look | None) -> str:
             "Add pairs in which the answer that helps is the chosen one, or the model will refuse too much."
         )
     return {
-        "length": "A model can gain by length alone: judge it at equal length, or drop what differs most.",
+        "length": "A model can gain by length alone: judge it at equal length, or use"
+        " `orpo data prepare --balance length`.",
         "markdown": "A model can gain by layout alone: keep it only if that layout is what you want.",
         "refusal": "Add pairs in which refusing is right, or the model will stop refusing.",
         "echo": "Read a few such pairs, and keep this only if that is what you want.",
@@ -113,8 +114,8 @@ def _contradictions(found: Inspection) -> Iterator[Advice]:
         yield Advice(
             "act",
             f"{several(number, 'pair')} ({share(number, found.pairs)}) contradict another: same prompt, sides"
-            f" swapped, first {found.first('contradictions')[0]}. They cancel out: keep one of each two, or"
-            " none.",
+            f" swapped, first {found.first('contradictions')[0]}. They cancel out; `orpo data prepare`"
+            " removes them.",
         )
 
 
@@ -134,8 +135,8 @@ def _duplicates(found: Inspection) -> Iterator[Advice]:
         first = found.first("duplicates" if same else "near_duplicates")[0]
         yield Advice(
             "act" if same + near > 0.05 * found.pairs else "know",
-            f"{' and '.join(parts)}, first {first}: what is said twice weighs twice, so drop them unless"
-            " you want that.",
+            f"{' and '.join(parts)}, first {first}: what is said twice weighs twice;"
+            " `orpo data prepare` removes them.",
         )
 
 

@@ -131,7 +131,7 @@ def audit(texts: PairTexts, *, seed: int = 0, progress: Callable[[int, int], Non
     Args:
         texts: Pairs with both sides.
         seed: Of the folds and of the order of the sides.
-        progress: Called with the looks done and their number.
+        progress: Called with the pairs that are done, all looks counted, and their number.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -151,7 +151,7 @@ def audit(texts: PairTexts, *, seed: int = 0, progress: Callable[[int, int], Non
     seen: list[Any] = []
     for number, (name, title, differences) in enumerate([*_LOOKS, ("together", "All together", None)]):
         if progress is not None:
-            progress(number, len(_LOOKS) + 1)
+            progress(len(texts) * number // (len(_LOOKS) + 1), len(texts))
         features = _Features(sparse.hstack(seen, format="csr")) if differences is None else differences(texts)
         seen.append(features.matrix)
         score_P, weights = _held_out(features.matrix, sign_P, fold_P)

@@ -6,8 +6,6 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from orpo.console import LongWork, say
@@ -53,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
     from orpo.data.stages import following
     from orpo.run.directory import write_json
 
-    with _progress() as progress, following(progress or LongWork()):
+    with LongWork() as work, following(work):
         found = inspect_data(
             args.data,
             args.model,
             split=args.split,
             against=args.against,
-            progress=progress,
+            progress=work,
             **recipe.settings,
         )
     if args.json:
@@ -85,21 +83,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
-    """A bar on a terminal, which disappears when the work is done."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def advance(stage: str, done: int, total: int | None) -> None:
-            bar.update(task, description=stage, completed=done, total=total)
-
-        yield advance
