@@ -2,7 +2,7 @@
 
 `fail 503 2` is answered with status 503 twice, and then with an answer; `fail 400 9` practically always;
 `say ["a", "b"]` with these answers one after the other; `cut` with one that does not end; `drop` by closing
-the connection once. Anything else is repeated. `python answer_server.py [KEY]` prints its port.
+the connection once; `moved` with a redirect. Anything else is repeated. `python answer_server.py [KEY]` prints its port.
 """
 
 import contextlib
@@ -56,6 +56,12 @@ class Handler(BaseHTTPRequestHandler):
         if word == "drop" and number == 0:
             self.close_connection = True
             self.connection.close()
+            return
+        if word == "moved":
+            self.send_response(302)
+            self.send_header("Location", "/stats")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         said = json.loads(rest)[number % len(json.loads(rest))] if word == "say" else f"You said: {text}"
         message = {"message": {"role": "assistant", "content": said}} if chats else {"text": said}
