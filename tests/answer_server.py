@@ -2,7 +2,8 @@
 
 `fail 503 2` is answered with status 503 twice, and then with an answer; `fail 400 9` practically always;
 `say ["a", "b"]` with these answers one after the other; `cut` with one that does not end; `drop` by closing
-the connection once; `moved` with a redirect. Anything else is repeated. `python answer_server.py [KEY]` prints its port.
+the connection once; `moved` with a redirect. Anything else is repeated. `python answer_server.py [KEY]`
+prints its port.
 """
 
 import contextlib

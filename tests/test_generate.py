@@ -366,7 +366,7 @@ def test_a_server_that_will_not_answer_ends_the_run_in_one_line(tmp_path, monkey
         monkeypatch.setenv("OPENAI_API_KEY", "sk-right")
         with pytest.raises(ModelError, match="HTTP 404: there is no crow; check --endpoint"):
             orpo.generate(None, ["Hi."], out, endpoint=Endpoint(url=url, model="crow"))
-        with pytest.raises(ModelError, match="HTTP 302: .*; give the address it points to"):
+        with pytest.raises(ModelError, match=r"HTTP 302: .*; give the address it points to"):
             orpo.generate(None, ["moved"], out, endpoint=Endpoint(url=url, model="parrot"))
         many = [f"fail 500 {99 + n}" for n in range(50)]
         fast = Endpoint(url=url, concurrency=2, tries=2, pause=0.0)

@@ -50,7 +50,8 @@ class AnswerSummary:
             f"answers     {self.number:,}" + (f", {self.empty:,} of them empty" if self.empty else ""),
             f"length      {tokens}{self.mean_words:.1f} words on average",
             f"ended       {self.ended:.1%} by themselves; the others were cut at --max_tokens",
-            f"repetition  {self.repetition:.1%} of runs of {RUN} words came before; {self.looping:.1%} of answers loop",
+            f"repetition  {self.repetition:.1%} of runs of {RUN} words came before; "
+            f"{self.looping:.1%} of answers loop",
             f"refusals    {self.refusing:.1%}, by set phrases in English",
         ]
 
