@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,11 @@ from orpo.console import say
 from orpo.errors import ConfigError, RunError
 from orpo.run.directory import RunDirectory
 from orpo.run.disk import cannot_write
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _NAME = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -49,6 +53,9 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _lock(handle: int, folder: Path) -> None:
+    if fcntl is None:
+        say(f"{folder}: files cannot be locked on this system: a second training here would not be noticed")
+        return
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
