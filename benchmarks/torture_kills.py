@@ -27,7 +27,7 @@ from torture_inputs import make_world, train_words
 
 STEPS = 11
 """Optimizer steps of a run; an epoch has ten, so that it ends within one."""
-CLOCKS = ("seconds", "tokens_per_second")
+CLOCKS = ("seconds", "tokens_per_second", "peak_memory")
 MOST_KILLS = 6
 """Of one run; then it is left alone."""
 LIMIT = 180.0

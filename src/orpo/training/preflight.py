@@ -51,6 +51,8 @@ def check_optimization(trainer: ORPOTrainer) -> None:
         kind, arguments = trainer.get_optimizer_cls_and_kwargs(config, trainer.model)
         by_name = {"params", "model", "optimizer_dict"} & arguments.keys()
         made = torch.optim.SGD([number]) if by_name else kind([number], **arguments)
+    if not isinstance(config.lr_scheduler_kwargs or {}, dict):
+        raise ConfigError(f"lr_scheduler_kwargs: {config.lr_scheduler_kwargs!r} is no mapping")
     with raised_as(ConfigError, f"lr_scheduler_type: {config.lr_scheduler_type} cannot be used"):
         get_scheduler(config.lr_scheduler_type, made, 1, 10, dict(config.lr_scheduler_kwargs or {}))
 
