@@ -14,5 +14,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, and a run respects that.
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and nohup a closed terminal; a run
+# respects both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)

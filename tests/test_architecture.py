@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,7 @@ def test_no_negative_hundred_marks_a_token():
             ), path
 
 
+@cache
 def texts(path: Path) -> list[str]:
     """The text constants of a module, parts of f-strings included, docstrings not."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -200,9 +202,7 @@ def test_no_file_of_a_run_directory_is_named_outside_run():
     assert len(names) > 10
     for path in MODULES:
         if folder_of(name_of(path)) != "run":
-            named = {
-                name for name in names for text in texts(path) if name in text.split("/")[-1].split()[-1:]
-            }
+            named = names & {word for text in texts(path) for word in text.split("/")[-1].split()[-1:]}
             assert not named, f"{ids(path)} names {named}"
 
 

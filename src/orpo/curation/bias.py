@@ -125,13 +125,12 @@ def _percent(found: Interval) -> str:
     return f"{100 * found.share:.0f} % of held-out pairs (95 % interval {low:.0f} to {high:.0f})"
 
 
-def audit(texts: PairTexts, *, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Audit:
+def audit(texts: PairTexts, *, seed: int = 0) -> Audit:
     """Look at pairs; needs scikit-learn.
 
     Args:
         texts: Pairs with both sides.
         seed: Of the folds and of the order of the sides.
-        progress: Called with the pairs that are done, all looks counted, and their number.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -149,9 +148,7 @@ def audit(texts: PairTexts, *, seed: int = 0, progress: Callable[[int, int], Non
     sign_P = random.choice([-1.0, 1.0], len(texts))
     looks: list[Look] = []
     seen: list[Any] = []
-    for number, (name, title, differences) in enumerate([*_LOOKS, ("together", "All together", None)]):
-        if progress is not None:
-            progress(len(texts) * number // (len(_LOOKS) + 1), len(texts))
+    for name, title, differences in (*_LOOKS, ("together", "All together", None)):
         features = _Features(sparse.hstack(seen, format="csr")) if differences is None else differences(texts)
         seen.append(features.matrix)
         score_P, weights = _held_out(features.matrix, sign_P, fold_P)

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from orpo.curation.beside import Start, second_process
 from orpo.curation.bias import Audit, audit
 from orpo.curation.lengths import Spread, Tokens, count_tokens, spread, spread_json
 from orpo.curation.repeats import (
@@ -212,12 +213,18 @@ def inspect_data(
     tokenizer = _tokenizer(model, lenient, of_settings=model == settings.get("model_name_or_path"))
     progress("reading", 0, None)
     questions = {one: evaluation_questions(one) for one in against}
-    read = read_texts(data, lenient, tokenizer, split=split, name=name)
-    pairs, texts = read.pairs, pair_texts(read.pairs)
-    preferences = texts.take([place for place, pair in enumerate(pairs) if pair.rejected is not None])
-    splits, others = _other_splits(data, split, lenient, progress)
-    told, looked, left_out = _with_the_extra(texts, preferences, progress)
-    progress("looking for repeats", 0, None)
+    with second_process() as start:
+        read = read_texts(data, lenient, tokenizer, split=split, name=name)
+        pairs, texts = read.pairs, pair_texts(read.pairs)
+        preferences = texts.take([place for place, pair in enumerate(pairs) if pair.rejected is not None])
+        with_the_extra = _start_with_the_extra(texts, preferences, start)
+        splits, others = _other_splits(data, split, lenient, progress)
+        progress("looking for repeats", 0, None)
+        findings, close = find(pairs), nearly_identical(preferences)
+        overlaps = [_overlap(texts, asks, one, progress) for one, asks in questions.items()]
+        encoding, refused = _encoding(texts, progress), refusals(preferences)
+        progress("bias audit", 0, None)
+        told, looked, left_out = with_the_extra()
     return Inspection(
         data=name,
         split=split or "",
@@ -239,13 +246,13 @@ def inspect_data(
             )
         },
         chosen_longer=_chosen_longer(preferences),
-        findings=find(pairs),
-        nearly_identical=nearly_identical(preferences),
+        findings=findings,
+        nearly_identical=close,
         splits=splits,
         shared=shared_between_splits({split or "": _prompts(texts), **others}),
-        overlaps=[_overlap(texts, asks, one, progress) for one, asks in questions.items()],
-        encoding=_encoding(texts, progress),
-        refusals=refusals(preferences),
+        overlaps=overlaps,
+        encoding=encoding,
+        refusals=refused,
         languages=told,
         audit=looked,
         tokens=_tokens(pairs, str(model), tokenizer, lenient, recipe, progress) if model else None,
@@ -311,24 +318,24 @@ def _other_splits(
     return names, others
 
 
-def _with_the_extra(
-    texts: PairTexts, preferences: PairTexts, progress: Progress
-) -> tuple[Languages | None, Audit | None, list[str]]:
-    """What the packages of the extra `data` look at, and a line for what they cannot."""
-    missing = []
-    told = looked = None
-    try:
-        told = languages(texts.take(drawn(len(texts), LANGUAGE_SAMPLE, SEED)).chosen)
-    except ImportError:
-        missing.append("languages")
-    try:
-        sample = preferences.take(drawn(len(preferences), AUDIT_SAMPLE, SEED))
-        looked = audit(sample, seed=SEED, progress=lambda done, total: progress("bias audit", done, total))
-    except ImportError:
-        missing.append("the bias audit")
-    if find_spec("ftfy") is None:
-        missing.append("mojibake")
-    return told, looked, [f"left out: {', '.join(missing)}; {EXTRA} adds it"] if missing else []
+def _start_with_the_extra(
+    texts: PairTexts, preferences: PairTexts, start: Start
+) -> Callable[[], tuple[Languages | None, Audit | None, list[str]]]:
+    """Start what the extra `data` looks at; what is returned waits for it, and says in a line what lacks."""
+    told = start(languages, texts.take(drawn(len(texts), LANGUAGE_SAMPLE, SEED)).chosen)
+    looked = start(audit, preferences.take(drawn(len(preferences), AUDIT_SAMPLE, SEED)))
+
+    def results() -> tuple[Languages | None, Audit | None, list[str]]:
+        found: dict[str, Any] = {}
+        for name, result in (("languages", told), ("the bias audit", looked)):
+            with suppress(ImportError):
+                found[name] = result()
+        missing = [name for name in ("languages", "the bias audit") if name not in found]
+        missing += [] if find_spec("ftfy") else ["mojibake"]
+        left_out = [f"left out: {', '.join(missing)}; {EXTRA} adds it"] if missing else []
+        return found.get("languages"), found.get("the bias audit"), left_out
+
+    return results
 
 
 class _Counting:
