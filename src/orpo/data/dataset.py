@@ -164,7 +164,7 @@ def load(folder: Path) -> TokenizedDataset:
     return TokenizedDataset(**arrays, **words, folder=folder)
 
 
-def _load_whole(folder: Path) -> TokenizedDataset | None:
+def open_cached(folder: Path) -> TokenizedDataset | None:
     """A cached data set; None where there is none, or it is damaged, which is said and put out of the way."""
     if not folder.exists():
         return None
@@ -223,7 +223,7 @@ def tokenize_pairs(
     if cache_dir is not None:
         key = _key(pairs, tokenizer, known, (template, max_length, drop_rejected))
         folder = Path(cache_dir) / key
-        cached = _load_whole(folder)
+        cached = open_cached(folder)
         if cached is not None:
             cached.counts.check(max_dropped)
             return cached
@@ -235,7 +235,7 @@ def tokenize_pairs(
     try:
         dataset.save(folder)
     except (OSError, OrpoError) as error:
-        cached = _load_whole(folder)  # another process may have been faster
+        cached = open_cached(folder)  # another process may have been faster
         if cached is None:
             dataset.notices.append(f"the tokenized data could not be cached ({first_line(error)})")
         return dataset if cached is None else cached
@@ -344,13 +344,8 @@ def _join(
 def _key(pairs: Sequence[PreferencePair], tokenizer: Any, known: RowCounts | None, settings: Any) -> str:
     """A name for everything the result depends on."""
     digest = hashlib.blake2b(digest_size=16)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = (
-        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
     counts = None if known is None else known.to_dict()
-    about = [_VERSION, type(tokenizer).__name__, str(tokenizer.special_tokens_map), settings, counts]
-    digest.update(json.dumps([*about, vocabulary]).encode())
+    digest.update(json.dumps([_VERSION, settings, counts, tokenizer_identity(tokenizer)]).encode())
     for pair in pairs:
         # Version 2 of the format writes no references, so that equal pairs give equal bytes.
         parts = (
@@ -359,3 +354,12 @@ def _key(pairs: Sequence[PreferencePair], tokenizer: Any, known: RowCounts | Non
         )  # fmt: skip
         digest.update(marshal.dumps(parts, 2))
     return digest.hexdigest()
+
+
+def tokenizer_identity(tokenizer: Any) -> list[str]:
+    """Equal for tokenizers that make the same tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = (
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    return [type(tokenizer).__name__, str(tokenizer.special_tokens_map), vocabulary]

@@ -13,13 +13,14 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from orpo.data.splits import DEFAULT, check_file, files_of_split, parse_split, splits_of_folder
 from orpo.errors import DataError, first_line, raised_as
 from orpo.run.directory import read_json
+from orpo.run.disk import describe, files_in
 
 Row = dict[str, Any]
 ORIGIN = "orpo_origin"
@@ -91,6 +92,46 @@ def data_files(data: str | Path, split: str | None, config: str | None = None) -
         return sorted(path.rglob("*.arrow"))
     parts = parse_split(split)
     return [file for part in parts for file in files_of_split(path, part.name, config, _is_data)]
+
+
+def source_identity(data: object, splits: Sequence[str | None], config: str | None = None) -> Any:
+    """Equal for data of which the same rows are read; None where that is not known before reading.
+
+    Files and folders are known by the checksums of their bytes, data sets by their fingerprints.
+
+    Args:
+        data: As for `read_rows`, or names with weights, or several by name.
+        splits: Those that may be read from a hub data set; None is `train`.
+        config: Configuration of a hub data set.
+
+    Raises:
+        DataError: A hub data set cannot be loaded.
+        OSError: A file cannot be read.
+    """
+    if isinstance(data, Mapping):
+        found = {str(key): _value_identity(key, value, splits, config) for key, value in data.items()}
+        return None if None in found.values() else found
+    if isinstance(data, list | tuple) and data and all(isinstance(one, str | Path) for one in data):
+        several = [source_identity(one, splits, config) for one in data]
+        return None if None in several else several
+    if isinstance(data, str | Path):
+        path = Path(data).expanduser()
+        if path.exists():
+            files = [path] if path.is_file() else files_in(path)
+            return [[str(file), describe(file)] for file in files]
+        if _reader(path) is not None:
+            return None
+        loaded = [_load_hub(str(data), config, split or DEFAULT) for split in dict.fromkeys(splits) if split]
+        several = [source_identity(one, ()) for one in loaded]
+        return None if None in several else [str(data), several]
+    return [data._fingerprint, data.column_names] if _is_table(data) else None  # type: ignore[attr-defined]
+
+
+def _value_identity(key: object, value: object, splits: Sequence[str | None], config: str | None) -> Any:
+    if isinstance(value, int | float):  # a weight
+        known = source_identity(key, splits, config)
+        return None if known is None else [known, value]
+    return source_identity(value, splits, config)
 
 
 def _is_data(file: Path) -> bool:

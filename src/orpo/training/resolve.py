@@ -14,9 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.dataset import TokenizedDataset
+from orpo.data.kept import read_training_once
 from orpo.data.named_templates import tokens_to_add
 from orpo.data.show import first_pair_lines
-from orpo.data.source import SavedTemplate, TokenizedStream, TrainingData, read_training
+from orpo.data.source import SavedTemplate, TokenizedStream, TrainingData
 from orpo.data.token_ids import check_token_ids, checked_token_ids
 from orpo.engine.adapters import adapter_lines, add_adapter
 from orpo.engine.lengths import check_length
@@ -180,7 +181,7 @@ def read_for_training(
     """Read what there is to train and evaluate on; prompts are held out unless evaluation is off."""
     evaluates = args.eval_strategy != IntervalStrategy.NO
     stops = stop_token_ids(model)
-    data = read_training(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
+    data = read_training_once(train, evals, args, tokenizer, evaluates=evaluates, stop_tokens=stops)
     if model is not None:
         args.notices += check_length(base_model(model), _longest(data, args.max_length))
     number = num_embeddings(model) if model is not None else 0
