@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from orpo.curation.steps import Sieve, Step
+from orpo.curation.wording import is_mojibake
 from orpo.data.preferences import cannot_train
 from orpo.data.stages import report
 from orpo.pairs import PreferencePair
@@ -94,11 +95,10 @@ class _Cleaner:
 
     def _decoded(self, text: str) -> str:
         from ftfy import fix_encoding
-        from ftfy.badness import is_bad
 
         if "\ufffd" in text:
             self.said[_LOST] = None
-        if not is_bad(text):
+        if not is_mojibake(text, text.encode("utf-8", "surrogatepass"), fix_encoding):
             return text
         fixed = fix_encoding(text) if self._fix_text else text
         self.said[_WRONG if fixed == text else "encoding repaired"] = None
