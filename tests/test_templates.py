@@ -604,10 +604,11 @@ def test_reasoning_that_is_not_written_is_counted_and_stops_the_run():
     reason = "the chat template does not write the reasoning of an answer (its key 'reasoning_content')"
     assert tokens is not None and encoder.counts.lost == {reason: 1}
     pairs = [pair_of([user("Q")], thinks)] + [pair_of([user("Q")], f"A{i}") for i in range(9)]
-    kept = tokenize_pairs(pairs, tiny_tokenizer("chatml"), max_length=None, max_dropped=0.1)
+    kept = tokenize_pairs(pairs, tiny_tokenizer("chatml"), max_length=None)
+    kept.counts.check(0.1)
     assert len(kept) == 10 and kept.counts.lines()[1] == f"incomplete 1: {reason} (first: p.jsonl:1)"
     with pytest.raises(DataError, match=r"1 of 10 rows \(10%\) cannot be used whole, .*: incomplete 1"):
-        tokenize_pairs(pairs, tiny_tokenizer("chatml"), max_length=None, max_dropped=0.05)
+        kept.counts.check(0.05)
 
 
 def test_reasoning_that_the_template_cuts_out_of_an_answer_is_counted():

@@ -7,6 +7,7 @@ the tokenizer, the template and the settings.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import marshal
@@ -15,7 +16,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def tokenize_pairs(
     num_proc: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     drop_rejected: bool = False,
-    max_dropped: float = 1.0,
+    meanwhile: Callable[[], object] | None = None,
     **template_options: Any,
 ) -> TokenizedDataset:
     """Tokenize preference pairs.
@@ -207,11 +208,11 @@ def tokenize_pairs(
         cache_dir: Where results are kept; None: not kept.
         drop_rejected: Leave the rejected sides out, once they have had their say about the length: SFT on the
             same rows.
-        max_dropped: Largest share of rows that may be dropped, in [0, 1].
+        meanwhile: Work for this process to do once, while others tokenize; not called where none do.
         template_options: `chat_template_kwargs`, `stop_tokens` and `date`, as for `prepare_template`.
 
     Raises:
-        DataError: No row is left, or too many rows were dropped.
+        DataError: No row is left.
         ConfigError: The chat template cannot be used.
     """
     known, pairs = (pairs.counts, pairs.pairs) if isinstance(pairs, PreferenceSet) else (None, pairs)
@@ -225,11 +226,11 @@ def tokenize_pairs(
         folder = Path(cache_dir) / key
         cached = open_cached(folder)
         if cached is not None:
-            cached.counts.check(max_dropped)
+            cached.counts.check(1.0)
             return cached
-    parts = _encode_all(encoder, pairs, drop_rejected, num_proc or 1)
+    parts = _encode_all(encoder, pairs, drop_rejected, num_proc or 1, meanwhile)
     dataset = _join(parts, pairs, encoder, known)
-    dataset.counts.check(max_dropped)
+    dataset.counts.check(1.0)
     if folder is None:
         return dataset
     try:
@@ -271,7 +272,11 @@ def _encode_inherited(bounds: tuple[int, int]) -> _Part:
 
 
 def _encode_all(
-    encoder: PairTokenizer, pairs: Sequence[PreferencePair], drop_rejected: bool, num_proc: int
+    encoder: PairTokenizer,
+    pairs: Sequence[PreferencePair],
+    drop_rejected: bool,
+    num_proc: int,
+    meanwhile: Callable[[], object] | None,
 ) -> list[_Part]:
     global _inherited
     bounds = [(start, min(start + BATCH, len(pairs))) for start in range(0, len(pairs), BATCH)]
@@ -279,12 +284,19 @@ def _encode_all(
         one_by_one = (_encode_batch(encoder, pairs, drop_rejected, *one) for one in bounds)
         return list(_reported(one_by_one, len(pairs)))
     _inherited = (encoder, pairs, drop_rejected)
+    thaws = gc.get_freeze_count() == 0
+    gc.freeze()  # a collection in a worker would write to, and so copy, every page that it inherits
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
             with multiprocessing.get_context("fork").Pool(num_proc) as pool:
-                return list(_reported(pool.imap(_encode_inherited, bounds), len(pairs)))
+                parts = pool.imap(_encode_inherited, bounds)
+                if meanwhile is not None:
+                    meanwhile()
+                return list(_reported(parts, len(pairs)))
     finally:
+        if thaws:
+            gc.unfreeze()
         _inherited = None
 
 

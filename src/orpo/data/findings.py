@@ -103,17 +103,12 @@ class Findings:
         return cls(**{**data, "length_bias": None if bias is None else LengthBias(**bias)})
 
 
-def find(
-    train: Sequence[PreferencePair],
-    evaluation: Sequence[PreferencePair] | None = None,
-    tokenized: TokenizedDataset | None = None,
-) -> Findings:
-    """Look for oddities that no single row shows.
+def find(train: Sequence[PreferencePair], evaluation: Sequence[PreferencePair] | None = None) -> Findings:
+    """Look for oddities that no single row shows; the length bias, which takes tokens, is left open.
 
     Args:
         train: Training pairs; a row that is there several times because of its weight is no duplicate.
         evaluation: Held-out pairs.
-        tokenized: The training pairs' tokens, for the length bias.
     """
     examples: dict[str, list[str]] = {}
 
@@ -148,7 +143,6 @@ def find(
         near_duplicates=count("near_duplicates", near),
         contradictions=count("contradictions", swapped),
         shared_prompts=shared,
-        length_bias=None if tokenized is None else length_bias(tokenized),
         examples=examples,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from huggingface_hub.constants import HF_HOME
 from orpo.data.counts import RowCounts
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
 from orpo.data.detect import SAMPLE, Detected
-from orpo.data.findings import Findings, find, pair_key
+from orpo.data.findings import Findings, find, length_bias, pair_key
 from orpo.data.preferences import (
     PreferenceSet,
     ReadSettings,
@@ -265,9 +266,10 @@ def read_training(
         known_evals = reading.evaluation_sets(
             sets, trained, leaves_out=leaves_out, text_rows=text_rows, split=split
         )
-    tokenized_train = reading.tokenized(read, TRAINING)
     evaluated = [pair for one in known_evals.values() for pair in one.preferences]
-    findings = find(read.pairs, evaluated or None, tokenized_train.pairs)
+    look = cache(lambda: find(read.pairs, evaluated or None))
+    tokenized_train = reading.tokenized(read, TRAINING, meanwhile=look)
+    findings = replace(look(), length_bias=length_bias(tokenized_train.pairs))
     return TrainingData(
         train=replace(tokenized_train, findings=findings),
         evals=known_evals,
@@ -319,8 +321,10 @@ class _Reading:
         pairs = as_conversations(read.pairs) if decided == "chat" else read.pairs
         return replace(read, pairs=pairs, text_rows=decided)
 
-    def tokenized(self, read: PreferenceSet, name: str) -> ReadPairs:
-        """Pairs -> tokens, with the check of how many rows are left."""
+    def tokenized(
+        self, read: PreferenceSet, name: str, meanwhile: Callable[[], object] | None = None
+    ) -> ReadPairs:
+        """Pairs -> tokens, with the check of how many rows are left; `meanwhile` as for `tokenize_pairs`."""
         try:
             pairs = tokenize_pairs(
                 read,
@@ -329,6 +333,7 @@ class _Reading:
                 chat_template=self.settings.chat_template,
                 num_proc=self.settings.dataset_num_proc,
                 cache_dir=Path(HF_HOME) / "orpo" if len(read) >= CACHED_FROM else None,
+                meanwhile=meanwhile,
                 **self._template_options,
             )
         except DataError as error:
