@@ -459,7 +459,7 @@ def _settings(world: Path) -> Iterator[Case]:
         "environment": ({"env": {"X": "a\0b"}}, REFUSED),
         "deepspeed": ({"deepspeed": "nope.json"}, REFUSED),
         "eval set that is the training set": ({"eval_dataset_name": "train.jsonl"}, REFUSED),
-        "output is the model": ({"output_dir": "base"}, REFUSED),
+        "output is the model": ({"output_dir": "base", "model_name_or_path": "base"}, REFUSED),
         "output is a file": ({"output_dir": "train.jsonl"}, REFUSED),
         "output is /dev/null": ({"output_dir": "/dev/null"}, REFUSED),
         "output is empty": ({"output_dir": ""}, REFUSED),

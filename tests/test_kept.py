@@ -101,7 +101,6 @@ CHANGES = {
     "max_dropped": 0.5,
     "max_length": 60,
     "sft_rows": "use",
-    "template_date": "2026-01-01",
     "text_rows": "chat",
 }
 
@@ -129,6 +128,15 @@ def test_anything_else_that_changes_is_other_data(file, monkeypatch):
     assert was_read(dataset_name=str(file))
 
 
+def test_the_day_matters_where_the_template_writes_it(file):
+    dated = tiny_tokenizer("chatml")
+    dated.chat_template = "{{ strftime_now('%Y') }}" + dated.chat_template
+    for tokenizer, matters in ((tiny_tokenizer("chatml"), False), (dated, True)):
+        for day in ("2025-01-01", "2026-01-01"):
+            read = was_read(dataset_name=str(file), tokenizer=tokenizer, template_date=day)
+            assert read == (matters or day == "2025-01-01"), (day, matters)
+
+
 def test_reading_looks_at_no_setting_that_the_key_lacks(file):
     looked_at = set()
     names = {field.name for field in fields(OrpoSettings)} | {"seed", "max_steps"}
@@ -143,7 +151,7 @@ def test_reading_looks_at_no_setting_that_the_key_lacks(file):
     looked_at.clear()
     read_training(None, None, settings, tiny_tokenizer("chatml"), evaluates=True)
     assert len(looked_at) > 10
-    assert looked_at - {"dataset_num_proc"} <= set(kept.SETTINGS)
+    assert looked_at - {"dataset_num_proc", "template_date"} <= set(kept.SETTINGS)
 
 
 def test_what_is_damaged_is_said_and_made_again(file, tmp_path):

@@ -32,9 +32,9 @@ from orpo.settings.config import OrpoSettings
 SETTINGS = (
     "chat_template", "chat_template_kwargs", "columns", "data_format", "dataset_config", "dataset_name",
     "dataset_test_split", "dataset_train_split", "eval_dataset_name", "eval_split", "max_dropped",
-    "max_length", "on_bad_row", "seed", "sft_rows", "streaming", "template_date", "text_rows",
+    "max_length", "on_bad_row", "seed", "sft_rows", "streaming", "text_rows",
 )  # fmt: skip
-"""What reading looks at, apart from the number of processes."""
+"""What reading looks at, apart from the number of processes and from what the template's identity tells."""
 _CONTENTS = "contents.json"
 _VERSION = 1
 """To be raised where the same rows are read in another way within a release."""
