@@ -32,7 +32,7 @@ from orpo.run.directory import (
 from orpo.run.disk import (
     Described,
     cannot_write,
-    describe,
+    flush_and_describe,
     difference,
     files_in,
     flush,
@@ -362,7 +362,9 @@ def _names(paths: list[Path]) -> str:
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write our part of a checkpoint, last: it lists the files that are there."""
-    files = {str(path.relative_to(folder)): dict(describe(path)) for path in files_in(folder)}
+    paths = files_in(folder)
+    described = zip(paths, flush_and_describe(paths), strict=True)
+    files = {str(path.relative_to(folder)): dict(one) for path, one in described}
     files.pop(STATE_FILE, None)
     plain = json.loads(json.dumps({**state, "files": files}))
     replace_text(folder / STATE_FILE, json.dumps({**plain, "checksum": _checksum(plain)}, indent=1))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import xxhash
 
 from orpo.errors import RunError, first_line
 
-_BLOCK = 2**22
+_BLOCK = 2**20
 _UNFINISHED = ".{}.writing"
 
 
@@ -109,6 +110,15 @@ def describe(path: Path) -> Described:
     return {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
 
 
+def flush_and_describe(paths: Sequence[Path]) -> list[Described]:
+    """Bring files to the disk, and take their checksums while the disk is waited for."""
+    with ThreadPoolExecutor(1) as beside:
+        flushed = beside.map(flush, paths)
+        described = [describe(path) for path in paths]
+        list(flushed)  # raises what went wrong
+    return described
+
+
 def difference(path: Path, described: Described) -> str | None:
     """What is wrong with a file that a manifest describes; None where it is as it was written."""
     if not path.is_file():
@@ -130,8 +140,8 @@ def _checksum(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _checksum_of(path: Path, size: int, changed: int) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    digest, block = xxhash.xxh3_64(), memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while number := file.readinto(block):
+            digest.update(block[:number])
     return digest.hexdigest()
