@@ -711,7 +711,7 @@ def _adapters(world: Path, everywhere: Mapping[str, Callable[[Path], Any]]) -> I
 def _more_tokens(tokenizer: Any) -> Any:
     last = max(token["id"] for token in tokenizer["added_tokens"])
     size = max([last, *tokenizer["model"]["vocab"].values()])
-    one = {**tokenizer["added_tokens"][0], "content": "What", "id": size + 50, "special": False}
+    one = {**tokenizer["added_tokens"][0], "content": "is 0 plus", "id": size + 50, "special": False}
     tokenizer["added_tokens"].append(one)
     return tokenizer
 

@@ -324,6 +324,16 @@ def test_quantised_weights_without_an_adapter_are_refused(folder):
         load(folder, load_in_4bit=True)
 
 
+def test_a_quantisation_that_nobody_knows_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "x"}})
+    )
+    with pytest.raises(ModelError, match="quantized by 'x', which transformers does not know"):
+        load(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_quantisation_asks_for_its_library_in_one_line(folder, bits, monkeypatch):
     module = importlib.import_module(f"transformers.quantizers.quantizer_bnb_{bits[8]}bit")

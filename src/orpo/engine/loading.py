@@ -132,6 +132,7 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
         layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
         if layers < 1:
             raise ModelError(f"{name}: config.json says that it has {layers} layers")
+        _refuse_unknown_quantization(name, config)
         with _no_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
     model, report = loaded
@@ -139,6 +140,19 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
     _refuse_whole_numbers(name, model, config, settings.model_revision)
     _refuse_not_finite(model, name)
     return model  # type: ignore[no-any-return]
+
+
+def _refuse_unknown_quantization(name: str, config: Any) -> None:
+    """Refuse weights quantized in a way that transformers does not know: it would read them as plain ones."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    said = getattr(config, "quantization_config", None)
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise ModelError(
+            f"{name}: config.json says that its weights are quantized by {method!r}, which transformers does"
+            " not know; give the model in plain weights, or take quantization_config out if they are plain"
+        )
 
 
 @contextmanager

@@ -32,10 +32,10 @@ from orpo.run.directory import (
 from orpo.run.disk import (
     Described,
     cannot_write,
-    flush_and_describe,
     difference,
     files_in,
     flush,
+    flush_and_describe,
     flush_folder,
     replace_text,
     text_checksum,
