@@ -217,6 +217,13 @@ def test_the_command_line_beats_the_recipe_under_an_old_name_too(tmp_path):
     assert load_text(tmp_path, "dtype: bfloat16", "--torch_dtype", "float32").settings == {"dtype": "float32"}
 
 
+def test_configurations_that_are_no_names_are_one_line(tmp_path):
+    """A list of mappings ended in a TypeError. (Found by fuzzing.)"""
+    for value in ("[{a: b}]", "[[1], 2]"):
+        with pytest.raises(ConfigError, match="dataset_config"):
+            check_recipe(load_text(tmp_path, f"dataset_configs: {value}").settings)
+
+
 def test_the_current_name_beats_the_old_one_beside_it(tmp_path):
     recipe = load_text(tmp_path, "warmup_ratio: 0.1\nwarmup_steps: 100")
     assert recipe.settings == {"warmup_steps": 100}

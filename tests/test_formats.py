@@ -552,6 +552,16 @@ def test_a_rendered_row_among_plain_ones_is_malformed():
     )
 
 
+def test_keys_that_are_no_text_are_said_with_their_row():
+    """Rows in memory can have them; a file cannot. (Found by fuzzing.)"""
+    good = {"prompt": "Q?", "chosen": "a", "rejected": "b"}
+    schema = {"type": "function", "function": {"name": "f", 5: "x"}}
+    for name, value in (("chat_template_kwargs", {None: 1}), ("tools", [schema])):
+        stops(
+            good, {**good, name: value}, match=f"^row:1: '{name}' has a key that is an? \\w+; expected text"
+        )
+
+
 def test_half_a_character_is_said_with_its_row():
     good = {"prompt": "Q?", "chosen": "caf\u00e9 \U0001f600", "rejected": "no"}
     for name in good:

@@ -305,9 +305,9 @@ def _check_texts(pair: PreferencePair) -> None:
     """Stop at text that cannot be encoded, and at answers that would be rendered a second time."""
     for name, side in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
         texts = [side] if isinstance(side, str) else [turn["content"] for turn in side or ()]
-        _refuse_half_characters(name, texts)
+        _refuse_unwritable(name, texts)
         if not isinstance(side, str):
-            _refuse_half_characters(name, [turn for turn in side or () if len(turn) > 2])
+            _refuse_unwritable(name, [turn for turn in side or () if len(turn) > 2])
         for text in texts:
             if name != "prompt" and turn_markers.is_rendered(text):
                 raise BadRow(
@@ -320,26 +320,30 @@ def _check_texts(pair: PreferencePair) -> None:
         ("chat_template_kwargs", pair.chat_template_kwargs),
     ):
         if value is not None:
-            _refuse_half_characters(name, value)
+            _refuse_unwritable(name, value)
 
 
-def _refuse_half_characters(name: str, value: Any) -> None:
-    if _has_half_character(value):
-        raise BadRow(name, "holds half of a character (a lone surrogate), as cut texts do")
+def _refuse_unwritable(name: str, value: Any) -> None:
+    if (reason := _unwritable(value)) is not None:
+        raise BadRow(name, reason)
 
 
-def _has_half_character(value: Any) -> bool:
-    """Whether there is text, at any depth, that no encoding can write."""
+def _unwritable(value: Any) -> str | None:
+    """Why a text, or what holds texts at any depth, cannot be written as JSON in UTF-8; None where it can."""
     if isinstance(value, str):
         if not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError:
-                return True
-        return False
+                return "holds half of a character (a lone surrogate), as cut texts do"
+        return None
     if isinstance(value, dict):
-        return any(map(_has_half_character, value.values())) or any(map(_has_half_character, value))
-    return isinstance(value, list | tuple) and any(map(_has_half_character, value))
+        if strange := [key for key in value if not isinstance(key, str)]:
+            return f"has a key that is {type_name(strange[0])}; expected text"
+        return next(filter(None, map(_unwritable, (*value.values(), *value))), None)
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_unwritable, value)), None)
+    return None
 
 
 def row_tools(row: NamedRow) -> list[Any] | None:

@@ -199,7 +199,7 @@ def _dataset_splits(value: Any) -> tuple[dict[str, Any], str]:
 
 def _dataset_configs(value: Any) -> tuple[dict[str, Any], str]:
     names = value if isinstance(value, list) else [value]
-    if len(set(names)) != 1:
+    if len({str(name) for name in names}) != 1:
         raise ValueError("dataset_configs: one configuration for all data sets; use dataset_config")
     return {"dataset_config": names[0]}, "now called dataset_config"
 
