@@ -39,8 +39,10 @@ def orpo_loss(logprobs: LogprobsOf, pairs: Sequence[TokenizedPair], objective: O
             rejected = logprobs([*pair.prompt, *pair.rejected])
             mean_chosen = chosen[len(pair.prompt) + pair.chosen_context - 1 :].mean()
             mean_rejected = rejected[len(pair.prompt) + pair.rejected_context - 1 :].mean()
-            log_odds_ratio = log_odds(mean_chosen) - log_odds(mean_rejected)
-            odds_terms.append(-F.logsigmoid(objective.odds_scale * log_odds_ratio))
+            difference = mean_chosen - mean_rejected
+            if objective.compares == "odds":
+                difference = log_odds(mean_chosen) - log_odds(mean_rejected)
+            odds_terms.append(-F.logsigmoid(objective.odds_scale * difference - objective.target_margin))
     if objective.nll_reduction == "token":
         nll = torch.cat(nlls).mean()
     else:

@@ -69,8 +69,10 @@ def full_logits(tensors, batch, objective=OBJECTIVE, denominators=DENOMINATORS, 
             if mine.any():
                 means[number, role] = logprob_T[mine].mean()
         if (number, Role.REJECTED) in means:
-            ratio = log_odds(means[number, Role.CHOSEN]) - log_odds(means[number, Role.REJECTED])
-            odds = odds + torch.log1p(torch.exp(-objective.odds_scale * ratio)) / denominators.pairs
+            value = log_odds if objective.compares == "odds" else (lambda mean: mean)
+            ratio = value(means[number, Role.CHOSEN]) - value(means[number, Role.REJECTED])
+            above = objective.odds_scale * ratio - objective.target_margin
+            odds = odds + torch.log1p(torch.exp(-above)) / denominators.pairs
     return objective.nll_weight * nll + objective.beta * odds, logprob_T, means
 
 
@@ -136,6 +138,8 @@ sides = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)
         beta=st.sampled_from([0.0, 0.5]),
         nll_weight=st.sampled_from([0.0, 1.0]),
         odds_scale=st.sampled_from([0.5, 1.0]),
+        compares=st.sampled_from(["odds", "logprobs"]),
+        target_margin=st.sampled_from([0.0, 0.7]),
         nll_on=st.sampled_from(["full", "response"]),
         nll_reduction=st.sampled_from(["token", "pair"]),
     ),

@@ -80,6 +80,7 @@ def test_a_model_that_cannot_follow_a_packed_micro_batch_falls_back_visibly_and_
         Objective(beta=0.3, nll_on="assistant", nll_reduction="pair"),
         Objective(beta=0.3, nll_reduction="pair", nll_weight=0.5),
         Objective(nll_weight=0.0, odds_scale=0.5),
+        Objective(beta=0.8, odds_scale=2.0, compares="logprobs", target_margin=0.5, nll_on="response"),
         Objective(beta=0.0),
     ],
     ids=str,

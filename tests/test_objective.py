@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo.engine.objective import EPSILON, log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
+from orpo.engine.objective import (
+    EPSILON,
+    log_odds,
+    log_odds_slope,
+    odds_ratio_loss,
+    odds_ratio_slope,
+    preference_loss,
+    preference_slopes,
+)
 from orpo.errors import ConfigError
 from orpo.settings.config import PRESETS, Objective, OrpoSettings, resolve_objective
 
@@ -170,13 +178,36 @@ def test_loss_of_an_extreme_log_odds_ratio_does_not_overflow(log_odds_ratio):  #
 
 def test_presets_are_what_the_peers_of_that_name_minimise():  # peers 10, 24
     assert {
-        name: (o.beta, o.nll_weight, o.odds_scale, o.nll_on, o.nll_reduction) for name, o in PRESETS.items()
+        name: (o.beta, o.nll_weight, o.odds_scale, o.compares, o.target_margin, o.nll_on, o.nll_reduction)
+        for name, o in PRESETS.items()
     } == {
-        "orpo": (0.1, 1.0, 1.0, "full", "token"),
-        "response": (0.1, 1.0, 1.0, "response", "token"),
-        "llamafactory": (0.1, 1.0, 1.0, "response", "pair"),
-        "tempered": (0.1, 0.0, 0.5, "full", "token"),
+        "orpo": (0.1, 1.0, 1.0, "odds", 0.0, "full", "token"),
+        "response": (0.1, 1.0, 1.0, "odds", 0.0, "response", "token"),
+        "llamafactory": (0.1, 1.0, 1.0, "odds", 0.0, "response", "pair"),
+        "tempered": (0.1, 0.0, 0.5, "odds", 0.0, "full", "token"),
+        "simpo": (1.0, 0.0, 2.0, "logprobs", 1.0, "full", "token"),
+        "cpo_simpo": (1.0, 1.0, 2.0, "logprobs", 1.0, "response", "token"),
     }
+
+
+@given(*[st.floats(-30, 0)] * 2, st.sampled_from(sorted(PRESETS)))
+def test_slopes_of_every_objective_are_those_of_autograd_and_finite(chosen, rejected, name):
+    """The slow twin: the equation as it stands in the module, in float64, and its gradient."""
+    objective = PRESETS[name]
+    a_w, a_l = (double(min(value, -1e-4)).requires_grad_() for value in (chosen, rejected))
+    value = (lambda a: a) if objective.compares == "logprobs" else (lambda a: a - torch.log(-torch.expm1(a)))
+    above = objective.odds_scale * (value(a_w) - value(a_l)) - objective.target_margin
+    expected = torch.log1p(torch.exp(-above))
+    torch.testing.assert_close(preference_loss(a_w, a_l, objective), expected, rtol=1e-9, atol=1e-12)
+    exact = torch.autograd.grad(expected.sum(), [a_w, a_l])
+    slopes = preference_slopes(a_w.detach(), a_l.detach(), objective)
+    torch.testing.assert_close(slopes, exact, rtol=1e-8, atol=1e-12)
+    for one, other in ((0.0, -1e4), (-1e4, 0.0), (0.0, 0.0)):
+        found = (
+            preference_loss(double(one), double(other), objective),
+            *preference_slopes(double(one), double(other), objective),
+        )
+        assert all(torch.isfinite(each).all() for each in found)
 
 
 @pytest.mark.parametrize("name", PRESETS)

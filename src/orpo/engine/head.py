@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from orpo.engine.logits import logprob_slopes, product, softmax_minus_target, token_logprobs
-from orpo.engine.objective import log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
+from orpo.engine.objective import preference_loss, preference_slopes
 from orpo.engine.packing import PackedBatch, Role
 from orpo.engine.precision import compute_dtype
 from orpo.settings.config import Objective
@@ -163,8 +163,7 @@ def _side(batch: PackedBatch, at: slice) -> Tensor:
 
 def _loss(logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators) -> Tensor:
     mean_PS, count_PS = _response_means(logprob_T, batch)
-    ratio_P = log_odds(mean_PS[:, 0]) - log_odds(mean_PS[:, 1])
-    odds_P = odds_ratio_loss(ratio_P, objective.odds_scale) * (count_PS[:, 1] > 0)
+    odds_P = preference_loss(*mean_PS.unbind(1), objective) * (count_PS[:, 1] > 0)
     nll = -(logprob_T * batch.nll_weight_T).sum()
     return (
         objective.nll_weight / max(denominators.nll, _TINY) * nll
@@ -185,11 +184,9 @@ def _loss_slopes(
     if objective.beta == 0:
         return slope_T
     mean_PS, count_PS = _response_means(logprob_T[at], batch, at)
-    ratio_P = log_odds(mean_PS[:, 0]) - log_odds(mean_PS[:, 1])
-    outer_P = objective.beta / max(denominators.pairs, 1) * odds_ratio_slope(ratio_P, objective.odds_scale)
-    outer_P = outer_P * (count_PS[:, 1] > 0)
-    inner_PS = log_odds_slope(mean_PS) / count_PS.clamp_min(1)
-    slope_PS = torch.stack([outer_P, -outer_P], 1) * inner_PS
+    slope_PS = torch.stack(preference_slopes(*mean_PS.unbind(1), objective), 1)
+    share_PS = (count_PS[:, 1:] > 0) / count_PS.clamp_min(1)
+    slope_PS = objective.beta / max(denominators.pairs, 1) * slope_PS * share_PS
     return slope_T + slope_PS.flatten()[_side(batch, at)]
 
 

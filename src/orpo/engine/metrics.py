@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from orpo.engine.head import PairScores
-from orpo.engine.objective import log_odds, log_odds_slope, odds_ratio_loss, odds_ratio_slope
+from orpo.engine.objective import log_odds, preference_loss, preference_slopes
 from orpo.errors import RunError
 from orpo.run.log import Figure
 from orpo.settings.config import Objective
@@ -69,7 +69,7 @@ def _log_odds_ratio(scores: PairScores, objective: Objective) -> Tensor:
 
 
 def _odds_ratio_loss(scores: PairScores, objective: Objective) -> Tensor:
-    return odds_ratio_loss(_log_odds_ratio(scores, objective), objective.odds_scale)
+    return preference_loss(scores.chosen_logprob_P, scores.rejected_logprob_P, objective)
 
 
 def odds_gradient(scores: PairScores, objective: Objective) -> Tensor:
@@ -79,10 +79,8 @@ def odds_gradient(scores: PairScores, objective: Objective) -> Tensor:
     the gradient s * (onehot - softmax) in the logits, whose L1 norm is |s| * 2 * (1 - p): hence the `doubt`
     of the scores. A pair without a rejected side comes out as a number that means nothing.
     """
-    outer_P = -odds_ratio_slope(_log_odds_ratio(scores, objective), objective.odds_scale)
-    chosen_P = log_odds_slope(scores.chosen_logprob_P) * scores.chosen_doubt_P
-    rejected_P = log_odds_slope(scores.rejected_logprob_P) * scores.rejected_doubt_P
-    return outer_P * (chosen_P + rejected_P)
+    chosen_P, rejected_P = preference_slopes(scores.chosen_logprob_P, scores.rejected_logprob_P, objective)
+    return -chosen_P * scores.chosen_doubt_P + rejected_P * scores.rejected_doubt_P
 
 
 METRICS = (
@@ -118,7 +116,7 @@ METRICS = (
     ),
     Metric(
         "odds_ratio_loss", "odds-ratio loss", "number", -1, "preferences", _odds_ratio_loss,
-        "The part of the loss that compares the two answers; ln 2 where it cannot.",
+        "The part of the loss that compares the two answers; with odds, ln 2 where it cannot.",
     ),
     Metric("loss", "loss", "number", -1, "steps", caption="What is minimised."),
     Metric(

@@ -1,12 +1,14 @@
-"""The two terms of the ORPO loss and their slopes (https://arxiv.org/abs/2403.07691), as functions of
-tensors.
+"""The term of the loss that compares two responses, and its slopes, as functions of tensors.
 
-    loss = nll_weight * NLL(chosen) + beta * L_OR
-    L_OR = -log sigmoid(odds_scale * (log_odds(a_chosen) - log_odds(a_rejected)))
+    loss = nll_weight * NLL(chosen) + beta * L
+    L = -log sigmoid(odds_scale * (v(a_chosen) - v(a_rejected)) - target_margin)
 
-where a(y) is the mean log-probability of a response's tokens and log_odds(a) = a - log(1 - e^a). Slopes are
-written out rather than left to autograd because the head needs them in the same sweep as the logits, and
-because autograd of the textbook form is NaN for an answer the model is certain of.
+where a(y) is the mean log-probability of a response's tokens. ORPO (https://arxiv.org/abs/2403.07691)
+compares odds, v(a) = log_odds(a) = a - log(1 - e^a), without a margin. SimPO (https://arxiv.org/abs/2405.14734,
+Eq. 6) compares the log-probabilities themselves, v(a) = a, with odds_scale its beta, target_margin its gamma.
+
+Slopes are written out rather than left to autograd because the head needs them in the same sweep as the
+logits, and because autograd of the textbook form is NaN for an answer the model is certain of.
 
 Shape suffixes: P = pairs.
 """
@@ -14,6 +16,8 @@ Shape suffixes: P = pairs.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from orpo.settings.config import Objective
 
 EPSILON = 1e-6
 """Smallest 1 - p, and smallest negative mean log-probability, that the odds tell apart."""
@@ -43,14 +47,42 @@ def log_odds_slope(mean_logprob_P: Tensor) -> Tensor:
     return 1 / (-torch.expm1(mean_logprob_P)).clamp_min(EPSILON)
 
 
-def odds_ratio_loss(log_odds_ratio_P: Tensor, odds_scale: float = 1.0) -> Tensor:
-    """L_OR of Eq. 7, for a log odds ratio of the chosen over the rejected response. Shape [P], at least 0."""
-    return -F.logsigmoid(odds_scale * log_odds_ratio_P)
+def odds_ratio_loss(log_odds_ratio_P: Tensor, odds_scale: float = 1.0, target_margin: float = 0.0) -> Tensor:
+    """L_OR of Eq. 7, for a log odds ratio of the chosen over the rejected response. Shape [P], at least 0.
+
+    With another difference than that of the log odds, and a margin, it is the loss of SimPO.
+    """
+    return -F.logsigmoid(odds_scale * log_odds_ratio_P - target_margin)
 
 
-def odds_ratio_slope(log_odds_ratio_P: Tensor, odds_scale: float = 1.0) -> Tensor:
+def odds_ratio_slope(log_odds_ratio_P: Tensor, odds_scale: float = 1.0, target_margin: float = 0.0) -> Tensor:
     """Derivative of `odds_ratio_loss`: -odds_scale * delta, with the delta of Eq. 9.
 
     The paper's appendix prints the opposite sign; this is the slope of the loss, which is never positive.
     """
-    return -odds_scale * torch.sigmoid(-odds_scale * log_odds_ratio_P)
+    return -odds_scale * torch.sigmoid(target_margin - odds_scale * log_odds_ratio_P)
+
+
+def preference_loss(chosen_P: Tensor, rejected_P: Tensor, objective: Objective) -> Tensor:
+    """The loss L of pairs. Shape [P], at least 0.
+
+    Args:
+        chosen_P: Mean log-probability of the chosen response's tokens, in nats, at most 0. Shape [P].
+        rejected_P: The same of the rejected response.
+        objective: What is compared, with which scale and margin.
+    """
+    difference_P = _compared(chosen_P, objective) - _compared(rejected_P, objective)
+    return odds_ratio_loss(difference_P, objective.odds_scale, objective.target_margin)
+
+
+def preference_slopes(chosen_P: Tensor, rejected_P: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Derivatives of `preference_loss` in its two log-probabilities: at most 0, and at least 0. Shape [P]."""
+    difference_P = _compared(chosen_P, objective) - _compared(rejected_P, objective)
+    outer_P = odds_ratio_slope(difference_P, objective.odds_scale, objective.target_margin)
+    if objective.compares == "logprobs":
+        return outer_P, -outer_P
+    return outer_P * log_odds_slope(chosen_P), -outer_P * log_odds_slope(rejected_P)
+
+
+def _compared(mean_logprob_P: Tensor, objective: Objective) -> Tensor:
+    return mean_logprob_P if objective.compares == "logprobs" else log_odds(mean_logprob_P)

@@ -16,7 +16,8 @@ from orpo.errors import ConfigError
 from orpo.settings.facts import Facts, TrlDefault, setting
 from orpo.settings.inherited import INHERITED
 
-ObjectiveName = Literal["orpo", "response", "llamafactory", "tempered"]
+ObjectiveName = Literal["orpo", "response", "llamafactory", "tempered", "simpo", "cpo_simpo"]
+Compares = Literal["odds", "logprobs"]
 NllOn = Literal["full", "response", "assistant"]
 NllReduction = Literal["token", "pair"]
 TextRows = Literal["chat", "plain"]
@@ -25,12 +26,14 @@ LayoutName = Literal["shared", "packed", "padded"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimised: `nll_weight * NLL + beta * L_OR` (design of the objective: docs/objective.md).
+    """What is minimised: `nll_weight * NLL + beta * L` (design of the objective: docs/objective.md).
 
     Attributes:
-        beta: Weight of the odds-ratio term; the paper's lambda, at least 0; 0 is supervised fine-tuning.
-        nll_weight: Weight of the NLL term, at least 0; 0 trains on the odds ratio alone.
-        odds_scale: Factor on the log odds ratio inside the sigmoid; 1 in the paper.
+        beta: Weight of the term that compares; ORPO's lambda, at least 0; 0 is supervised fine-tuning.
+        nll_weight: Weight of the NLL term, at least 0; 0 trains on the comparison alone.
+        odds_scale: Factor on the difference inside the sigmoid; 1 in ORPO, SimPO's beta.
+        compares: `odds` of the two answers, or their mean `logprobs` (SimPO).
+        target_margin: What the scaled difference has to exceed; SimPO's gamma.
         nll_on: Tokens in the NLL: `full` prompt and chosen answer, `response` the last answer alone,
             `assistant` every assistant turn of the chosen side.
         nll_reduction: `token` divides the NLL by the tokens of the whole optimizer step; `pair` takes each
@@ -40,6 +43,8 @@ class Objective:
     beta: float = 0.1
     nll_weight: float = 1.0
     odds_scale: float = 1.0
+    compares: Compares = "odds"
+    target_margin: float = 0.0
     nll_on: NllOn = "full"
     nll_reduction: NllReduction = "token"
 
@@ -49,6 +54,10 @@ PRESETS: dict[ObjectiveName, Objective] = {
     "response": Objective(nll_on="response"),
     "llamafactory": Objective(nll_on="response", nll_reduction="pair"),
     "tempered": Objective(nll_weight=0.0, odds_scale=0.5),
+    "simpo": Objective(beta=1.0, nll_weight=0.0, odds_scale=2.0, compares="logprobs", target_margin=1.0),
+    "cpo_simpo": Objective(
+        beta=1.0, odds_scale=2.0, compares="logprobs", target_margin=1.0, nll_on="response"
+    ),
 }
 
 
@@ -197,17 +206,27 @@ class OrpoSettings:
     )
     # Objective
     objective: ObjectiveName = setting(
-        "orpo", "Named set of the five settings below.", resume="derived", evaluation=True
+        "orpo", "Named set of the seven settings below.", resume="derived", evaluation=True
     )
     beta: float | None = setting(
         None,
-        "Weight of the odds-ratio term (0.1 in `orpo`).",
+        "Weight of the odds-ratio term, or of what else compares the answers (0.1 in `orpo`).",
         at_least=0,
         evaluation=True,
         trl=TrlDefault(0.1, "unset: the value of the preset named by `objective`, 0.1 for the default one"),
     )
     nll_weight: float | None = setting(None, "Weight of the NLL term (1).", at_least=0, evaluation=True)
-    odds_scale: float | None = setting(None, "Scale of the log odds ratio (1).", above=0, evaluation=True)
+    odds_scale: float | None = setting(
+        None, "Scale of the difference inside the sigmoid (1).", above=0, evaluation=True
+    )
+    compares: Compares | None = setting(
+        None,
+        "What of the two answers is compared: odds, or mean log-probs as in SimPO (odds).",
+        evaluation=True,
+    )
+    target_margin: float | None = setting(
+        None, "What the scaled difference has to exceed, as in SimPO (0).", at_least=0, evaluation=True
+    )
     nll_on: NllOn | None = setting(None, "Tokens in the NLL (full).", evaluation=True)
     nll_reduction: NllReduction | None = setting(None, "How the NLL is averaged (token).", evaluation=True)
     # Engine
