@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from orpo.curation.similar import Groups, similar_groups
+from orpo.curation.similar import similar_groups
 from orpo.curation.texts import asked
 from orpo.data.near_duplicates import SIMILARITY
 from orpo.errors import DataError
@@ -42,7 +42,7 @@ def part_pairs(
         return {TRAIN: list(range(len(pairs)))}, f"split: train {len(pairs):,}; nothing is held out"
     prompts = len({pair.prompt_key() for pair in pairs})
     near = similar_groups(map(asked, pairs), len(pairs), similarity=_SIMILARITY, what="comparing prompts")
-    groups = _members(_joined(pairs, near))
+    groups = _members(near)
     together = f"{prompts - len(groups):,} prompts that nearly repeat another stay on its side"
     parts = _draw(groups, wanted, len(pairs), seed)
     if any(len(parts[name]) < share * len(pairs) / 2 for name, share in wanted.items()):
@@ -60,17 +60,6 @@ def part_pairs(
 def _numbers(keys: Sequence[str]) -> list[int]:
     seen: dict[str, int] = {}
     return [seen.setdefault(key, len(seen)) for key in keys]
-
-
-def _joined(pairs: Sequence[PreferencePair], near: Sequence[int]) -> list[int]:
-    """Groups of near prompts, joined where the whole prompts are equal."""
-    groups = Groups()
-    for number in near:
-        groups.add(number)
-    first: dict[str, int] = {}
-    for index, pair in enumerate(pairs):
-        groups.join(first.setdefault(pair.prompt_key(), index), index)
-    return groups.numbers()
 
 
 def _members(numbers: Sequence[int]) -> list[list[int]]:
