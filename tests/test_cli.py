@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import orpo.commands.config
+import orpo.commands.eval
 from orpo import cli
+from orpo.console import say
 from orpo.settings.needs import check_needs
 
 BIN = [sys.executable, "-m", "orpo"]
@@ -193,3 +195,17 @@ def test_the_ci_entry_is_executable_and_runs_the_tests():
     path = Path(__file__).parent.parent / ".ci" / "run"
     assert os.access(path, os.X_OK)
     assert "make test" in path.read_text()
+
+
+def test_a_result_for_programs_stands_alone_on_stdout(monkeypatch, capsys):
+    """A damaged run's notice came before the JSON, which nothing could then read."""
+
+    def run(args):
+        say("the newest checkpoint is damaged")
+        print('{"a": 1}')
+        return 0
+
+    monkeypatch.setattr(orpo.commands.eval, "run", run)
+    for words, where in ((["--json"], 1), ([], 0)):
+        assert cli.main(["eval", "M", "--data", "D", *words]) == 0
+        assert "the newest checkpoint is damaged" in capsys.readouterr()[where]

@@ -10,10 +10,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from orpo import __version__
 from orpo.commands import COMMANDS
-from orpo.console import say, say_error
+from orpo.console import say, say_error, speaking_aside
 from orpo.errors import OrpoError, RunError
 
 _EPILOG = """examples:
@@ -56,7 +57,8 @@ def _run(argv: Sequence[str] | None) -> int:
     if settings and not args.takes_settings:
         parser.error(f"orpo {args.word}: unrecognized arguments: {' '.join(settings)}")
     args.settings = settings
-    return int(args.run(args))
+    with speaking_aside() if getattr(args, "json", False) else nullcontext():
+        return int(args.run(args))
 
 
 def _parser() -> argparse.ArgumentParser:

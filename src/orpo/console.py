@@ -7,14 +7,29 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
+
+_aside: ContextVar[bool] = ContextVar("aside", default=False)
+
+
+@contextmanager
+def speaking_aside() -> Iterator[None]:
+    """Have every line of the block on stderr: stdout is for a result that a program reads."""
+    token = _aside.set(True)
+    try:
+        yield
+    finally:
+        _aside.reset(token)
 
 
 def say(line: str, *, error: bool = False) -> None:
     """Print a line, on stdout or as an error on stderr, from the first process of a run only."""
     if _rank() == 0:
-        print(_printable(line), file=sys.stderr if error else sys.stdout, flush=True)
+        print(_printable(line), file=sys.stderr if error or _aside.get() else sys.stdout, flush=True)
 
 
 def say_item(name: str, text: str) -> None:

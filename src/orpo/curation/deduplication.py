@@ -51,7 +51,7 @@ def remove_repeats(pairs: Sequence[PreferencePair], *, keep: Collection[str] = (
         for index in indices:
             if kind in keep:
                 sieve.change(index, f"{KINDS[kind]} (kept)")
-            elif index not in gone:
+            else:
                 gone.add(index)
                 sieve.remove(index, KINDS[kind])
 

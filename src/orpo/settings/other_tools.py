@@ -215,8 +215,8 @@ def _loss(key: str, value: Any, written: Written) -> Translation:
         return {}, "no effect: ORPO is what is trained"
     if str(value).lower() == "simpo":
         raise ValueError(
-            f"{key}: {value} is written objective: simpo here (cpo_simpo with an NLL), with odds_scale for its"
-            " beta and target_margin for its gamma"
+            f"{key}: {value} is written objective: simpo here (cpo_simpo with an NLL), with odds_scale for"
+            " its beta and target_margin for its gamma"
         )
     raise ValueError(f"{key}: {value} is not trained here; remove the key to train with ORPO on these pairs")
 

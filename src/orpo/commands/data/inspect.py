@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end the command
         print("\n".join(found.lines(width)))
     if args.out is None:
-        say("\nadd --out DIR for the same as a page (inspect.html) and as inspect.json", error=args.json)
+        say("\nadd --out DIR for the same as a page (inspect.html) and as inspect.json")
         return 0
     page = args.out / "inspect.html"
     page.write_text(found.page(), encoding="utf-8", errors="replace")
     write_json(args.out / "inspect.json", found.to_json())
-    say(f"\npage        {page}", error=args.json)
+    say(f"\npage        {page}")
     return 0
 
 
