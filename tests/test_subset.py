@@ -197,3 +197,9 @@ def test_the_functions_are_there_from_python():
     assert orpo.subset_data is subset_data and orpo.prepare_data.__name__ == "prepare_data"
     with pytest.raises(ConfigError, match="margin: 'small' is not one of largest, middle"):
         subset_data([], "nowhere", margin="small")
+
+
+def test_coverage_at_random_draws_no_pair_twice():
+    twins = np.repeat(np.eye(5, dtype=np.float32), 2, axis=0)
+    for seed in range(6):  # nine of ten: the one left out has its twin among them
+        assert measure_coverage(twins, list(range(9)), seed=seed).random == pytest.approx(0, abs=1e-3)
