@@ -19,9 +19,9 @@ from orpo import cli
 from orpo.curation.advice import advice
 from orpo.curation.bias import FEWEST, audit
 from orpo.curation.lengths import padded_tokens, spread
-from orpo.curation.repeats import RUN, RunIndex
+from orpo.curation.repeats import RUN, RunIndex, overlap
 from orpo.curation.texts import PairTexts
-from orpo.curation.wording import is_mojibake
+from orpo.curation.wording import is_mojibake, refusals
 from orpo.data.near_duplicates import SIMILARITY, near_duplicates
 from orpo.data.refusals import refuses
 from orpo.data.words import runs_of, words_of
@@ -345,6 +345,26 @@ def test_runs_in_common_are_found_wherever_they_begin():
     for before in range(RUN):
         (found,) = index.find(" ".join(["x"] * before + [exactly]))
         assert found == b" ".join(words_of(exactly))
+
+
+def test_a_pair_counts_once_in_an_overlap_however_much_it_has_in_common():
+    random_ = random.Random(0)
+    question = sentence(random_, 60)
+    nearly = question.replace(question.split()[30], "other")
+    part = " ".join(question.split()[:20])
+    prompts = [question, nearly, f"{part} {sentence(random_, 40)}", sentence(random_, 60)]
+    texts = _texts([{"prompt": one, "chosen": question, "rejected": "no"} for one in prompts])
+    found = overlap(texts, [question], "held out", lambda number: None)
+    assert (found.exact.first, found.near.first, found.runs.first) == (("0",), ("1",), ("2", "3"))
+    assert found.pairs == 4
+
+
+def test_a_refusal_on_one_side_alone_is_told_from_one_on_both():
+    no, yes = "I'm sorry, but I can't help with that.", "Here is how to do it: first take the lid off."
+    rows = [("p", no, no), ("p", no, yes), ("p", yes, no), ("p", yes, yes)]
+    found = refusals(_texts([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]))
+    assert (found.chosen, found.rejected) == (0.5, 0.5)
+    assert (found.only_chosen.first, found.only_rejected.first) == (("1",), ("2",))
 
 
 def test_words_of_scripts_without_blanks_and_of_typographic_text():
