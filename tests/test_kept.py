@@ -112,6 +112,17 @@ def test_another_setting_is_other_data(file, name):
     assert was_read(dataset_name=str(file), **{name: CHANGES[name]})
 
 
+def test_evaluation_data_that_is_given_is_other_data_than_that_which_is_named(file, tmp_path):
+    """Pairs that are trained on are left out of one and stay in the other."""
+    held_out = tmp_path / "held out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in pairs_of(25, first=39)))
+    settings = {"dataset_name": str(file), "eval_dataset_name": str(held_out)}
+    named, _ = once(**settings)
+    assert was_read(None, str(held_out), **settings)
+    given, _ = once(None, str(held_out), **settings)
+    assert len(given.eval_pairs) == len(named.eval_pairs) + 1
+
+
 def test_anything_else_that_changes_is_other_data(file, monkeypatch):
     tokenizer = tiny_tokenizer("chatml")
     assert was_read(dataset_name=str(file))

@@ -324,6 +324,23 @@ def test_quantised_weights_without_an_adapter_are_refused(folder):
         load(folder, load_in_4bit=True)
 
 
+def test_an_added_token_that_is_read_under_another_id_is_said(folder, tmp_path, capsys):
+    """See findings/tokenizers_added_token_ids.sh."""
+    load_tokenizer(folder)
+    assert "states id" not in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    last = max(saved["added_tokens"], key=lambda token: token["id"])
+    last["id"] += 7
+    file.write_text(json.dumps(saved))
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    read = tokenizer.convert_tokens_to_ids(last["content"])
+    assert (
+        f"states id {last['id']} for {last['content']!r}, which is read as {read}" in capsys.readouterr().out
+    )
+
+
 def test_a_quantisation_that_nobody_knows_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "config.json"

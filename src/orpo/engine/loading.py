@@ -29,7 +29,7 @@ from orpo.engine.gguf_model import (
 )
 from orpo.engine.scorer import refuse_encoder_decoder
 from orpo.errors import LONGEST, ConfigError, ModelError, raised_as
-from orpo.run.directory import adapter_base, gguf_file, is_adapter
+from orpo.run.directory import adapter_base, gguf_file, is_adapter, read_json
 from orpo.settings.config import OrpoSettings
 
 
@@ -48,7 +48,22 @@ def load_tokenizer(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
         tokenizer("a")  # some settings are looked at only now
+        for line in _misplaced_tokens(Path(name), tokenizer):
+            say(line)
         return tokenizer
+
+
+def _misplaced_tokens(folder: Path, tokenizer: Any) -> list[str]:
+    """A line about added tokens that get another id than tokenizer.json states, as the library lets them."""
+    stated = read_json(folder / "tokenizer.json", {}).get("added_tokens") or []
+    ids = {token["content"]: token["id"] for token in stated}
+    wrong = {text: number for text, number in ids.items() if tokenizer.convert_tokens_to_ids(text) != number}
+    if not wrong:
+        return []
+    text, number = next(iter(wrong.items()))
+    found = tokenizer.convert_tokens_to_ids(text)
+    others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return [f"{folder}: tokenizer.json states id {number} for {text!r}, which is read as {found}{others}"]
 
 
 def load_model(settings: OrpoSettings) -> PreTrainedModel:
