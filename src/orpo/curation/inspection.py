@@ -39,10 +39,12 @@ from orpo.curation.wording import (
 from orpo.data.counts import RowCounts
 from orpo.data.findings import Findings, find
 from orpo.data.named_templates import tokens_to_add
+from orpo.data.near_duplicates import near_duplicates
 from orpo.data.preferences import PreferenceSet
 from orpo.data.rows import splits_of
 from orpo.data.source import pair_tokenizer, read_texts
 from orpo.data.splits import parse_split
+from orpo.data.words import text_of
 from orpo.errors import DataError
 from orpo.pairs import PreferencePair
 from orpo.run.checkpoints import model_folder, run_recipe
@@ -217,12 +219,13 @@ def inspect_data(
         read = read_texts(data, lenient, tokenizer, split=split, name=name)
         pairs, texts = read.pairs, pair_texts(read.pairs)
         preferences = texts.take([place for place, pair in enumerate(pairs) if pair.rejected is not None])
+        near = start(near_duplicates, [text_of(pair.prompt) for pair in pairs])
         with_the_extra = _start_with_the_extra(texts, preferences, start)
         splits, others = _other_splits(data, split, lenient, progress)
-        progress("looking for repeats", 0, None)
-        findings, close = find(pairs), nearly_identical(preferences)
         overlaps = [_overlap(texts, asks, one, progress) for one, asks in questions.items()]
         encoding, refused = _encoding(texts, progress), refusals(preferences)
+        progress("looking for repeats", 0, None)
+        close, findings = nearly_identical(preferences), find(pairs, near=near())
         progress("bias audit", 0, None)
         told, looked, left_out = with_the_extra()
     return Inspection(

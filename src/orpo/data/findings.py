@@ -103,12 +103,18 @@ class Findings:
         return cls(**{**data, "length_bias": None if bias is None else LengthBias(**bias)})
 
 
-def find(train: Sequence[PreferencePair], evaluation: Sequence[PreferencePair] | None = None) -> Findings:
+def find(
+    train: Sequence[PreferencePair],
+    evaluation: Sequence[PreferencePair] | None = None,
+    *,
+    near: Sequence[int] | None = None,
+) -> Findings:
     """Look for oddities that no single row shows; the length bias, which takes tokens, is left open.
 
     Args:
         train: Training pairs; a row that is there several times because of its weight is no duplicate.
         evaluation: Held-out pairs.
+        near: `near_duplicates` of the prompts of `train`, where somebody has looked already.
     """
     examples: dict[str, list[str]] = {}
 
@@ -130,7 +136,7 @@ def find(train: Sequence[PreferencePair], evaluation: Sequence[PreferencePair] |
         for pair, (prompt, chosen, rejected) in zip(train, keys, strict=True)
         if pair.rejected is not None and (prompt, rejected, chosen) in seen
     ]
-    near = [train[index].source for index in near_duplicates([text_of(pair.prompt) for pair in train])]
+    near = near_duplicates([text_of(pair.prompt) for pair in train]) if near is None else near
     shared = None
     if evaluation is not None:
         prompts = {key[0] for key in keys}
@@ -140,7 +146,7 @@ def find(train: Sequence[PreferencePair], evaluation: Sequence[PreferencePair] |
     return Findings(
         pairs=len(train),
         duplicates=count("duplicates", repeats),
-        near_duplicates=count("near_duplicates", near),
+        near_duplicates=count("near_duplicates", [train[index].source for index in near]),
         contradictions=count("contradictions", swapped),
         shared_prompts=shared,
         examples=examples,
