@@ -108,7 +108,10 @@ DATA: list[Spec] = [
 ]
 BUDGETS: list[Spec] = [
     {
-        "task": "micro_batches", "shape": shape, "data": "hh", "per_step": 32,
+        "task": "micro_batches",
+        "shape": shape,
+        "data": "hh",
+        "per_step": 32,
         "budgets": [512, 1024, 2048, 4096, 8192],
     }
     for shape in ("h256", "h512")

@@ -154,8 +154,8 @@ def micro_batches(
     from orpo.settings.config import Objective
 
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
-    objective = Objective(beta=BETA)
-    layout = prepare_model(model, objective, probe=False).layout
+    objective = Objective(preference_weight=BETA)
+    layout = prepare_model(model, probe=False).layout
     steps = {
         b: build_step(workload, range(len(workload)), BatchSettings(objective, layout, b)) for b in budgets
     }
@@ -210,9 +210,7 @@ def data(side: str, rows: int, processes: int) -> dict[str, Any]:
             from orpo.training.trainer import ORPOConfig, ORPOTrainer
 
             settings = ORPOConfig(**common, eval_strategy="no")
-            trainer = ORPOTrainer(
-                model=model, args=settings, train_dataset=given, processing_class=tokenizer
-            )
+            trainer = ORPOTrainer(model=model, args=settings, train_dataset=given, processing_class=tokenizer)
         else:
             from trl.experimental.orpo import ORPOConfig as TrlConfig
             from trl.experimental.orpo import ORPOTrainer as TrlTrainer

@@ -16,8 +16,10 @@ from orpo.errors import ConfigError
 from orpo.settings.facts import Facts, TrlDefault, setting
 from orpo.settings.inherited import INHERITED
 
-ObjectiveName = Literal["orpo", "response", "llamafactory", "tempered", "simpo", "cpo_simpo"]
-Compares = Literal["odds", "logprobs"]
+ObjectiveName = Literal[
+    "orpo", "sft", "tempered_odds", "simpo", "cpo_simpo", "cpo", "dpo", "response", "llamafactory"
+]
+Compares = Literal["odds", "means", "sums", "ratios"]
 NllOn = Literal["full", "response", "assistant"]
 NllReduction = Literal["token", "pair"]
 TextRows = Literal["chat", "plain"]
@@ -26,39 +28,60 @@ LayoutName = Literal["shared", "packed", "padded"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimised: `nll_weight * NLL + beta * L` (design of the objective: docs/objective.md).
+    """What is minimised: `nll_weight * NLL + preference_weight * L` (docs/objective.md has the equations).
 
     Attributes:
-        beta: Weight of the term that compares; ORPO's lambda, at least 0; 0 is supervised fine-tuning.
+        preference_weight: Weight of the term L that compares, ORPO's lambda, at least 0; 0 is supervised
+            fine-tuning.
         nll_weight: Weight of the NLL term, at least 0; 0 trains on the comparison alone.
-        odds_scale: Factor on the difference inside the sigmoid; 1 in ORPO, SimPO's beta.
-        compares: `odds` of the two answers, or their mean `logprobs` (SimPO).
-        target_margin: What the scaled difference has to exceed; SimPO's gamma.
+        compares: What of the two answers: `odds` (ORPO), `means` (mean log-probs, SimPO), `sums` (log-probs,
+            CPO), `ratios` (log-probs over those of a reference model, DPO).
+        scale: Factor on the difference inside the sigmoid: 1 in ORPO, the beta of all others.
+        margin: What the scaled difference has to exceed; SimPO's gamma.
+        label_smoothing: Share of the pairs taken to be labelled the wrong way round, in [0, 0.5).
         nll_on: Tokens in the NLL: `full` prompt and chosen answer, `response` the last answer alone,
             `assistant` every assistant turn of the chosen side.
         nll_reduction: `token` divides the NLL by the tokens of the whole optimizer step; `pair` takes each
             pair's token mean first and divides by the pairs.
     """
 
-    beta: float = 0.1
+    preference_weight: float = 0.1
     nll_weight: float = 1.0
-    odds_scale: float = 1.0
     compares: Compares = "odds"
-    target_margin: float = 0.0
+    scale: float = 1.0
+    margin: float = 0.0
+    label_smoothing: float = 0.0
     nll_on: NllOn = "full"
     nll_reduction: NllReduction = "token"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss of a pair depends on what a reference model says of it."""
+        return self.compares == "ratios" and self.preference_weight > 0
 
 
 PRESETS: dict[ObjectiveName, Objective] = {
     "orpo": Objective(),
+    "sft": Objective(preference_weight=0.0),
+    "tempered_odds": Objective(preference_weight=1.0, nll_weight=0.0, scale=0.5),
+    "simpo": Objective(preference_weight=1.0, nll_weight=0.0, compares="means", scale=2.0, margin=1.0),
+    "cpo_simpo": Objective(preference_weight=1.0, compares="means", scale=2.0, margin=1.0, nll_on="response"),
+    "cpo": Objective(preference_weight=1.0, compares="sums", scale=0.1, nll_on="response"),
+    "dpo": Objective(preference_weight=1.0, nll_weight=0.0, compares="ratios", scale=0.1),
     "response": Objective(nll_on="response"),
     "llamafactory": Objective(nll_on="response", nll_reduction="pair"),
-    "tempered": Objective(nll_weight=0.0, odds_scale=0.5),
-    "simpo": Objective(beta=1.0, nll_weight=0.0, odds_scale=2.0, compares="logprobs", target_margin=1.0),
-    "cpo_simpo": Objective(
-        beta=1.0, odds_scale=2.0, compares="logprobs", target_margin=1.0, nll_on="response"
-    ),
 }
+_WEIGHED = {"beta": "preference_weight", "odds_scale": "scale"}
+"""Settings of ORPO's family, whose beta weighs the term; elsewhere it is the scale, as in the papers."""
+_SCALED = {"beta": "scale"}
+_WITH_MARGIN = {"beta": "scale", "simpo_gamma": "margin"}
+_OF_SETTINGS: dict[ObjectiveName, dict[str, str]] = {
+    **dict.fromkeys(["orpo", "response", "llamafactory"], _WEIGHED),
+    **dict.fromkeys(["tempered_odds", "cpo", "dpo"], _SCALED),
+    **dict.fromkeys(["simpo", "cpo_simpo"], _WITH_MARGIN),
+    "sft": {},
+}
+"""Objective -> setting -> the part of it that the setting is."""
 
 
 @dataclass
@@ -206,26 +229,38 @@ class OrpoSettings:
     )
     # Objective
     objective: ObjectiveName = setting(
-        "orpo", "Named set of the seven settings below.", resume="derived", evaluation=True
+        "orpo",
+        "What is minimised: a named set of the settings below (docs/objective.md).",
+        resume="derived",
+        evaluation=True,
     )
     beta: float | None = setting(
         None,
-        "Weight of the odds-ratio term, or of what else compares the answers (0.1 in `orpo`).",
+        "As in the paper of the objective: the weight of ORPO's odds-ratio term (0.1), or the scale inside "
+        "the sigmoid (tempered_odds 0.5, simpo and cpo_simpo 2, cpo and dpo 0.1).",
         at_least=0,
         evaluation=True,
-        trl=TrlDefault(0.1, "unset: the value of the preset named by `objective`, 0.1 for the default one"),
+        trl=TrlDefault(0.1, "unset: the value that `objective` has, 0.1 for the default one"),
     )
-    nll_weight: float | None = setting(None, "Weight of the NLL term (1).", at_least=0, evaluation=True)
-    odds_scale: float | None = setting(
-        None, "Scale of the difference inside the sigmoid (1).", above=0, evaluation=True
-    )
-    compares: Compares | None = setting(
+    nll_weight: float | None = setting(
         None,
-        "What of the two answers is compared: odds, or mean log-probs as in SimPO (odds).",
+        "Weight of the NLL term (orpo, sft, cpo_simpo and cpo 1, where TRL says cpo_alpha; simpo, "
+        "tempered_odds and dpo 0).",
+        at_least=0,
         evaluation=True,
     )
-    target_margin: float | None = setting(
-        None, "What the scaled difference has to exceed, as in SimPO (0).", at_least=0, evaluation=True
+    odds_scale: float | None = setting(
+        None, "Scale of the log odds ratio inside the sigmoid of ORPO (1).", above=0, evaluation=True
+    )
+    simpo_gamma: float | None = setting(
+        None, "Target reward margin of simpo and cpo_simpo (1).", at_least=0, evaluation=True
+    )
+    label_smoothing: float | None = setting(
+        None,
+        "Share of the pairs taken to be labelled the wrong way round, in [0, 0.5) (0).",
+        at_least=0,
+        below=0.5,
+        evaluation=True,
     )
     nll_on: NllOn | None = setting(None, "Tokens in the NLL (full).", evaluation=True)
     nll_reduction: NllReduction | None = setting(None, "How the NLL is averaged (token).", evaluation=True)
@@ -286,8 +321,6 @@ OWN: dict[str, Facts] = {f.name: f.metadata["help"] for f in fields(OrpoSettings
 FACTS: dict[str, Facts] = OWN | {name: inherited.facts for name, inherited in INHERITED.items()}
 """Setting -> facts; a setting of `TrainingArguments` that is not here has none that are not the default."""
 
-_OBJECTIVE_KEYS = tuple(f.name for f in fields(Objective))
-
 
 def settings_where(holds: Callable[[Facts], bool]) -> set[str]:
     """Names of the settings whose facts are so."""
@@ -307,21 +340,43 @@ def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
         The objective, and one line for each explicit key that differs from a preset other than `orpo`.
 
     Raises:
-        ConfigError: The preset is unknown, or nothing would be trained.
+        ConfigError: The preset is unknown or has no such setting, or nothing would be trained.
     """
-    if settings.objective not in PRESETS:
-        raise ConfigError(f"objective: {settings.objective!r} is not one of {', '.join(PRESETS)}")
-    preset = PRESETS[settings.objective]
-    explicit = {key: value for key in _OBJECTIVE_KEYS if (value := getattr(settings, key)) is not None}
+    name = settings.objective
+    if name not in PRESETS:
+        raise ConfigError(f"objective: {name!r} is not one of {', '.join(PRESETS)}")
+    preset, parts = PRESETS[name], _parts(name)
+    for key in _ALL_PARTS - parts.keys():
+        if getattr(settings, key):
+            having = ", ".join(other for other in PRESETS if key in _parts(other))
+            raise ConfigError(f"{key}: {getattr(settings, key)}: objective {name} has none; {having} do")
+    explicit = {key: value for key in parts if (value := getattr(settings, key)) is not None}
     notices = [
-        f"{key}: {value} beats {getattr(preset, key)}, the value in objective: {settings.objective}"
+        f"{key}: {value} beats {getattr(preset, parts[key])}, the value in objective: {name}"
         for key, value in explicit.items()
-        if settings.objective != "orpo" and value != getattr(preset, key)
+        if name != "orpo" and value != getattr(preset, parts[key])
     ]
-    objective = replace(preset, **explicit)
-    if objective.beta == 0 and objective.nll_weight == 0:
+    objective = replace(preset, **{parts[key]: value for key, value in explicit.items()})
+    if objective.scale == 0:
+        raise ConfigError(f"beta: 0 would leave nothing of the comparison in objective: {name}; raise it")
+    if objective.preference_weight == 0 and objective.nll_weight == 0:
         raise ConfigError("beta and nll_weight are both 0: nothing would be trained; raise one of them")
     return objective, notices
+
+
+def objective_keys(settings: OrpoSettings) -> dict[str, Any]:
+    """The settings that make up the objective, each with the value in effect."""
+    objective, _ = resolve_objective(settings)
+    return {key: getattr(objective, part) for key, part in _parts(settings.objective).items()}
+
+
+def _parts(name: ObjectiveName) -> dict[str, str]:
+    """Setting -> the part of an objective that it is, for those that the objective of this name has."""
+    smoothed = {"label_smoothing": "label_smoothing"} if _OF_SETTINGS[name] else {}
+    return _OF_SETTINGS[name] | smoothed | {key: key for key in ("nll_weight", "nll_on", "nll_reduction")}
+
+
+_ALL_PARTS = frozenset(key for name in PRESETS for key in _parts(name))
 
 
 def check_settings(settings: OrpoSettings) -> None:

@@ -284,7 +284,6 @@ class ORPOTrainer(InterruptibleTrainer):
         with self.accelerator.autocast():  # so that the probe meets the precision and the kernels of training
             return prepare_model(
                 self.model,
-                self.objective,
                 layout=self.args.layout,
                 logits_memory_mib=self.args.logits_memory_mib,
                 longest=self._longest_side(),
@@ -519,7 +518,7 @@ class ORPOTrainer(InterruptibleTrainer):
         if of_training:
             figures = {name: Figure(value) for name, value in logs.items() if is_number(value)}
             self.recorder.trained(self.state.global_step, self.state.epoch or 0.0, figures)
-            logs |= trl_names(logs, self.objective.beta)
+            logs |= trl_names(logs, self.objective)
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------------------------ evaluation
@@ -597,7 +596,7 @@ class ORPOTrainer(InterruptibleTrainer):
             if self._evaluated_set in self._own_sets:
                 self._pair_log.evaluated(self.args, self.state, self._evaluated_set, results)
         named = {f"{metric_key_prefix}_{name}": value for name, value in custom.items()}
-        for name, value in trl_names(ours, self.objective.beta).items():
+        for name, value in trl_names(ours, self.objective).items():
             named.setdefault(f"{metric_key_prefix}_{name}", value)
         return EvalLoopOutput(
             predictions=predictions,
