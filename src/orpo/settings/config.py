@@ -401,6 +401,8 @@ def check_settings(settings: OrpoSettings) -> None:
         raise ConfigError(
             "quantized weights cannot be trained; add use_peft: true, or drop load_in_4bit/8bit"
         )
+    if settings.streaming and resolve_objective(settings)[0].needs_reference:
+        raise ConfigError("streaming: objective dpo scores all pairs once before training; read them whole")
     if settings.streaming and getattr(settings, "max_steps", 1) <= 0:
         raise ConfigError(_NO_LENGTH)
 

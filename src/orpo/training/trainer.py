@@ -7,7 +7,7 @@ over examples, keep a run resumable, and stop before a loss that is not a number
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,14 @@ from orpo.engine.steps import (
     Step,
     StepDataset,
     StepStream,
+    build_step,
     split_batches,
     step_loader,
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.errors import ConfigError, DataError, RunError, first_line, raised_as
 from orpo.evaluation.per_pair import PairResults
+from orpo.pairs import TokenizedPair
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
     checkpoint_problem,
@@ -83,6 +85,7 @@ from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, 
 from orpo.training.pair_log import PairLog
 from orpo.training.progress import Progress, Stopwatch
 from orpo.training.recorder import Recorder, peak_memory
+from orpo.training.reference import Reference
 from orpo.training.resolve import (
     add_template_tokens,
     check_model,
@@ -194,6 +197,7 @@ class ORPOTrainer(InterruptibleTrainer):
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
         self._printed: set[str] = set()
+        self.reference = Reference(args)
         with raised_as(ConfigError, "the run cannot be set up"):
             super().__init__(
                 model=loaded,
@@ -387,6 +391,21 @@ class ORPOTrainer(InterruptibleTrainer):
         """The same, for `predict`."""
         return self.get_eval_dataloader(test_dataset)
 
+    def _ask_reference(self) -> None:
+        """Have the model as it is before training score every set, where the objective needs it."""
+        if not self.objective.needs_reference:
+            return
+        self._preparation()
+        settings = self._batch_settings(evaluating=True)
+
+        def score_pairs(pairs: Sequence[TokenizedPair]) -> PairScores:
+            step = build_step(pairs, range(len(pairs)), settings)
+            return self._score_steps([step], len(pairs), self.model)
+
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        with _shown(self.args):
+            self.reference.ask(self.model, [self.train_dataset, *sets.values()], score_pairs)
+
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs behind a loader, whose items are steps."""
         steps = dataloader.dataset
@@ -452,7 +471,9 @@ class ORPOTrainer(InterruptibleTrainer):
     def _run_batch(self, model: nn.Module, batch: PackedBatch, denominators: Denominators) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss."""
         with self.compute_loss_context_manager():
-            output = model(batch=batch.to(self.args.device, non_blocking=True), denominators=denominators)
+            batch = self.reference.attached(batch, self.train_dataset)
+            batch = batch.to(self.args.device, non_blocking=True)
+            output = model(batch=batch, denominators=denominators)
         # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
         scaled = output.loss * self._num_ranks
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
@@ -580,7 +601,7 @@ class ORPOTrainer(InterruptibleTrainer):
         with self.stopwatch.paused():
             scores = self._score(dataloader)
         pairs: Any = dataloader.dataset
-        results = PairResults.of(scores, pairs.pairs)
+        results = PairResults.of(self.reference.beside(scores, pairs.pairs), pairs.pairs)
         figures = dict(results.figures(self.objective))
         ours = {name: figure.mean for name, figure in figures.items()}
         chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
@@ -627,8 +648,6 @@ class ORPOTrainer(InterruptibleTrainer):
     def _score(self, dataloader: DataLoader[Any]) -> PairScores:
         """Scores of all pairs of a loader, in the order of the data, the same on every rank."""
         self.callback_handler.eval_dataloader = dataloader
-        copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
-
         total = self.num_examples(dataloader)
 
         def advance(num_pairs: int) -> None:
@@ -636,14 +655,21 @@ class ORPOTrainer(InterruptibleTrainer):
             self._progress.scored(num_pairs * self._num_ranks, total)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
+        steps = (item["step"] for item in dataloader)
+        return self._score_steps(steps, total, self._model_for_evaluation(), advance)
+
+    def _score_steps(
+        self, steps: Iterable[Step], total: int, model: Any, progress: Callable[[int], None] | None = None
+    ) -> PairScores:
+        copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
         return score(
-            self._model_for_evaluation(),
-            (item["step"] for item in dataloader),
+            model,
+            steps,
             total,
             device=self.args.device,
             precision=self.accelerator.autocast,
             reduce=lambda table: self._reduce(table) / copies,
-            progress=advance,
+            progress=progress,
         )
 
     def _model_for_evaluation(self) -> Any:
@@ -700,6 +726,7 @@ class ORPOTrainer(InterruptibleTrainer):
                     "tokens_per_micro_batch", self._tokens_per_micro_batch
                 )
             settings["eval_on_start"] = self.evaluation_waits
+        self._ask_reference()
         with self.stop_signal.caught(), changed(self.args, **settings):
             self.stopwatch.restart(state.get("window_seconds", 0.0))
             try:
