@@ -1,7 +1,10 @@
 """What TRL's own tests of its ORPO trainer exercise, with models and data made here."""
 
+import copy
 import importlib
+import importlib.resources
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.errors import ConfigError, DataError, ModelError
@@ -487,11 +490,13 @@ def hh_rows(number):
     return rows
 
 
+CPO = {"beta": 0.2, "nll_weight": 0.7, "label_smoothing": 0.1}
 SIMPO = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0}
 THEIRS = {
     "orpo": ("ORPO", {"beta": 0.3}, {"beta": 0.3}),
     "simpo": ("CPO", {**SIMPO, "cpo_alpha": 0.0}, {}),
     "cpo_simpo": ("CPO", {**SIMPO, "cpo_alpha": 1.0}, {}),
+    "cpo": ("CPO", {"beta": 0.2, "cpo_alpha": 0.7, "label_smoothing": 0.1}, CPO),
 }
 """Objective -> their trainer, its settings, and ours."""
 
@@ -561,3 +566,66 @@ def test_loss_of_a_full_batch_is_trl_s(tmp_path, objective):
     ):
         assert line[name] == pytest.approx(float(metrics[name]), rel=1e-4, abs=1e-6), name
     assert -line["odds_ratio_loss"] == pytest.approx(float(metrics["log_odds_ratio"]), rel=1e-4)
+
+
+def test_dpo_of_a_full_batch_is_trl_s(tmp_path):
+    """The demo's model against itself a little earlier, on real pairs, tokenized by either package."""
+    trl = pytest.importorskip("trl", minversion="1.16")
+    demo = Path(str(importlib.resources.files("orpo"))) / "demo"
+    lines = (demo / "data" / "politeness" / "validation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:6]]
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
+    before = AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32)
+    model = copy.deepcopy(before)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * weight.std() * torch.randn_like(weight)
+    theirs = trl.DPOTrainer(
+        model,
+        copy.deepcopy(before),
+        trl.DPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=6,
+            max_length=None,
+            beta=0.3,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(theirs.get_train_dataloader()))
+    loss = theirs.compute_loss(model, batch)
+    loss.backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    rewards = {name: values[-1] for name, values in theirs._metrics["train"].items() if "rewards" in name}
+
+    args = ORPOConfig(
+        output_dir=str(tmp_path / "ours"),
+        per_device_train_batch_size=6,
+        objective="dpo",
+        beta=0.3,
+        text_rows="plain",
+        data_format="standard",
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+    )
+    ours = ORPOTrainer(before, args, train_dataset=rows, processing_class=tokenizer)
+    ours._ask_reference()
+    ours.model.load_state_dict(model.state_dict())
+    ours.train()
+    line = ours.state.log_history[0]
+    assert abs(line["loss"] - math.log(2)) > 1e-2
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, weight in ours.model.named_parameters():
+        moved = model.get_parameter(name) - weight
+        error = (moved - gradients[name]).norm() / max(gradients[name].norm(), 1e-3)
+        assert error < 1e-5 or (moved - gradients[name]).abs().max() < 2e-6, name
+    assert rewards
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert line[name] == pytest.approx(rewards[name], rel=1e-4, abs=1e-5), name

@@ -335,7 +335,7 @@ class MetricWindow:
         shares = {}
         nll = sums["nll_gradient"] / max(sums["nll_weight"], 1)
         odds = sums["odds_gradient"] / max(sums["preferences"], 1)
-        if nll + odds > 0 and sums["preferences"] > 0 and self.objective.preference_weight > 0:
+        if nll > 0 and odds > 0:
             shares["odds_share"] = odds / (nll + odds)
         if self.objective.nll_weight > 0 and sums["nll_tokens"] > 0:
             shares["prompt_share"] = sums["context_tokens"] / sums["nll_tokens"]
