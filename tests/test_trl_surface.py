@@ -598,10 +598,10 @@ def test_dpo_of_a_full_batch_is_trl_s(tmp_path):
         processing_class=tokenizer,
     )
     batch = next(iter(theirs.get_train_dataloader()))
-    loss = theirs.compute_loss(model, batch)
+    loss = theirs.compute_loss(model.eval(), batch)
     loss.backward()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    rewards = {name: values[-1] for name, values in theirs._metrics["train"].items() if "rewards" in name}
+    rewards = {name: values[-1] for name, values in theirs._metrics["eval"].items() if "rewards" in name}
 
     args = ORPOConfig(
         output_dir=str(tmp_path / "ours"),
