@@ -7,10 +7,11 @@ of what is minimised. Reading a recipe: `orpo.settings.recipe`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from orpo.errors import ConfigError
 from orpo.settings.facts import Facts, TrlDefault, setting
@@ -264,6 +265,12 @@ class OrpoSettings:
     )
     nll_on: NllOn | None = setting(None, "Tokens in the NLL (full).", evaluation=True)
     nll_reduction: NllReduction | None = setting(None, "How the NLL is averaged (token).", evaluation=True)
+    stages: list[dict[str, Any]] | None = setting(
+        None,
+        "Several objectives one after the other in one run, in place of `objective`: a list of the settings of "
+        "each and its share of the steps, [{objective: sft, share: 0.1}, {objective: tempered_odds}].",
+        evaluation=True,
+    )
     # Engine
     tokens_per_micro_batch: int | None = setting(
         None,
@@ -334,7 +341,7 @@ def inherited_by_evaluation(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
-    """The preset named by `settings.objective`, with every explicit key put over it.
+    """The preset named by `settings.objective`, with every explicit key put over it; of stages the last one.
 
     Returns:
         The objective, and one line for each explicit key that differs from a preset other than `orpo`.
@@ -342,6 +349,8 @@ def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
     Raises:
         ConfigError: The preset is unknown or has no such setting, or nothing would be trained.
     """
+    if settings.stages is not None:
+        return resolve_stages(settings)[-1].objective, []
     name = settings.objective
     if name not in PRESETS:
         raise ConfigError(f"objective: {name!r} is not one of {', '.join(PRESETS)}")
@@ -365,9 +374,108 @@ def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
 
 
 def objective_keys(settings: OrpoSettings) -> dict[str, Any]:
-    """The settings that make up the objective, each with the value in effect."""
+    """The settings that make up the objective, each with the value in effect; none where stages have theirs."""
+    if settings.stages is not None:
+        return {}
     objective, _ = resolve_objective(settings)
     return {key: getattr(objective, part) for key, part in _parts(settings.objective).items()}
+
+
+class Stage(NamedTuple):
+    """A part of a run.
+
+    Attributes:
+        name: Of its objective.
+        objective: What it minimises.
+        share: Of the run's steps, above 0.
+    """
+
+    name: str
+    objective: Objective
+    share: float
+
+
+def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
+    """The stages of a run, in order: one with all its steps where `settings.stages` is not set.
+
+    The objective's settings beside `stages` hold in every stage whose objective has them, unless it says
+    otherwise.
+
+    Raises:
+        ConfigError: A stage cannot be read or trained, or their shares do not make a run.
+    """
+    if settings.stages is None:
+        return (Stage(settings.objective, resolve_objective(settings)[0], 1.0),)
+    if settings.objective != "orpo":
+        raise ConfigError(f"objective: {settings.objective}: name it in stages, which are set too")
+    stages, shares = [], []
+    for number, entry in enumerate(settings.stages, start=1):
+        unknown = entry.keys() - _ALL_PARTS - {"objective", "share"}
+        if unknown:
+            raise ConfigError(f"stages: stage {number} has {', '.join(sorted(unknown))}; {_STAGE_HAS}")
+        name = entry.get("objective", "orpo")
+        beside = {key: getattr(settings, key) for key in (_parts(name) if name in PRESETS else ())}
+        own = {key: value for key, value in entry.items() if key != "share"}
+        try:
+            stage = OrpoSettings(**(beside | own))
+            for key in _ALL_PARTS:
+                OWN[key].check(key, getattr(stage, key))
+            stages.append((name, resolve_objective(stage)[0]))
+        except ConfigError as error:
+            raise ConfigError(f"stages: stage {number}: {error}") from None
+        shares.append(entry.get("share"))
+    if any(objective.needs_reference for _, objective in stages[1:]):
+        raise ConfigError(
+            "stages: objective dpo can only be the first, since its reference is the model before training;"
+            " train it as a run of its own, from the folder of this one"
+        )
+    return tuple(Stage(*one, share) for one, share in zip(stages, _whole_run(shares), strict=True))
+
+
+_STAGE_HAS = "it has an objective, its settings and a share"
+
+
+def _whole_run(shares: Sequence[Any]) -> list[float]:
+    """The shares with the one that is left open filled in."""
+    given = [share for share in shares if share is not None]
+    if not all(isinstance(share, (int, float)) and 0 < share <= 1 for share in given):
+        raise ConfigError(f"stages: shares are {given}; each is above 0 and at most 1")
+    left = 1 - sum(given)
+    num_open = len(shares) - len(given)
+    if num_open > 1 or (num_open == 1 and left <= 1e-9) or (num_open == 0 and abs(left) > 1e-9):
+        raise ConfigError(
+            f"stages: shares {given} of {len(shares)} stages; they add up to 1, and one may be left open"
+        )
+    return [left if share is None else float(share) for share in shares]
+
+
+class Schedule:
+    """Which stage each optimizer step of a run belongs to.
+
+    Attributes:
+        stages: In order.
+        starts: The first step of each, counted from 0.
+    """
+
+    def __init__(self, stages: Sequence[Stage], num_steps: int) -> None:
+        """Divide `num_steps` steps, at least one for each stage.
+
+        Raises:
+            ConfigError: There are fewer steps than stages.
+        """
+        if num_steps < len(stages):
+            raise ConfigError(f"stages: {len(stages)} stages cannot share {num_steps} steps")
+        self.stages = tuple(stages)
+        starts, share = [0], 0.0
+        for number, stage in enumerate(stages[:-1], start=1):
+            share += stage.share
+            start = max(round(share * num_steps), starts[-1] + 1)
+            starts.append(min(start, num_steps - len(stages) + number))
+        self.starts = tuple(starts)
+
+    def at(self, step: int) -> Stage:
+        """The stage of a step, counted from 0."""
+        return self.stages[bisect.bisect_right(self.starts, step) - 1]
 
 
 def _parts(name: ObjectiveName) -> dict[str, str]:

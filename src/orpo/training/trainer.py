@@ -78,9 +78,9 @@ from orpo.run.finished import mark_finished
 from orpo.run.lock import check_output_dir, held
 from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.run.repair import put_damaged_aside
-from orpo.settings.config import Objective
+from orpo.settings.config import Objective, Schedule, Stage, resolve_stages
 from orpo.training.arguments import ORPOConfig
-from orpo.training.cadence import settle_cadence
+from orpo.training.cadence import number_of_steps, settle_cadence
 from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
 from orpo.training.pair_log import PairLog
 from orpo.training.progress import Progress, Stopwatch
@@ -120,7 +120,8 @@ class ORPOTrainer(InterruptibleTrainer):
     """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
 
     Attributes:
-        objective: What is minimised.
+        objective: What is minimised; of several stages in the last one, by which the run is evaluated.
+        schedule: What is minimised in each step.
         pairs_per_step: Pairs of one optimizer step, over all ranks.
         stopped_by: Name of the signal that ended `train` early, or None.
     """
@@ -132,6 +133,7 @@ class ORPOTrainer(InterruptibleTrainer):
     objective: Objective
     _prepared: tuple[nn.Module, Preparation] | None = None
     _tokens_per_micro_batch = 0
+    _stage: Stage | None = None
     _evaluated_set: str | None = None  # its name, while an evaluation runs
     _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
 
@@ -191,6 +193,8 @@ class ORPOTrainer(InterruptibleTrainer):
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
+        steps = number_of_steps(args, data.train_pairs, args.pairs_per_step)
+        self.schedule = Schedule(resolve_stages(args), max(steps, 1 if args.stages is None else 0))
         self._recipe = args.recipe()
         self._identity = run_identity(args, data.train_pairs, loaded)
         self.forced = []
@@ -320,6 +324,7 @@ class ORPOTrainer(InterruptibleTrainer):
             rank=self.args.process_index // self.get_tp_size(),
             num_ranks=self._num_ranks,
             score_rejected=True if evaluating else None,
+            schedule=None if evaluating else self.schedule,
         )
 
     @property
@@ -393,7 +398,7 @@ class ORPOTrainer(InterruptibleTrainer):
 
     def _ask_reference(self) -> None:
         """Have the model as it is before training score every set, where the objective needs it."""
-        if not self.objective.needs_reference:
+        if not any(stage.objective.needs_reference for stage in self.schedule.stages):
             return
         self._preparation()
         settings = self._batch_settings(evaluating=True)
@@ -428,6 +433,8 @@ class ORPOTrainer(InterruptibleTrainer):
             The step's loss as the Trainer expects it: its mean over the ranks is the loss.
         """
         step: Step = inputs["step"]
+        self._say_stage()
+        self.window.objective = step.objective
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -435,6 +442,16 @@ class ORPOTrainer(InterruptibleTrainer):
         loss = torch.stack(losses).sum()
         self.window.add_step(loss - self._router_loss, step.num_tokens, self._num_ranks, self._router_loss)
         return loss * self._num_ranks
+
+    def _say_stage(self) -> None:
+        """Say that another stage begins, where there are several."""
+        stage = self.schedule.at(self.state.global_step)
+        if len(self.schedule.stages) > 1 and stage is not self._stage:
+            number = self.schedule.stages.index(stage) + 1
+            say(
+                f"step {self.state.global_step + 1}: stage {number} of {len(self.schedule.stages)}, {stage.name}"
+            )
+        self._stage = stage
 
     def _run_batches(self, model: nn.Module, step: Step) -> list[Tensor]:
         """Run all micro-batches; where one does not fit into memory, start again with each split in two."""
