@@ -11,7 +11,7 @@ import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from orpo.errors import ConfigError
 from orpo.settings.facts import Facts, TrlDefault, setting
@@ -267,8 +267,8 @@ class OrpoSettings:
     nll_reduction: NllReduction | None = setting(None, "How the NLL is averaged (token).", evaluation=True)
     stages: list[dict[str, Any]] | None = setting(
         None,
-        "Several objectives one after the other in one run, in place of `objective`: a list of the settings of "
-        "each and its share of the steps, [{objective: sft, share: 0.1}, {objective: tempered_odds}].",
+        "Several objectives one after the other in one run, in place of `objective`: a list of the settings "
+        "of each and its share of the steps, [{objective: sft, share: 0.1}, {objective: tempered_odds}].",
         evaluation=True,
     )
     # Engine
@@ -374,7 +374,7 @@ def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
 
 
 def objective_keys(settings: OrpoSettings) -> dict[str, Any]:
-    """The settings that make up the objective, each with the value in effect; none where stages have theirs."""
+    """The settings that make up the objective, each with the value in effect; none where there are stages."""
     if settings.stages is not None:
         return {}
     objective, _ = resolve_objective(settings)
@@ -408,6 +408,8 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
         return (Stage(settings.objective, resolve_objective(settings)[0], 1.0),)
     if settings.objective != "orpo":
         raise ConfigError(f"objective: {settings.objective}: name it in stages, which are set too")
+    if not settings.stages:
+        raise ConfigError("stages: there is none in the list; leave it out, or name one")
     stages, shares = [], []
     for number, entry in enumerate(settings.stages, start=1):
         unknown = entry.keys() - _ALL_PARTS - {"objective", "share"}
@@ -417,9 +419,8 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
         beside = {key: getattr(settings, key) for key in (_parts(name) if name in PRESETS else ())}
         own = {key: value for key, value in entry.items() if key != "share"}
         try:
+            _check_types(own)
             stage = OrpoSettings(**(beside | own))
-            for key in _ALL_PARTS:
-                OWN[key].check(key, getattr(stage, key))
             stages.append((name, resolve_objective(stage)[0]))
         except ConfigError as error:
             raise ConfigError(f"stages: stage {number}: {error}") from None
@@ -430,6 +431,17 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
             " train it as a run of its own, from the folder of this one"
         )
     return tuple(Stage(*one, share) for one, share in zip(stages, _whole_run(shares), strict=True))
+
+
+def _check_types(stage: Mapping[str, Any]) -> None:
+    """Check the values of a stage, whose types nothing has converted."""
+    words = {"objective": ObjectiveName, "nll_on": NllOn, "nll_reduction": NllReduction}
+    for key, value in stage.items():
+        OWN[key].check(key, value)
+        if key in words and value not in get_args(words[key]):
+            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(get_args(words[key]))}")
+        if key not in words and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"{key}: {value!r} is no number")
 
 
 _STAGE_HAS = "it has an objective, its settings and a share"
