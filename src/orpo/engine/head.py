@@ -163,7 +163,7 @@ def _side(batch: PackedBatch, at: slice) -> Tensor:
 
 def _loss(logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators) -> Tensor:
     mean_PS, count_PS = _response_means(logprob_T, batch)
-    odds_P = preference_loss(*mean_PS.unbind(1), objective) * (count_PS[:, 1] > 0)
+    odds_P = preference_loss(mean_PS[:, 0], mean_PS[:, 1], objective) * (count_PS[:, 1] > 0)
     nll = -(logprob_T * batch.nll_weight_T).sum()
     return (
         objective.nll_weight / max(denominators.nll, _TINY) * nll
@@ -184,7 +184,7 @@ def _loss_slopes(
     if objective.beta == 0:
         return slope_T
     mean_PS, count_PS = _response_means(logprob_T[at], batch, at)
-    slope_PS = torch.stack(preference_slopes(*mean_PS.unbind(1), objective), 1)
+    slope_PS = torch.stack(preference_slopes(mean_PS[:, 0], mean_PS[:, 1], objective), 1)
     share_PS = (count_PS[:, 1:] > 0) / count_PS.clamp_min(1)
     slope_PS = objective.beta / max(denominators.pairs, 1) * slope_PS * share_PS
     return slope_T + slope_PS.flatten()[_side(batch, at)]
