@@ -357,7 +357,7 @@ def _trl_dpo(
 def _trl_sft(
     model: PreTrainedModel, pairs: list[TokenizedPair], tokenizer: Any, common: dict[str, Any], order: str
 ) -> Any:
-    """On prompt and chosen answer, with the loss over both; packed into sequences of `PACKED` tokens, or not."""
+    """On prompt and chosen answer, the loss over both; packed into sequences of `PACKED` tokens, or not."""
     from trl import SFTConfig, SFTTrainer
 
     rows = [[*pair.prompt, *pair.chosen] for pair in pairs]

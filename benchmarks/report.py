@@ -208,9 +208,9 @@ def _objectives_table(raw: Spec) -> list[str]:
     ]  # fmt: skip
     note = [
         "Llama h256 L6 V32000 on HH-RLHF, one epoch, medians. Ours includes the pass that scores DPO's "
-        "reference. Peaks are of whole runs with the allocator's defaults, above that of the model and AdamW's "
-        "moments; they include the gradients and TRL's reference model. Packing fills sequences of 1,024 "
-        "tokens, one a step.", "",
+        "reference. Peaks are of whole runs with the allocator's defaults, above that of the model and "
+        "AdamW's moments; they include the gradients and TRL's reference model. Packing fills sequences of "
+        "1,024 tokens, one a step.", "",
     ]  # fmt: skip
     return ["## DPO and SFT", "", *_made_by(raw, RAW_OBJECTIVES), *note, *table(header, rows), *_errors(raw)]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,6 @@ class PairResults:
         return found
 
 
-OF_REFERENCE = (
-    "odds_ratio_loss", "loss", "reward_margin", "reward_accuracy", "chosen_reward", "rejected_reward",
-)  # fmt: skip
-"""Metrics that depend on the reference model, where the objective has one."""
 OF_MEANS = ("nll", "nll_token_mean", "loss")
 """Metrics of an evaluation that are made of the others' means."""
 
@@ -140,11 +136,34 @@ def pair_values(scores: PairScores, objective: Objective) -> tuple[dict[str, Ten
     share = objective.preference_weight * len(one_P) / max(int(has_P.sum()), 1)
     compared_P = torch.where(scores.has_rejected_P, share * value_P["odds_ratio_loss"], 0)
     value_P |= {"nll": nll_P, "nll_token_mean": nll_P, "loss": objective.nll_weight * nll_P + compared_P}
-    if objective.needs_reference and bool(scores.chosen_reference_P.isnan().any()):
-        value_P = {name: value for name, value in value_P.items() if name not in OF_REFERENCE}
+    if objective.needs_reference and not knows_reference(scores):
+        value_P = {name: value for name, value in value_P.items() if not bool(value.isnan().any())}
     preferences = {metric.name for metric in METRICS if metric.divisor == "preferences"}
     weight_P = {name: has_P if name in preferences else one_P for name in value_P}
     return value_P, weight_P | {"nll_token_mean": scores.nll_tokens_P.double()}
+
+
+def knows_reference(scores: PairScores) -> bool:
+    """Whether there are scores of a reference model beside those of the model."""
+    return not bool(scores.chosen_reference_P.isnan().any())
+
+
+def with_one_reference(first: PairResults, second: PairResults) -> tuple[PairResults, PairResults]:
+    """Both results of the same pairs with the same reference, so that what depends on it can be compared.
+
+    It is that of the second model; where that is not known, that of the first; where neither is known, the
+    first model itself.
+    """
+    known = next((one.scores for one in (second, first) if knows_reference(one.scores)), None)
+    if known is None:
+        chosen_P, rejected_P = first.scores.chosen_logprob_P, first.scores.rejected_logprob_P
+    else:
+        chosen_P, rejected_P = known.chosen_reference_P, known.rejected_reference_P
+    columns = {"chosen_reference_P": chosen_P, "rejected_reference_P": rejected_P}
+    return (
+        replace(first, scores=first.scores._replace(**columns)),
+        replace(second, scores=second.scores._replace(**columns)),
+    )
 
 
 def matched(before: PairResults, after: PairResults) -> tuple[PairResults, PairResults]:
@@ -205,18 +224,13 @@ def read_results(path: Path) -> dict[str, PairResults]:
 _FIELDS = ("source", "group", "prompt", *PairScores._fields)
 
 
-def _to_tensor(values: Sequence[Any]) -> Tensor:
-    numbers = [torch.nan if value is None else value for value in values]
-    return torch.tensor(numbers, dtype=torch.float64)
+def _column(values: Sequence[Any]) -> Tensor:
+    return torch.tensor([torch.nan if value is None else value for value in values], dtype=torch.float64)
 
 
 def _from_lines(lines: Sequence[Mapping[str, object]]) -> PairResults:
     columns = {name: [line[name] for line in lines] for name in _FIELDS}
-    numbers = {
-        name: [torch.nan if value is None else value for value in columns[name]]
-        for name in PairScores._fields
-    }
-    scores = {name: torch.tensor(numbers[name], dtype=torch.float64) for name in PairScores._fields}
+    scores = {name: _column(columns[name]) for name in PairScores._fields}
     return PairResults(
         PairScores(**(scores | {"has_rejected_P": scores["has_rejected_P"] > 0})),
         torch.tensor(columns["prompt"]),

@@ -210,6 +210,8 @@ def evaluate(
     loaded = load_trained(folder, resolved)
     check_token_ids(read.pairs, num_embeddings(loaded), tokenizer)
     batches, notices = _batch_settings(loaded, resolved, read.pairs.longest)
+    if batches.objective.needs_reference:
+        notices = [*notices, _NO_REFERENCE]
     _say_all([] if quiet else notices)
     found = evaluate_pairs(
         loaded, read.pairs, batches, batch_size=batch_size, progress=_counting(progress, len(read.pairs))
@@ -222,6 +224,12 @@ def evaluate(
         rows={} if read.counts is None else read.counts.to_dict(),
     )
     return save_result(result, name) if save else result
+
+
+_NO_REFERENCE = (
+    "objective dpo: loss and rewards are left out, since they need the scores of a reference, the model"
+    " before training; `orpo eval BASE RUN` has them"
+)
 
 
 def save_result(result: Result, name: str | None = None, **further: Any) -> Result:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from orpo.engine.metrics import write_change, write_figure
 from orpo.errors import DataError
-from orpo.evaluation.per_pair import PairResults, matched, read_results
+from orpo.evaluation.per_pair import PairResults, matched, read_results, with_one_reference
 from orpo.evaluation.statistics import critical, pairs_needed, visible
 from orpo.run.directory import Run, RunDirectory, read_run
 from orpo.run.log import Figure, Figures, figures_from_json, figures_to_json, flat_name
@@ -119,8 +119,13 @@ _COUNTS, _FIGURES = ("num_pairs", "num_preferences", "num_prompts"), ("before", 
 
 
 def compare(before: PairResults, after: PairResults, objective: Objective) -> Change:
-    """What the pairs that both evaluations have in common say; there is at least one."""
+    """What the pairs that both evaluations have in common say; there is at least one.
+
+    An objective with a reference has the same one on both sides (`with_one_reference`).
+    """
     first, second = matched(before, after)
+    if objective.needs_reference:
+        first, second = with_one_reference(first, second)
     others = second.by_group()
     groups = {name: _change(one, others[name], objective, {}) for name, one in first.by_group().items()}
     return _change(first, second, objective, groups)

@@ -34,7 +34,13 @@ _DASHES = ((0, ()), (0, (5, 2.5)), (0, (1.5, 2)))
 
 
 def figure_html(
-    title: str, caption: str, lines: Sequence[Line], legend: Sequence[str], *, percent: bool = False
+    title: str,
+    caption: str,
+    lines: Sequence[Line],
+    legend: Sequence[str],
+    *,
+    percent: bool = False,
+    marks: Sequence[int] = (),
 ) -> str:
     """A figure with its title, legend and caption; nothing where there is no curve.
 
@@ -44,17 +50,18 @@ def figure_html(
         lines: The curves.
         legend: The keys, as HTML.
         percent: Whether values are shares.
+        marks: Steps after which another stage begins.
     """
     if not lines:
         return ""
     keys = f'<div class="legend">{"".join(legend)}</div>' if legend else ""
     return (
-        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent=percent)}"
+        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent=percent, marks=marks)}"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _svg(title: str, lines: Sequence[Line], *, percent: bool) -> str:
+def _svg(title: str, lines: Sequence[Line], *, percent: bool, marks: Sequence[int]) -> str:
     """The curves as inline SVG whose text is text and whose colours are CSS variables."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -66,6 +73,8 @@ def _svg(title: str, lines: Sequence[Line], *, percent: bool) -> str:
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
+        for step in marks:
+            axes.axvline(step, color=_GRID, linewidth=1.2)
         axes.set_xlabel("optimizer step", color=_INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))

@@ -253,6 +253,11 @@ class Run:
         """Optimizer steps made so far."""
         return max((record.step for record in self.records), default=0)
 
+    @property
+    def stages(self) -> list[tuple[int, str]]:
+        """First step of each stage, counted from 1, and the name of its objective; empty without stages."""
+        return [(record.step + 1, record.stage) for record in self.records if record.kind == "stage"]
+
     def training_means(self) -> dict[str, Figure]:
         """What was measured while training, averaged over the log's lines, each with the steps it covers."""
         sums: dict[str, list[float]] = {}

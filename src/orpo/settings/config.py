@@ -412,6 +412,8 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
         raise ConfigError("stages: there is none in the list; leave it out, or name one")
     stages, shares = [], []
     for number, entry in enumerate(settings.stages, start=1):
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"stages: stage {number} is {entry!r}; {_STAGE_HAS}, as {{objective: sft}}")
         unknown = entry.keys() - _ALL_PARTS - {"objective", "share"}
         if unknown:
             raise ConfigError(f"stages: stage {number} has {', '.join(sorted(unknown))}; {_STAGE_HAS}")
@@ -425,10 +427,10 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
         except ConfigError as error:
             raise ConfigError(f"stages: stage {number}: {error}") from None
         shares.append(entry.get("share"))
-    if any(objective.needs_reference for _, objective in stages[1:]):
+    if sum(objective.needs_reference for _, objective in stages) > 1:
         raise ConfigError(
-            "stages: objective dpo can only be the first, since its reference is the model before training;"
-            " train it as a run of its own, from the folder of this one"
+            "stages: dpo is there more than once; a run keeps one reference, the model as that stage"
+            " begins, so train the later one as a run of its own"
         )
     return tuple(Stage(*one, share) for one, share in zip(stages, _whole_run(shares), strict=True))
 
@@ -450,7 +452,7 @@ _STAGE_HAS = "it has an objective, its settings and a share"
 def _whole_run(shares: Sequence[Any]) -> list[float]:
     """The shares with the one that is left open filled in."""
     given = [share for share in shares if share is not None]
-    if not all(isinstance(share, (int, float)) and 0 < share <= 1 for share in given):
+    if not all(type(share) in (int, float) and 0 < share <= 1 for share in given):
         raise ConfigError(f"stages: shares are {given}; each is above 0 and at most 1")
     left = 1 - sum(given)
     num_open = len(shares) - len(given)
@@ -467,6 +469,7 @@ class Schedule:
     Attributes:
         stages: In order.
         starts: The first step of each, counted from 0.
+        reference_start: That of the stage that needs a reference model; None where none does.
     """
 
     def __init__(self, stages: Sequence[Stage], num_steps: int) -> None:
@@ -484,6 +487,10 @@ class Schedule:
             start = max(round(share * num_steps), starts[-1] + 1)
             starts.append(min(start, num_steps - len(stages) + number))
         self.starts = tuple(starts)
+        needing = [
+            start for start, stage in zip(starts, stages, strict=True) if stage.objective.needs_reference
+        ]
+        self.reference_start = needing[0] if needing else None
 
     def at(self, step: int) -> Stage:
         """The stage of a step, counted from 0."""
@@ -521,10 +528,21 @@ def check_settings(settings: OrpoSettings) -> None:
         raise ConfigError(
             "quantized weights cannot be trained; add use_peft: true, or drop load_in_4bit/8bit"
         )
-    if settings.streaming and resolve_objective(settings)[0].needs_reference:
-        raise ConfigError("streaming: objective dpo scores all pairs once before training; read them whole")
+    _check_reference(settings)
     if settings.streaming and getattr(settings, "max_steps", 1) <= 0:
         raise ConfigError(_NO_LENGTH)
+
+
+def _check_reference(settings: OrpoSettings) -> None:
+    """What cannot work with a reference model."""
+    *_, last = stages = [stage.objective.needs_reference for stage in resolve_stages(settings)]
+    if settings.streaming and any(stages):
+        raise ConfigError("streaming: objective dpo scores all pairs once before its steps; read them whole")
+    if last and not stages[0] and getattr(settings, "lr_scheduler_type", None) == "reduce_lr_on_plateau":
+        raise ConfigError(
+            "lr_scheduler_type: reduce_lr_on_plateau needs a loss at each evaluation, and that of dpo is not"
+            " known before its stage begins; choose another schedule"
+        )
 
 
 def _check_date(text: str | None) -> None:

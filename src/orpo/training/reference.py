@@ -1,10 +1,11 @@
-"""What the model says of every pair before it is trained: the reference of DPO, without a second model.
+"""What the model says of every pair before DPO trains it: the reference, without a second model.
 
-The log-probs of a set of pairs are computed once, before the first step, by the model that is about to be
-trained (for a fresh adapter: by its base), and kept in a file of the run directory. Its name is made from
-everything they depend on: the weights, the tokens of the pairs with their boundaries, and the precision. So a
-resumed run reads what the first one has written, and a pass that was cut off goes on where it stopped: a row
-of zeros is not known yet, since the log-prob of an answer is below 0.
+The log-probs of a set of pairs are computed once, before the first step of the stage that needs them, by the
+model that is about to be trained (for a fresh adapter: by its base), and kept in a file of the run directory.
+Its name is made from everything they depend on: the weights, the tokens of the pairs with their boundaries,
+and the precision. So a resumed run reads what the first one has written, and a pass that was cut off goes on
+where it stopped: a row of zeros is not known yet, since the log-prob of an answer is below 0. Where another
+stage comes first, a checkpoint made later than that model names it, since it cannot be asked again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from orpo.engine.head import PairScores
 from orpo.engine.packing import PackedBatch
 from orpo.engine.scorer import base_model
 from orpo.engine.steps import EVALUATION_BLOCK
-from orpo.errors import ConfigError, first_line
+from orpo.errors import ConfigError, RunError, first_line
 from orpo.pairs import TokenizedPair
 from orpo.run.directory import RunDirectory
 from orpo.training.arguments import ORPOConfig
@@ -45,13 +46,52 @@ class Reference:
 
     Args:
         args: Name the run directory, and this rank.
+        start: The first step that needs it, counted from 0; None where none does.
     """
 
-    def __init__(self, args: ORPOConfig) -> None:
+    def __init__(self, args: ORPOConfig, start: int | None) -> None:
         self._args = args
+        self._start = start
         self._identity = ""
         self._tables: dict[str, Tensor] = {}
         self._training: tuple[TokenizedDataset, Tensor] | None = None  # the set that is trained on
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether there will be a reference, and nobody has asked it yet."""
+        return self._start is not None and not self._identity
+
+    def is_due(self, step: int) -> bool:
+        """Whether the model has the weights that are the reference, or has had them."""
+        return self._start is not None and not self._identity and step >= self._start
+
+    def name_at(self, step: int) -> str:
+        """What a checkpoint has to keep; empty where its weights, or those before training, can be asked."""
+        return self._identity if self._start and step > self._start else ""
+
+    def restore(self, name: str, sets: Iterable[Any]) -> None:
+        """Go back to where a checkpoint was made, or to where a run begins.
+
+        Args:
+            name: As `name_at` has given it to the checkpoint.
+            sets: Of pairs, those that the reference was asked about.
+
+        Raises:
+            RunError: The checkpoint is of a later step than the reference, and what that said is lost.
+        """
+        if not self._start:
+            return  # it is the model before training, now as then
+        self._identity, self._tables, self._training = name, {}, None
+        for pairs in sets if name else ():
+            if isinstance(pairs, TokenizedDataset):
+                path = self._path(pairs)
+                found = first_rank_decides(self._args, lambda: _read(path, len(pairs)))  # noqa: B023
+                if _unknown(found, pairs).any():
+                    raise RunError(
+                        f"{path}: what the reference of dpo said is lost, and it was the model of step"
+                        f" {self._start}; resume from a checkpoint of that step or an earlier one"
+                    )
+                self._tables[self._name(pairs)] = torch.from_numpy(found)
 
     def ask(self, model: nn.Module, sets: Iterable[Any], score: Score) -> None:
         """Have the model score the sets that hold tokenized pairs; a second time there is nothing to do.
@@ -66,9 +106,8 @@ class Reference:
             self._identity = f"{weights} {precision}"
             for pairs in sets:
                 if isinstance(pairs, TokenizedDataset):
-                    name = self._name(pairs)
-                    path = RunDirectory(Path(str(self._args.output_dir))).reference(name)
-                    self._tables[name] = reference_logprobs(pairs, path, score, self._args)
+                    found = reference_logprobs(pairs, self._path(pairs), score, self._args)
+                    self._tables[self._name(pairs)] = found
 
     def _name(self, pairs: TokenizedDataset) -> str:
         """A name made from the model's, and from the tokens of pairs and what is scored of them."""
@@ -76,6 +115,9 @@ class Reference:
         for array in (pairs.tokens, pairs.offsets, pairs.contexts):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+    def _path(self, pairs: TokenizedDataset) -> Path:
+        return RunDirectory(Path(str(self._args.output_dir))).reference(self._name(pairs))
 
     def attached(self, batch: PackedBatch, pairs: TokenizedDataset) -> PackedBatch:
         """A micro-batch of pairs of a set, with what the reference says of them where it is asked for."""
@@ -148,11 +190,11 @@ def reference_logprobs(pairs: TokenizedDataset, path: Path, score: Score, args: 
     """
     found = first_rank_decides(args, lambda: _read(path, len(pairs)))
     kept = _Kept(path, found) if args.process_index == 0 else None
-    has_rejected = pairs.lengths[:, 2] > 0
+    unknown = _unknown(found, pairs)
     report(SCORING, 0, len(pairs))
     for start in range(0, len(pairs), EVALUATION_BLOCK):
         at = slice(start, min(start + EVALUATION_BLOCK, len(pairs)))
-        if (found[at, 0] < 0).all() and (found[at, 1][has_rejected[at]] < 0).all():
+        if not unknown[at].any():
             continue
         scores = score([pairs[number] for number in range(at.start, at.stop)])
         found[at] = torch.stack([scores.chosen_logprob_P, scores.rejected_logprob_P], 1).numpy()
@@ -169,6 +211,13 @@ def _read(path: Path, number: int) -> np.ndarray:
         if stored.shape == (number, 2) and stored.dtype == np.float32:
             return np.array(stored)
     return np.zeros((number, 2), np.float32)
+
+
+def _unknown(found: np.ndarray, pairs: TokenizedDataset) -> np.ndarray:
+    """Which pairs the reference has not scored yet. Shape [n]."""
+    has_rejected = pairs.lengths[:, 2] > 0
+    unknown: np.ndarray = (found[:, 0] >= 0) | (has_rejected & (found[:, 1] >= 0))
+    return unknown
 
 
 class _Kept:

@@ -82,7 +82,7 @@ from orpo.settings.config import Objective, Schedule, Stage, resolve_stages
 from orpo.training.arguments import ORPOConfig
 from orpo.training.cadence import number_of_steps, settle_cadence
 from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
-from orpo.training.pair_log import PairLog
+from orpo.training.pair_log import PairLog, choosing_metric
 from orpo.training.progress import Progress, Stopwatch
 from orpo.training.recorder import Recorder, peak_memory
 from orpo.training.reference import Reference
@@ -193,15 +193,14 @@ class ORPOTrainer(InterruptibleTrainer):
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
-        steps = number_of_steps(args, data.train_pairs, args.pairs_per_step)
-        self.schedule = Schedule(resolve_stages(args), max(steps, 1 if args.stages is None else 0))
+        self.schedule = _schedule(args, data.train_pairs)
         self._recipe = args.recipe()
         self._identity = run_identity(args, data.train_pairs, loaded)
         self.forced = []
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
         self._printed: set[str] = set()
-        self.reference = Reference(args)
+        self.reference = Reference(args, self.schedule.reference_start)
         with raised_as(ConfigError, "the run cannot be set up"):
             super().__init__(
                 model=loaded,
@@ -231,6 +230,7 @@ class ORPOTrainer(InterruptibleTrainer):
             self.remove_callback(printer)
         self.add_callback(_EpochOrder())
         self.add_callback(StopBetweenSteps(self))
+        self.add_callback(_StageEnds(self.schedule))
         recorder = Recorder(
             str(self.args.output_dir), self._recipe, data.to_json(), writes=self.is_world_process_zero()
         )
@@ -300,10 +300,8 @@ class ORPOTrainer(InterruptibleTrainer):
 
     def _longest_side(self) -> int | None:
         """Tokens of the longest side there can be; None where nothing bounds it."""
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        tokenized = [
-            pairs for pairs in (self.train_dataset, *sets.values()) if isinstance(pairs, TokenizedDataset)
-        ]
+        sets = (self.train_dataset, *self._evaluation_sets())
+        tokenized = [pairs for pairs in sets if isinstance(pairs, TokenizedDataset)]
         sides = [pairs.longest for pairs in tokenized]
         return None if self.args.max_length is None else max([self.args.max_length, *sides])
 
@@ -396,20 +394,35 @@ class ORPOTrainer(InterruptibleTrainer):
         """The same, for `predict`."""
         return self.get_eval_dataloader(test_dataset)
 
-    def _ask_reference(self) -> None:
-        """Have the model as it is before training score every set, where the objective needs it."""
-        if not any(stage.objective.needs_reference for stage in self.schedule.stages):
+    def _evaluation_sets(self) -> list[Any]:
+        return list(
+            self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        )
+
+    def _ask_reference(self, step: int) -> None:
+        """Have the model as it is before a stage that needs a reference score every set, once it is there.
+
+        Args:
+            step: Optimizer steps that the model has made.
+        """
+        if not self.reference.is_due(step):
             return
+        if step > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "stages: dpo after another stage needs the whole model on each rank, which fsdp and deepspeed"
+                " have not; train it as a run of its own"
+            )
         self._preparation()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # of optimizers whose weights while training are not those of the model
         settings = self._batch_settings(evaluating=True)
 
         def score_pairs(pairs: Sequence[TokenizedPair]) -> PairScores:
             step = build_step(pairs, range(len(pairs)), settings)
             return self._score_steps([step], len(pairs), self.model)
 
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        with _shown(self.args):
-            self.reference.ask(self.model, [self.train_dataset, *sets.values()], score_pairs)
+        with _shown(self.args), self.stopwatch.paused():
+            self.reference.ask(self.model, [self.train_dataset, *self._evaluation_sets()], score_pairs)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs behind a loader, whose items are steps."""
@@ -433,7 +446,7 @@ class ORPOTrainer(InterruptibleTrainer):
             The step's loss as the Trainer expects it: its mean over the ranks is the loss.
         """
         step: Step = inputs["step"]
-        self._say_stage()
+        self._begin_stage()
         self.window.objective = step.objective
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -443,14 +456,15 @@ class ORPOTrainer(InterruptibleTrainer):
         self.window.add_step(loss - self._router_loss, step.num_tokens, self._num_ranks, self._router_loss)
         return loss * self._num_ranks
 
-    def _say_stage(self) -> None:
-        """Say that another stage begins, where there are several."""
-        stage = self.schedule.at(self.state.global_step)
-        if len(self.schedule.stages) > 1 and stage is not self._stage:
-            number = self.schedule.stages.index(stage) + 1
-            say(
-                f"step {self.state.global_step + 1}: stage {number} of {len(self.schedule.stages)}, {stage.name}"
-            )
+    def _begin_stage(self) -> None:
+        """Ask the reference of the stage that this step is of; say which it is, where it is another one."""
+        step, stages = self.state.global_step, self.schedule.stages
+        self._ask_reference(step)
+        stage = self.schedule.at(step)
+        if len(stages) > 1 and stage is not self._stage:
+            say(f"step {step + 1}: stage {stages.index(stage) + 1} of {len(stages)}, {stage.name}")
+            if step in self.schedule.starts:
+                self.recorder.stage_began(step, self.state.epoch or 0.0, stage.name)
         self._stage = stage
 
     def _run_batches(self, model: nn.Module, step: Step) -> list[Tensor]:
@@ -556,7 +570,7 @@ class ORPOTrainer(InterruptibleTrainer):
         if of_training:
             figures = {name: Figure(value) for name, value in logs.items() if is_number(value)}
             self.recorder.trained(self.state.global_step, self.state.epoch or 0.0, figures)
-            logs |= trl_names(logs, self.objective)
+            logs |= trl_names(logs, self.window.objective)
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------------------------ evaluation
@@ -593,11 +607,17 @@ class ORPOTrainer(InterruptibleTrainer):
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
         """Evaluate while training; what is there at step 0 may turn out to be the best checkpoint."""
+        self._ask_reference(self.state.global_step)
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if self.state.global_step == 0 and self.args.load_best_model_at_end:
+        chooses = self.args.load_best_model_at_end and self.can_choose(metrics)
+        if self.state.global_step == 0 and chooses:
             self._determine_best_metric(metrics=metrics, trial=trial)
             self._save_checkpoint(self.model_wrapped, trial)
         return metrics
+
+    def can_choose(self, metrics: dict[str, float]) -> bool:
+        """Whether an evaluation may be the best one: not where that depends on a reference yet to come."""
+        return not self.reference.is_awaited or choosing_metric(self.args) in metrics
 
     def _evaluate_set(self, name: str, rows: Any, prefix: str) -> dict[str, float]:
         self._evaluated_set = name
@@ -743,7 +763,9 @@ class ORPOTrainer(InterruptibleTrainer):
                     "tokens_per_micro_batch", self._tokens_per_micro_batch
                 )
             settings["eval_on_start"] = self.evaluation_waits
-        self._ask_reference()
+        self.reference.restore(state.get("reference", ""), [self.train_dataset, *self._evaluation_sets()])
+        self._ask_reference(0)
+        self._stage = None
         with self.stop_signal.caught(), changed(self.args, **settings):
             self.stopwatch.restart(state.get("window_seconds", 0.0))
             try:
@@ -806,6 +828,7 @@ class ORPOTrainer(InterruptibleTrainer):
                         "window": window,
                         "window_seconds": self.stopwatch.seconds,
                         "run": self._identity,
+                        "reference": self.reference.name_at(self.state.global_step),
                         "recipe": self._recipe,
                         "tokens_per_micro_batch": self._tokens_per_micro_batch,
                         "evaluation_waits": self.evaluation_waits,
@@ -894,6 +917,23 @@ class _EpochOrder(TrainerCallback):
         steps = kwargs["train_dataloader"].dataset
         if isinstance(steps, StepDataset):
             steps.set_epoch(state.global_step // len(steps))
+
+
+class _StageEnds(TrainerCallback):
+    """Asks for a line of the log where a stage ends, so that none is of two objectives."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.starts = schedule.starts
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.logging_strategy != IntervalStrategy.NO and state.global_step in self.starts:
+            control.should_log = True
+
+
+def _schedule(args: ORPOConfig, pairs: Any) -> Schedule:
+    """What is minimised in each step; one that may train nothing has a single stage at most."""
+    steps = number_of_steps(args, pairs, args.pairs_per_step)
+    return Schedule(resolve_stages(args), steps if args.stages else max(steps, 1))
 
 
 def _item(value: Any) -> Any:
