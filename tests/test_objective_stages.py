@@ -93,7 +93,7 @@ def test_fewer_steps_than_stages_are_refused(tmp_path):
 
 
 def watched(trainer):
-    """The pairs of each step of a trainer, and the model that it starts from, in float64; filled as it trains."""
+    """The pairs of each step of a trainer, and the model it starts from, in float64; filled as it trains."""
     steps, models = [], []
     plain = trainer.training_step
 

@@ -63,7 +63,7 @@ def compare_models(
     Raises:
         OrpoError: A model, the data or the settings cannot be used, or the models have no pair in common.
     """
-    shared = inherited_by_evaluation(run_recipe(second)) | settings
+    shared = inherited_by_evaluation(run_recipe(second), settings) | settings
     options: dict[str, Any] = {"split": split, "batch_size": batch_size, "progress": progress, "save": False}
     before = evaluate(first, data, quiet=quiet, **options, **shared)
     after = evaluate(second, data, quiet=quiet, **options, **shared)

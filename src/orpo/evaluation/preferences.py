@@ -198,7 +198,7 @@ def evaluate(
         raise ConfigError(f"name: {name!r} cannot be part of a file name; use letters, digits, - and _")
     folder = model_folder(model)
     _say_all([] if quiet else _unfinished(RunDirectory(Path(model)), folder))
-    recipe = inherited_by_evaluation(run_recipe(str(model))) | settings
+    recipe = inherited_by_evaluation(run_recipe(str(model)), settings) | settings
     check_recipe(recipe)
     resolved = OrpoSettings.from_recipe(recipe)
     tokenizer = load_tokenizer(folder, trust_remote_code=resolved.trust_remote_code)

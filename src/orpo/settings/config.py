@@ -8,7 +8,7 @@ of what is minimised. Reading a recipe: `orpo.settings.recipe`.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -334,9 +334,16 @@ def settings_where(holds: Callable[[Facts], bool]) -> set[str]:
     return {name for name, facts in FACTS.items() if holds(facts)}
 
 
-def inherited_by_evaluation(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that `orpo eval` takes over."""
+def inherited_by_evaluation(recipe: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of a run that `orpo eval` takes over.
+
+    Args:
+        recipe: Of the run.
+        given: Names of settings that take the place of the run's: another objective has settings of its own.
+    """
     names = settings_where(lambda facts: facts.evaluation)
+    if not {"objective", "stages"}.isdisjoint(given):
+        names -= _ALL_PARTS | {"objective", "stages"}
     return {name: value for name, value in recipe.items() if name in names and value is not None}
 
 

@@ -421,8 +421,19 @@ class ORPOTrainer(InterruptibleTrainer):
             step = build_step(pairs, range(len(pairs)), settings)
             return self._score_steps([step], len(pairs), self.model)
 
-        with _shown(self.args), self.stopwatch.paused():
+        with _shown(self.args), self.stopwatch.paused(), self._on_its_device():
             self.reference.ask(self.model, [self.train_dataset, *self._evaluation_sets()], score_pairs)
+
+    @contextlib.contextmanager
+    def _on_its_device(self) -> Iterator[None]:
+        """With the model where it computes; one that is to be sharded is on the CPU until then."""
+        home = self.model.device
+        if home == self.args.device:
+            yield
+            return
+        self.model.to(self.args.device)
+        yield
+        self.model.to(home)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs behind a loader, whose items are steps."""

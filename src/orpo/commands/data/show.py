@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or recipe.settings.get("model_name_or_path")
     if not model:
         raise ConfigError("no model is named, and a pair has the tokens of one; add --model M")
-    given = inherited_by_evaluation(run_recipe(model)) | recipe.settings
+    given = inherited_by_evaluation(run_recipe(model), recipe.settings) | recipe.settings
     check_recipe(given)
     settings = OrpoSettings.from_recipe(given)
     objective, _ = resolve_objective(settings)
