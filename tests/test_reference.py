@@ -67,7 +67,9 @@ def test_training_and_evaluation_compare_with_the_model_before_training(tmp_path
         expected_logprobs(tiny_models.build("Llama"), pairs),
         rtol=1e-5,
     )
-    after = reference.logprobs_of(copy.deepcopy(trainer.model).double())
+    trained = tiny_models.build("Llama")
+    trained.load_state_dict(trainer.model.state_dict())
+    after = reference.logprobs_of(trained.double())
     losses = [reference.orpo_loss(after, [pair], objective, before).item() for pair in held_out]
     figures = trainer.evaluate()
     assert abs(np.mean(losses) - np.log(2)) > 1e-3
@@ -170,6 +172,20 @@ def test_a_fresh_adapter_s_reference_is_its_base_and_a_trained_one_is_its_own(tm
     np.testing.assert_allclose(np.load(the_file(tmp_path)), expected_logprobs(model, pairs), rtol=1e-4)
 
 
+def test_each_of_several_rejected_answers_has_a_reference(tmp_path):
+    rows = [
+        {"prompt": f"{n}", "chosen": f" yes {n}", "rejected": [f" no {n}", f" never {n}, {n}"]}
+        for n in range(4)
+    ]
+    model = tiny_models.build("Llama", vocab_size=600)
+    expected = copy.deepcopy(model)
+    trainer = tiny_trainer(tmp_path, model=model, train=rows, **DPO, max_steps=1)
+    trainer.train()
+    pairs = [trainer.train_dataset[number] for number in range(8)]
+    assert len({tuple(pair.rejected) for pair in pairs}) == 8
+    np.testing.assert_allclose(np.load(the_file(tmp_path)), expected_logprobs(expected, pairs), rtol=1e-5)
+
+
 def test_rows_without_a_rejected_answer_are_no_obstacle(tmp_path):
     pairs = [*random_pairs(3), *tiny_models.mixed_pairs()]
     trainer = tiny_trainer(tmp_path, train=pairs, **DPO, nll_weight=0.5, max_steps=2)
@@ -177,6 +193,21 @@ def test_rows_without_a_rejected_answer_are_no_obstacle(tmp_path):
     assert all(np.isfinite(logged(trainer)))
 
 
-def test_a_stream_cannot_be_scored_once_before_training():
+@pytest.mark.parametrize(
+    "settings",
+    [{"objective": "dpo"}, {"stages": [{"objective": "dpo", "share": 0.5}, {"objective": "simpo"}]}],
+)
+def test_a_stream_cannot_be_scored_once_before_its_steps(settings):
     with pytest.raises(ConfigError, match="streaming: objective dpo scores all pairs once"):
-        check_settings(OrpoSettings(objective="dpo", streaming=True))
+        check_settings(OrpoSettings(streaming=True, **settings))
+
+
+def test_a_full_disk_costs_a_later_start_its_time(tmp_path, monkeypatch, capsys):
+    def full(*args, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    trainer = tiny_trainer(tmp_path, **DPO, max_steps=1)
+    trainer.train()
+    assert logged(trainer) == [pytest.approx(np.log(2), abs=1e-6)]
+    assert "what the reference says is not kept (" in capsys.readouterr().out
