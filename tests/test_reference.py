@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from test_resume import SAVING, StopAt, metrics
-from tiny_training import logged, random_pairs, tiny_trainer, weights
+from tiny_training import logged, random_pairs, tiny_config, tiny_trainer, weights
 
 from orpo.engine import steps
 from orpo.errors import ConfigError
@@ -191,6 +191,15 @@ def test_rows_without_a_rejected_answer_are_no_obstacle(tmp_path):
     trainer = tiny_trainer(tmp_path, train=pairs, **DPO, nll_weight=0.5, max_steps=2)
     trainer.train()
     assert all(np.isfinite(logged(trainer)))
+
+
+def test_a_reference_that_is_yet_to_come_is_not_taken_from_a_checkpoint(tmp_path):
+    """Of a run whose stages were others, which `force` lets pass."""
+    later = kept.Reference(tiny_config(tmp_path), 4)
+    later.restore("made at step 2", 3, [])
+    assert later.is_awaited and not later.is_due(3) and later.is_due(4)
+    later.restore("made at step 4", 5, [])
+    assert not later.is_awaited and later.name_at(5) == "made at step 4" and later.name_at(4) == ""
 
 
 @pytest.mark.parametrize(

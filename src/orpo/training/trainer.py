@@ -66,6 +66,7 @@ from orpo.pairs import TokenizedPair
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
     checkpoint_problem,
+    checkpoint_step,
     last_checkpoint,
     read_state,
     remove_unfinished,
@@ -774,7 +775,9 @@ class ORPOTrainer(InterruptibleTrainer):
                     "tokens_per_micro_batch", self._tokens_per_micro_batch
                 )
             settings["eval_on_start"] = self.evaluation_waits
-        self.reference.restore(state.get("reference", ""), [self.train_dataset, *self._evaluation_sets()])
+        step = checkpoint_step(checkpoint or Path())
+        sets = [self.train_dataset, *self._evaluation_sets()]
+        self.reference.restore(state.get("reference", ""), step, sets)
         self._ask_reference(0)
         self._stage = None
         with self.stop_signal.caught(), changed(self.args, **settings):
