@@ -1,13 +1,13 @@
 """AlpacaEval 2's leaderboard, computed again from its per-example preferences and answer lengths.
 
-    python benchmarks/alpaca_eval.py PREFERENCES.csv LEADERBOARD.csv [--difficulty F.csv [--gamed F.csv]]
+    python benchmarks/leaderboard.py PREFERENCES.csv LEADERBOARD.csv [--difficulty F.csv [--gamed F.csv]]
 
 PREFERENCES.csv has the columns model, example, length_baseline, length_model, preference; LEADERBOARD.csv has
 model, win_rate, standard_error, n_total, discrete_win_rate and length_controlled_winrate, as published. Win
 rate, error and discrete rate must come out exactly, or the script fails. The length-controlled rate needs
 AlpacaEval's two files to be the leaderboard's; without them its distance is printed.
 
-    python benchmarks/alpaca_eval.py PREFERENCES.csv --package
+    python benchmarks/leaderboard.py PREFERENCES.csv --package
 
 compares the length-controlled rate with that of the package alpaca_eval (pip install alpaca_eval
 'setuptools<81'), its two files being made up: they cannot be fetched offline.
