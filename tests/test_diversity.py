@@ -105,8 +105,9 @@ def test_a_summary_tells_diversity_where_prompts_have_several_answers():
     assert found.diversity.per_input.mean == pytest.approx(1)
     assert found.diversity.across_input.mean == pytest.approx(0)
     lines = found.lines()
-    assert lines[-2:] == [
-        "likeness    1.000 to one prompt (n 2, se 0.000); 0.000 to different prompts (n 2, se 0.000)",
-        "            mean cosine of two answers, by TF-IDF of words",
+    assert lines[-3:] == [
+        "likeness    1.000 mean cosine to one prompt (n 2, se 0.000)",
+        "            0.000 mean cosine to different prompts (n 2, se 0.000)",
+        "            by TF-IDF of words",
     ]
     assert json.loads(json.dumps(found.diversity.to_json()))["prompts"] == 2

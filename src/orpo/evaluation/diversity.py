@@ -54,7 +54,6 @@ class Diversity:
 
     def lines(self) -> list[str]:
         """To print."""
-        of = self.by if self.by == WORDS else f"embeddings of {Path(self.by).name}"
         found = []
         for title, figure, number in (
             ("to one prompt", self.per_input, self.prompts),
@@ -62,8 +61,9 @@ class Diversity:
         ):
             if figure is not None:
                 error = "" if figure.se is None else f", se {figure.se:.3f}"
-                found.append(f"{figure.mean:.3f} {title} (n {number:,}{error})")
-        return [f"likeness    {'; '.join(found)}", f"            mean cosine of two answers, by {of}"]
+                found.append(f"{figure.mean:.3f} mean cosine {title} (n {number:,}{error})")
+        names = ["likeness", *[""] * len(found)]
+        return [f"{name:<12}{line}" for name, line in zip(names, [*found, f"by {self.by}"], strict=True)]
 
 
 def diversity(answers: Sequence[Answer], embeddings: str | Path | None = None) -> Diversity:
@@ -90,7 +90,7 @@ def diversity(answers: Sequence[Answer], embeddings: str | Path | None = None) -
         across_input=_across(vectors[first]) if len(first) > 1 else None,
         prompts=len(several),
         all_prompts=len(members),
-        by=WORDS if embeddings is None else str(embeddings),
+        by=WORDS if embeddings is None else f"embeddings of {Path(embeddings).name}",
     )
 
 
