@@ -2,8 +2,9 @@
 
 A verdict is explained by the difference in length, by how hard its instruction is, and by the models; the
 rate is what the fit says with the first of these at 0. The leaderboard also knows the difficulties, from all
-of its models, and adds verdicts on answers made long or short on purpose; without these two files the rate is
-this package's own, and no number of a leaderboard.
+of its models, adds verdicts on answers made long or short on purpose, and fits under an L1 penalty. Without
+these two files the rate is this package's own and no number of a leaderboard: it is fitted without a penalty,
+which on few verdicts pulls every rate to a half.
 
 Shape suffixes: R = verdicts, F = features.
 """
@@ -78,7 +79,7 @@ class LengthControlled:
             answers win more.
         difficulty: The coefficient of the difficulty; None where that is not known.
         model: The coefficient of the model.
-        penalty: Inverse strength of the L1 penalty that predicts best.
+        penalty: Inverse strength of the L1 penalty that predicts best; None where there is none.
         comparable: Whether the rate may be compared with AlpacaEval's leaderboard.
     """
 
@@ -88,7 +89,7 @@ class LengthControlled:
     length: float
     difficulty: float | None
     model: float
-    penalty: float
+    penalty: float | None
     comparable: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def length_controlled(
     control: Control | None = None,
     prompts: Sequence[str] | None = None,
 ) -> LengthControlled | None:
-    """Fit the regression, its penalty chosen by five-fold cross-validation.
+    """Fit the regression; the penalty of AlpacaEval's is chosen by five-fold cross-validation.
 
     Args:
         scores: In [0, 1], 1 where the second answer won.
@@ -140,7 +141,7 @@ def length_controlled(
         gamed_RF = _features(gamed.length_R, None if difficulty is None else gamed.difficulty_R, gamed.own_R)
         x_RF, y_R = np.concatenate([gamed_RF, own_RF]), np.concatenate([gamed.preference_R, score_R])
         weight_R = np.concatenate([np.where(gamed.own_R > 0, 1.0, _GAMED_WEIGHT), weight_R])
-    penalty = _best_penalty(x_RF, y_R, weight_R)
+    penalty = _best_penalty(x_RF, y_R, weight_R) if control.is_leaderboards else None
     coefficients = _fit(x_RF, y_R, weight_R, penalty)
     said_R = _logistic(same_RF @ coefficients)
     return LengthControlled(
@@ -160,13 +161,16 @@ def _features(length_R: Float64, difficulty: Sequence[float] | Float64 | None, o
     return np.stack([np.tanh(length_R), *hard, own_R], axis=1)
 
 
-def _fit(x_RF: Float64, y_R: Float64, weight_R: Float64, penalty: float) -> Float64:
+def _fit(x_RF: Float64, y_R: Float64, weight_R: Float64, penalty: float | None) -> Float64:
     """Coefficients [F] without an intercept; a soft label is two rows, weighted by p and 1 - p."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(
-        C=penalty, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=_SEED
-    )
+    if penalty is None:
+        model = LogisticRegression(C=np.inf, fit_intercept=False)
+    else:
+        model = LogisticRegression(
+            C=penalty, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=_SEED
+        )
     labels = np.repeat([1, 0], len(y_R))
     both_R = np.concatenate([y_R * weight_R, (1 - y_R) * weight_R])
     coefficients: Float64 = model.fit(np.concatenate([x_RF, x_RF]), labels, sample_weight=both_R).coef_[0]
@@ -190,7 +194,10 @@ def _best_penalty(x_RF: Float64, y_R: Float64, weight_R: Float64) -> float:
 
 
 def _interval(
-    fitted: tuple[Float64, Float64, Float64], same_RF: Float64, penalty: float, prompts: Sequence[str] | None
+    fitted: tuple[Float64, Float64, Float64],
+    same_RF: Float64,
+    penalty: float | None,
+    prompts: Sequence[str] | None,
 ) -> tuple[float, float]:
     """The middle 95 % of the rates of prompts drawn again; verdicts on gamed answers stay."""
     members: dict[str, list[int]] = {}

@@ -13,7 +13,7 @@ _WIDTH = 80
 def lines(found: Judgement) -> list[str]:
     """What to print."""
     win = found.win
-    rows = [("win rate", f"{write_with_unit(win.rate, "share")}{_bounds(win.interval)}")]
+    rows = [("win rate", str(write_with_unit(win.rate, "share")) + _bounds(win.interval))]
     controlled = win.length_controlled
     if controlled is not None:
         rate = f"{100 * controlled.rate:.1f} %{_bounds(controlled.interval)}"
