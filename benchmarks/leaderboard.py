@@ -33,11 +33,13 @@ EXACT = 1e-9
 
 
 def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def by_model(path: Path) -> dict[str, list[dict[str, str]]]:
+    """Rows of each model."""
     rows: dict[str, list[dict[str, str]]] = {}
     for row in read(path):
         rows.setdefault(row["model"], []).append(row)
@@ -45,6 +47,7 @@ def by_model(path: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def verdicts(rows: list[dict[str, str]]) -> list[Verdict]:
+    """Preferences as verdicts."""
     return [
         Verdict(
             row["example"],
@@ -56,6 +59,7 @@ def verdicts(rows: list[dict[str, str]]) -> list[Verdict]:
 
 
 def against_leaderboard(args: argparse.Namespace) -> float:
+    """Print each model beside what was published; returns the largest difference in points."""
     control = read_control(args.difficulty, args.gamed)
     rows = by_model(args.preferences)
     print(f"{'model':<26}{'n':>5}{'win rate':>11}{'se':>9}{'discrete':>10}{'worst error':>13}   "
@@ -82,6 +86,7 @@ def against_leaderboard(args: argparse.Namespace) -> float:
 
 
 def against_package(path: Path) -> float:
+    """The same beside the package alpaca_eval."""
     import alpaca_eval.metrics.glm_winrate as package
     import pandas as pd
 
@@ -122,6 +127,7 @@ def against_package(path: Path) -> float:
 
 
 def main() -> int:
+    """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("preferences", type=Path)
     parser.add_argument("leaderboard", type=Path, nargs="?")

@@ -27,7 +27,9 @@ STATE = {"now": 0, "most": 0, "requests": []}
 def judge_of(text):
     """A verdict on two answers, or None where nothing is to be judged."""
     parts = re.search(
-        r"\[User Question\]\n(.*?)\n\n.*A's Answer\]\n(.*)\n\[The End.*B's Answer\]\n(.*)\n\[The End", text, re.S
+        r"\[User Question\]\n(.*?)\n\n.*A's Answer\]\n(.*)\n\[The End.*B's Answer\]\n(.*)\n\[The End",
+        text,
+        re.S,
     )
     if parts is None:
         return None
@@ -46,7 +48,9 @@ def rating_of(messages):
     """A rating from 1 to 10 of the last answer, by its length; None where nothing is to be rated."""
     if not any("[[rating]]" in turn["content"] for turn in messages):
         return None
-    answer = re.findall(r"Assistant(?:'s Answer\]| A:)\n(.*?)\n(?:\[The End|\n<\|The End)", messages[-1]["content"], re.S)
+    answer = re.findall(
+        r"Assistant(?:'s Answer\]| A:)\n(.*?)\n(?:\[The End|\n<\|The End)", messages[-1]["content"], re.S
+    )
     if "unrated" in answer[-1]:
         return "I will not rate that."
     return f"Rating: [[{min(1 + len(answer[-1]) % 10, 10)}]]"

@@ -22,7 +22,11 @@ ONE = Answer(
     top_p=1.0, max_tokens=9, seed=0, date="2026-11-27", model="m", key="k",
 )  # fmt: skip
 SAID = {
-    "What is the sea like?": ["The sea is wide and blue.", "The sea is blue and cold.", "Boats go out on it."],
+    "What is the sea like?": [
+        "The sea is wide and blue.",
+        "The sea is blue and cold.",
+        "Boats go out on it.",
+    ],
     "How do I boil an egg?": ["Put the egg into water.", "Put the egg into boiling water."],
     "Name a city.": ["Paris."],
     "Say nothing.": ["", "!"],
@@ -79,7 +83,9 @@ def test_errors_are_those_of_a_mean_over_prompts_and_of_leaving_prompts_out():
     jackknife = math.sqrt(39 / 40 * sum((one - np.mean(left_out)) ** 2 for one in left_out))
     assert across.mean == pytest.approx(mean_without(set()), abs=1e-7)
     assert across.se == pytest.approx(jackknife, rel=0.06)
-    inside = diversity(answers({"a": ["p", "p"], "b": ["q", "r"], "c": ["s", "s"], "d": ["t", "u"]})).per_input
+    inside = diversity(
+        answers({"a": ["p", "p"], "b": ["q", "r"], "c": ["s", "s"], "d": ["t", "u"]})
+    ).per_input
     assert inside.mean == pytest.approx(0.5)
     assert inside.se == pytest.approx(np.std([1, 0, 1, 0], ddof=1) / 2)
 
@@ -87,7 +93,10 @@ def test_errors_are_those_of_a_mean_over_prompts_and_of_leaving_prompts_out():
 def test_a_sentence_embedding_model_sees_that_two_answers_say_the_same(tmp_path):
     with zipfile.ZipFile(Path(all_minilm_l6_v2.__file__).parent / "model.zip") as archive:
         archive.extractall(tmp_path)
-    said = {"a": ["Eat less and move more.", "Fewer calories and some sport."], "b": ["Goethe, a German poet."]}
+    said = {
+        "a": ["Eat less and move more.", "Fewer calories and some sport."],
+        "b": ["Goethe, a German poet."],
+    }
     texts = [text for group in said.values() for text in group]
     vectors = dict(zip(texts, SentenceEncoder(tmp_path).encode(texts).astype(np.float64), strict=True))
     found = diversity(answers(said), tmp_path)

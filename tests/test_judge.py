@@ -1,4 +1,4 @@
-"""Win rates: AlpacaEval's arithmetic, intervals by prompt, rewards as computed one by one, verdicts read strictly."""
+"""Win rates: AlpacaEval's arithmetic, intervals by prompt, rewards as one by one, verdicts read strictly."""
 
 import contextlib
 import io
@@ -146,10 +146,10 @@ def slow_fit(x, y, weight, penalty):
 
 
 def test_the_length_controlled_rate_takes_the_length_out():
-    scores, lengths = made_verdicts(bias=1.5)
-    found = length_controlled(scores, lengths)
+    scores, lengths = made_verdicts(bias=1.5, number=2000)
+    found = length_controlled(scores, lengths, draws=30)
     assert np.mean(scores) > 0.55
-    assert found.rate == pytest.approx(1 / (1 + math.exp(0.4)), abs=0.06)
+    assert found.rate == pytest.approx(1 / (1 + math.exp(0.4)), abs=0.05)  # three of its standard errors
     assert found.length < -0.8 and found.interval[0] < found.rate < found.interval[1]
     assert not found.comparable and found.difficulty is None and found.penalty is None
     assert found.spread == pytest.approx(0)
@@ -157,10 +157,13 @@ def test_the_length_controlled_rate_takes_the_length_out():
     x = np.stack([np.tanh(longer / longer.std(ddof=1)), np.ones(len(scores))], axis=1)
     expected = slow_fit(x, np.array(scores), np.ones(len(scores)), found.penalty)
     assert (found.length, found.model) == pytest.approx(tuple(expected), abs=2e-3)
-    fair = length_controlled(*made_verdicts(bias=0.0))
-    assert abs(fair.length) < 0.35 and fair.rate == pytest.approx(np.mean(made_verdicts(0.0)[0]), abs=0.03)
+    low, high = length_controlled(scores[:500], lengths[:500], draws=30).interval
+    assert (high - low) / (found.interval[1] - found.interval[0]) == pytest.approx(2, rel=0.5)
+    fair_scores, fair_lengths = made_verdicts(bias=0.0, number=2000)
+    fair = length_controlled(fair_scores, fair_lengths, draws=2)
+    assert abs(fair.length) < 0.2 and fair.rate == pytest.approx(np.mean(fair_scores), abs=0.03)
     assert length_controlled(scores[:19], lengths[:19]) is None
-    assert length_controlled(scores, [(5, 9)] * 400) is None
+    assert length_controlled(scores, [(5, 9)] * 2000) is None
 
 
 def test_difficulties_and_gamed_verdicts_enter_the_fit_with_their_weights(tmp_path):
@@ -175,7 +178,7 @@ def test_difficulties_and_gamed_verdicts_enter_the_fit_with_their_weights(tmp_pa
     difficulty.write_text(",instruction_difficulty\n" + "\n".join(f"{n},{hard[n]}" for n in order))
     control = read_control(difficulty, gamed)
     assert control.difficulty == pytest.approx(hard.tolist())
-    found = length_controlled(scores, lengths, control)
+    found = length_controlled(scores, lengths, control, draws=10)
     assert found.comparable and found.penalty > 0
     longer = np.array([one - two for one, two in lengths], dtype=float)
     own = np.stack([np.tanh(longer / longer.std(ddof=1)), hard, np.ones(60)], axis=1)
@@ -212,7 +215,9 @@ def server():
 
 
 def two_files(tmp_path):
-    first = answers(tmp_path / "a.jsonl", "one", [(q, "short" if "same" not in q else "equal") for q in QUESTIONS])
+    first = answers(
+        tmp_path / "a.jsonl", "one", [(q, "short" if "same" not in q else "equal") for q in QUESTIONS]
+    )
     longer = [(q, "a longer answer" if "same" not in q else "equal") for q in QUESTIONS]
     second = answers(tmp_path / "b.jsonl", "two", [*longer[::-1], ("only here", "x")])
     return first, second
@@ -274,7 +279,7 @@ def test_a_verdict_is_read_strictly(said, verdict):
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
-    tokenizer = tiny_tokenizer("chatml")
+    tokenizer = tiny_tokenizer("mistral", pad_is_eos=True)  # answers end with what others pad with
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -298,7 +303,7 @@ def slow_reward(tokenizer, model, question, answer):
 
 
 def test_rewards_are_those_of_one_answer_at_a_time_and_decide(tmp_path, reward_folder):
-    words = "the sea is wide and blue the wind is never still".split()
+    words = ["the", "sea", "is", "wide", "and", "blue", "the", "wind", "is", "never", "still"]
     draw = random.Random(0)
     texts = [[" ".join(draw.choices(words, k=draw.randrange(1, 20))) for _ in range(2)] for _ in range(24)]
     texts[3][1] = texts[3][0]
@@ -354,11 +359,16 @@ def test_what_is_no_reward_model_is_refused(tmp_path, reward_folder):
 
 def test_the_command_prints_a_table_of_80_columns_and_its_status_says_what_failed(tmp_path, server):
     first, second = two_files(tmp_path)
-    status, out, err = orpo_main("judge", first, second, "--by", f"endpoint:{server}", "--endpoint_model", "parrot")
+    status, out, err = orpo_main(
+        "judge", first, second, "--by", f"endpoint:{server}", "--endpoint_model", "parrot"
+    )
     assert status == 2 and "2 pairs have no verdict and are not counted (first: a.jsonl:5" in err
     assert "two against one, by parrot as a judge" in out
-    assert "win rate          70.0 % ± 12.2" in out and "no verdict        2" in out
-    assert max(map(len, out.splitlines())) <= 80
+    rows = dict(line.split(maxsplit=2)[::2] if line.startswith("win") else line.rsplit(maxsplit=1)
+                for line in out.splitlines() if line.startswith(("win rate", "no verdict")))  # fmt: skip
+    assert rows["win"].startswith("70.0 % ± 12.2   95 %: 50.0 to ") and rows["no verdict"] == "2"
+    table = out[out.index("two against one") :].splitlines()
+    assert len(table) == 9 and max(map(len, table)) <= 80
     status, out, _ = orpo_main("judge", first, second, "--by", f"endpoint:{server}", "--json")
     result = json.loads(out)
     assert status == 2 and result["win_rate"]["n"] == 5 and result["failures"] == 2
@@ -402,7 +412,7 @@ def test_files_without_a_common_prompt_or_of_something_else_are_named(tmp_path):
     with pytest.raises(DataError, match="answer no prompt in common"):
         judge(one, other, "reward:m")
     write(other, [{"prompt": "q"}])
-    with pytest.raises(DataError, match="b.jsonl:1: expected texts in 'instruction' and 'output'"):
+    with pytest.raises(DataError, match=r"b\.jsonl:1: expected texts in 'instruction' and 'output'"):
         judge(one, other, "reward:m")
     other.write_text("[]")
     with pytest.raises(DataError, match="expected answers: a JSON object a line"):
@@ -416,6 +426,13 @@ def test_files_without_a_common_prompt_or_of_something_else_are_named(tmp_path):
         broken.write_text(json.dumps(rows))
         with pytest.raises(DataError, match=words):
             read_annotations(broken)
+
+
+def test_two_files_of_one_model_are_told_apart_by_their_names(tmp_path, server):
+    one = answers(tmp_path / "a.jsonl", "m", [("long", "x")])
+    other = answers(tmp_path / "b.jsonl", "m", [("long", "yy")])
+    found = judge(one, other, f"endpoint:{server}")
+    assert (found.first, found.second) == ("m (a.jsonl)", "m (b.jsonl)")
 
 
 def test_a_judge_without_any_verdict_is_an_error(tmp_path, server):

@@ -25,7 +25,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         epilog="Any setting of a recipe is accepted too, for a judge on this machine: --dtype bfloat16, ...",
         allow_abbrev=False,
     )
-    parser.add_argument("answers", metavar="FILE", nargs="*", help="answers of the first and the second model")
+    parser.add_argument(
+        "answers", metavar="FILE", nargs="*", help="answers of the first and the second model"
+    )
     ways = (
         "reward:MODEL, a sequence classifier; endpoint:URL or model:MODEL, a language model; or "
         "alpaca_eval:FILE, annotations that are there already"

@@ -1,1 +1,1 @@
-"""Which of two models answers better, by a reward model, by a model that judges, or by AlpacaEval's verdicts."""
+"""Whose answers are better, by a reward model, by a model that judges, or by AlpacaEval's verdicts."""

@@ -99,9 +99,8 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
         lines = path.suffix == ".jsonl"
         rows = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read as annotations of AlpacaEval ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read as annotations of AlpacaEval ({reason})") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of annotations of AlpacaEval")
     return rows

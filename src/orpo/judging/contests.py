@@ -69,7 +69,9 @@ def read_contests(first: str | Path, second: str | Path) -> Contests:
     names, answers = zip(*(_read(Path(one).expanduser()) for one in (first, second)), strict=True)
     both = [key for key in answers[0] if key in answers[1]]
     if not both:
-        raise DataError(f"{first} and {second} answer no prompt in common; generate both from the same prompts")
+        raise DataError(
+            f"{first} and {second} answer no prompt in common; generate both from the same prompts"
+        )
     contests = [
         Contest(
             turns=answers[0][key].turns,
@@ -87,6 +89,8 @@ def read_contests(first: str | Path, second: str | Path) -> Contests:
     if sum(one.first == one.second for one in contests):
         same = sum(one.first == one.second for one in contests)
         notices.append(f"{same} of {len(contests)} pairs of answers are the same word for word, a tie")
+    if names[0] == names[1]:
+        names = tuple(f"{names[0]} ({Path(path).name})" for path in (first, second))
     return Contests(first=names[0], second=names[1], contests=contests, notices=notices)
 
 
@@ -106,7 +110,9 @@ def _read(path: Path) -> tuple[str, dict[tuple[str, int], _Row]]:
         source = f"{path.name}:{number}"
         instruction, output = row.get("instruction"), row.get("output")
         if not isinstance(instruction, str) or not isinstance(output, str):
-            raise DataError(f"{source}: expected texts in 'instruction' and 'output', as orpo generate writes")
+            raise DataError(
+                f"{source}: expected texts in 'instruction' and 'output', as orpo generate writes"
+            )
         turns = row.get("prompt") or [{"role": "user", "content": instruction}]
         key = json.dumps(turns, sort_keys=True)
         seen[key] = seen.get(key, -1) + 1

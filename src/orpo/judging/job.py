@@ -112,7 +112,11 @@ def judge(  # noqa: PLR0913 - one argument for each option of the command
         ways = ", ".join(f"{one}:{what}" for one, what in KINDS.items())
         raise ConfigError(f"--by {by}: expected one of {ways}")
     if (kind == "alpaca_eval") != (first is None and second is None):
-        needs = "takes no files of answers: they stand in the annotations" if first else "needs two files of answers"
+        needs = (
+            "takes no files of answers: they stand in the annotations"
+            if first
+            else "needs two files of answers"
+        )
         raise ConfigError(f"--by {kind} {needs}")
     if kind == "alpaca_eval":
         return _by_annotations(name, difficulty, gamed)
@@ -128,12 +132,18 @@ def judge(  # noqa: PLR0913 - one argument for each option of the command
         here = name if kind == "model" else None
         server = None if here else endpoint or Endpoint(url=name)
         judging = load_answerer(here, resolved, endpoint=server, batch_size=batch_size)
-        shown = show(judging, read.contests, orders=orders, sampling=sampling, progress=progress)
+        shown = show(
+            judging,
+            read.contests,
+            orders=orders,
+            sampling=sampling,
+            seed=sampling.seed or 0,
+            progress=progress,
+        )
         failures, by, first_shown = [], f"{judging.name} as a judge", _first_shown(shown)
     found = _counted(read.contests, shown, failures)
     path = None if out is None else _write(Path(out).expanduser(), read.contests, shown)
-    names = {"first": read.first, "second": read.second, "by": by}
-    return replace(found, **names, first_shown=first_shown, path=path)
+    return replace(found, first=read.first, second=read.second, by=by, first_shown=first_shown, path=path)
 
 
 def _first_shown(shown: Sequence[Shown]) -> float | None:
@@ -161,9 +171,7 @@ def _controlled(verdicts: Sequence[Verdict], control: Control | None = None) -> 
         return None
 
 
-def _by_reward(
-    model: RewardModel, contests: Sequence[Contest]
-) -> tuple[list[Shown], list[tuple[str, str]]]:
+def _by_reward(model: RewardModel, contests: Sequence[Contest]) -> tuple[list[Shown], list[tuple[str, str]]]:
     answers = [(one.turns, text) for one in contests for text in (one.first, one.second)]
     scores = model.scores(answers)
     shown, failures = [], []

@@ -29,7 +29,8 @@ _STRENGTHS = np.logspace(-4, 4, 10)
 _GAMED_WEIGHT = 0.1
 """Of a verdict on a gamed answer: 0.2, over two gamed baselines."""
 _SEED = 123
-_DRAWS = 200
+DRAWS = 200
+"""Fits of the bootstrap."""
 
 
 class Gamed(NamedTuple):
@@ -109,6 +110,8 @@ def length_controlled(
     lengths: Sequence[tuple[int, int]],
     control: Control | None = None,
     prompts: Sequence[str] | None = None,
+    *,
+    draws: int = DRAWS,
 ) -> LengthControlled | None:
     """Fit the regression; the penalty of AlpacaEval's is chosen by five-fold cross-validation.
 
@@ -117,6 +120,7 @@ def length_controlled(
         lengths: Characters of the two answers.
         control: What else is known.
         prompts: Equal for verdicts on the same prompt, for the interval; None: each is of its own.
+        draws: How often prompts are drawn again for the interval.
 
     Returns:
         None where there are fewer than `FEWEST` verdicts, or all differences in length are the same.
@@ -147,7 +151,7 @@ def length_controlled(
     return LengthControlled(
         rate=float(said_R.mean()),
         spread=float(said_R.std(ddof=1) / np.sqrt(len(said_R))),
-        interval=_interval((x_RF, y_R, weight_R), same_RF, penalty, prompts),
+        interval=_interval((x_RF, y_R, weight_R), same_RF, penalty, prompts, draws),
         length=float(coefficients[0]),
         difficulty=None if difficulty is None else float(coefficients[1]),
         model=float(coefficients[-1]),
@@ -198,6 +202,7 @@ def _interval(
     same_RF: Float64,
     penalty: float | None,
     prompts: Sequence[str] | None,
+    draws: int,
 ) -> tuple[float, float]:
     """The middle 95 % of the rates of prompts drawn again; verdicts on gamed answers stay."""
     members: dict[str, list[int]] = {}
@@ -206,7 +211,7 @@ def _interval(
     clusters = list(members.values())
     random, rates = np.random.default_rng(0), []
     fixed = np.arange(len(fitted[0]) - len(same_RF))
-    for _ in range(_DRAWS):
+    for _ in range(draws):
         drawn = random.integers(len(clusters), size=len(clusters))
         own = np.array([row for cluster in drawn for row in clusters[cluster]])
         index = np.concatenate([fixed, len(fixed) + own])

@@ -116,7 +116,9 @@ def show(
                       progress=progress)  # fmt: skip
         reasons = dict(replies.failures)
         for (key, prompt), answers in zip(unique.items(), replies.by_prompt, strict=True):
-            said[key] = answers[0].output if answers else f"no answer: {reasons.get(prompt.source, 'unknown')}"
+            said[key] = (
+                answers[0].output if answers else f"no answer: {reasons.get(prompt.source, 'unknown')}"
+            )
     return [
         Shown(*place, *_read(said[asked[place].key()], place[1]))
         if place in asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from orpo.data.stages import report
 from orpo.errors import ModelError, raised_as
 from orpo.evaluation.answers import Failure
-from orpo.evaluation.generation import pad_id, this_device
+from orpo.evaluation.generation import this_device
 from orpo.evaluation.kept_values import KeptValues, content_key
 from orpo.evaluation.local_model import fingerprint
 from orpo.pairs import Message
@@ -35,7 +36,10 @@ class RewardModel:
 
     def __init__(self, name: str, settings: OrpoSettings) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
 
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         self.name = name
         dtype = settings.dtype or ("auto" if torch.accelerator.is_available() else "float32")
         code = settings.trust_remote_code
@@ -46,15 +50,13 @@ class RewardModel:
             )
         if missing["missing_keys"]:
             raise ModelError(
-                f"{name}: is no reward model; its weights lack {min(missing['missing_keys'])}, which would be random"
+                f"{name}: is no reward model; its weights lack {min(missing['missing_keys'])}, which "
+                "would be random"
             )
         if model.config.num_labels != 1:
             raise ModelError(f"{name}: has {model.config.num_labels} outputs; a reward model has one")
-        config = model.config.get_text_config()
-        if config.pad_token_id is None:  # the last token that is no padding carries the reward
-            config.pad_token_id = pad_id(self._tokenizer)
-        self._pad = int(config.pad_token_id)
         self._model = model.to(this_device()).eval()
+        self._own_pad: int | None = self._model.config.get_text_config().pad_token_id
         self.identity = fingerprint(self._model, [])
         self._kept = KeptValues(f"rewards-{self.identity}")
 
@@ -79,7 +81,7 @@ class RewardModel:
         return [failed[key] if key in failed else float(self._kept[key]) for key in keys]
 
     def _tokens(self, turns: Sequence[Message], answer: str) -> list[list[int]]:
-        """Token ids by the chat template; without one, of question and answer as a pair, and which is which."""
+        """Token ids by the chat template; without one, of question and answer as a pair, with its types."""
         if self._tokenizer.chat_template is None:
             question = "\n\n".join(str(turn["content"]) for turn in turns)
             pair = self._tokenizer(question, answer)
@@ -89,15 +91,29 @@ class RewardModel:
             text = self._tokenizer.apply_chat_template(conversation, tokenize=False)
         return [self._tokenizer(text, add_special_tokens=False)["input_ids"]]
 
+    def _padding(self, batch: Sequence[Sequence[Sequence[int]]]) -> int:
+        """The model's padding token; without one, a token that the batch does not hold.
+
+        transformers takes the reward from the last token that is no padding. Were that the EOS at the end of
+        an answer, the reward would be that of the token before it.
+        """
+        config = self._model.config.get_text_config()
+        if self._own_pad is not None:
+            return self._own_pad
+        held = {token for one in batch for token in one[0]}
+        config.pad_token_id = next(token for token in range(config.vocab_size) if token not in held)
+        return int(config.pad_token_id)
+
     def _forward(self, batch: Sequence[Sequence[Sequence[int]]]) -> list[float]:
         width = max(len(one[0]) for one in batch)
+        pad = self._padding(batch)
 
         def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
             whole = [[*row, *[fill] * (width - len(row))] for row in rows]
             return torch.tensor(whole, device=self._model.device)
 
         inputs = {
-            "input_ids": padded([one[0] for one in batch], self._pad),
+            "input_ids": padded([one[0] for one in batch], pad),
             "attention_mask": padded([[1] * len(one[0]) for one in batch], 0),
         }
         if len(batch[0]) > 1:
