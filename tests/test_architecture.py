@@ -28,6 +28,8 @@ ORDER = (
     ("settings",),
     ("data", "engine"),
     ("evaluation",),
+    ("judging",),
+    ("suites",),
     ("report",),
     ("curation", "export", "training"),
     ("demo",),
