@@ -196,16 +196,12 @@ def whole_runs(tmp_path_factory):
     return whole
 
 
-def test_a_run_does_not_go_on_with_other_stages(tmp_path):
-    tiny_trainer(tmp_path, **STAGED, stages=TWO, arguments={"callbacks": [StopAt(2)]}).train()
-    other = tiny_trainer(tmp_path, **STAGED, stages=[{"share": 0.5}, TWO[1]])
+def test_a_run_does_not_go_on_with_other_stages_nor_without_its_reference(tmp_path):
+    """At the end of the stage before the reference can be asked again; later the run does not go on."""
+    tiny_trainer(tmp_path, **STAGED, stages=SFT_DPO, arguments={"callbacks": [StopAt(3)]}).train()
+    other = tiny_trainer(tmp_path, **STAGED, stages=[SFT_DPO[0], {"objective": "dpo"}])
     with pytest.raises(RunError, match="stages: "):
         other.train(resume_from_checkpoint=True)
-
-
-def test_a_lost_reference_of_a_later_stage_is_asked_for_and_never_made_up(tmp_path):
-    """At the end of the stage before it can be asked again; later the run does not go on."""
-    tiny_trainer(tmp_path, **STAGED, stages=SFT_DPO, arguments={"callbacks": [StopAt(3)]}).train()
     for path in tmp_path.glob("reference-*.npy"):
         path.unlink()
     with pytest.raises(RunError, match=r"reference-.*.npy: what the reference of dpo said is lost.* step 2;"):

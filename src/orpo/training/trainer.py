@@ -7,6 +7,7 @@ over examples, keep a run resumable, and stop before a loss that is not a number
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,6 @@ class ORPOTrainer(InterruptibleTrainer):
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
         self._printed: set[str] = set()
-        self.reference = Reference(args, self.schedule.reference_start)
         with raised_as(ConfigError, "the run cannot be set up"):
             super().__init__(
                 model=loaded,
@@ -395,6 +395,11 @@ class ORPOTrainer(InterruptibleTrainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """The same, for `predict`."""
         return self.get_eval_dataloader(test_dataset)
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """What the reference of DPO says of the run's pairs, where there is one."""
+        return Reference(self.args, self.schedule.reference_start)
 
     def _evaluation_sets(self) -> list[Any]:
         return list(
