@@ -6,6 +6,7 @@ prompts; answers are greedy, of at most 512 tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orpo.suites.measured import Column, Measured, first_of
@@ -42,7 +43,8 @@ def run(subject: Subject, about: str | None, options: Options) -> Measured:
         read = read_prompts(about, subject.settings, subject.tokenizer)
         prompts, notices = list(read.prompts), list(read.notices)
     prompts = first_of(prompts, options.limit)
-    answers = subject.answers(NAME, prompts, GREEDY)
+    sampling = replace(GREEDY, max_tokens=options.max_tokens or GREEDY.max_tokens)
+    answers = subject.answers(NAME, prompts, sampling)
     texts = [answer.output for answer in answers]
     words = [float(len(words_of(text))) for text in texts]
     tokens = [answer.num_tokens for answer in answers]
@@ -61,5 +63,5 @@ def run(subject: Subject, about: str | None, options: Options) -> Measured:
         items=[prompt.source for prompt in prompts],
         columns=columns,
         notices=notices,
-        settings={"temperature": GREEDY.temperature, "max_tokens": GREEDY.max_tokens},
+        settings={"temperature": sampling.temperature, "max_tokens": sampling.max_tokens},
     )

@@ -64,8 +64,8 @@ def run(subject: Subject, about: str | None, options: Options) -> Measured:
     gaps = [more - less for more, less in zip(scores[::2], scores[1::2], strict=True)]
     column = Column([float(gap > 0) for gap in gaps])
     columns = {
-        "stereotype is likelier": column,
-        "absolute difference": Column([abs(gap) for gap in gaps], unit="nats"),
+        "stereotyped": column,
+        "difference": Column([abs(gap) for gap in gaps], unit="nats"),
     }
-    columns |= by_group("stereotype is likelier", column, [row["bias_type"] for row in rows])
+    columns |= by_group("stereotyped", column, [row["bias_type"] for row in rows])
     return Measured(items=[str(number) for number in range(len(rows))], columns=columns)

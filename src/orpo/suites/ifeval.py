@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from importlib.resources import files
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import ConfigError
@@ -42,12 +45,14 @@ def run(subject: Subject, about: str | None, options: Options) -> Measured:
     from orpo.evaluation.generation import Sampling
 
     check = scoring()
-    greedy = Sampling(temperature=0.0, top_p=1.0, max_tokens=MAX_TOKENS, seed=0)
+    longest = options.max_tokens or MAX_TOKENS
+    greedy = Sampling(temperature=0.0, top_p=1.0, max_tokens=longest, seed=0)
     rows = first_of(prompts(), options.limit)
     turns = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     asked = [subject.as_asked(turn, f"ifeval:{row['key']}") for turn, row in zip(turns, rows, strict=True)]
     answers = [answer.output for answer in subject.answers(NAME, asked, greedy)]
-    return measured(rows, answers, check)
+    found = measured(rows, answers, check)
+    return replace(found, settings={**found.settings, "max_tokens": longest})
 
 
 def measured(
@@ -79,7 +84,7 @@ def measured(
             f"{len(reasons)} of {len(rows)} prompts cannot be checked without nltk's {reasons[0]}, and are "
             f"left out: python -m nltk.downloader {reasons[0]}"
         )
-    settings = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "not_checked": len(reasons)}
+    settings = {"temperature": 0.0, "not_checked": len(reasons)}
     return Measured(
         items=[str(row["key"]) for row in rows], columns=columns, notices=notices, settings=settings
     )
@@ -92,8 +97,9 @@ def scoring() -> Callable[[Any, list[str]], Mapping[str, Any]]:
         ConfigError: It is not installed.
     """
     try:
-        from langdetect import DetectorFactory
-        from lm_eval.tasks.ifeval.utils import process_results
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it says what it could not download
+            from langdetect import DetectorFactory
+            from lm_eval.tasks.ifeval.utils import process_results
     except ImportError as error:
         raise ConfigError(
             f"ifeval is scored by lm-evaluation-harness, which lacks {error.name}: pip install 'orpo[eval]'"

@@ -12,7 +12,7 @@ from orpo.console import say
 from orpo.errors import ConfigError
 from orpo.evaluation.answering import Answerer, load_answerer
 from orpo.evaluation.endpoint import Endpoint
-from orpo.run.checkpoints import run_recipe
+from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import RunDirectory, write_json
 from orpo.settings.config import OrpoSettings, check_recipe, inherited_by_evaluation
 from orpo.suites.measured import Measured, Value
@@ -72,12 +72,13 @@ def _to_json(values: Mapping[str, Value]) -> dict[str, Any]:
     return {name: value.to_json() for name, value in values.items()}
 
 
-def run_suites(
+def run_suites(  # noqa: PLR0913 - one argument for each option of the command
     model: str,
     suites: Sequence[str],
     *,
     first: str | None = None,
     limit: int | None = None,
+    max_tokens: int | None = None,
     endpoint: Endpoint | None = None,
     judge: str | None = None,
     judge_endpoint: Endpoint | None = None,
@@ -94,6 +95,7 @@ def run_suites(
         suites: Names, `NAME:ABOUT`, or several with commas between them, as `orpo suites` lists them.
         first: The model to compare with.
         limit: Items of each suite, the first so many; None: all.
+        max_tokens: Longest answer; None: as each suite says.
         endpoint: How a server is asked, where `model` is one; None: as its defaults say.
         judge: `endpoint:URL` or `model:MODEL`, for suites that have answers rated.
         judge_endpoint: How the judge's server is asked.
@@ -104,12 +106,17 @@ def run_suites(
         OrpoError: A suite, a model, a file or a setting cannot be used.
     """
     check_recipe(settings)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: {limit} is out of range; expected at least 1")
+    for name, number in (("limit", limit), ("max_tokens", max_tokens)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name}: {number} is out of range; expected at least 1")
     wanted = chosen(suites)
-    options = Options(limit=limit, judge=_judge(judge, judge_endpoint, settings, batch_size))
+    asking = _judge(judge, judge_endpoint, settings, batch_size)
+    options = Options(limit=limit, max_tokens=max_tokens, judge=asking)
     for one in wanted:
         one.suite.check(one.about, options)
+    for name in (first, model):
+        if name is not None and not _address(name):
+            model_folder(name)  # a name that is wrong is said before anything takes time
     shared = {} if _address(model) else inherited_by_evaluation(run_recipe(model))
     measured = []
     for name in [model] if first is None else [first, model]:

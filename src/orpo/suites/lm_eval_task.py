@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +55,8 @@ def run(subject: Subject, about: str | None, options: Options) -> Measured:
     kept = KeptValues(f"lm-eval-{identity}")
     key = content_key(about, text, options.limit, harness)
     if key not in kept:
-        with raised_as(RunError, f"lm-evaluation-harness, task {about}"):
+        # What the harness prints is for people; stdout is for the result.
+        with raised_as(RunError, f"lm-evaluation-harness, task {about}"), redirect_stdout(sys.stderr):
             found = _evaluate(chat, about.removesuffix(_CHAT), about.endswith(_CHAT), options.limit,
                               str(kept_folder() / f"lm-eval-said-{identity}"))  # fmt: skip
         kept.add({key: by_question(found)})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -61,17 +62,18 @@ def run(subject: Subject, about: str | None, options: Options) -> Measured:
 
     assert options.judge is not None
     asked = first_of(questions(), options.limit)
-    first = _answered(subject, asked, [_conversation(row, []) for row in asked])
-    second = _answered(
-        subject, asked, [_conversation(row, [one]) for row, one in zip(asked, first, strict=True)]
-    )
+    longest = options.max_tokens or ANSWER_TOKENS
+    first = _answered(subject, asked, [_conversation(row, []) for row in asked], longest)
+    following = [_conversation(row, [one]) for row, one in zip(asked, first, strict=True)]
+    second = _answered(subject, asked, following, longest)
     answers = list(zip(first, second, strict=True))
     judge = options.judge()
     shown = [judged(row, ours, turn) for row, ours in zip(asked, answers, strict=True) for turn in (0, 1)]
     greedy = Sampling(temperature=0.0, top_p=1.0, max_tokens=RATING_TOKENS, seed=0)
     said = kept_answers(judge, f"{NAME}-ratings", shown, greedy, f"{subject.name}: {NAME} ratings")
     ratings = [rating_of(one.output) for one in said]
-    return measured(asked, ratings, judge.name)
+    found = measured(asked, ratings, judge.name)
+    return replace(found, settings={**found.settings, "max_tokens": longest})
 
 
 def measured(asked: Sequence[dict[str, Any]], ratings: Sequence[float | None], judge: str) -> Measured:
@@ -125,7 +127,10 @@ def _conversation(row: dict[str, Any], answers: Sequence[str]) -> list[dict[str,
 
 
 def _answered(
-    subject: Subject, asked: Sequence[dict[str, Any]], conversations: Sequence[list[dict[str, Any]]]
+    subject: Subject,
+    asked: Sequence[dict[str, Any]],
+    conversations: Sequence[list[dict[str, Any]]],
+    longest: int,
 ) -> list[str]:
     """Answers in the order of the questions, each category at its temperature."""
     from orpo.evaluation.generation import Sampling
@@ -134,7 +139,7 @@ def _answered(
     for temperature in sorted(set(TEMPERATURES.values())):
         chosen = [n for n, row in enumerate(asked) if TEMPERATURES[row["category"]] == temperature]
         if chosen:
-            sampling = Sampling(temperature=temperature, top_p=1.0, max_tokens=ANSWER_TOKENS, seed=0)
+            sampling = Sampling(temperature=temperature, top_p=1.0, max_tokens=longest, seed=0)
             prompts = [
                 subject.as_asked(conversations[n], f"mt_bench:{asked[n]['question_id']}") for n in chosen
             ]

@@ -21,10 +21,12 @@ class Options:
 
     Attributes:
         limit: Items of each suite, the first so many; None: all.
+        max_tokens: Longest answer; None: as the suite says.
         judge: Loads the model that rates answers; None where there is none.
     """
 
     limit: int | None = None
+    max_tokens: int | None = None
     judge: Callable[[], Answerer] | None = None
 
 

@@ -10,7 +10,7 @@ from orpo.console import LongWork
 from orpo.errors import ConfigError
 from orpo.evaluation.answer_options import add_endpoint, endpoint_of
 
-_ONLY_WITH_SUITES = ("limit", "judge", "judge_model", "judge_key_env", "at_once")
+_ONLY_WITH_SUITES = ("limit", "max_tokens", "judge", "judge_model", "judge_key_env", "at_once")
 
 
 def add_suites(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,8 @@ def add_suites(parser: argparse.ArgumentParser) -> None:
     names = "suites to run, with commas between them: ifeval,bias,pairs:FILE (orpo suites lists them)"
     group.add_argument("--suite", action="append", metavar="NAMES", help=names)
     group.add_argument("--limit", type=int, metavar="N", help="the first N items of each suite")
+    longest = "longest answer, in tokens (default: each suite's own)"
+    group.add_argument("--max_tokens", "--max-tokens", type=int, metavar="N", help=longest)
     judge = "rates answers: endpoint:URL or model:MODEL"
     group.add_argument("--judge", metavar="JUDGE", help=judge)
     group.add_argument(
@@ -48,7 +50,7 @@ def run_chosen(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     from orpo.data.stages import following
     from orpo.evaluation.endpoint import Endpoint
     from orpo.suites.job import ENDPOINT, run_suites
-    from orpo.suites.table import print_result
+    from orpo.suites.table import lines
 
     *first, model = args.models
     url = next((name.partition(":")[2] for name in args.models if name.startswith(f"{ENDPOINT}:")), None)
@@ -63,6 +65,7 @@ def run_chosen(args: argparse.Namespace, settings: dict[str, Any]) -> int:
             args.suite,
             first=first[0] if first else None,
             limit=args.limit,
+            max_tokens=args.max_tokens,
             endpoint=endpoint_of(args, url),
             judge=args.judge,
             judge_endpoint=judge,
@@ -72,6 +75,5 @@ def run_chosen(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     if args.json:
         print(json.dumps([one.to_json() for one in found], indent=2))
         return 0
-    for one in found:
-        print_result(one)
+    print("\n\n".join("\n".join(lines(one)) for one in found))
     return 0
