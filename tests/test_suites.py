@@ -502,9 +502,9 @@ def test_ifeval_is_scored_by_lm_evaluation_harness():
 
 
 def test_without_lm_evaluation_harness_one_line_says_so(models, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
     with pytest.raises(
-        ConfigError, match=r"scored by lm-evaluation-harness, which lacks .*pip install 'orpo"
+        ConfigError, match=r"scored by lm-evaluation-harness, which lacks langdetect: pip install 'orpo"
     ):
         run_suites(models[0], ["crows_pairs", "ifeval"])
 

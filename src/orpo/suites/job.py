@@ -114,12 +114,13 @@ def run_suites(  # noqa: PLR0913 - one argument for each option of the command
     options = Options(limit=limit, max_tokens=max_tokens, judge=asking)
     for one in wanted:
         one.suite.check(one.about, options)
-    for name in (first, model):
-        if name is not None and not _address(name):
+    names = [model] if first is None else [first, model]
+    for name in names:
+        if not _address(name):
             model_folder(name)  # a name that is wrong is said before anything takes time
     shared = {} if _address(model) else inherited_by_evaluation(run_recipe(model))
     measured = []
-    for name in [model] if first is None else [first, model]:
+    for name in names:
         subject = _subject(name, settings, shared | settings, endpoint, batch_size)
         measured.append({one.name: _run(one, subject, options, limit) for one in wanted})
     return [_saved(_result(one.name, model, first, measured)) for one in wanted]

@@ -81,7 +81,7 @@ def _evaluate(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    model: Any = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size="auto")  # type: ignore[arg-type]
+    model: Any = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size="auto")
     manager, name = TaskManager(), task
     if task.endswith(".yaml"):
         path = Path(task).expanduser()

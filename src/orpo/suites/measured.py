@@ -75,8 +75,8 @@ class Measured:
         clusters = _numbered(self.clusters or self.items)
         for name, column in self.columns.items():
             sums, weights = self._sums(column)
-            tensors = (torch.tensor(one, dtype=torch.float64) for one in (sums, weights))
-            figure = clustered_mean(*tensors, torch.tensor(clusters))
+            sum_i, weight_i = (torch.tensor(one, dtype=torch.float64) for one in (sums, weights))
+            figure = clustered_mean(sum_i, weight_i, torch.tensor(clusters))
             if figure is not None:
                 found[name] = Value(figure, sum(weight > 0 for weight in weights))
         return found

@@ -114,11 +114,12 @@ def scored_pairs(
         seen[source] = seen.get(source, 0) + 1
         lengths = len(pair.chosen) - pair.chosen_context, len(pair.rejected) - pair.rejected_context
         item = f"{source} {seen[source]}"
-        found.append(ScoredPair(item, int(prompts[n]), dataset.groups[n], *kept[keys[n]], lengths))
+        mine, other = kept[keys[n]]
+        found.append(ScoredPair(item, int(prompts[n]), dataset.groups[n], mine, other, lengths))
     return found, [line for line in ready.read.lines() if "of" in line and "rows" in line]
 
 
 def _key(dataset: TokenizedDataset, number: int) -> str:
     pair = dataset[number]
-    sides = [pair.chosen, pair.chosen_context, pair.rejected, pair.rejected_context]
-    return content_key(list(pair.prompt), *(side if isinstance(side, int) else list(side) for side in sides))
+    contexts = pair.chosen_context, pair.rejected_context
+    return content_key(list(pair.prompt), list(pair.chosen), list(pair.rejected), contexts)
