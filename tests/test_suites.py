@@ -20,11 +20,10 @@ from answer_server import answer_server
 from tiny_tokenizer import tiny_tokenizer
 
 import orpo
-from orpo import cli
+from orpo import cli, run_suites
 from orpo.errors import ConfigError, DataError
 from orpo.judging.llm_judge import judge_prompt
 from orpo.suites import bbq, crows_pairs, ifeval, mt_bench, rewardbench
-from orpo.suites.job import run_suites
 from orpo.suites.likelihood import continuation, log_likelihoods
 from orpo.suites.lm_eval_task import by_question
 from orpo.suites.measured import Column, Measured, by_group

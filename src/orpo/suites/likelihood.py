@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from orpo.data.stages import report
+from orpo.engine.scorer import num_embeddings
 from orpo.errors import DataError
 from orpo.evaluation.kept_values import KeptValues, content_key
 
-_TOKENS = 4096
-"""Of one batch, padding included."""
+_TOKENS, _LOGITS = 4096, 2**27
+"""Most tokens of one batch, padding included, and most logits: half a gibibyte of them in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +76,11 @@ def log_likelihoods(
     keys = [one.key() for one in asked]
     missing = {key: one for key, one in zip(keys, asked, strict=True) if key not in kept}
     order = sorted(missing, key=lambda key: -_length(missing[key]))
+    most = min(_TOKENS, _LOGITS // num_embeddings(model))
     start = 0
     while start < len(order):
         report(stage, start, len(order))
-        size = max(1, _TOKENS // _length(missing[order[start]]))
+        size = max(1, most // _length(missing[order[start]]))
         batch = order[start : start + size]
         found = _forward(model, [missing[key] for key in batch])
         kept.add(dict(zip(batch, found, strict=True)))

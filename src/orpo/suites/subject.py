@@ -98,7 +98,7 @@ class Subject:
         """A conversation as the model takes it: without a chat template it continues the turns' text."""
         answerer = self.answerer
         if isinstance(answerer, LocalModel) and answerer.chat.template is None:
-            return Prompt(asked="\n\n".join(str(turn["content"]) for turn in turns) + "\n\n", source=source)
+            return Prompt(asked="\n\n".join(str(turn["content"]) for turn in turns), source=source)
         return Prompt(asked=[dict(turn) for turn in turns], source=source)
 
     def answers(self, suite: str, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
@@ -119,6 +119,19 @@ class Subject:
         identity = self.answerer.identity
         kept = KeptValues(f"likelihoods-{identity}")
         return log_likelihoods(chat.model, asked, kept, f"{self.name}: {suite}")
+
+
+class _Advance:
+    """Reports answers made now, so that the time left does not count those that were there."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._known: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._known is None:
+            self._known = done
+        report(self._stage, done - self._known, total - self._known)
 
 
 def kept_answers(
@@ -146,9 +159,7 @@ def kept_answers(
     drawn = [sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.seed]
     key = content_key(answerer.identity, server, drawn, [answerer.prepare(prompt) for prompt in unique])
     file = AnswerFile(kept_folder() / f"answers-{suite}-{key}.jsonl")
-    asked = ask(
-        answerer, unique, file, sampling=sampling, progress=lambda done, total: report(stage, done, total)
-    )
+    asked = ask(answerer, unique, file, sampling=sampling, progress=_Advance(stage))
     if server is not None and asked.num_known:
         say(f"{stage}: {asked.num_known} answers of {server} were there already ({file.path})")
     asked.check()
