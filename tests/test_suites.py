@@ -189,6 +189,11 @@ def test_likelihoods_are_those_of_one_text_at_a_time_and_are_kept(loaded, tmp_pa
         asked[1].tokens
     ) == " The old man"
     assert tokenizer.decode(asked[2].context) == "a"  # its blank is scored
+    assert tokenizer.decode(asked[2].tokens) == " " + "b c d e f " * 9
+    with_bos = tiny_tokenizer("mistral")
+    one = continuation(with_bos, "Q:", " The sea")
+    assert [*one.context, *one.tokens] == with_bos("Q: The sea")["input_ids"]
+    assert one.context[0] == with_bos.bos_token_id == continuation(with_bos, "", "x").context[0]
     expected = [sum(slow_logprobs(model, one.context, one.tokens)) for one in asked]
     found = log_likelihoods(model, asked, KeptValues("x", tmp_path), "x")
     assert found == pytest.approx(expected, abs=2e-4) and len({round(one, 3) for one in found}) == 4
@@ -204,7 +209,7 @@ def test_likelihoods_are_those_of_one_text_at_a_time_and_are_kept(loaded, tmp_pa
 def pair_rows(number):
     draw = random.Random(5)
     words = ["sea", "boat", "wind", "old", "wide", "blue", "egg", "water", "boil", "city"]
-    return [
+    rows = [
         {
             "prompt": f"Say {n % 9}.",
             "chosen": " ".join(draw.choices(words, k=draw.randrange(1, 12))) + ".",
@@ -213,6 +218,8 @@ def pair_rows(number):
         }
         for n in range(number)
     ]
+    rows[9] |= {name: rows[0][name] for name in ("prompt", "chosen")}  # and another rejected answer
+    return rows
 
 
 def test_pairs_are_scored_as_eval_scores_them_and_by_their_sums(models, loaded, tmp_path, monkeypatch):
@@ -464,6 +471,20 @@ def test_answers_show_refusals_and_lengths_and_are_asked_once(server, tmp_path):
     assert run_suites(f"endpoint:{server}", [f"answers:{file}"])[0].to_json() == result.to_json()
     run_suites(f"endpoint:{server}", [f"answers:{file}"], max_tokens=9)
     assert len(requests_of(server)) - before == 8 and requests_of(server)[-1]["max_tokens"] == 9
+
+
+def test_the_time_left_goes_by_whole_batches_made_now(monkeypatch):
+    from orpo.data.stages import following
+    from orpo.suites import subject
+
+    clock = iter([0.0, 5.0, 5.01, 9.0, 9.01, 12.0])
+    monkeypatch.setattr(subject.time, "monotonic", lambda: next(clock))
+    seen = []
+    with following(lambda *report: seen.append(report)):
+        advance = subject._Advance("x")
+        for done in (10, 11, 12, 13, 14, 15):  # ten were there; batches of two, and the last
+            advance(done, 15)
+    assert seen == [("x", 0, 5), ("x", 0, 5), ("x", 2, 5), ("x", 5, 5)]
 
 
 def test_instructions_and_prompts_are_counted_as_ifeval_counts_them():

@@ -76,7 +76,7 @@ def log_likelihoods(
     keys = [one.key() for one in asked]
     missing = {key: one for key, one in zip(keys, asked, strict=True) if key not in kept}
     order = sorted(missing, key=lambda key: -_length(missing[key]))
-    most = min(_TOKENS, _LOGITS // num_embeddings(model))
+    most = min(_TOKENS, _LOGITS // max(1, num_embeddings(model)))
     start = 0
     while start < len(order):
         report(stage, start, len(order))

@@ -6,6 +6,7 @@ model), the prompts as the model reads them, and the sampling. A suite that was 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,16 +123,28 @@ class Subject:
 
 
 class _Advance:
-    """Reports answers made now, so that the time left does not count those that were there."""
+    """Reports answers made now, in whole batches: the time left is that of answers, not of what was there.
+
+    The answers of a batch come at once. The first of them says little about the speed, so a batch is reported
+    when the next one comes.
+    """
+
+    PAUSE = 0.1
+    """Seconds between two answers of different batches."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
         self._known: int | None = None
+        self._seen, self._at = 0, 0.0
 
     def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
         if self._known is None:
-            self._known = done
-        report(self._stage, done - self._known, total - self._known)
+            self._known = self._seen = done
+        whole = done if done >= total else self._seen
+        if done >= total or now - self._at > self.PAUSE:
+            report(self._stage, whole - self._known, total - self._known)
+        self._seen, self._at = done, now
 
 
 def kept_answers(
