@@ -252,6 +252,7 @@ def test_pairs_are_scored_as_eval_scores_them_and_by_their_sums(models, loaded, 
     kept.write_text("".join(lines[:10]) + lines[10][:7])  # as it is left when it is stopped
     assert run_suites(models[0], [f"pairs:{file}"])[0].to_json() == result.to_json()
     assert run_suites(models[0], [f"pairs:{file}"], limit=5)[0].metrics["accuracy"].n == 5
+    assert run_suites(models[1], [f"pairs:{file}"])[0].path.name == "suite-pairs-pairs.jsonl.json"
 
 
 def made_pairs(rng, number=300):

@@ -144,7 +144,9 @@ def _saved(result: SuiteResult) -> SuiteResult:
     run = RunDirectory(Path(result.model))
     if not run.log.is_file():
         return result
-    path = run.suite(re.sub(r"[^\w.=+-]+", "-", result.suite).strip("-"))
+    suite, _, about = result.suite.partition(":")
+    name = f"{suite}-{Path(about).name}" if about else suite
+    path = run.suite(re.sub(r"[^\w.=+-]+", "-", name))
     write_json(path, result.to_json())
     return replace(result, path=path)
 
