@@ -1,7 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
 Everything the command line does can be called from Python: `train`, `evaluate`, `generate`, `judge`,
-`ChatModel`, `write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
+`run_suites`, `ChatModel`, `write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from orpo.judging.job import judge
     from orpo.report.page import write_report
     from orpo.settings.recipe import load_recipe
+    from orpo.suites.job import run_suites
     from orpo.training.arguments import ORPOConfig
     from orpo.training.job import train
     from orpo.training.trainer import ORPOTrainer
@@ -39,6 +40,7 @@ __all__ = [
     "judge",
     "load_recipe",
     "prepare_data",
+    "run_suites",
     "subset_data",
     "train",
     "write_report",
@@ -55,6 +57,7 @@ _WHERE = {
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
     "prepare_data": "orpo.curation.prepare",
+    "run_suites": "orpo.suites.job",
     "subset_data": "orpo.curation.subset",
     "train": "orpo.training.job",
     "write_report": "orpo.report.page",

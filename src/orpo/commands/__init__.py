@@ -1,5 +1,5 @@
 """One module for each word of the command line: `add_parser` says what it takes, `run(args)` does it."""
 
-from orpo.commands import chat, config, data, demo, eval, export, generate, judge, report, train
+from orpo.commands import chat, config, data, demo, eval, export, generate, judge, report, suites, train
 
-COMMANDS = (demo, train, eval, generate, judge, chat, report, export, data, config)
+COMMANDS = (demo, train, eval, suites, generate, judge, chat, report, export, data, config)
