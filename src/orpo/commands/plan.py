@@ -1,0 +1,75 @@
+"""`orpo plan RECIPE`: memory, hours and cost of a run on GPUs that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from orpo.console import say
+
+_EPILOG = """examples:
+  orpo plan recipe.yaml --gpu h100-80 --gpus 8
+  orpo plan recipe.yaml --gpu h100-80 --gpus 8 --nodes 4 --pairs 7000 --lengths 700/300/300
+  orpo plan recipe.yaml --gpu rtx4090-24 --use_peft --load_in_4bit
+
+Nothing is downloaded but a configuration, and the data and tokenizer unless --pairs and --lengths stand for them.
+"""
+
+
+def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `orpo plan` to the command line."""
+    parser = words.add_parser(
+        "plan",
+        help="print the memory, hours and cost of a run on given GPUs",
+        description="Plan a run: what each GPU holds, tokens and operations, hours, cost, and whether it fits.",
+        usage="orpo plan RECIPE [--gpu KIND] [--gpus N] [--nodes N] [--KEY VALUE ...]",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", default="h100-80", metavar="KIND", help="kind of GPU (default: h100-80)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of a node (default: 1)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, metavar="SHARE",
+        help="share of the GPUs' peak rate that training reaches (default: 0.4, an assumption)",
+    )  # fmt: skip
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU and hour")
+    parser.add_argument("--pairs", type=int, metavar="N", help="pairs of the data, which is then not read")
+    parser.add_argument("--lengths", metavar="P/C/R", help="mean tokens of prompt, chosen, rejected")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, nothing else")
+    parser.set_defaults(run=run, takes_settings=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the recipe, plan, print."""
+    from orpo.errors import ConfigError
+    from orpo.plan.machine import cluster
+    from orpo.settings.config import check_recipe
+    from orpo.settings.recipe import load_recipe
+
+    if (args.pairs is None) != (args.lengths is None):
+        raise ConfigError("--pairs and --lengths stand for the data together; write both, or neither")
+    recipe = load_recipe(overrides=args.settings)
+    check_recipe(recipe.settings)
+    if not recipe.settings.get("model_name_or_path"):
+        raise ConfigError("model_name_or_path is not set; name a recipe, or write --model_name_or_path M")
+    for notice in recipe.notices:
+        say(notice, error=True)
+    where = cluster(args.gpu, args.gpus, args.nodes, mfu=args.mfu, price=args.price)
+    from orpo.plan.advice import cheapest_changes
+    from orpo.plan.lengths import drawn_lengths, read_lengths
+    from orpo.plan.lines import plan_json, plan_lines
+    from orpo.plan.plan import make_plan
+
+    if args.pairs is None:
+        lengths = read_lengths(recipe.settings)
+    else:
+        lengths = drawn_lengths(args.lengths, args.pairs, recipe.settings)
+    plan = make_plan(recipe.settings, where, lengths)
+    changes = [] if plan.fits else cheapest_changes(recipe.settings, plan)
+    if args.json:
+        print(json.dumps(plan_json(plan, changes), indent=2))
+    else:
+        print("\n".join(plan_lines(plan, changes)))
+    return 0
