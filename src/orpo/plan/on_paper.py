@@ -34,8 +34,8 @@ from orpo.settings.config import OrpoSettings
 
 NF4_BYTES, INT8_BYTES = 0.516, 1.01
 """Bytes of a weight under bitsandbytes: 4 or 8 bits, and its share of the scales of its block."""
-TRIED = 2
-"""Layers that are run on paper; a family whose layers are unlike each other is judged by its last ones."""
+TRIED = 1
+"""Layers that are run on paper; a family whose layers are unlike each other is judged by its last one."""
 _EXPERTS = "orpo_on_paper"
 
 
@@ -58,6 +58,7 @@ class PaperModel:
         outside_weights: Weights outside of the layers.
         products: Weights that each token is multiplied by, without the vocabulary projection.
         trained_products: Those of them that are trained.
+        not_again: Those of them that checkpointing does not multiply by again: nothing is kept after them.
         attention: Heads times their size: half the products of a query and a key, in all layers.
         window: Sliding window of most layers with one, and the share of layers that have it.
         footprint: What the layers keep for backward, a token.
@@ -77,6 +78,7 @@ class PaperModel:
     outside_weights: int
     products: float
     trained_products: float
+    not_again: float
     attention: int
     window: tuple[int | None, float]
     footprint: Footprint = Footprint(0.0, 1, 0.0, 0.0)
@@ -141,22 +143,23 @@ def _with_adapter(whole: PaperModel, model: Any, few: int) -> PaperModel:
 
 
 def _footprint(model: Any, number: int, *, autocast: bool, by_kernel: bool) -> Footprint:
-    """What `number` layers keep: of the last one and the last two, since each takes its time on paper."""
+    """What `number` layers keep: of the last one, and of what is kept without any; each takes its time."""
     inner = base_model(model)
+    config, layers = inner.config.get_text_config(), _layers(inner)
     if hasattr(inner, "set_experts_implementation"):
         with contextlib.suppress(ValueError):
             inner.set_experts_implementation(_EXPERTS)
-    found = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         _off_meta(model)
-        for few in (TRIED, TRIED - 1):
-            _few_layers(inner, few)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                found.append(measure_footprint(model, by_kernel=by_kernel))
-    two, one = found
-    more = number - two.num_layers
-    each, fixed = (two.layers - one.layers, two.fixed - one.fixed) if two.num_layers > 1 else (0.0, 0.0)
-    return replace(two, layers=two.layers + more * each, fixed=two.fixed + more * fixed, num_layers=number)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = measure_footprint(model, by_kernel=by_kernel)
+            kept, config.num_hidden_layers = list(layers), 0
+            del layers[:]
+            outside = measure_footprint(model, by_kernel=by_kernel).layers
+            layers.extend(kept)
+    each = (found.layers - outside) / len(kept)
+    fixed = found.fixed * number / len(kept)
+    return replace(found, layers=outside + number * each, fixed=fixed, num_layers=number)
 
 
 def _off_meta(model: nn.Module) -> None:
@@ -232,9 +235,17 @@ def _described(name: str, model: Any, settings: OrpoSettings) -> PaperModel:
         outside_weights=num_weights - in_layers,
         products=multiplied,
         trained_products=multiplied,
+        not_again=sum(_last_product(layer) for layer in layers),
         attention=heads * size * len(layers),
         window=(window, share if window is not None else 0.0),
     )
+
+
+def _last_product(layer: nn.Module) -> int:
+    """Weights of the last linear layer; none in a layer with experts, which are followed by more."""
+    linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    stacked = any(weight.ndim == 3 for weight in layer.parameters())
+    return linear[-1].weight.numel() if linear and not stacked else 0
 
 
 def _plain(module: Any) -> Any:

@@ -23,7 +23,7 @@ from orpo.settings.config import Objective, OrpoSettings, resolve_objective
 from orpo.settings.schema import known_settings
 from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations
 
-STEPS_TRIED = 24
+STEPS_TRIED = 8
 """Optimizer steps whose micro-batches are laid out."""
 GIB = 2**30
 DEFAULT_OPTIMIZER = "adamw_torch_fused"

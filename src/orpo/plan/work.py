@@ -57,12 +57,13 @@ def work_of(model: PaperModel, tokens: Int64, objective: Objective, *, checkpoin
     head = 2.0 * model.vocabulary * model.hidden * scored
     layers = products + attention
     backward = products + trained + 2 * attention
+    again = layers - 2 * model.not_again * read
     return Work(
         tokens=read,
         separate_tokens=separate,
         scored=scored,
         forward=layers + head,
-        training=layers * (1 + checkpointing) + backward + head * (2 + model.head_trained),
+        training=layers + checkpointing * again + backward + head * (2 + model.head_trained),
     )
 
 
