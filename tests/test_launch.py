@@ -1,10 +1,8 @@
 """Several processes: torchrun within `orpo train --launch`, ranks from srun, jobs for a scheduler."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +89,122 @@ def test_fsdp_needs_several_processes_or_a_launch(monkeypatch):
     with pytest.raises(ConfigError, match="--launch N"):
         check_needs(settings)
     check_needs(settings, launched=True)
+
+
+# ------------------------------------------------------------------------------------------ jobs
+
+
+def written(tmp_path, monkeypatch, where, *words):
+    """The job of a recipe with a name that a shell would split."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "My recipe.yaml").write_text("model_name_or_path: m\ndataset_name: d\n")
+    assert main(["launch", "--on", where, "My recipe.yaml", "--beta", "0.2", *words]) == 0
+    return next(path for path in tmp_path.iterdir() if path.name.startswith("my-recipe")).read_text()
+
+
+@pytest.mark.parametrize(("status", "queued"), [(0, False), (2, False), (1, False), (138, True), (143, True)])
+def test_a_slurm_job_that_was_cut_off_is_queued_again(tmp_path, monkeypatch, status, queued):
+    """The script is run, with programs in the place of Slurm's."""
+    script = written(tmp_path, monkeypatch, "slurm", "--gpus", "4", "--nodes", "2", "--gpu", "a100", "--hours", "3")
+    asked = [line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=a100:4", "--time=3:00:00", "--requeue"} <= set(asked)
+    for name, does in (("srun", f'printf "%s|" "$@" >> calls; exit {status}'), ("scontrol", 'echo "$@" >> queued')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77"}
+    done = subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == status
+    assert (tmp_path / "calls").read_text() == "--kill-on-bad-exit=1|orpo|train|My recipe.yaml|--beta|0.2|"
+    assert (tmp_path / "queued").exists() == queued
+    if queued:
+        assert (tmp_path / "queued").read_text() == "requeue 77\n"
+
+
+def test_a_sky_task_keeps_the_run_and_meets_on_the_first_node(tmp_path, monkeypatch):
+    task = yaml.safe_load(written(tmp_path, monkeypatch, "sky", "--nodes", "4"))
+    assert task["num_nodes"] == 4 and task["resources"]["accelerators"] == "H100:8"
+    assert task["run"].splitlines()[1] == (
+        "orpo train 'My recipe.yaml' --beta 0.2 --launch 8 --nnodes 4 --rdzv_endpoint $HEAD:29500"
+        " --max_restarts 3 --output_dir /runs/my-recipe"
+    )
+    assert subprocess.run(["bash", "-n", "-c", task["run"]], check=False).returncode == 0
+
+
+def test_a_kubernetes_job_has_a_place_to_meet_and_replaces_evicted_pods(tmp_path, monkeypatch):
+    service, job = yaml.safe_load_all(written(tmp_path, monkeypatch, "k8s", "--nodes", "2", "--image", "me/orpo:1"))
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert spec["completions"] == spec["parallelism"] == 2 and spec["completionMode"] == "Indexed"
+    assert pod["restartPolicy"] == "Never", "which a policy for failures asks for"
+    container = pod["containers"][0]
+    assert container["image"] == "me/orpo:1" and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    host = f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert f"--rdzv_endpoint {host}:29500" in container["command"][-1]
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["selector"] == job["spec"]["template"]["metadata"]["labels"]
+    failing, ignored = spec["podFailurePolicy"]["rules"]
+    assert failing["onExitCodes"]["values"] == [2, 3] and failing["onExitCodes"]["containerName"] == container["name"]
+    assert ignored["action"] == "Ignore"
+
+
+def test_a_ray_script_starts_a_process_for_each_gpu(tmp_path, monkeypatch):
+    script = written(tmp_path, monkeypatch, "ray", "--gpus", "4", "--nodes", "3")
+    compile(script, "job", "exec")
+    assert "num_workers=12" in script and 'main(["train", "My recipe.yaml", "--beta", "0.2"])' in script
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpus", "0"], "--gpus 0: at least 1"),
+        (["--name", "Mine!"], "--name Mine!"),
+        (["--model_name_or_path", ""], "model_name_or_path is not set"),
+        (["--out", "there"], "there is there already"),
+        (["--out", "no/such/folder"], "cannot be written"),
+        (["--learnin_rate", "1"], "did you mean 'learning_rate'"),
+    ],
+)
+def test_a_job_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("kept")
+    given = ["--model_name_or_path", "m", "--dataset_name", "d"]
+    assert main(["launch", "--on", "slurm", *given, *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert (tmp_path / "there").read_text() == "kept"
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+
+def test_shipped_recipes_are_listed_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert "mistral-7b-capybara  " in listed and "launch/fsdp2 " in listed
+    assert main(["recipes", "mistral-7b-capybara"]) == 0
+    assert "beta: 0.05" in (tmp_path / "mistral-7b-capybara.yaml").read_text()
+    capsys.readouterr()
+    assert main(["recipes", "mistral-7b-capybara"]) == 2, "nothing is written over"
+    assert main(["recipes", "launch/fsdp2", "--out", "mine.yaml"]) == 0
+    assert main(["recipes", "../pyproject"]) == 2
+    assert "no such recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2-lora", "fsdp2-qlora", "zero2", "zero3"])
+def test_configurations_for_accelerate_load(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "src" / "orpo" / "recipes" / "launch" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+    expected = {"ddp": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}.get(name, "FSDP")
+    assert kind == expected and config.num_processes == 8 and config.mixed_precision == "bf16"
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["gradient_accumulation_steps"] == 1, "a step of ours is whole"
 
 
 # ------------------------------------------------------------------------------------------ srun
