@@ -307,6 +307,7 @@ def test_what_ranks_send(on_paper):
     assert plan_of(FULL, "h100-80", 4).talk_bytes == pytest.approx(2 * 3 / 4 * 4 * weights)
     cut = plan_of(FULL | {"fsdp": "full_shard auto_wrap", "tokens_per_micro_batch": 10**6}, "h100-80", 4)
     assert cut.micro_batches == 1 and cut.talk_bytes == pytest.approx(3 / 4 * 3 * 2 * weights)
+    assert cut.cluster.bandwidth == 450e9 and cluster("h100-80", 8, 4).bandwidth == 8 * 50e9
     network = plan_of(FULL | {"fsdp": "full_shard auto_wrap"}, "a10-24", 1, 8)
     assert network.step_seconds == pytest.approx(network.talk_bytes / 3e9), "the network is slower than the GPU"
 

@@ -75,8 +75,9 @@ class Cluster:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second that each GPU sends in a ring over all of them: the slowest link decides."""
-        return 1e9 * (self.gpu.network if self.nodes > 1 else self.gpu.link)
+        """Bytes a second of a collective over all GPUs: rings run over every network card of a node at once."""
+        network = self.gpu.network * self.gpus if self.nodes > 1 else self.gpu.link
+        return 1e9 * min(self.gpu.link, network)
 
 
 def cluster(
