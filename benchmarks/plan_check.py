@@ -1,9 +1,9 @@
-"""`orpo plan` against what happened: peak memory and time of real runs on a CPU, each in a process of its own.
+"""`orpo plan` against what happened: memory and time of real runs on a CPU, each in a process of its own.
 
     python benchmarks/plan_check.py [CASE ...]
 
-Peak memory is the kernel's high-water mark of resident memory over a whole training of a few steps, minus what
-was resident before the model was made; a nano model is trained before that, so that libraries are loaded and
+Peak memory is the kernel's high-water mark of resident memory over a whole training of a few steps, minus
+what was resident before the model was made; a nano model is trained before that, so that libraries are loaded and
 warm. Under glibc blocks from 64 KiB on are mapped (`MALLOC_MMAP_THRESHOLD_`), so that what is freed is given
 back. Time is CPU time of a step, one thread. The plan is made from the configuration and the lengths; its
 rate is the GEMM rate of the machine times one share (mfu), which is taken from the first case. So the first
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch

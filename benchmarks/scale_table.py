@@ -1,6 +1,6 @@
-"""The tables of docs/scale.md: what runs of 7, 70 and 141 billion weights take on 1 to 32 nodes, by `orpo plan`.
+"""The tables of docs/scale.md: runs of 7, 70 and 141 billion weights on 1 to 32 nodes, by `orpo plan`.
 
-    python benchmarks/scale_table.py
+python benchmarks/scale_table.py
 """
 
 from typing import Any
@@ -32,7 +32,8 @@ def row(plan: Plan) -> str:
     rest = (memory.activations + memory.head + memory.gathered) / GIB
     talk = plan.talk_bytes / plan.cluster.bandwidth
     cells = (
-        plan.cluster.nodes, f"{states:.1f}", f"{rest:.1f}", f"{memory.peak / GIB:.1f}", "yes" if plan.fits else "no",
+        plan.cluster.nodes, f"{states:.1f}", f"{rest:.1f}", f"{memory.peak / GIB:.1f}",
+        "yes" if plan.fits else "no",
         plan.pairs_per_step, f"{plan.micro_batches:.1f}", f"{plan.talk_bytes / 1e9:,.0f}", f"{talk:.2f}",
         f"{plan.step_seconds:.2f}", f"{plan.hours:.2f}", f"{plan.cost:,.0f}",
     )  # fmt: skip
@@ -52,11 +53,13 @@ def main() -> None:
             plans.append(lay_out(given | each, model, cluster("h100-80", 8, nodes), lengths))
         first = plans[0]
         print(
-            f"\n{title}: {name}, {first.model.num_weights:,} weights, {lengths.num_pairs:,} pairs of {means} tokens,"
-            f" {first.operations:.2e} FLOP in {first.steps} steps of {first.pairs_per_step} pairs;"
+            f"\n{title}: {name}, {first.model.num_weights:,} weights, {lengths.num_pairs:,} pairs of {means}"
+            f" tokens, {first.operations:.2e} FLOP in {first.steps} steps of {first.pairs_per_step} pairs;"
             f" checkpoint {first.checkpoint / GIB:.0f} GiB"
         )
-        print("| nodes | states | rest | peak GiB | fits | pairs a step | micro-batches | GB sent | s | step s | h | $ |")
+        print(
+            "| nodes | states | rest | peak | fits | pairs a step | micro-batches | GB sent | s | step s | h | $ |"
+        )
         print("|" + "---|" * 12)
         print("\n".join(map(row, plans)))
     published = 6932 * 3 / 32
@@ -69,7 +72,10 @@ def main() -> None:
     for mfu in (0.4, operations / (1.3 * 3600 / published) / (32 * 989e12)):
         each = {"per_device_train_batch_size": 1}
         plan = lay_out(given | each, model, cluster("h100-80", 8, 4, mfu=mfu), lengths)
-        print(f"planned at {mfu:.1%}: {plan.hours:.2f} hours, balance {plan.balance:.2f}, peak {plan.memory.peak / GIB:.1f}")
+        print(
+            f"planned at {mfu:.1%}: {plan.hours:.2f} hours, balance {plan.balance:.2f},"
+            f" peak {plan.memory.peak / GIB:.1f} GiB"
+        )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ def module(tmp_path, monkeypatch):
     """A module that notes the rank it runs as, and ends as it is told."""
     (tmp_path / "noting.py").write_text(
         "import os, signal, sys\n"
-        "open(os.path.join(sys.argv[1], os.environ['RANK']), 'a').write(\n"
-        "    f\"{os.environ['WORLD_SIZE']} {os.environ['LOCAL_RANK']} {sys.argv[2:]} {len(os.environ['ORPO_LAUNCHED'])}\\n\")\n"
-        "if sys.argv[2] == 'die' and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "own = [os.environ[name] for name in ('WORLD_SIZE', 'LOCAL_RANK', 'ORPO_LAUNCHED')]\n"
+        "with open(os.path.join(sys.argv[1], os.environ['RANK']), 'a') as file:\n"
+        "    print(*own, *sys.argv[2:], file=file)\n"
+        "first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "if sys.argv[2] == 'die' and os.environ['RANK'] == '1' and first:\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.exit(int(sys.argv[3]) if os.environ['RANK'] == '1' else 0)\n"
     )
@@ -45,8 +47,8 @@ def test_processes_get_their_ranks_and_a_killed_one_is_started_again(module):
     status, found = launched(module, "die", "0", restarts=1)
     assert status == 0
     assert set(found) == {"0", "1"}
-    assert found["1"] == ["2 1 ['die', '0'] 1"] * 2, "killed once, then whole"
-    assert found["0"][-1] == "2 0 ['die', '0'] 1"
+    assert found["1"] == ["2 1 1 die 0"] * 2, "killed once, then whole"
+    assert found["0"][-1] == "2 0 1 die 0"
     assert LAUNCHED not in os.environ
 
 
@@ -105,10 +107,21 @@ def written(tmp_path, monkeypatch, where, *words):
 @pytest.mark.parametrize(("status", "queued"), [(0, False), (2, False), (1, False), (138, True), (143, True)])
 def test_a_slurm_job_that_was_cut_off_is_queued_again(tmp_path, monkeypatch, status, queued):
     """The script is run, with programs in the place of Slurm's."""
-    script = written(tmp_path, monkeypatch, "slurm", "--gpus", "4", "--nodes", "2", "--gpu", "a100", "--hours", "3")
+    script = written(
+        tmp_path, monkeypatch, "slurm", "--gpus", "4", "--nodes", "2", "--gpu", "a100", "--hours", "3"
+    )
     asked = [line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=a100:4", "--time=3:00:00", "--requeue"} <= set(asked)
-    for name, does in (("srun", f'printf "%s|" "$@" >> calls; exit {status}'), ("scontrol", 'echo "$@" >> queued')):
+    assert {
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--gpus-per-node=a100:4",
+        "--time=3:00:00",
+        "--requeue",
+    } <= set(asked)
+    for name, does in (
+        ("srun", f'printf "%s|" "$@" >> calls; exit {status}'),
+        ("scontrol", 'echo "$@" >> queued'),
+    ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77"}
@@ -131,7 +144,9 @@ def test_a_sky_task_keeps_the_run_and_meets_on_the_first_node(tmp_path, monkeypa
 
 
 def test_a_kubernetes_job_has_a_place_to_meet_and_replaces_evicted_pods(tmp_path, monkeypatch):
-    service, job = yaml.safe_load_all(written(tmp_path, monkeypatch, "k8s", "--nodes", "2", "--image", "me/orpo:1"))
+    service, job = yaml.safe_load_all(
+        written(tmp_path, monkeypatch, "k8s", "--nodes", "2", "--image", "me/orpo:1")
+    )
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert spec["completions"] == spec["parallelism"] == 2 and spec["completionMode"] == "Indexed"
     assert pod["restartPolicy"] == "Never", "which a policy for failures asks for"
@@ -142,7 +157,10 @@ def test_a_kubernetes_job_has_a_place_to_meet_and_replaces_evicted_pods(tmp_path
     assert service["metadata"]["name"] == pod["subdomain"]
     assert service["spec"]["selector"] == job["spec"]["template"]["metadata"]["labels"]
     failing, ignored = spec["podFailurePolicy"]["rules"]
-    assert failing["onExitCodes"]["values"] == [2, 3] and failing["onExitCodes"]["containerName"] == container["name"]
+    assert (
+        failing["onExitCodes"]["values"] == [2, 3]
+        and failing["onExitCodes"]["containerName"] == container["name"]
+    )
     assert ignored["action"] == "Ignore"
 
 
@@ -247,7 +265,13 @@ def test_other_processes_stay_what_they_are(environment):
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu[07-09,12],cpu1", "gpu07"), ("one", "one"), ("a1,a2", "a1"), ("n[3,5-6]x,m", "n3x"), ("h-2", "h-2")],
+    [
+        ("gpu[07-09,12],cpu1", "gpu07"),
+        ("one", "one"),
+        ("a1,a2", "a1"),
+        ("n[3,5-6]x,m", "n3x"),
+        ("h-2", "h-2"),
+    ],
 )
 def test_the_first_node_of_a_list(nodes, first):
     assert first_node(nodes) == first

@@ -23,12 +23,13 @@ def words(tmp_path):
     tiny_models.build("Llama", vocab_size=1000).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [
-        {"prompt": f"a {n} b", "chosen": "c d " * (1 + n % 3), "rejected": "d a " * (1 + n % 2)} for n in range(24)
+        {"prompt": f"a {n} b", "chosen": "c d " * (1 + n % 3), "rejected": "d a " * (1 + n % 2)}
+        for n in range(24)
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = {
-        "model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "pairs.jsonl", "eval_strategy": "no",
-        "max_steps": 60, "save_steps": 5, "per_device_train_batch_size": 2, "learning_rate": "1e-3",
+        "model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "pairs.jsonl",
+        "eval_strategy": "no", "max_steps": 60, "save_steps": 5, "per_device_train_batch_size": 2, "learning_rate": "1e-3",
         "chat_template": "zephyr", "num_samples": 0, "max_dropped": 1,
     }  # fmt: skip
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
@@ -37,7 +38,9 @@ def words(tmp_path):
 def start(words, folder, *, launch=("--launch", "2", "--max_restarts", "1")):
     command = [sys.executable, "-m", "orpo", "train", *words, *launch, "--output_dir", str(folder)]
     environment = {key: value for key, value in os.environ.items() if key != "RANK"}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def finished(process):
@@ -80,7 +83,9 @@ def test_a_signal_to_the_launcher_saves_a_checkpoint_and_the_same_command_ends_t
 def test_one_process_and_two_end_with_the_same_weights(words, tmp_path):
     """Under `--launch`, under torchrun, and as srun would start them."""
     short = [*words, "--max_steps", "6", "--save_strategy", "no"]
-    status, said = finished(start([*short, "--per_device_train_batch_size", "4"], tmp_path / "one", launch=()))
+    status, said = finished(
+        start([*short, "--per_device_train_batch_size", "4"], tmp_path / "one", launch=())
+    )
     assert status == 0, said
     status, said = finished(start(short, tmp_path / "launched"))
     assert status == 0, said

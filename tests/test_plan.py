@@ -79,7 +79,9 @@ def lengths(recipe, pairs=2000, means=UF):
 # ------------------------------------------------------------------------------------------ the recipes
 
 
-@pytest.mark.parametrize("recipe", [one for one in shipped() if "/" not in one.name], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "recipe", [one for one in shipped() if "/" not in one.name], ids=lambda one: one.name
+)
 def test_every_recipe_resolves_and_plans(recipe, tmp_path, on_paper):
     path = tmp_path / f"{recipe.name}.yaml"
     path.write_text(recipe.text)
@@ -106,7 +108,9 @@ def test_a_layer_keeps_what_its_formulas_say():
     )  # fmt: skip
     footprint = measure_footprint(LlamaForCausalLM(config))
     norm = 3 * hidden + 1  # input, normalised input, output; one over the root mean square
-    copied = 3 / 5  # keys and values of prompt and rejected answer, put next to each other: 8 of 20 tokens, and 4
+    copied = (
+        3 / 5
+    )  # keys and values of prompt and rejected answer, put next to each other: 8 of 20 tokens, and 4
     attention = 3 * hidden + hidden + heads + hidden + 2 * copied * hidden
     of_layer = 2 * norm + attention + 4 * wide
     of_end = norm - hidden  # the output is the head's
@@ -130,7 +134,7 @@ def test_measuring_leaves_a_model_as_it_was():
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "OPT"])
 def test_a_model_on_paper_keeps_what_the_real_one_keeps(name, tmp_path):
-    """Extrapolated from its last layer, on fake tensors; rotary tables, which layers share, count for each."""
+    """From its last layer, on fake tensors; rotary tables, which layers share, count for each."""
     model = tiny_models.build(name)
     model.save_pretrained(tmp_path)
     found = paper_model(
@@ -165,7 +169,9 @@ def test_experts_count_for_the_tokens_they_get():
 def test_a_name_without_a_configuration_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="no configuration could be read"):
-        paper_model(OrpoSettings(model_name_or_path=str(tmp_path)), has_bf16=True, autocast=True, by_kernel=True)
+        paper_model(
+            OrpoSettings(model_name_or_path=str(tmp_path)), has_bf16=True, autocast=True, by_kernel=True
+        )
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -202,7 +208,9 @@ def test_peaks_of_a_step():
     assert tied.peak == 4 * weights + matrix
     kept = replace(model, footprint=Footprint(32e6, 32, 1e5, 1e5))
     plain, checked = (memory_of(kept, setup(checkpointing=c), 100, 1).activations for c in (False, True))
-    assert plain == pytest.approx(100 * (32e6 + 3.3e5)) and checked == pytest.approx(100 * (3.2e6 + 1e6 + 3.3e5))
+    assert plain == pytest.approx(100 * (32e6 + 3.3e5)) and checked == pytest.approx(
+        100 * (3.2e6 + 1e6 + 3.3e5)
+    )
 
 
 def test_training_and_planning_choose_the_same_micro_batches(monkeypatch):
@@ -309,7 +317,9 @@ def test_what_ranks_send(on_paper):
     assert cut.micro_batches == 1 and cut.talk_bytes == pytest.approx(3 / 4 * 3 * 2 * weights)
     assert cut.cluster.bandwidth == 450e9 and cluster("h100-80", 8, 4).bandwidth == 8 * 50e9
     network = plan_of(FULL | {"fsdp": "full_shard auto_wrap"}, "a10-24", 1, 8)
-    assert network.step_seconds == pytest.approx(network.talk_bytes / 3e9), "the network is slower than the GPU"
+    assert network.step_seconds == pytest.approx(network.talk_bytes / 3e9), (
+        "the network is slower than the GPU"
+    )
 
 
 def test_advice_makes_a_run_fit_and_is_the_cheapest(on_paper):
@@ -343,7 +353,9 @@ def test_lengths_around_means():
 
 def test_lengths_of_real_data(tmp_path):
     model = files("orpo") / "demo" / "model"
-    rows = [{"prompt": f"Say {n}.", "chosen": "yes " * n, "rejected": "no " * (n % 3 + 1)} for n in range(1, 41)]
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": "yes " * n, "rejected": "no " * (n % 3 + 1)} for n in range(1, 41)
+    ]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     found = read_lengths({"model_name_or_path": str(model), "dataset_name": str(data), "eval_strategy": "no"})

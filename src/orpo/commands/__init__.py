@@ -1,5 +1,18 @@
 """One module for each word of the command line: `add_parser` says what it takes, `run(args)` does it."""
 
-from orpo.commands import chat, config, data, demo, eval, export, generate, launch, plan, recipes, report, train
+from orpo.commands import (
+    chat,
+    config,
+    data,
+    demo,
+    eval,
+    export,
+    generate,
+    launch,
+    plan,
+    recipes,
+    report,
+    train,
+)
 
 COMMANDS = (demo, recipes, plan, train, launch, eval, generate, chat, report, export, data, config)

@@ -20,8 +20,8 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = words.add_parser(
         "launch",
         help="write the job that trains a recipe on Slurm, SkyPilot, Kubernetes or Ray",
-        description="Write a job that trains a recipe on several machines. Nothing is submitted. A job that was "
-        "preempted, or whose time was over, resumes from its last checkpoint.",
+        description="Write a job that trains a recipe on several machines. Nothing is submitted. A job that "
+        "was preempted, or whose time was over, resumes from its last checkpoint.",
         usage="orpo launch --on slurm|sky|k8s|ray RECIPE [--gpus N] [--nodes N] [--KEY VALUE ...]",
         allow_abbrev=False,
     )
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         out.write_text(write(job), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); write --out with another name") from None
+        raise ConfigError(
+            f"{out}: cannot be written ({error.strerror}); write --out with another name"
+        ) from None
     say(f"{out}: written; submit it with: {_SUBMIT[args.on].format(out)}")
     return 0

@@ -12,7 +12,7 @@ _EPILOG = """examples:
   orpo plan recipe.yaml --gpu h100-80 --gpus 8 --nodes 4 --pairs 7000 --lengths 700/300/300
   orpo plan recipe.yaml --gpu rtx4090-24 --use_peft --load_in_4bit
 
-Nothing is downloaded but a configuration, and the data and tokenizer unless --pairs and --lengths stand for them.
+Nothing is downloaded but a configuration, and data and tokenizer unless --pairs and --lengths stand for them.
 """
 
 
@@ -21,7 +21,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = words.add_parser(
         "plan",
         help="print the memory, hours and cost of a run on given GPUs",
-        description="Plan a run: what each GPU holds, tokens and operations, hours, cost, and whether it fits.",
+        description="Plan a run: what each GPU holds, tokens, operations, hours, cost, whether it fits.",
         usage="orpo plan RECIPE [--gpu KIND] [--gpus N] [--nodes N] [--KEY VALUE ...]",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

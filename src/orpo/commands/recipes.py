@@ -13,8 +13,8 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = words.add_parser(
         "recipes",
         help="list the recipes that come with orpo, or copy one",
-        description="List the recipes that come with orpo; with a NAME, copy that one, to be changed and trained.",
-        epilog="orpo recipes mistral-7b-capybara && orpo plan mistral-7b-capybara.yaml --gpu h100-80 --gpus 8",
+        description="List the recipes that come with orpo; with a NAME, copy that one, to be changed.",
+        epilog="orpo recipes qwen3-lora, then: orpo plan qwen3-lora.yaml --gpu h100-80",
         allow_abbrev=False,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="one of them")

@@ -22,7 +22,8 @@ _EPILOG = """examples:
   orpo train recipe.yaml --launch 8         on 8 processes, one for each GPU (torchrun underneath)
   orpo train recipe.yaml --launch 8 --nnodes 4 --rdzv_endpoint node1:29500      the same line on each node
 
-It also runs inside torchrun, accelerate launch and srun. `orpo config --all` lists the keys. The command line beats the recipe.
+It also runs inside torchrun, accelerate launch and srun. `orpo config --all` lists the keys. The command line
+beats the recipe.
 """
 
 

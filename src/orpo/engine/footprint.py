@@ -25,7 +25,7 @@ from orpo.settings.config import Objective
 ON_PAPER = "orpo_on_paper"
 """Name of an attention that computes nothing and keeps what the kernel of a GPU keeps."""
 RUNS = (Run(4, 8, 8), Run(8, 16, 16))
-"""Of the two passes whose difference is taken: in the proportions of UltraFeedback's prompts and answers."""
+"""Of the two passes whose difference is taken: in the proportions of UltraFeedback's pairs."""
 LAYER_WORKSPACE = 3.3
 """Largest tensors of a layer that its backward holds besides what was kept: 3.3 of Llama's SwiGLU (LOG.md)."""
 
@@ -114,9 +114,9 @@ def _kept(model: nn.Module, scorer: Scorer, run: Run, by_kernel: bool | None) ->
         "attention_mask": None,
         "use_cache": False,
     }
-    with _as_trained(model, scorer, Segments((run,)), by_kernel), torch.enable_grad():
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            scorer.backbone(**inputs)
+    kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with _as_trained(model, scorer, Segments((run,)), by_kernel), torch.enable_grad(), kept:
+        scorer.backbone(**inputs)
     return {place: storage.nbytes() for place, storage in enumerate(storages.values())}
 
 

@@ -104,10 +104,7 @@ def sky(job: Job) -> str:
         "workdir": ".",
         "file_mounts": {"/runs": {"name": f"{job.name}-runs", "mode": "MOUNT"}},
         "setup": "pip install orpo\n",
-        "run": (
-            "HEAD=$(echo \"$SKYPILOT_NODE_IPS\" | head -n1)\n"
-            f"{job.launched(f'$HEAD:{PORT}')}{folder}\n"
-        ),
+        "run": (f'HEAD=$(echo "$SKYPILOT_NODE_IPS" | head -n1)\n{job.launched(f"$HEAD:{PORT}")}{folder}\n'),
     }
     head = f"# sky jobs launch {job.name}.sky.yaml\n"
     head += "# The bucket at /runs keeps the run, so that it resumes on another machine.\n"

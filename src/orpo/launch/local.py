@@ -55,8 +55,8 @@ class Launch:
             raise ConfigError(f"--max_restarts {self.restarts}: at least 0 is needed")
         if self.nodes != "1" and not self.endpoint:
             raise ConfigError(
-                f"--nnodes {self.nodes}: the nodes need a place to meet; write --rdzv_endpoint HOST:PORT with the"
-                " name of one of them, the same on each"
+                f"--nnodes {self.nodes}: the nodes need a place to meet; write --rdzv_endpoint HOST:PORT with"
+                " the name of one of them, the same on each"
             )
 
     def words(self) -> list[str]:

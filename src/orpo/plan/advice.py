@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 
 from orpo.plan.lengths import PairLengths
 from orpo.plan.machine import Cluster
-from orpo.plan.on_paper import paper_model
 from orpo.plan.plan import Plan, lay_out, make_plan
-from orpo.settings.config import OrpoSettings
 
 MOST_RANKS = 1024
 LEAST_BUDGET = 1024
@@ -33,7 +31,7 @@ class Change(NamedTuple):
 def cheapest_changes(settings: Mapping[str, Any], plan: Plan) -> list[Change]:
     """The cheapest change that keeps the training what it is, and the cheapest one that does not.
 
-    Either is left out where there is none. A change that trains another model is left out where it costs more.
+    Either is left out where there is none, and the second one where it costs more.
     """
     fitting = [change for change in _tried(settings, plan) if change.plan.fits]
     kept = min((c for c in fitting if c.same_model), key=lambda c: c.plan.cost, default=None)
@@ -75,9 +73,13 @@ def _same_model(settings: Mapping[str, Any], where: Cluster) -> Iterator[tuple[d
 
 
 def _more_gpus(settings: Mapping[str, Any], plan: Plan) -> Iterator[Change]:
-    """Twice as many GPUs, and so on, with weights cut over them and pairs of a step as before, if possible."""
+    """Twice as many GPUs, and so on, with weights cut over them; pairs of a step as before, if possible."""
     where = plan.cluster
-    sharded = dict(settings) | {"fsdp": "full_shard auto_wrap", "deepspeed": None, "gradient_checkpointing": True}
+    sharded = dict(settings) | {
+        "fsdp": "full_shard auto_wrap",
+        "deepspeed": None,
+        "gradient_checkpointing": True,
+    }
     ranks = where.ranks * 2
     while ranks <= MOST_RANKS:
         gpus = min(ranks, max(8, where.gpus))

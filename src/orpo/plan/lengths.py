@@ -16,7 +16,7 @@ from orpo.errors import ConfigError
 from orpo.settings.config import OrpoSettings
 
 SPREAD = (0.6, 0.5, 0.5)
-"""Width of the log-normal distributions of prompts and answers where only means are known: UltraFeedback's."""
+"""Width of the log-normal distributions of lengths where only means are known: UltraFeedback's."""
 DRAWN = 4096
 """Pairs that stand for data of which only the means are known."""
 

@@ -39,7 +39,11 @@ def _memory(plan: Plan) -> Iterator[str]:
         ("weights", memory.weights, ""),
         ("gradients", memory.gradients, ""),
         ("optimizer", memory.optimizer, ""),
-        ("activations", memory.activations, f"{plan.largest:,.0f} tokens in a micro-batch, attention included"),
+        (
+            "activations",
+            memory.activations,
+            f"{plan.largest:,.0f} tokens in a micro-batch, attention included",
+        ),
         ("head", memory.head, "logits a chunk at a time, gradients of the vocabulary"),
     ]
     if memory.gathered:
@@ -58,8 +62,8 @@ def _work(plan: Plan) -> Iterator[str]:
     work, where = plan.work, plan.cluster
     saved = 1 - work.tokens / work.separate_tokens
     yield (
-        f"a pair     {work.tokens:,.0f} tokens, prompts read once ({saved:.0%} fewer than with each side apart);"
-        f" {work.training / 1e12:,.1f} TFLOP"
+        f"a pair     {work.tokens:,.0f} tokens, prompts read once ({saved:.0%} fewer than with each side"
+        f" apart); {work.training / 1e12:,.1f} TFLOP"
     )
     yield (
         f"a step     {plan.micro_batches:.1f} micro-batches of at most {plan.budget:,} tokens,"
@@ -83,7 +87,7 @@ def _verdict(plan: Plan, changes: Sequence[Change]) -> Iterator[str]:
         peak, hours = change.plan.memory.peak / GIB, change.plan.hours
         yield f"{kind} {change.words}: {peak:.1f} GiB, {hours:.2f} hours, ${change.plan.cost:,.0f}"
     if not changes:
-        yield "no change of settings that is known here makes it fit; choose a GPU with more memory, or more of them"
+        yield "no setting that is known here makes it fit; choose a GPU with more memory, or more of them"
 
 
 def plan_json(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:

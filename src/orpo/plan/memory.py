@@ -77,7 +77,9 @@ def states(model: PaperModel, setup: Setup) -> tuple[float, float, float]:
     state = optimizer_bytes(setup.optim) * model.trained * trained_size / GRADIENT_BYTES
     if "8bit" in setup.optim or "4bit" in setup.optim:
         state = optimizer_bytes(setup.optim) * model.trained
-    if setup.sharding.startswith("zero"):  # DeepSpeed: half-precision weights, and a float32 copy with the state
+    if setup.sharding.startswith(
+        "zero"
+    ):  # DeepSpeed: half-precision weights, and a float32 copy with the state
         half = 2 if setup.half else trained_size
         weights += model.trained * half - model.trained_bytes
         gradients = model.trained * half

@@ -37,6 +37,7 @@ NF4_BYTES, INT8_BYTES = 0.516, 1.01
 TRIED = 1
 """Layers that are run on paper; a family whose layers are unlike each other is judged by its last one."""
 _EXPERTS = "orpo_on_paper"
+NOT_MEASURED = Footprint(0.0, 1, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class PaperModel:
     not_again: float
     attention: int
     window: tuple[int | None, float]
-    footprint: Footprint = Footprint(0.0, 1, 0.0, 0.0)
+    footprint: Footprint = NOT_MEASURED
 
 
 def paper_model(settings: OrpoSettings, *, has_bf16: bool, autocast: bool, by_kernel: bool) -> PaperModel:
@@ -100,7 +101,9 @@ def paper_model(settings: OrpoSettings, *, has_bf16: bool, autocast: bool, by_ke
     if is_adapter(name):
         name = adapter_base(name) or name
     config = architecture(name, settings.model_revision, settings.trust_remote_code)
-    adapted = bool(settings.use_peft or settings.adapter_name_or_path or is_adapter(str(settings.model_name_or_path)))
+    adapted = bool(
+        settings.use_peft or settings.adapter_name_or_path or is_adapter(str(settings.model_name_or_path))
+    )
     dtype = weights_dtype(settings, adapted, has_bf16)
     dtype = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
     with raised_as(ModelError, f"{name}: cannot be planned"):
@@ -184,11 +187,15 @@ def architecture(name: str, revision: str | None = None, trust_remote_code: bool
         ModelError: There is none, or it is no causal language model.
     """
     known = architectures()
-    cached = try_to_load_from_cache(name, MODEL_CONFIG, revision=revision) if not Path(name).exists() else None
+    cached = (
+        try_to_load_from_cache(name, MODEL_CONFIG, revision=revision) if not Path(name).exists() else None
+    )
     if name in known and not isinstance(cached, str):
         config = AutoConfig.for_model(**known[name])
     else:
-        with raised_as(ModelError, f"{name}: no configuration could be read", "name a folder that has config.json"):
+        with raised_as(
+            ModelError, f"{name}: no configuration could be read", "name a folder that has config.json"
+        ):
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     refuse_encoder_decoder(config, name)
     return config

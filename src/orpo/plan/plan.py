@@ -1,4 +1,4 @@
-"""From a recipe and a cluster to a plan: what each rank holds, what a run computes, its hours and its cost."""
+"""From a recipe and a cluster to a plan: what a rank holds, what a run computes, its hours and its cost."""
 
 from __future__ import annotations
 

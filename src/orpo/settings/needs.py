@@ -38,8 +38,8 @@ def check_needs(settings: Mapping[str, Any], *, launched: bool = False) -> None:
     alone = not launched and "RANK" not in os.environ
     if settings.get("fsdp") and not settings.get("dry_run") and alone:
         raise ConfigError(
-            "fsdp shards a model over several processes, and this is one; write --launch N to start N of them,"
-            " or --fsdp '' to train in one process"
+            "fsdp shards a model over several processes, and this is one; write --launch N to start N of"
+            " them, or --fsdp '' to train in one process"
         )
     if settings.get("push_to_hub"):
         _check_hub(settings)

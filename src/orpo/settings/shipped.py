@@ -36,7 +36,9 @@ def shipped() -> list[Shipped]:
             if path.name.endswith(".yaml"):
                 text = path.read_text(encoding="utf-8")
                 title = next((line for line in text.splitlines() if line.startswith("# ")), "")
-                found.append(Shipped(prefix + path.name.removesuffix(".yaml"), title.removeprefix("# "), text))
+                found.append(
+                    Shipped(prefix + path.name.removesuffix(".yaml"), title.removeprefix("# "), text)
+                )
     return found
 
 
@@ -55,5 +57,7 @@ def copy_shipped(name: str, out: Path) -> Path:
         with as_file(files("orpo") / "recipes" / f"{name}.yaml") as source:
             shutil.copyfile(source, out)
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); write --out with another name") from None
+        raise ConfigError(
+            f"{out}: cannot be written ({error.strerror}); write --out with another name"
+        ) from None
     return out
