@@ -3,11 +3,11 @@
     python benchmarks/plan_check.py [CASE ...]
 
 Peak memory is the kernel's high-water mark of resident memory over a whole training of a few steps, minus
-what was resident before the model was made; a nano model is trained before that, so that libraries are loaded and
-warm. Under glibc blocks from 64 KiB on are mapped (`MALLOC_MMAP_THRESHOLD_`), so that what is freed is given
+what was resident before the model was made; a nano model is trained before that, so that libraries are
+loaded and warm. Under glibc blocks from 64 KiB on are mapped (`MALLOC_MMAP_THRESHOLD_`), so that what is freed is given
 back. Time is CPU time of a step, one thread. The plan is made from the configuration and the lengths; its
-rate is the GEMM rate of the machine times one share (mfu), which is taken from the first case. So the first
-case's time says nothing, and the other seven are predictions.
+rate is that of matrix products, timed before each step, times one share (mfu), which is taken from the first
+case. So the first case's time says nothing, and the other seven are predictions.
 
 QLoRA is not among the cases: bitsandbytes is not part of the development extra.
 """
@@ -23,7 +23,7 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from measure import _memory, _reset_peak, gemm_rate
+from measure import _memory, _reset_peak
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig, TrainerCallback
 from workloads import make_pairs, number_tokenizer
 
@@ -32,7 +32,7 @@ from orpo.plan.lengths import PairLengths
 from orpo.plan.machine import Cluster, Gpu
 from orpo.plan.plan import make_plan
 
-STEPS = 3
+STEPS, GEMMS = 2, 120
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 BAR_MEMORY, BAR_TIME = 0.10, 0.25
 
@@ -65,10 +65,10 @@ def llama(hidden: int, layers: int, vocabulary: int, *, tied: bool = False) -> L
 
 LORA = {"use_peft": True, "lora_r": 16}
 CASES = {
-    "full": Case(llama(512, 8, 32000), "uf", {}),
+    "full": Case(llama(384, 6, 32000), "uf", {}),
     "full, one micro-batch": Case(llama(256, 6, 32000), "hh", {"per_device_train_batch_size": 8}),
-    "LoRA": Case(llama(512, 8, 32000), "uf", LORA),
-    "checkpointing": Case(llama(512, 8, 32000), "uf", {"gradient_checkpointing": True}),
+    "LoRA": Case(llama(384, 6, 32000), "uf", LORA),
+    "checkpointing": Case(llama(384, 6, 32000), "uf", {"gradient_checkpointing": True}),
     "large vocabulary": Case(llama(256, 6, 151936, tied=True), "uf", {}),
     "OPT-125M": Case(OPTConfig(dropout=0.0, pad_token_id=1, eos_token_id=2), "uf", {}),
     "mixture": Case(
@@ -80,7 +80,7 @@ CASES = {
         "uf",
         {},
     ),
-    "two ranks": Case(llama(512, 8, 32000), "uf", {}, ranks=2),
+    "two ranks": Case(llama(384, 6, 32000), "uf", {}, ranks=2),
 }  # fmt: skip
 
 
@@ -93,11 +93,24 @@ def settings_of(case: Case) -> dict[str, Any]:
 
 
 class _Times(TrainerCallback):
+    """CPU seconds of steps, and before each the rate of matrix products, which other work slows down too."""
+
     def __init__(self) -> None:
         self.steps: list[float] = []
+        self.gemms: list[float] = []
+        self.left, self.right = torch.randn(512, 384), torch.randn(384, 1056)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        began = time.process_time()
+        for _ in range(GEMMS):
+            self.left @ self.right
+        self.gemms.append(time.process_time() - began)
         self.began = time.process_time()
+
+    @property
+    def rate(self) -> float:
+        """Operations a second of matrix products, on average."""
+        return 2 * 512 * 384 * 1056 * GEMMS * len(self.gemms) / sum(self.gemms)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.steps.append(time.process_time() - self.began)
@@ -132,13 +145,12 @@ def run(name: str) -> dict[str, float]:
         nano |= {"num_key_value_heads": 1, "intermediate_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 64}
         nano["vocab_size"] = 8192
         train(AutoModelForCausalLM.from_config(type(case.config)(**nano)), _Times())
-    rate = gemm_rate()
     _reset_peak()
     base, clock = _memory("VmRSS"), _Times()
     torch.manual_seed(0)
     train(AutoModelForCausalLM.from_config(case.config).float(), clock)
     peak = _memory("VmHWM") - base
-    return {"MiB": peak, "seconds": statistics.median(clock.steps[1:]), "rate": (rate + gemm_rate()) / 2}
+    return {"MiB": peak, "seconds": statistics.median(clock.steps[1:]), "rate": clock.rate}
 
 
 def plan(name: str, rate: float, mfu: float) -> Any:

@@ -58,7 +58,7 @@ def main() -> None:
             f" checkpoint {first.checkpoint / GIB:.0f} GiB"
         )
         print(
-            "| nodes | states | rest | peak | fits | pairs a step | micro-batches | GB sent | s | step s | h | $ |"
+            "| nodes | states | rest | peak | fits | pairs a step | batches | GB sent | s | step s | h | $ |"
         )
         print("|" + "---|" * 12)
         print("\n".join(map(row, plans)))

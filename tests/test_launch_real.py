@@ -29,7 +29,8 @@ def words(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = {
         "model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "pairs.jsonl",
-        "eval_strategy": "no", "max_steps": 60, "save_steps": 5, "per_device_train_batch_size": 2, "learning_rate": "1e-3",
+        "eval_strategy": "no", "max_steps": 60, "save_steps": 5, "per_device_train_batch_size": 2,
+        "learning_rate": "1e-3",
         "chat_template": "zephyr", "num_samples": 0, "max_dropped": 1,
     }  # fmt: skip
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]

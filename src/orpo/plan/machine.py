@@ -75,7 +75,7 @@ class Cluster:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second of a collective over all GPUs: rings run over all network cards of a node at once."""
+        """Bytes a second of a collective over all GPUs: rings run over all cards of a node at once."""
         network = self.gpu.network * self.gpus if self.nodes > 1 else self.gpu.link
         return 1e9 * min(self.gpu.link, network)
 
