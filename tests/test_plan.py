@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import orpo
 from orpo.cli import main
 from orpo.engine.footprint import Footprint, measure_footprint
 from orpo.engine.head import Denominators
@@ -394,6 +395,13 @@ def test_mistakes_are_one_line(words, says, capsys):
     assert main(["plan", "--model_name_or_path", "facebook/opt-125m", *words]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_python_plans_as_the_command_does(capsys, on_paper):
+    planned = orpo.plan_run(FULL, "h100-80", gpus=8, pairs=7000, lengths=UF)
+    words = [word for key, value in FULL.items() for word in (f"--{key}", str(value))]
+    main(["plan", *words, "--gpus", "8", "--pairs", "7000", "--lengths", UF])
+    assert capsys.readouterr().out.splitlines() == planned.lines()
 
 
 def test_json_has_every_part(on_paper):

@@ -8,6 +8,7 @@ from orpo.commands import (
     eval,
     export,
     generate,
+    judge,
     launch,
     plan,
     recipes,
@@ -15,4 +16,6 @@ from orpo.commands import (
     train,
 )
 
-COMMANDS = (demo, recipes, plan, train, launch, eval, generate, chat, report, export, data, config)
+COMMANDS = (
+    demo, recipes, plan, train, launch, eval, generate, judge, chat, report, export, data, config,
+)  # fmt: skip

@@ -43,33 +43,22 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Read the recipe, plan, print."""
-    from orpo.errors import ConfigError
-    from orpo.plan.machine import cluster
-    from orpo.settings.config import check_recipe
     from orpo.settings.recipe import load_recipe
 
-    if (args.pairs is None) != (args.lengths is None):
-        raise ConfigError("--pairs and --lengths stand for the data together; write both, or neither")
     recipe = load_recipe(overrides=args.settings)
-    check_recipe(recipe.settings)
-    if not recipe.settings.get("model_name_or_path"):
-        raise ConfigError("model_name_or_path is not set; name a recipe, or write --model_name_or_path M")
     for notice in recipe.notices:
         say(notice, error=True)
-    where = cluster(args.gpu, args.gpus, args.nodes, mfu=args.mfu, price=args.price)
-    from orpo.plan.advice import cheapest_changes
-    from orpo.plan.lengths import drawn_lengths, read_lengths
-    from orpo.plan.lines import plan_json, plan_lines
-    from orpo.plan.plan import make_plan
+    from orpo.plan.job import plan_run
 
-    if args.pairs is None:
-        lengths = read_lengths(recipe.settings)
-    else:
-        lengths = drawn_lengths(args.lengths, args.pairs, recipe.settings)
-    plan = make_plan(recipe.settings, where, lengths)
-    changes = [] if plan.fits else cheapest_changes(recipe.settings, plan)
-    if args.json:
-        print(json.dumps(plan_json(plan, changes), indent=2))
-    else:
-        print("\n".join(plan_lines(plan, changes)))
+    planned = plan_run(
+        recipe.settings,
+        args.gpu,
+        gpus=args.gpus,
+        nodes=args.nodes,
+        mfu=args.mfu,
+        price=args.price,
+        pairs=args.pairs,
+        lengths=args.lengths,
+    )
+    print(json.dumps(planned.to_json(), indent=2) if args.json else "\n".join(planned.lines()))
     return 0

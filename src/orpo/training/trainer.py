@@ -17,6 +17,7 @@ import transformers
 from accelerate.utils import DistributedType, broadcast_object_list  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.serialization import config as serialization
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -752,7 +753,11 @@ class ORPOTrainer(InterruptibleTrainer):
                 target, is_writer=self.args.should_save, wait=self.accelerator.wait_for_everyone
             ) as folder,
         ):
-            with changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
+            with (
+                changed(self.args, output_dir=str(folder.parent), push_to_hub=False),
+                # The manifest has a longer checksum of each file; the archive's own takes more time.
+                changed(serialization.save, compute_crc32=False),
+            ):
                 super()._save_checkpoint(model, None)
             best = (
                 None if self.state.best_global_step is None else run.checkpoint(self.state.best_global_step)
