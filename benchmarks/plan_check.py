@@ -4,10 +4,10 @@
 
 Peak memory is the kernel's high-water mark of resident memory over a whole training of a few steps, minus
 what was resident before the model was made; a nano model is trained before that, so that libraries are
-loaded and warm. Under glibc blocks from 64 KiB on are mapped (`MALLOC_MMAP_THRESHOLD_`), so that what is freed is given
-back. Time is CPU time of a step, one thread. The plan is made from the configuration and the lengths; its
-rate is that of matrix products, timed before each step, times one share (mfu), which is taken from the first
-case. So the first case's time says nothing, and the other seven are predictions.
+loaded and warm. Under glibc blocks from 64 KiB on are mapped (`MALLOC_MMAP_THRESHOLD_`), so that what is
+freed is given back. Time is CPU time of a step, one thread. The plan is made from the configuration and the
+lengths; its rate is that of matrix products, timed before each step, times one share (mfu), which is taken
+from the first case. So the first case's time says nothing, and the other seven are predictions.
 
 QLoRA is not among the cases: bitsandbytes is not part of the development extra.
 """

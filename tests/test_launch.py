@@ -22,7 +22,7 @@ def module(tmp_path, monkeypatch):
     """A module that notes the rank it runs as, and ends as it is told."""
     (tmp_path / "noting.py").write_text(
         "import os, signal, sys\n"
-        "own = [os.environ[name] for name in ('WORLD_SIZE', 'LOCAL_RANK', 'ORPO_LAUNCHED')]\n"
+        "own = [os.environ[name] for name in ('WORLD_SIZE', 'LOCAL_RANK', 'TORCHELASTIC_USE_AGENT_STORE')]\n"
         "with open(os.path.join(sys.argv[1], os.environ['RANK']), 'a') as file:\n"
         "    print(*own, *sys.argv[2:], file=file)\n"
         "first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
@@ -47,8 +47,8 @@ def test_processes_get_their_ranks_and_a_killed_one_is_started_again(module):
     status, found = launched(module, "die", "0", restarts=1)
     assert status == 0
     assert set(found) == {"0", "1"}
-    assert found["1"] == ["2 1 1 die 0"] * 2, "killed once, then whole"
-    assert found["0"][-1] == "2 0 1 die 0"
+    assert found["1"] == ["2 1 False die 0"] * 2, "killed once, then whole, with another store"
+    assert found["0"][-1] == "2 0 False die 0"
     assert LAUNCHED not in os.environ
 
 

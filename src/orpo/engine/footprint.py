@@ -27,7 +27,7 @@ ON_PAPER = "orpo_on_paper"
 RUNS = (Run(4, 8, 8), Run(8, 16, 16))
 """Of the two passes whose difference is taken: in the proportions of UltraFeedback's pairs."""
 LAYER_WORKSPACE = 3.3
-"""Tensors as large as the largest kept that the backward of a layer holds besides: Llama's SwiGLU (LOG.md)."""
+"""Tensors as large as the largest kept that a layer's backward holds besides: of Llama's SwiGLU (LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)

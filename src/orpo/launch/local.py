@@ -19,6 +19,9 @@ from orpo.errors import ConfigError, RunError
 from orpo.launch.ranks import LAUNCHED
 
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Where processes find each other. One store for all starts (torch's default) still has the addresses of those
+that died, and gloo cannot connect after a restart (torch 2.13, LOG.md); with 1 each start has a store of its own."""
 SECONDS_TO_SAVE = 600
 """Seconds that processes get for their last checkpoint when they are told to stop."""
 
@@ -111,6 +114,7 @@ def run_processes(launch: Launch, module: str, arguments: Sequence[str]) -> int:
     launch.check()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.processes)))
     os.environ.setdefault(SHUTDOWN, str(SECONDS_TO_SAVE))
+    os.environ.setdefault(SHARED_STORE, "1")
     os.environ[LAUNCHED] = "1"
     # A scheduler's warning reaches the processes as the signal that torchrun passes on.
     if threading.current_thread() is threading.main_thread():
