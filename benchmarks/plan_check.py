@@ -171,7 +171,7 @@ def plan(name: str, rate: float, mfu: float) -> Any:
 
 def measured(name: str) -> dict[str, float]:
     """Run a case in processes of its own."""
-    words = [sys.executable, __file__, "--run", name]
+    words = [sys.executable, __file__, "--case", name]
     if CASES[name].ranks > 1:
         number = str(CASES[name].ranks)
         words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
@@ -188,10 +188,10 @@ def main() -> None:
     """Measure, plan, and print errors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=list(CASES))
-    parser.add_argument("--run", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.run:
-        found = run(arguments.run)
+    if arguments.case:
+        found = run(arguments.case)
         if os.environ.get("RANK", "0") == "0":
             print("RESULT", json.dumps(found), flush=True)
         return

@@ -21,7 +21,7 @@ from orpo.launch.ranks import LAUNCHED
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Where processes find each other: one store for all starts, torch's default, still has the addresses of
-those that died, and gloo cannot connect after a restart (torch 2.13, LOG.md). With 1 each start has its own."""
+those that died, and gloo cannot connect after a restart (torch 2.13, LOG.md). With 1 each has its own."""
 SECONDS_TO_SAVE = 600
 """Seconds that processes get for their last checkpoint when they are told to stop."""
 
