@@ -93,7 +93,7 @@ def test_every_recipe_resolves_and_plans(recipe, tmp_path, on_paper):
     if known is not None and not settings.get("use_peft"):
         assert plan.model.num_weights == known
     assert recipe.title.endswith((".", "'.")) and "# Source: " in recipe.text
-    keys = [line.split(":")[0] for line in recipe.text.splitlines() if line and line[0] not in "# "]
+    keys = [line.split(":")[0] for line in recipe.text.splitlines() if line and line[0] not in "# -"]
     assert set(keys) == set(settings), "a key twice, or a notice"
 
 
@@ -247,7 +247,7 @@ def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
     model.save_pretrained(tmp_path)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    prepare_model(model, Objective(), layout="shared", probe=False)
+    prepare_model(model, layout="shared", probe=False)
     with FlopCounterMode(display=False) as counter:
         batch = pack(PAIRS, Objective())
         model(batch=batch, denominators=Denominators(10.0, 3.0)).loss.backward()
@@ -284,7 +284,7 @@ def test_sharing_and_the_objective_decide_what_is_computed():
     assert whole.scored == whole.tokens - 1
     answers = work_of(model, TOKENS, Objective(nll_on="response"), checkpointing=False)
     assert answers.scored == TOKENS[:, 1:].sum() / 3
-    chosen = work_of(model, TOKENS, Objective(beta=0), checkpointing=False)
+    chosen = work_of(model, TOKENS, Objective(preference_weight=0.0), checkpointing=False)
     assert chosen.tokens == TOKENS[:, :2].sum() / 3
 
 

@@ -20,7 +20,6 @@ from orpo.engine.packing import Run
 from orpo.engine.precision import compute_dtype
 from orpo.engine.scorer import Scorer, attention_configs, base_model
 from orpo.engine.segments import Segments
-from orpo.settings.config import Objective
 
 ON_PAPER = "orpo_on_paper"
 """Name of an attention that computes nothing and keeps what the kernel of a GPU keeps."""
@@ -80,7 +79,7 @@ def measure_footprint(model: nn.Module, *, by_kernel: bool | None = None) -> Foo
         Exception: Of any kind, where the family cannot run such tokens, for example on fake tensors.
     """
     inner = base_model(model)
-    few, more = (_kept(model, Scorer(inner, Objective(), 1), run, by_kernel) for run in RUNS)
+    few, more = (_kept(model, Scorer(inner, 1), run, by_kernel) for run in RUNS)
     tokens = sum(RUNS[1]) - sum(RUNS[0])
     slopes = {place: (more[place] - size) / tokens for place, size in few.items() if place in more}
     total = (sum(more.values()) - sum(few.values())) / tokens

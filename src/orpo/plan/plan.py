@@ -231,7 +231,7 @@ def _laid_out(
 ) -> _Layout:
     """Micro-batches as training lays them out, of a few steps."""
     tokens = lengths.tokens.copy()
-    if objective.beta == 0:
+    if objective.preference_weight == 0:
         tokens[:, 2] = 0
     if pairs_per_step > len(tokens):  # means stand for more pairs than were drawn
         tokens = np.tile(tokens, (math.ceil(pairs_per_step / len(tokens)), 1))

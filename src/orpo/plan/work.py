@@ -46,7 +46,7 @@ def work_of(model: PaperModel, tokens: Int64, objective: Objective, *, checkpoin
         checkpointing: Whether layers are run forward twice.
     """
     prompt, chosen, rejected = tokens.T.astype(float)
-    if objective.beta == 0:
+    if objective.preference_weight == 0:
         rejected = np.zeros_like(rejected)
     read = float((prompt + chosen + rejected).mean())
     separate = float((prompt * (1 + (rejected > 0)) + chosen + rejected).mean())
