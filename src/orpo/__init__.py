@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orpo.evaluation.preferences import evaluate
     from orpo.export.job import export_run
     from orpo.judging.job import judge
+    from orpo.plan.job import plan_run
     from orpo.report.page import write_report
     from orpo.settings.recipe import load_recipe
     from orpo.suites.job import run_suites
@@ -39,6 +40,7 @@ __all__ = [
     "inspect_data",
     "judge",
     "load_recipe",
+    "plan_run",
     "prepare_data",
     "run_suites",
     "subset_data",
@@ -56,6 +58,7 @@ _WHERE = {
     "judge": "orpo.judging.job",
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
+    "plan_run": "orpo.plan.job",
     "prepare_data": "orpo.curation.prepare",
     "run_suites": "orpo.suites.job",
     "subset_data": "orpo.curation.subset",

@@ -51,9 +51,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
         before = earlier_recipe(Path(str(args.output_dir))).get("template_date")
         args.template_date = str(before or date.today())
     if args.n_gpu > 1:
-        args.notices.append(
-            f"one of {args.n_gpu} GPUs is used; start with torchrun --nproc_per_node {args.n_gpu} for all"
-        )
+        args.notices.append(f"one of {args.n_gpu} GPUs is used; write --launch {args.n_gpu} for all")
         args._n_gpu = 1
     if args.auto_find_batch_size:
         args.notices.append(
