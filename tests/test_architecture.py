@@ -30,6 +30,7 @@ ORDER = (
     ("evaluation",),
     ("report",),
     ("curation", "export", "training"),
+    ("comparing",),
     ("demo",),
     ("commands",),
     ("cli",),

@@ -1,0 +1,306 @@
+"""`orpo compare` as a function: split, choose settings on validation pairs, train, then judge on test pairs.
+
+The folder of a comparison holds everything: `data` (the pairs), `runs` (each training, an ordinary run
+directory), the result and its page. The same call again goes on where an earlier one was stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orpo.comparing.arms import Arm, Job, Maker
+from orpo.comparing.choosing import Chosen, choose
+from orpo.comparing.cost import Cost, cost_of_arm
+from orpo.comparing.methods import DEFAULT, Choice, candidates, recipe_choice, stages_of
+from orpo.comparing.pool import Observer, run_all
+from orpo.comparing.quality import quality_of, saved_results, validation_results
+from orpo.comparing.result import Comparison, Entry
+from orpo.comparing.splits import TEST, VALIDATION, SplitOptions, Splits, settle_splits
+from orpo.console import say
+from orpo.errors import ConfigError, DataError, RunError
+from orpo.evaluation.per_pair import PairResults, read_results, write_results
+from orpo.evaluation.preferences import evaluate
+from orpo.run.checkpoints import run_recipe
+from orpo.run.directory import read_json, write_json
+from orpo.run.lock import held
+from orpo.run.public import without_secrets
+from orpo.settings.config import check_recipe, inherited_by_evaluation
+from orpo.settings.needs import check_needs
+from orpo.settings.schema import known_settings
+
+RESULT, PAGE = "compare.json", "compare.html"
+_PLAN, _DATA, _RUNS = "plan.json", "data", "runs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is compared, and with what budget.
+
+    Attributes:
+        methods: Names of methods (methods.py); the first is the baseline unless one is named.
+        seeds: How many times each method is trained with its chosen settings, at least 1.
+        sizes: Pairs of smaller training sets, for the curve; the whole set is always there.
+        trials: Settings that each method tries before, at least 1.
+        baseline: The method that the others are compared with; None: the first.
+        jobs: Trainings at a time, each a process of its own; they share the cores.
+        split: Where validation and test pairs come from.
+    """
+
+    methods: Sequence[str] = DEFAULT
+    seeds: int = 3
+    sizes: Sequence[int] = ()
+    trials: int = 4
+    baseline: str | None = None
+    jobs: int = 1
+    split: SplitOptions = field(default_factory=SplitOptions)
+
+    def check(self) -> None:
+        """Check what was given.
+
+        Raises:
+            ConfigError: Naming the option.
+        """
+        for name in ("seeds", "trials", "jobs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is out of range; expected at least 1")
+        if not self.methods:
+            raise ConfigError("methods: none is named; write for instance sft,orpo")
+        for method in self.methods:
+            stages_of(method)
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError(f"methods: {', '.join(self.methods)} names one twice")
+        if self.baseline is not None and self.baseline not in self.methods:
+            raise ConfigError(f"baseline: {self.baseline} is not one of {', '.join(self.methods)}")
+        for name in ("validation_share", "test_share"):
+            if not 0 < getattr(self.split, name) < 0.5:
+                raise ConfigError(f"{name}: {getattr(self.split, name)} is out of range; expected 0 to 0.5")
+
+
+def compare(
+    recipe: Mapping[str, Any],
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    observer: Observer | None = None,
+    plan: Callable[[Sequence[Arm]], None] | None = None,
+    **given: Any,
+) -> Comparison:
+    """Compare methods on the same base, pairs and budget, and write the result and its page into a folder.
+
+    Args:
+        recipe: Settings by key, as `load_recipe("recipe.yaml").settings`; `model_name_or_path` and
+            `dataset_name` are needed.
+        out: Folder to write, or to go on with.
+        options: What is compared.
+        observer: Is called with trainings as they go (pool.py).
+        plan: Is called with the arms that are trained next, before they are.
+        given: Fields of `Options`, instead of `options`.
+
+    Raises:
+        OrpoError: Recipe, data or options cannot be used, or the folder holds another comparison.
+        KeyboardInterrupt: A signal asked for an end; the same call goes on.
+    """
+    options = options or Options(**given)
+    options.check()
+    check_recipe(recipe)
+    check_needs(recipe)
+    folder = Path(out).expanduser().resolve()
+    with held(folder):
+        recipe = _absolute(recipe)
+        _settle_plan(folder, recipe, options)
+        splits, reading = settle_splits(recipe, folder / _DATA, options.sizes, options.split)
+        study = _Study(
+            recipe=recipe,
+            options=options,
+            folder=folder,
+            splits=splits,
+            maker=Maker(recipe, splits, reading, folder / _RUNS),
+            observer=observer,
+            plan=plan,
+        )
+        return study.run()
+
+
+def _absolute(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with the whole path of a local model: runs are read from other folders."""
+    model = str(recipe.get("model_name_or_path") or "")
+    path = Path(model).expanduser()
+    return dict(recipe) | ({"model_name_or_path": str(path.resolve())} if model and path.exists() else {})
+
+
+def _settle_plan(folder: Path, recipe: Mapping[str, Any], options: Options) -> None:
+    """Keep what cannot change within a folder: the choice must not be made again once the test is known.
+
+    Raises:
+        ConfigError: The folder is of another recipe or another budget.
+    """
+    left_out = ("output_dir", "dataset_num_proc")
+    settings = {name: value for name, value in without_secrets(recipe).items() if name not in left_out}
+    now = {"recipe": settings, "trials": options.trials}
+    before = read_json(folder / _PLAN, {})
+    differing = [name for name in now if before and before.get(name) != now[name]]
+    if "recipe" in differing:
+        keys = sorted({*settings, *before["recipe"]})
+        differing = [name for name in keys if before["recipe"].get(name) != settings.get(name)]
+    if differing:
+        raise ConfigError(
+            f"{folder.name} holds a comparison with other settings ({', '.join(differing)}); name another"
+            " --out"
+        )
+    if not before:
+        write_json(folder / _PLAN, now)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Study:
+    recipe: Mapping[str, Any]
+    options: Options
+    folder: Path
+    splits: Splits
+    maker: Maker
+    observer: Observer | None
+    plan: Callable[[Sequence[Arm]], None] | None
+
+    def run(self) -> Comparison:
+        """Everything, in order."""
+        began = time.perf_counter()
+        chosen = self._choose_all()
+        arms, failures = self._train_all(chosen)
+        entries = self._judge(arms)
+        result = Comparison(
+            folder=self.folder,
+            recipe=self.recipe,
+            baseline=self.options.baseline or self.options.methods[0],
+            counts=self.splits.counts,
+            sizes=self.splits.sizes,
+            seeds=self.options.seeds,
+            trials=self.options.trials,
+            chosen=chosen,
+            base=quality_of([self._base(TEST)], [], looks=1),
+            num_prompts=self._base(TEST).num_prompts,
+            entries=entries,
+            failures=failures,
+            seconds=time.perf_counter() - began,
+        )
+        write_json(self.folder / RESULT, result.to_json())
+        return result
+
+    def _train(self, arms: Sequence[Arm]) -> dict[Path, str]:
+        jobs: dict[Path, Job] = {job.folder: job for arm in arms for job in arm.jobs}
+        if self.plan is not None:
+            self.plan(arms)
+        return run_all(list(jobs.values()), at_once=self.options.jobs, observer=self.observer)
+
+    # ------------------------------------------------------------------------------ the choice
+
+    def _choose_all(self) -> dict[str, Chosen]:
+        """The settings of each method, those of fewer stages first: later stages start from their choice."""
+        chosen: dict[str, Chosen] = {}
+        for length in sorted({len(stages_of(method)) for method in self.options.methods}):
+            methods = [one for one in self.options.methods if len(stages_of(one)) == length]
+            tried = {method: self._trials(method, chosen) for method in methods}
+            failures = self._train([arm for arms in tried.values() for arm in arms])
+            for method, arms in tried.items():
+                chosen[method] = self._choose(method, arms, failures)
+        return {method: chosen[method] for method in self.options.methods}
+
+    def _trials(self, method: str, chosen: Mapping[str, Chosen]) -> list[Arm]:
+        *earlier, last = stages_of(method)
+        usual = float(known_settings()["learning_rate"].default)
+        before: list[Choice] = []
+        for number, stage in enumerate(earlier):
+            known = chosen.get("+".join(earlier[: number + 1]))
+            before.append(known.choice if known else recipe_choice(self.recipe, stage, rate=usual))
+        start = recipe_choice(self.recipe, last, rate=usual)
+        return [
+            self.maker.arm(method, [*before, choice], self.splits.sizes[-1], self._seed(0))
+            for choice in candidates(start, self.options.trials)
+        ]
+
+    def _choose(self, method: str, arms: Sequence[Arm], failures: Mapping[Path, str]) -> Chosen:
+        pairs = self.splits.path(VALIDATION)
+        found = choose(
+            [arm.choices[-1] for arm in arms],
+            [
+                None if arm.folder in failures else validation_results(arm.folder, pairs, VALIDATION)
+                for arm in arms
+            ],
+            self._base(VALIDATION),
+            [failures.get(arm.folder, "") for arm in arms],
+        )
+        if found is None:
+            raise RunError(f"{method}: every setting failed; the first: {failures[arms[0].folder]}")
+        return found
+
+    def _seed(self, number: int) -> int:
+        return int(self.recipe.get("seed") or 0) + number
+
+    def _base(self, split: str) -> PairResults:
+        """What the base says of validation or test pairs; nothing is written into its folder."""
+        kept = self.folder / f"base-{split}.jsonl"
+        known = read_results(kept)
+        if not known:
+            reading = inherited_by_evaluation(self.maker.reading | _of_any_run(self.folder / _RUNS))
+            model = str(self.recipe["model_name_or_path"])
+            found = evaluate(model, self.splits.path(split), quiet=True, save=False, **reading)
+            write_results(kept, {split: found.evaluation.results})
+            known = read_results(kept)
+        return known[split]
+
+    # ------------------------------------------------------------------------------ the arms
+
+    def _train_all(self, chosen: Mapping[str, Chosen]) -> tuple[dict[tuple[str, int], list[Arm]], list[str]]:
+        """The arms of each method and size that have been trained, and a line for each that failed."""
+        trials = {method: self._trials(method, chosen)[one.number] for method, one in chosen.items()}
+        arms = {
+            (method, size): [
+                self.maker.arm(method, trials[method].choices, size, self._seed(number))
+                for number in range(self.options.seeds)
+            ]
+            for method in chosen
+            for size in self.splits.sizes
+        }
+        failures = self._train([arm for some in arms.values() for arm in some])
+        lines = [
+            f"{arm.label}: {failures[arm.folder]}"
+            for some in arms.values()
+            for arm in some
+            if arm.folder in failures
+        ]
+        kept = {key: [arm for arm in some if arm.folder not in failures] for key, some in arms.items()}
+        return {key: some for key, some in kept.items() if some}, lines
+
+    def _judge(self, arms: Mapping[tuple[str, int], Sequence[Arm]]) -> list[Entry]:
+        """Score the test pairs with each arm, and compare."""
+        pairs = self.splits.path(TEST)
+        say(f"scoring {self.splits.counts[TEST]:,} test pairs, once, with the settings chosen before")
+        scored = {
+            key: {arm.seed: saved_results(arm.folder, pairs, TEST) for arm in some}
+            for key, some in arms.items()
+        }
+        baseline = self.options.baseline or self.options.methods[0]
+        looks = len(self.options.methods) - 1
+        entries = []
+        for (method, size), some in scored.items():
+            against = scored.get((baseline, size), {}) if method != baseline else {}
+            seeds = [seed for seed in some if not against or seed in against]
+            if not seeds:
+                raise DataError(f"{method}: no seed was trained together with {baseline}")
+            costs: list[Cost] = [cost_of_arm(arm) for arm in arms[method, size]]
+            quality = quality_of(
+                [some[seed] for seed in seeds],
+                [against[seed] for seed in seeds] if against else [],
+                looks=looks,
+            )
+            entries.append(Entry(method, size, quality, costs, [arm.folder for arm in arms[method, size]]))
+        return entries
+
+
+def _of_any_run(runs: Path) -> dict[str, Any]:
+    """The recipe of a finished run, for how pairs are read; its objective decides nothing here."""
+    folder = next((path for path in sorted(runs.glob("*")) if path.is_dir()), None)
+    return {} if folder is None else run_recipe(str(folder))

@@ -1,0 +1,182 @@
+"""Trainings in processes of their own, so many at once; what is finished is not trained again.
+
+A process that is asked to stop is a training that is asked to stop: it saves a checkpoint, and the next call
+goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from orpo.comparing.arms import Job
+from orpo.comparing.worker import CANNOT_CONTINUE
+from orpo.errors import RunError
+from orpo.run.directory import RunDirectory
+from orpo.run.finished import unfinished_because
+from orpo.run.log import Record, readable_records
+
+_PAUSE = 0.2
+"""Seconds between two looks at what runs."""
+
+Observer = Callable[[Job, Record | None], None]
+"""Is called with a training and each new record of its log, and with None when it has ended."""
+
+
+def is_done(job: Job) -> bool:
+    """Whether a training is finished."""
+    return unfinished_because(RunDirectory(job.folder)) is None
+
+
+@dataclass
+class LogFollower:
+    """The records that a run's log gains.
+
+    Attributes:
+        folder: The run directory.
+    """
+
+    folder: Path
+    _seen: int = field(default=0, init=False)
+    _size: int = field(default=-1, init=False)
+
+    def new(self) -> Iterator[Record]:
+        """Those since the last call; a log that begins again is followed from its start."""
+        path = RunDirectory(self.folder).log
+        with suppress(OSError):
+            size = path.stat().st_size
+            if size == self._size:
+                return
+            records, _ = readable_records(path)
+            self._size = size
+            self._seen = 0 if len(records) < self._seen else self._seen
+            yield from records[self._seen :]
+            self._seen = len(records)
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+    follower: LogFollower
+
+
+def run_all(
+    jobs: Sequence[Job], *, at_once: int = 1, observer: Observer | None = None
+) -> dict[Path, str]:
+    """Train everything that is not finished, each after what it starts from.
+
+    Args:
+        jobs: Trainings; those that share a run directory are one.
+        at_once: Processes at a time, at least 1; they share the cores.
+        observer: Is kept informed.
+
+    Returns:
+        Run directory -> why its training has failed on the way (a loss that is no number, say); trainings that
+        start from a failed one fail as well.
+
+    Raises:
+        RunError: Settings, data or model of a training cannot be used.
+        KeyboardInterrupt: A signal asked for an end; trainings have saved checkpoints.
+    """
+    waiting = {job.folder: job for job in jobs if not is_done(job)}
+    failed: dict[Path, str] = {}
+    running: list[_Running] = []
+    with _stopping(running):
+        while waiting or running:
+            for job in _startable(waiting, running, failed)[: at_once - len(running)]:
+                del waiting[job.folder]
+                running.append(_start(job, at_once))
+            time.sleep(_PAUSE)
+            for one in list(running):
+                ended = one.process.poll() is not None  # before the log is read, so that nothing is missed
+                if observer is not None:
+                    for record in one.follower.new():
+                        observer(one.job, record)
+                if ended:
+                    running.remove(one)
+                    _note_end(one, failed)
+                    if observer is not None:
+                        observer(one.job, None)
+    return failed
+
+
+def _startable(
+    waiting: dict[Path, Job], running: Sequence[_Running], failed: dict[Path, str]
+) -> list[Job]:
+    """What can begin now; what starts from a failed training is taken out, and fails."""
+    for job in list(waiting.values()):
+        if job.after in failed:
+            failed[job.folder] = f"it starts from {job.after.name}, which failed"
+            del waiting[job.folder]
+    busy = {*waiting, *(one.job.folder for one in running)}
+    return [job for job in waiting.values() if job.after not in busy]
+
+
+def _start(job: Job, at_once: int) -> _Running:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    errors = tempfile.TemporaryFile()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orpo.comparing.worker"],
+        stdin=subprocess.PIPE, stdout=errors, stderr=errors, env=_environment(at_once),
+    )  # fmt: skip
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended already, and says why
+        process.stdin.write(json.dumps(dict(job.settings)).encode())
+        process.stdin.close()
+    return _Running(job, process, errors, LogFollower(job.folder))
+
+
+def _environment(at_once: int) -> dict[str, str]:
+    """That of this process, with an equal share of the cores."""
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
+    shared = {} if at_once == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)} | shared
+
+
+def _note_end(one: _Running, failed: dict[Path, str]) -> None:
+    status = one.process.returncode
+    one.errors.seek(0)
+    said = one.errors.read().decode("utf-8", "replace").strip()
+    one.errors.close()
+    if status == 0:
+        return
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+        raise KeyboardInterrupt
+    line = said.splitlines()[-1].removeprefix("orpo: error: ") if said else f"status {status}"
+    if status == CANNOT_CONTINUE:
+        failed[one.job.folder] = line
+        return
+    raise RunError(f"{one.job.folder.name}: {line}")
+
+
+@contextmanager
+def _stopping(running: list[_Running]) -> Iterator[None]:
+    """End what runs, with checkpoints, however the block ends; SIGTERM ends it as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    handlers: Mapping[signal.Signals, Any] = {}
+    with suppress(ValueError):  # not in the main thread
+        handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for one in running:
+            one.process.send_signal(signal.SIGTERM)
+        for one in running:
+            one.process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
