@@ -114,6 +114,8 @@ class Maker:
         settings = {
             name: value for name, value in stage_settings(self.recipe, stage).items() if name not in left_out
         }
+        if settings.get("eval_strategy") == "no":  # curves and the choice need validation pairs
+            del settings["eval_strategy"]
         settings = _UNLESS_SAID | settings | {
             "dataset_name": str(self.splits.training(size)),
             "eval_dataset_name": str(self.splits.path(VALIDATION)),

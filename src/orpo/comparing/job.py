@@ -16,24 +16,20 @@ from orpo.comparing.arms import Arm, Job, Maker
 from orpo.comparing.choosing import Chosen, choose
 from orpo.comparing.cost import Cost, cost_of_arm
 from orpo.comparing.methods import DEFAULT, Choice, candidates, recipe_choice, stages_of
+from orpo.comparing.page import write_page
+from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan
 from orpo.comparing.pool import Observer, run_all
-from orpo.comparing.quality import quality_of, saved_results, validation_results
+from orpo.comparing.quality import base_results, quality_of, saved_results, validation_results
 from orpo.comparing.result import Comparison, Entry
 from orpo.comparing.splits import TEST, VALIDATION, SplitOptions, Splits, settle_splits
 from orpo.console import say
 from orpo.errors import ConfigError, DataError, RunError
-from orpo.evaluation.per_pair import PairResults, read_results, write_results
-from orpo.evaluation.preferences import evaluate
-from orpo.run.checkpoints import run_recipe
-from orpo.run.directory import read_json, write_json
+from orpo.evaluation.per_pair import PairResults
+from orpo.run.directory import write_json
 from orpo.run.lock import held
-from orpo.run.public import without_secrets
-from orpo.settings.config import check_recipe, inherited_by_evaluation
+from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.settings.schema import known_settings
-
-RESULT, PAGE = "compare.json", "compare.html"
-_PLAN, _DATA, _RUNS = "plan.json", "data", "runs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,49 +106,19 @@ def compare(
     check_needs(recipe)
     folder = Path(out).expanduser().resolve()
     with held(folder):
-        recipe = _absolute(recipe)
-        _settle_plan(folder, recipe, options)
-        splits, reading = settle_splits(recipe, folder / _DATA, options.sizes, options.split)
+        recipe = absolute(recipe)
+        settle_plan(folder, recipe, trials=options.trials)
+        splits, reading = settle_splits(recipe, folder / DATA, options.sizes, options.split, is_fixed=has_begun(folder))
         study = _Study(
             recipe=recipe,
             options=options,
             folder=folder,
             splits=splits,
-            maker=Maker(recipe, splits, reading, folder / _RUNS),
+            maker=Maker(recipe, splits, reading, folder / RUNS),
             observer=observer,
             plan=plan,
         )
         return study.run()
-
-
-def _absolute(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with the whole path of a local model: runs are read from other folders."""
-    model = str(recipe.get("model_name_or_path") or "")
-    path = Path(model).expanduser()
-    return dict(recipe) | ({"model_name_or_path": str(path.resolve())} if model and path.exists() else {})
-
-
-def _settle_plan(folder: Path, recipe: Mapping[str, Any], options: Options) -> None:
-    """Keep what cannot change within a folder: the choice must not be made again once the test is known.
-
-    Raises:
-        ConfigError: The folder is of another recipe or another budget.
-    """
-    left_out = ("output_dir", "dataset_num_proc")
-    settings = {name: value for name, value in without_secrets(recipe).items() if name not in left_out}
-    now = {"recipe": settings, "trials": options.trials}
-    before = read_json(folder / _PLAN, {})
-    differing = [name for name in now if before and before.get(name) != now[name]]
-    if "recipe" in differing:
-        keys = sorted({*settings, *before["recipe"]})
-        differing = [name for name in keys if before["recipe"].get(name) != settings.get(name)]
-    if differing:
-        raise ConfigError(
-            f"{folder.name} holds a comparison with other settings ({', '.join(differing)}); name another"
-            " --out"
-        )
-    if not before:
-        write_json(folder / _PLAN, now)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +152,8 @@ class _Study:
             failures=failures,
             seconds=time.perf_counter() - began,
         )
-        write_json(self.folder / RESULT, result.to_json())
+        write_json(result.json_path, result.to_json())
+        write_page(result)
         return result
 
     def _train(self, arms: Sequence[Arm]) -> dict[Path, str]:
@@ -240,16 +207,7 @@ class _Study:
         return int(self.recipe.get("seed") or 0) + number
 
     def _base(self, split: str) -> PairResults:
-        """What the base says of validation or test pairs; nothing is written into its folder."""
-        kept = self.folder / f"base-{split}.jsonl"
-        known = read_results(kept)
-        if not known:
-            reading = inherited_by_evaluation(self.maker.reading | _of_any_run(self.folder / _RUNS))
-            model = str(self.recipe["model_name_or_path"])
-            found = evaluate(model, self.splits.path(split), quiet=True, save=False, **reading)
-            write_results(kept, {split: found.evaluation.results})
-            known = read_results(kept)
-        return known[split]
+        return base_results(self.folder, self.maker, split)
 
     # ------------------------------------------------------------------------------ the arms
 
@@ -296,11 +254,7 @@ class _Study:
                 [against[seed] for seed in seeds] if against else [],
                 looks=looks,
             )
-            entries.append(Entry(method, size, quality, costs, [arm.folder for arm in arms[method, size]]))
+            ours = arms[method, size]
+            stages = [job.folder for job in ours[0].jobs]
+            entries.append(Entry(method, size, quality, costs, [arm.folder for arm in ours], stages))
         return entries
-
-
-def _of_any_run(runs: Path) -> dict[str, Any]:
-    """The recipe of a finished run, for how pairs are read; its objective decides nothing here."""
-    folder = next((path for path in sorted(runs.glob("*")) if path.is_dir()), None)
-    return {} if folder is None else run_recipe(str(folder))

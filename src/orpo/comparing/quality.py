@@ -13,12 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from orpo.comparing.arms import Maker
 from orpo.engine.metrics import metric_named
-from orpo.evaluation.per_pair import PairResults, matched, pair_values, read_results
+from orpo.evaluation.per_pair import PairResults, matched, pair_values, read_results, write_results
 from orpo.evaluation.preferences import evaluate
 from orpo.evaluation.statistics import Estimate, mean_over_runs
+from orpo.run.checkpoints import run_recipe
 from orpo.run.directory import RunDirectory, read_run
-from orpo.settings.config import Objective
+from orpo.settings.config import Objective, inherited_by_evaluation
 
 METRICS = ("accuracy", "log_odds_ratio", "odds_ratio_loss", "chosen_logprob", "rejected_logprob")
 """What is compared; the odds-ratio loss is that of plain ORPO, whatever an arm was trained with."""
@@ -42,6 +44,23 @@ def validation_results(folder: Path, pairs: Path, name: str) -> PairResults:
     step = read_run(folder).model_step
     kept = {} if step is None else read_results(RunDirectory(folder).step_results(step))
     return next(iter(kept.values())) if len(kept) == 1 else saved_results(folder, pairs, name)
+
+
+def base_results(folder: Path, maker: Maker, split: str) -> PairResults:
+    """What the base says of validation or test pairs, kept in the folder of the comparison.
+
+    Nothing is written into the folder of the base. Pairs are read as a run of the comparison has read them.
+    """
+    kept = folder / f"base-{split}.jsonl"
+    known = read_results(kept)
+    if not known:
+        runs = (path for path in sorted(maker.folder.glob("*")) if RunDirectory(path).is_run())
+        reading = inherited_by_evaluation(run_recipe(str(next(runs))))
+        model = str(maker.recipe["model_name_or_path"])
+        found = evaluate(model, maker.splits.path(split), quiet=True, save=False, **reading)
+        write_results(kept, {split: found.evaluation.results})
+        known = read_results(kept)
+    return known[split]
 
 
 def estimates(results: Sequence[PairResults], before: Sequence[PairResults] = ()) -> dict[str, Estimate]:

@@ -29,6 +29,7 @@ class Entry:
         quality: What test pairs say, over the seeds.
         costs: Of each seed.
         folders: The run directory of each seed.
+        stages: The run directories of the first seed, stage by stage.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Entry:
     quality: Quality
     costs: Sequence[Cost]
     folders: Sequence[Path]
+    stages: Sequence[Path]
 
     def cost(self, value: Callable[[Cost], float]) -> float:
         """The mean of a cost over the seeds."""
@@ -87,6 +89,16 @@ class Comparison:
     failures: Sequence[str]
     seconds: float
 
+    @property
+    def json_path(self) -> Path:
+        """Where the result is written."""
+        return self.folder / "compare.json"
+
+    @property
+    def page_path(self) -> Path:
+        """Where its page is."""
+        return self.folder / "compare.html"
+
     def at(self, size: int) -> list[Entry]:
         """The methods at one size."""
         return [entry for entry in self.entries if entry.size == size]
@@ -121,7 +133,7 @@ class Comparison:
         interval = f"{said} ({low} to {high})"
         if kind != "within noise":
             return f"{interval}, {kind}"
-        seen = visible(change.figure, max(2, round(change.df + 1)))
+        seen = visible(change.figure, change.df + 1, looks=entry.quality.looks)
         shown = "" if seen is None else f", where {write_change(name, Figure(seen))} would have shown"
         return f"{interval}, a difference within noise{shown}"
 

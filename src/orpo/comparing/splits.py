@@ -35,13 +35,15 @@ class SplitOptions:
     Attributes:
         test: Test pairs; None: a split of the data that is named so, else held out.
         validation_share: Share of the pairs held out for choosing, where the recipe names none, in (0, 1).
-        test_share: The same for the test.
-        seed: Of the split, and of which prompts a smaller training set has.
+        test_share: The same for the test; 0: no test.
+        most_validation: Most validation pairs; None: all there are.
+        seed: Of the split, and of which prompts a smaller set has.
     """
 
     test: str | None = None
     validation_share: float = 0.1
     test_share: float = 0.2
+    most_validation: int | None = None
     seed: int = 0
 
 
@@ -73,7 +75,12 @@ def _name_of(size: int) -> str:
 
 
 def settle_splits(
-    recipe: Mapping[str, Any], folder: Path, sizes: Sequence[int], options: SplitOptions
+    recipe: Mapping[str, Any],
+    folder: Path,
+    sizes: Sequence[int],
+    options: SplitOptions,
+    *,
+    is_fixed: bool = True,
 ) -> tuple[Splits, dict[str, Any]]:
     """Split the pairs of a recipe, or read how they were split before.
 
@@ -82,6 +89,7 @@ def settle_splits(
         folder: Where the splits are, or are to be.
         sizes: Pairs of smaller training sets; the whole one is always there.
         options: Where the pairs come from.
+        is_fixed: Whether a split of other data that lies there is an error; else it is replaced.
 
     Returns:
         The splits, and the settings that read them.
@@ -97,7 +105,10 @@ def settle_splits(
         "input": _inputs(settings, options),
     }
     manifest = read_json(folder / MANIFEST, {})
-    if manifest and {name: manifest.get(name) for name in about} != about:
+    is_same = {name: manifest.get(name) for name in about} == about
+    if manifest and not is_same and not is_fixed:
+        manifest = {}
+    if manifest and not is_same:
         raise ConfigError(f"{folder}: pairs of other data or of another split lie there; name another --out")
     wanted = sorted(set(sizes))
     kept = sorted(manifest.get("sizes", []))
@@ -148,13 +159,15 @@ def _write(
         parts[name] = read_texts(data, settings, tokenizer, split=split, name=name).pairs
         say(f"{name}: {len(parts[name]):,} pairs of {data}{f', split {split}' if split else ''}")
     shares = {VALIDATION: options.validation_share, TEST: options.test_share}
-    open_shares = {name: share for name, share in shares.items() if name not in parts}
+    open_shares = {name: share for name, share in shares.items() if share > 0 and name not in parts}
     if open_shares:
         indices, line = part_pairs(parts[TRAIN], open_shares, seed=options.seed)
         say(line)
         whole = parts[TRAIN]
         parts |= {name: [whole[index] for index in found] for name, found in indices.items()}
     parts[TRAIN] = _without_prompts_of(parts)
+    if options.most_validation is not None:
+        parts[VALIDATION] = nested(parts[VALIDATION], options.most_validation, seed=options.seed)
     for size in sizes:
         if size < 1 or size > len(parts[TRAIN]):
             raise ConfigError(f"sizes: {size} is out of range; there are {len(parts[TRAIN])} training pairs")
@@ -187,14 +200,15 @@ def _given(settings: OrpoSettings, options: SplitOptions) -> dict[str, tuple[Any
 
 def _without_prompts_of(parts: Mapping[str, Sequence[PreferencePair]]) -> list[PreferencePair]:
     """The training pairs whose prompts are in no other part."""
-    held = {pair.prompt_key() for name in (VALIDATION, TEST) for pair in parts[name]}
+    prompts = {name: {pair.prompt_key() for pair in parts.get(name, ())} for name in (VALIDATION, TEST)}
+    held = prompts[VALIDATION] | prompts[TEST]
     kept = [pair for pair in parts[TRAIN] if pair.prompt_key() not in held]
     left_out = len(parts[TRAIN]) - len(kept)
     if left_out:
         say(f"{left_out} training pairs are left out: their prompts are among validation or test pairs")
     if not kept:
         raise DataError("no training pair is left: all their prompts are among validation or test pairs")
-    both = {pair.prompt_key() for pair in parts[VALIDATION]} & {pair.prompt_key() for pair in parts[TEST]}
+    both = prompts[VALIDATION] & prompts[TEST]
     if both:
         raise DataError(f"{len(both)} prompts are among validation and test pairs; hold them apart")
     return kept

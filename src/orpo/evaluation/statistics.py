@@ -131,11 +131,17 @@ def critical(num_prompts: float, *, looks: int = 1) -> float:
     return z + correction
 
 
-def visible(change: Figure, num_prompts: int) -> float | None:
-    """The smallest change that pairs would have shown with probability `POWER`; None without an error."""
+def visible(change: Figure, num_prompts: float, *, looks: int = 1) -> float | None:
+    """The smallest change that pairs would have shown with probability `POWER`; None without an error.
+
+    Args:
+        change: With its error.
+        num_prompts: As for `critical`, like `looks`.
+        looks: Changes that are looked at together.
+    """
     if change.se is None or num_prompts < 2:
         return None
-    return (critical(num_prompts) + _Z_POWER) * change.se
+    return (critical(num_prompts, looks=looks) + _Z_POWER) * change.se
 
 
 def pairs_needed(effect: float, spread: float) -> int:

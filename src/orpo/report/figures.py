@@ -23,7 +23,11 @@ class Line:
 
 
 # matplotlib writes plain colours; each of these stands for a CSS variable and is replaced in the SVG.
-_COLOURS = {"chosen": "#0a0b01", "rejected": "#0a0b02", "run": "#0a0b03", "other": "#0a0b04"}
+METHODS = tuple(f"m{number}" for number in range(6))
+"""Colours of curves that stand side by side, each of a method of its own."""
+_COLOURS = {"chosen": "#0a0b01", "rejected": "#0a0b02", "run": "#0a0b03", "other": "#0a0b04"} | {
+    name: f"#0a0b1{number}" for number, name in enumerate(METHODS)
+}
 _INK, _GRID = "#0a0b05", "#0a0b06"
 _VARIABLES = {
     **{code: f"var(--{name})" for name, code in _COLOURS.items()},
@@ -34,7 +38,13 @@ _DASHES = ((0, ()), (0, (5, 2.5)), (0, (1.5, 2)))
 
 
 def figure_html(
-    title: str, caption: str, lines: Sequence[Line], legend: Sequence[str], *, percent: bool = False
+    title: str,
+    caption: str,
+    lines: Sequence[Line],
+    legend: Sequence[str],
+    *,
+    percent: bool = False,
+    across: str = "optimizer step",
 ) -> str:
     """A figure with its title, legend and caption; nothing where there is no curve.
 
@@ -44,17 +54,18 @@ def figure_html(
         lines: The curves.
         legend: The keys, as HTML.
         percent: Whether values are shares.
+        across: What the points go along.
     """
     if not lines:
         return ""
     keys = f'<div class="legend">{"".join(legend)}</div>' if legend else ""
     return (
-        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent=percent)}"
+        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent, across)}"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _svg(title: str, lines: Sequence[Line], *, percent: bool) -> str:
+def _svg(title: str, lines: Sequence[Line], percent: bool, across: str) -> str:
     """The curves as inline SVG whose text is text and whose colours are CSS variables."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -66,7 +77,7 @@ def _svg(title: str, lines: Sequence[Line], *, percent: bool) -> str:
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
-        axes.set_xlabel("optimizer step", color=_INK)
+        axes.set_xlabel(across, color=_INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         if percent:

@@ -1,0 +1,306 @@
+"""`orpo probe` as a function: learning rate and strength from short trainings on a small share of the tokens.
+
+Several settings around those of the recipe are trained for a few steps each, on the same pairs, and scored on
+the same held-out pairs. The tokens of all of it, held-out ones included, stay within a share of what the run
+itself would read. What cannot be told apart from the recipe's own setting is not suggested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo.comparing.arms import Arm, Maker
+from orpo.comparing.choosing import DECIDES, Chosen, choose
+from orpo.comparing.cost import cost_of_arm
+from orpo.comparing.methods import STAGES, Choice, candidates, recipe_choice
+from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan
+from orpo.comparing.pool import Observer, run_all
+from orpo.comparing.quality import base_results, validation_results
+from orpo.comparing.splits import VALIDATION, SplitOptions, settle_splits
+from orpo.data.source import read_pairs
+from orpo.engine.loading import load_tokenizer
+from orpo.engine.metrics import write_change
+from orpo.errors import ConfigError, RunError
+from orpo.evaluation.statistics import pairs_needed
+from orpo.run.directory import write_json
+from orpo.run.lock import held
+from orpo.settings.config import OrpoSettings, check_recipe
+from orpo.settings.needs import check_needs
+from orpo.settings.schema import known_settings
+
+SHARE = 0.02
+"""Most of the run's tokens that a probe reads, where nobody says otherwise."""
+FEWEST_STEPS, FEWEST_PAIRS = 4, 20
+"""Below so many steps for each setting, or held-out pairs, nothing can be learned from a probe."""
+_HELD_OUT = 1 / 3
+"""Share of the probe's tokens that are held out."""
+_SHORT = {
+    "eval_strategy": "steps", "eval_on_start": False, "save_strategy": "no", "logging_steps": 1,
+    "load_best_model_at_end": False, "early_stopping_patience": None,
+}  # fmt: skip
+"""A probe's trainings are scored once, at their end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a probe may spend.
+
+    Attributes:
+        run_tokens: That the run of the recipe reads.
+        steps: Of each setting.
+        held_out: Pairs that every setting is scored on, and the base.
+    """
+
+    run_tokens: float
+    steps: int
+    held_out: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a probe found.
+
+    Attributes:
+        folder: Where it lies.
+        stage: The method of the recipe.
+        chosen: The settings that were tried, the recipe's first, and the best of them.
+        budget: What it was allowed.
+        tokens: That it read, held-out ones included.
+        num_pairs: Held-out pairs with both answers.
+    """
+
+    folder: Path
+    stage: str
+    chosen: Chosen
+    budget: Budget
+    tokens: float
+    num_pairs: int
+
+    @property
+    def path(self) -> Path:
+        """The file of the result."""
+        return self.folder / "probe.json"
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether another setting is measurably better than that of the recipe."""
+        return self.chosen.number != 0 and self.chosen.trials[0].is_told_apart
+
+    @property
+    def suggestion(self) -> Choice:
+        """The setting to train with: the best one where it can be told apart, else that of the recipe."""
+        return self.chosen.choice if self.is_told_apart else self.chosen.trials[0].choice
+
+    def sentences(self) -> list[str]:
+        """What it comes to."""
+        share = self.tokens / self.budget.run_tokens
+        return [
+            f"It read {self.tokens:,.0f} tokens, {share:.1%} of the {self.budget.run_tokens:,.0f} that the"
+            f" run reads: {self.budget.steps} steps for each of {len(self.chosen.trials)} settings,"
+            f" {self.num_pairs} held-out pairs.",
+            *self._verdict(),
+            "A probe sees the first steps alone: it finds settings that are far off, and favours large steps.",
+        ]
+
+    def _verdict(self) -> list[str]:
+        first = self.chosen.trials[0]
+        if not self.is_told_apart:
+            if self.chosen.number == 0:
+                return [f"The recipe's own setting is the best that was tried.{self._also()}"]
+            return [f"No setting can be told apart from the recipe's; keep it.{self._needed()}"]
+        lines = [f"The recipe's own setting failed: {first.failure}."] if first.failure else []
+        best = f"Best: {', '.join(f'{name}: {value:g}' for name, value in self.suggestion.items())}."
+        if DECIDES in first.to_chosen:
+            written = write_change(DECIDES, first.to_chosen[DECIDES].figure)
+            best += f" The odds-ratio loss of the recipe's own setting is {written} to that."
+        edges = [
+            f"{name} ended at the edge of what was tried; probe again from there."
+            for name in self.chosen.at_the_edge
+        ]
+        return [*lines, best + self._also(), *edges]
+
+    def _also(self) -> str:
+        number = self.chosen.indistinct
+        return "" if not number else f" {number} of the others cannot be told apart from it."
+
+    def _needed(self) -> str:
+        difference = self.chosen.trials[0].to_chosen.get(DECIDES)
+        if difference is None or not difference.se or not difference.mean:
+            return ""
+        needed = pairs_needed(difference.mean, difference.se * self.num_pairs**0.5)
+        return (
+            f" To tell the best one apart by its {abs(difference.mean):.3f} takes about {needed:,} held-out"
+            " pairs."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "suggestion": dict(self.suggestion),
+            "told_apart": self.is_told_apart,
+            "method": self.stage,
+            "tokens": round(self.tokens),
+            "run_tokens": round(self.budget.run_tokens),
+            "steps": self.budget.steps,
+            "held_out_pairs": self.num_pairs,
+            "sentences": self.sentences(),
+        } | self.chosen.to_json()
+
+
+def probe(
+    recipe: Mapping[str, Any],
+    out: str | Path,
+    *,
+    share: float = SHARE,
+    trials: int = 7,
+    factor: float = 3.0,
+    jobs: int = 1,
+    observer: Observer | None = None,
+    plan: Callable[[Sequence[Arm]], None] | None = None,
+) -> Probe:
+    """Try settings around those of a recipe, each for a few steps.
+
+    Args:
+        recipe: Settings by key; `model_name_or_path` and `dataset_name` are needed.
+        out: Folder to write, or to go on with.
+        share: Of the run's tokens that may be read, in (0, 1].
+        trials: Settings that are tried, at least 2; the recipe's own is one of them.
+        factor: Between neighbouring values, above 1.
+        jobs: Trainings at a time, each a process of its own.
+        observer: Is called with trainings as they go (pool.py).
+        plan: Is called with the arms before they are trained.
+
+    Raises:
+        OrpoError: Recipe or data cannot be used, or the share is too small to learn anything from.
+    """
+    for name, value, holds, expected in (
+        ("share", share, 0 < share <= 1, "above 0 and at most 1"),
+        ("trials", trials, trials >= 2, "at least 2"),
+        ("factor", factor, factor > 1, "above 1"),
+        ("jobs", jobs, jobs >= 1, "at least 1"),
+    ):
+        if not holds:
+            raise ConfigError(f"{name}: {value} is out of range; expected {expected}")
+    check_recipe(recipe)
+    check_needs(recipe)
+    folder = Path(out).expanduser().resolve()
+    with held(folder):
+        recipe = absolute(recipe)
+        settle_plan(folder, recipe, share=share, trials=trials, factor=factor)
+        budget = budget_of(recipe, share, trials)
+        options = SplitOptions(test_share=0.0, most_validation=budget.held_out)
+        splits, reading = settle_splits(recipe, folder / DATA, [], options, is_fixed=has_begun(folder))
+        short = dict(recipe) | _SHORT | {"max_steps": budget.steps, "eval_steps": budget.steps}
+        maker = Maker(short, splits, reading, folder / RUNS)
+        stage = _stage_of(recipe)
+        rate = float(known_settings()["learning_rate"].default)
+        tried = candidates(recipe_choice(recipe, stage, rate=rate), trials, factor)
+        seed = int(recipe.get("seed") or 0)
+        arms = [maker.arm(stage, [choice], splits.sizes[-1], seed) for choice in tried]
+        if plan is not None:
+            plan(arms)
+        failures = run_all([arm.jobs[0] for arm in arms], at_once=jobs, observer=observer)
+        return _result(stage, arms, failures, budget, maker)
+
+
+def budget_of(recipe: Mapping[str, Any], share: float, trials: int) -> Budget:
+    """Steps and held-out pairs that a share of the run's tokens allows.
+
+    Raises:
+        ConfigError: They are too few to learn anything from; the message says what share would do.
+    """
+    settings = OrpoSettings.from_recipe(recipe)
+    if not settings.model_name_or_path or not settings.dataset_name:
+        raise ConfigError("a probe needs model_name_or_path and dataset_name; set them in the recipe")
+    tokenizer = load_tokenizer(settings.model_name_or_path, trust_remote_code=settings.trust_remote_code)
+    read = read_pairs(settings.dataset_name, settings, tokenizer, split=settings.dataset_train_split)
+    pairs, total = len(read.pairs), float(read.pairs.lengths.sum())
+    batch = _pairs_per_step(recipe)
+    steps = int(recipe.get("max_steps") or -1)
+    usual = float(known_settings()["num_train_epochs"].default)
+    passes = steps * batch / pairs if steps > 0 else float(recipe.get("num_train_epochs") or usual)
+    return divided(share, pairs * passes, total / pairs, trials, batch)
+
+
+def divided(share: float, pairs_read: float, a_pair: float, trials: int, batch: int) -> Budget:
+    """How a share of a run's tokens is divided into training and held-out pairs.
+
+    Args:
+        share: Of its tokens.
+        pairs_read: Pairs that the run reads, each as often as it does.
+        a_pair: Tokens of one.
+        trials: Settings.
+        batch: Pairs of an optimizer step.
+
+    Raises:
+        ConfigError: As `budget_of`.
+    """
+    allowed = share * pairs_read
+    held_out = int(_HELD_OUT * allowed / (trials + 1))
+    each = int((allowed - held_out * (trials + 1)) / trials / batch)
+    if each < FEWEST_STEPS or held_out < FEWEST_PAIRS:
+        needed = trials * batch * FEWEST_STEPS / (1 - _HELD_OUT), (trials + 1) * FEWEST_PAIRS / _HELD_OUT
+        enough = -(-max(needed) / pairs_read * 1.05 // 0.01) * 0.01
+        what = (
+            f"--share {enough:g} would do"
+            if enough <= 1
+            else "this run is too short to be probed: train it twice instead, with two settings"
+        )
+        raise ConfigError(
+            f"share: {share:g} of this run is {allowed:,.0f} pairs, too few for {trials} settings of"
+            f" {FEWEST_STEPS} steps of {batch} pairs, each scored on {FEWEST_PAIRS}; {what}"
+        )
+    return Budget(run_tokens=pairs_read * a_pair, steps=each, held_out=held_out)
+
+
+def _pairs_per_step(recipe: Mapping[str, Any]) -> int:
+    known = known_settings()
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    each, accumulated = (int(recipe.get(name) or known[name].default) for name in names)
+    return each * accumulated
+
+
+def _stage_of(recipe: Mapping[str, Any]) -> str:
+    """The method that a recipe trains with."""
+    objective = str(recipe.get("objective") or "orpo")
+    if objective in STAGES:
+        return "sft" if objective == "orpo" and recipe.get("beta") == 0 else objective
+    return "sft" if recipe.get("beta") == 0 else "orpo"
+
+
+def _result(
+    stage: str, arms: Sequence[Arm], failures: Mapping[Path, str], budget: Budget, maker: Maker
+) -> Probe:
+    folder, pairs = maker.folder.parent, maker.splits.path(VALIDATION)
+    before = base_results(folder, maker, VALIDATION)
+    results = [
+        None if arm.folder in failures else validation_results(arm.folder, pairs, VALIDATION) for arm in arms
+    ]
+    reasons = [failures.get(arm.folder, "") for arm in arms]
+    chosen = choose([arm.choices[-1] for arm in arms], results, before, reasons)
+    if chosen is None:
+        raise RunError(f"every setting failed; the first: {failures[arms[0].folder]}")
+    made = [arm for arm in arms if arm.folder not in failures]
+    found = Probe(
+        folder=folder,
+        stage=stage,
+        chosen=chosen,
+        budget=budget,
+        tokens=sum(cost_of_arm(arm).tokens for arm in made) + _tokens(maker, pairs) * (len(made) + 1),
+        num_pairs=before.num_preferences,
+    )
+    write_json(found.path, found.to_json())
+    return found
+
+
+def _tokens(maker: Maker, pairs: Path) -> float:
+    """Tokens of a file of pairs."""
+    settings = OrpoSettings.from_recipe(dict(maker.recipe) | dict(maker.reading))
+    tokenizer = load_tokenizer(str(settings.model_name_or_path), trust_remote_code=settings.trust_remote_code)
+    plain = OrpoSettings(
+        max_length=settings.max_length, chat_template=settings.chat_template, text_rows=settings.text_rows
+    )
+    return float(read_pairs(pairs, plain, tokenizer, split=None).pairs.lengths.sum())
