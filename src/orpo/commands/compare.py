@@ -46,6 +46,8 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--trials", type=int, default=4, metavar="N", help=trials)
     test = "test pairs (default: the test split of a folder, else 20 %% of the prompts)"
     parser.add_argument("--test", metavar="F", help=test)
+    answers = "test prompts that each method answers, for repetition and ends (default 0)"
+    parser.add_argument("--answers", type=int, default=0, metavar="N", help=answers)
     jobs = "trainings at a time, each in a process of its own (default 1)"
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     parser.add_argument("--split_seed", "--split-seed", type=int, default=0, metavar="N", help="of the split")
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = Options(
         methods=names, baseline=args.baseline, seeds=args.seeds, sizes=sizes, trials=args.trials,
-        jobs=args.jobs, split=SplitOptions(test=args.test, seed=args.split_seed),
+        answers=args.answers, jobs=args.jobs, split=SplitOptions(test=args.test, seed=args.split_seed),
     )  # fmt: skip
     console = Console(highlight=False)
     with watching(console) as watcher:

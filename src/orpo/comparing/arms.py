@@ -116,11 +116,15 @@ class Maker:
         }
         if settings.get("eval_strategy") == "no":  # curves and the choice need validation pairs
             del settings["eval_strategy"]
-        settings = _UNLESS_SAID | settings | {
-            "dataset_name": str(self.splits.training(size)),
-            "eval_dataset_name": str(self.splits.path(VALIDATION)),
-            "fail_if_worse": False,
-        }
+        settings = (
+            _UNLESS_SAID
+            | settings
+            | {
+                "dataset_name": str(self.splits.training(size)),
+                "eval_dataset_name": str(self.splits.path(VALIDATION)),
+                "fail_if_worse": False,
+            }
+        )
         settings |= self.reading
         return settings | dict(choice) | ({} if before is None else _starting_from(before, settings))
 

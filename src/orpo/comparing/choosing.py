@@ -1,4 +1,4 @@
-"""The choice of settings: each method tries equally many, and the validation pairs decide by one rule for all.
+"""The choice of settings: each method tries equally many, and validation pairs decide by one rule for all.
 
 The rule: the lowest odds-ratio loss (that of plain ORPO, which rewards telling the answers of a pair apart
 and punishes being sure of the wrong one), among the settings that keep the chosen answers as likely as they
@@ -31,6 +31,7 @@ class Trial:
         to_chosen: How it differs from the chosen setting, pair by pair; empty for that one.
         failure: Why its training failed.
         keeps: Whether the chosen answers stayed as likely as the rule asks.
+        looks: Settings that are compared with the chosen one.
     """
 
     choice: Choice
@@ -38,11 +39,12 @@ class Trial:
     to_chosen: Mapping[str, Estimate]
     failure: str = ""
     keeps: bool = True
+    looks: int = 1
 
     @property
     def is_told_apart(self) -> bool:
         """Whether it is measurably worse than the chosen setting, or ruled out."""
-        bounds = self.to_chosen[DECIDES].interval() if self.to_chosen else None
+        bounds = self.to_chosen[DECIDES].interval(self.looks) if self.to_chosen else None
         return bool(self.failure) or not self.keeps or (bounds is not None and bounds[0] > 0)
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +130,7 @@ def choose(
             to_chosen=estimates([one], [reference]) if one is not None and number != best else {},
             failure=failures[number],
             keeps=keeps[number],
+            looks=max(len(trained) - 1, 1),
         )
         for number, (choice, one) in enumerate(zip(choices, results, strict=True))
     ]

@@ -20,10 +20,14 @@ from orpo.comparing.page import write_page
 from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan
 from orpo.comparing.pool import Observer, run_all
 from orpo.comparing.quality import base_results, quality_of, saved_results, validation_results
-from orpo.comparing.result import Comparison, Entry
+from orpo.comparing.result import Answers, Comparison, Entry
 from orpo.comparing.splits import TEST, VALIDATION, SplitOptions, Splits, settle_splits
 from orpo.console import say
 from orpo.errors import ConfigError, DataError, RunError
+from orpo.evaluation.answer_summary import answer_figures
+from orpo.evaluation.answering import generate
+from orpo.evaluation.answers import Answer
+from orpo.evaluation.generation import Sampling
 from orpo.evaluation.per_pair import PairResults
 from orpo.run.directory import write_json
 from orpo.run.lock import held
@@ -42,6 +46,8 @@ class Options:
         sizes: Pairs of smaller training sets, for the curve; the whole set is always there.
         trials: Settings that each method tries before, at least 1.
         baseline: The method that the others are compared with; None: the first.
+        answers: Test prompts that the first seed of each method answers, at least 0.
+        answer_tokens: Longest answer.
         jobs: Trainings at a time, each a process of its own; they share the cores.
         split: Where validation and test pairs come from.
     """
@@ -51,6 +57,8 @@ class Options:
     sizes: Sequence[int] = ()
     trials: int = 4
     baseline: str | None = None
+    answers: int = 0
+    answer_tokens: int = 128
     jobs: int = 1
     split: SplitOptions = field(default_factory=SplitOptions)
 
@@ -63,6 +71,8 @@ class Options:
         for name in ("seeds", "trials", "jobs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is out of range; expected at least 1")
+        if self.answers < 0:
+            raise ConfigError(f"answers: {self.answers} is out of range; expected at least 0")
         if not self.methods:
             raise ConfigError("methods: none is named; write for instance sft,orpo")
         for method in self.methods:
@@ -108,7 +118,9 @@ def compare(
     with held(folder):
         recipe = absolute(recipe)
         settle_plan(folder, recipe, trials=options.trials)
-        splits, reading = settle_splits(recipe, folder / DATA, options.sizes, options.split, is_fixed=has_begun(folder))
+        splits, reading = settle_splits(
+            recipe, folder / DATA, options.sizes, options.split, is_fixed=has_begun(folder)
+        )
         study = _Study(
             recipe=recipe,
             options=options,
@@ -137,6 +149,7 @@ class _Study:
         chosen = self._choose_all()
         arms, failures = self._train_all(chosen)
         entries = self._judge(arms)
+        answers = self._ask(arms)
         result = Comparison(
             folder=self.folder,
             recipe=self.recipe,
@@ -149,6 +162,7 @@ class _Study:
             base=quality_of([self._base(TEST)], [], looks=1),
             num_prompts=self._base(TEST).num_prompts,
             entries=entries,
+            answers=answers,
             failures=failures,
             seconds=time.perf_counter() - began,
         )
@@ -258,3 +272,28 @@ class _Study:
             stages = [job.folder for job in ours[0].jobs]
             entries.append(Entry(method, size, quality, costs, [arm.folder for arm in ours], stages))
         return entries
+
+    def _ask(self, arms: Mapping[tuple[str, int], Sequence[Arm]]) -> dict[str, Answers]:
+        """What the first seed of each method, trained on all pairs, answers to test prompts; the base first."""
+        if not self.options.answers:
+            return {}
+        whole = self.splits.sizes[-1]
+        models = {"base": str(self.recipe["model_name_or_path"])} | {
+            method: str(some[0].folder) for (method, size), some in arms.items() if size == whole
+        }
+        sampling = Sampling(temperature=0, max_tokens=self.options.answer_tokens)
+        given: dict[str, Sequence[Answer]] = {}
+        for name, model in models.items():
+            file = self.folder / "answers" / f"{name}-{self.options.answers}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            prompts = str(self.splits.path(TEST))
+            asked = generate(
+                model, prompts, file, sampling=sampling, limit=self.options.answers, **self.maker.reading
+            )
+            asked.check()
+            given[name] = asked.answers
+        baseline = given.get(self.options.baseline or self.options.methods[0], ())
+        return {
+            name: Answers(len(ours), answer_figures(ours), answer_figures(ours, baseline) if baseline else {})
+            for name, ours in given.items()
+        }

@@ -1,7 +1,7 @@
 """What can be compared: each method is a list of stages, and each stage a handful of settings.
 
-`sft` and `orpo` are one stage, `sft+simpo` is two: the second starts from the model of the first. All stages of
-a method share its budget. A new stage is one entry of `STAGES`.
+`sft` and `orpo` are one stage, `sft+simpo` is two: the second starts from the model of the first. All stages
+of a method share its budget. A new stage is one entry of `STAGES`.
 """
 
 from __future__ import annotations
@@ -123,11 +123,15 @@ def candidates(start: Choice, number: int, factor: float = 2.0) -> list[dict[str
         factor: Above 1.
     """
     names = [name for name in start if start[name] > 0]
-    found = [
-        {name: value * factor ** powers.get(name, 0) for name, value in start.items()}
+    return [
+        {name: _moved(value, factor, powers.get(name, 0)) for name, value in start.items()}
         for powers in islice(_powers(names), number)
     ]
-    return [{name: float(f"{value:.6g}") for name, value in one.items()} for one in found]
+
+
+def _moved(value: float, factor: float, power: int) -> float:
+    """A value so many steps away, with three digits; the value itself is left as it is."""
+    return float(f"{value * factor**power:.3g}") if power else value
 
 
 def _powers(names: Sequence[str]) -> Any:

@@ -36,6 +36,7 @@ def write_page(result: Comparison) -> Path:
 </header>
 <section id="verdict">{_list(result.sentences())}</section>
 {_quality(result)}
+{_answers(result)}
 {_figures("sizes", "By training pairs", _size_figures(result, colours))}
 {_cost(result)}
 {_figures("curves", "While training", _step_figures(result, colours))}
@@ -119,6 +120,21 @@ def _change(quality: Quality, name: str) -> str:
     colour = {"better": "up", "worse": "down"}.get(quality.kind(name), "flat")
     unit = f" {written.unit}" if written.unit else ""
     return f'<span class="{colour}">{typeset(written.value)}{unit}</span>{interval}'
+
+
+def _answers(result: Comparison) -> str:
+    if not result.answers:
+        return ""
+    names = ("ended", "repetition")
+    rows = [
+        (method, [figure_as_html(name, answers.figures.get(name)) for name in names])
+        for method, answers in result.answers.items()
+    ]
+    number = f"{next(iter(result.answers.values())).number:,} test prompts"
+    captions = " ".join(metric_named(name).caption for name in names)
+    return f"""<section id="answers"><h2>Answers<span class="n">{number}</span></h2>
+{_table([_title(name) for name in names], rows)}
+<p class="caption">{captions} Each answer takes the likeliest token; first seed.</p></section>"""
 
 
 _COSTS = {

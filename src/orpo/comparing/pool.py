@@ -72,9 +72,7 @@ class _Running:
     follower: LogFollower
 
 
-def run_all(
-    jobs: Sequence[Job], *, at_once: int = 1, observer: Observer | None = None
-) -> dict[Path, str]:
+def run_all(jobs: Sequence[Job], *, at_once: int = 1, observer: Observer | None = None) -> dict[Path, str]:
     """Train everything that is not finished, each after what it starts from.
 
     Args:
@@ -83,8 +81,8 @@ def run_all(
         observer: Is kept informed.
 
     Returns:
-        Run directory -> why its training has failed on the way (a loss that is no number, say); trainings that
-        start from a failed one fail as well.
+        Run directory -> why its training has failed on the way (a loss that is no number, say); trainings
+        that start from a failed one fail as well.
 
     Raises:
         RunError: Settings, data or model of a training cannot be used.
@@ -112,9 +110,7 @@ def run_all(
     return failed
 
 
-def _startable(
-    waiting: dict[Path, Job], running: Sequence[_Running], failed: dict[Path, str]
-) -> list[Job]:
+def _startable(waiting: dict[Path, Job], running: Sequence[_Running], failed: dict[Path, str]) -> list[Job]:
     """What can begin now; what starts from a failed training is taken out, and fails."""
     for job in list(waiting.values()):
         if job.after in failed:
@@ -126,7 +122,7 @@ def _startable(
 
 def _start(job: Job, at_once: int) -> _Running:
     job.folder.mkdir(parents=True, exist_ok=True)
-    errors = tempfile.TemporaryFile()
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
     process = subprocess.Popen(
         [sys.executable, "-m", "orpo.comparing.worker"],
         stdin=subprocess.PIPE, stdout=errors, stderr=errors, env=_environment(at_once),

@@ -102,7 +102,7 @@ class Probe:
             f" run reads: {self.budget.steps} steps for each of {len(self.chosen.trials)} settings,"
             f" {self.num_pairs} held-out pairs.",
             *self._verdict(),
-            "A probe sees the first steps alone: it finds settings that are far off, and favours large steps.",
+            "A probe sees first steps alone: it finds settings that are far off, and favours large steps.",
         ]
 
     def _verdict(self) -> list[str]:

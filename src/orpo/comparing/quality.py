@@ -128,12 +128,15 @@ class Quality:
 
 def _json(one: Estimate, looks: int) -> dict[str, Any]:
     bounds = one.interval(looks)
-    return {"mean": one.mean, "se": one.se, "df": one.df, "interval": None if bounds is None else list(bounds)}
+    return {
+        "mean": one.mean,
+        "se": one.se,
+        "df": one.df,
+        "interval": None if bounds is None else list(bounds),
+    }
 
 
-def quality_of(
-    results: Sequence[PairResults], baseline: Sequence[PairResults], *, looks: int
-) -> Quality:
+def quality_of(results: Sequence[PairResults], baseline: Sequence[PairResults], *, looks: int) -> Quality:
     """The quality of a method from the results of its seeds.
 
     Args:

@@ -14,8 +14,8 @@ from orpo.comparing.methods import MODELS_HELD, stages_of
 from orpo.comparing.quality import JUDGED, Quality
 from orpo.comparing.splits import TEST, TRAIN, VALIDATION
 from orpo.engine.metrics import metric_named, write_change
-from orpo.evaluation.statistics import visible
-from orpo.run.log import Figure
+from orpo.evaluation.statistics import critical, visible
+from orpo.run.log import Figure, Figures, figures_to_json
 from orpo.run.public import public
 
 
@@ -42,6 +42,28 @@ class Entry:
     def cost(self, value: Callable[[Cost], float]) -> float:
         """The mean of a cost over the seeds."""
         return fmean(map(value, self.costs))
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What answers of a model look like.
+
+    Attributes:
+        number: Of the prompts.
+        figures: How many ended, and how much they repeat.
+        change: From the baseline's answers, prompt by prompt; empty where that has none.
+    """
+
+    number: int
+    figures: Figures
+    change: Figures
+
+    def differs(self, name: str) -> int:
+        """+1 or -1 where a figure is measurably above or below the baseline's, else 0."""
+        change = self.change.get(name)
+        if change is None or not change.se or self.number < 2:
+            return 0
+        return int(abs(change.mean) > critical(self.number) * change.se) * (1 if change.mean > 0 else -1)
 
 
 COSTS: Mapping[str, Callable[[Cost], float]] = {
@@ -71,6 +93,7 @@ class Comparison:
         base: What test pairs say of the base.
         num_prompts: Different prompts of the test pairs.
         entries: By size and method.
+        answers: Of the base and of each method, where they were asked.
         failures: A line for each arm that failed.
         seconds: This call took; less where arms were there already.
     """
@@ -86,6 +109,7 @@ class Comparison:
     base: Quality
     num_prompts: int
     entries: Sequence[Entry]
+    answers: Mapping[str, Answers]
     failures: Sequence[str]
     seconds: float
 
@@ -117,6 +141,8 @@ class Comparison:
                 continue
             lines.append(self._quality(entry))
             lines.append(_cost(entry, baseline))
+            if entry.method in self.answers:
+                lines.append(self._answering(entry.method))
         return [*lines, *self._cautions()]
 
     def _quality(self, entry: Entry) -> str:
@@ -137,12 +163,28 @@ class Comparison:
         shown = "" if seen is None else f", where {write_change(name, Figure(seen))} would have shown"
         return f"{interval}, a difference within noise{shown}"
 
+    def _answering(self, method: str) -> str:
+        """Whether a method repeats itself or fails to end more than the baseline does."""
+        answers = self.answers[method]
+        parts = []
+        for name, words in (
+            ("repetition", ("repeat themselves less", "repeat themselves more")),
+            ("ended", ("end less often", "end more often")),
+        ):
+            differs = answers.differs(name)
+            said = words[differs > 0] if differs else f"{metric_named(name).title}: a difference within noise"
+            parts.append(f"{said} ({write_change(name, answers.change.get(name))})")
+        number = f"{answers.number} answer{'' if answers.number == 1 else 's'}"
+        return f"{method}'s {number} against {self.baseline}'s: {'; '.join(parts)}."
+
     def _cautions(self) -> list[str]:
         lines = []
         for method, chosen in self.chosen.items():
             if chosen.at_the_edge:
                 names = " and ".join(chosen.at_the_edge)
-                lines.append(f"{method}: {names} ended at the edge of what was tried; more --trials may do better.")
+                lines.append(
+                    f"{method}: {names} ended at the edge of what was tried; more --trials may do better."
+                )
             if not chosen.trials[chosen.number].keeps:
                 lines.append(
                     f"{method}: every setting made the chosen answers less likely than before by more than"
@@ -152,7 +194,9 @@ class Comparison:
             lines.append("One seed: the intervals know how prompts vary, and not how trainings do.")
         interrupted = {entry.method for entry in self.entries if any(one.sessions > 1 for one in entry.costs)}
         if interrupted:
-            lines.append(f"Interrupted on the way, so costs have work done twice: {', '.join(sorted(interrupted))}.")
+            lines.append(
+                f"Interrupted on the way, so costs have work done twice: {', '.join(sorted(interrupted))}."
+            )
         return [*lines, *(f"Failed: {line}." for line in self.failures)]
 
     def rules(self) -> list[str]:
@@ -165,8 +209,8 @@ class Comparison:
             f" method share the steps equally. {counts[TRAIN]:,} pairs train, {counts[VALIDATION]:,} choose,"
             f" {counts[TEST]:,} of {self.num_prompts:,} prompts judge; no prompt is in two of these.",
             f"Each method tried {self.trials} settings on the whole training set, seed"
-            f" {int(self.recipe.get('seed') or 0)}; the lowest odds-ratio loss on validation pairs chose, among"
-            f" those that keep the chosen answers as likely as before but for {ALLOWED} nats a token. Test"
+            f" {int(self.recipe.get('seed') or 0)}; the lowest odds-ratio loss on validation pairs chose,"
+            f" among those that keep the chosen answers as likely as before but for {ALLOWED} nats a token. Test"
             " pairs were scored after that.",
             f"Means over {self.seeds} seed{'' if self.seeds == 1 else 's'}; intervals hold with 95 %"
             f"{together}, over prompts and seeds. A seed changes the order of the pairs"
@@ -200,6 +244,14 @@ class Comparison:
                 }
                 for entry in self.entries
             ],
+            "answers": {
+                name: {
+                    "number": one.number,
+                    "figures": figures_to_json(one.figures),
+                    "change": figures_to_json(one.change),
+                }
+                for name, one in self.answers.items()
+            },
             "sentences": self.sentences(),
             "rules": self.rules(),
             "failures": list(self.failures),

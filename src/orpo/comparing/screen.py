@@ -87,6 +87,8 @@ def show(console: Console, result: Comparison) -> None:
     console.print(f"± one standard error. {result.rules()[2]}", style="dim")
     if len(result.sizes) > 1:
         console.print(Padding(size_table(result), (1, 0)))
+    if result.answers:
+        console.print(Padding(answers_table(result), (1, 0)))
     console.rule("[bold]what one training took[/]", align="left")
     console.print(Padding(cost_table(result), (1, 0)))
     console.rule("[bold]settings, chosen on validation pairs[/]", align="left")
@@ -121,6 +123,16 @@ def size_table(result: Comparison) -> Table:
     for size in result.sizes:
         found = {entry.method: entry.quality.means["accuracy"].figure for entry in result.at(size)}
         table.add_row(f"{size:,}", *(str(write_figure("accuracy", found.get(one))) for one in methods))
+    return table
+
+
+def answers_table(result: Comparison) -> Table:
+    """How answers to test prompts end and repeat."""
+    names = ("ended", "repetition")
+    number = next(iter(result.answers.values())).number
+    table = _table(f"answers to {number} test prompts", *(metric_named(name).title for name in names))
+    for method, answers in result.answers.items():
+        table.add_row(method, *(str(write_figure(name, answers.figures.get(name))) for name in names))
     return table
 
 

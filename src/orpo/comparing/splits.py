@@ -147,9 +147,7 @@ def _write(
     options: SplitOptions,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    tokenizer = load_tokenizer(
-        str(settings.model_name_or_path), trust_remote_code=settings.trust_remote_code
-    )
+    tokenizer = load_tokenizer(str(settings.model_name_or_path), trust_remote_code=settings.trust_remote_code)
     read = read_texts(
         settings.dataset_name, settings, tokenizer, split=settings.dataset_train_split, name=TRAIN
     )
@@ -185,7 +183,7 @@ def _given(settings: OrpoSettings, options: SplitOptions) -> dict[str, tuple[Any
         found[VALIDATION] = (settings.eval_dataset_name, settings.dataset_test_split or DEFAULT)
     elif settings.dataset_test_split is not None:
         found[VALIDATION] = (settings.dataset_name, settings.dataset_test_split)
-    if options.test is not None:
+    if options.test is not None and options.test_share > 0:
         found[TEST] = (options.test, None if Path(options.test).is_file() else DEFAULT)
     name = settings.dataset_name
     if isinstance(name, str) and not found:
@@ -195,6 +193,8 @@ def _given(settings: OrpoSettings, options: SplitOptions) -> dict[str, tuple[Any
         tester = evaluation_split([one for one in others if TEST in one], settings.dataset_train_split)
         if chooser is not None and tester is not None:
             found = {VALIDATION: (name, chooser), TEST: (name, tester)}
+        if options.test_share == 0:
+            found.pop(TEST, None)
     return found
 
 
