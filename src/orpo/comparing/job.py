@@ -25,13 +25,14 @@ from orpo.comparing.splits import TEST, VALIDATION, SplitOptions, Splits, settle
 from orpo.console import say
 from orpo.errors import ConfigError, DataError, RunError
 from orpo.evaluation.answer_summary import answer_figures
-from orpo.evaluation.answering import generate
-from orpo.evaluation.answers import Answer
+from orpo.evaluation.answering import ask, load_answerer, tokenizer_of
+from orpo.evaluation.answers import Answer, AnswerFile
 from orpo.evaluation.generation import Sampling
 from orpo.evaluation.per_pair import PairResults
+from orpo.evaluation.prompts import read_prompts
 from orpo.run.directory import write_json
 from orpo.run.lock import held
-from orpo.settings.config import check_recipe
+from orpo.settings.config import OrpoSettings, check_recipe
 from orpo.settings.needs import check_needs
 from orpo.settings.schema import known_settings
 
@@ -281,15 +282,17 @@ class _Study:
         models = {"base": str(self.recipe["model_name_or_path"])} | {
             method: str(some[0].folder) for (method, size), some in arms.items() if size == whole
         }
+        settings = OrpoSettings.from_recipe(dict(self.recipe) | dict(self.maker.reading) | {"columns": None})
         sampling = Sampling(temperature=0, max_tokens=self.options.answer_tokens)
         given: dict[str, Sequence[Answer]] = {}
         for name, model in models.items():
             file = self.folder / "answers" / f"{name}-{self.options.answers}.jsonl"
             file.parent.mkdir(exist_ok=True)
-            prompts = str(self.splits.path(TEST))
-            asked = generate(
-                model, prompts, file, sampling=sampling, limit=self.options.answers, **self.maker.reading
-            )
+            answerer = load_answerer(model, settings)
+            prompts = read_prompts(
+                str(self.splits.path(TEST)), settings, tokenizer_of(answerer), limit=self.options.answers
+            ).prompts
+            asked = ask(answerer, prompts, AnswerFile(file), sampling=sampling)
             asked.check()
             given[name] = asked.answers
         baseline = given.get(self.options.baseline or self.options.methods[0], ())
