@@ -120,8 +120,8 @@ def test_a_list_of_answers_is_ranked_by_the_numbers_whose_name_says_what_they_ar
             "the steps of one solution",
         ),
         (
-            {"responses": ["a", "b"], "x_score": [1, 2], "y_score": [2, 1]},
-            r"numbers that disagree \(x_score, y_score\)",
+            {"responses": ["a", "b"], "human_score": [1, 2], "judge_score": [2, 1]},
+            r"numbers that disagree \(human_score, judge_score\)",
         ),
         ({"responses": ["a", "b"], "scores": [1, None]}, "'scores' does not give one number for each answer"),
         (
@@ -136,6 +136,51 @@ def test_a_list_of_answers_is_ranked_by_the_numbers_whose_name_says_what_they_ar
 )
 def test_a_list_of_answers_of_unknown_order_stops_the_run(row, match):
     stops({"prompt": "Q?", **row}, match=match)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "toxicity_score", "error_score", "down_votes", "harm_rating", "rank_score", "negative_reward",
+        "novelty_score", "hallucinationScore", "mean_toxicity_score", "score_down_vote",
+    ],
+)  # fmt: skip
+def test_numbers_of_which_more_may_be_worse_rank_nothing(name):
+    match = rf"set columns: \{{scores: (answers\.)?{name}\}} where more is better, \{{ranks"
+    stops({"prompt": "Q?", "responses": ["a", "b"], name: [0.1, 0.9]}, match=match)
+    answers = [{"text": "a", name: 1}, {"text": "b", name: 2}]
+    stops({"prompt": "Q?", "answers": answers}, match=match)
+    rated = [
+        {"response": text, "annotations": {"helpfulness": {"Rating": good}, name: {"Rating": more}}}
+        for text, good, more in (("GOOD", 4, 1), ("BAD", 4, 5))
+    ]
+    stops({"prompt": "Q?", "completions": rated}, match="nothing known says which is best")
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt4_score", "num_upvotes", "harmlessness_score", "reward_rank", "my_reward"]
+)
+def test_numbers_by_a_judge_or_of_what_is_good_rank(name):
+    values = [2, 1] if name.endswith("rank") else [1, 2]
+    assert only({"prompt": "Q?", "responses": ["BAD", "GOOD"], name: values}) == (ASKED, *GOOD_BAD)
+
+
+def test_chosen_and_rejected_may_name_the_answers():
+    texts = {"prompt": "Q?", "response_a": "BAD", "response_b": "GOOD"}
+    listed = {"prompt": "Q?", "responses": ["BAD", "GOOD"]}
+    for row in (
+        {**texts, "chosen": "b", "rejected": "a"},
+        {**texts, "chosen": "response_b", "rejected": "response_a"},
+        {**listed, "chosen": 1},
+        {**listed, "chosen": 1, "rejected": 0},
+        {**listed, "chosen": "1", "rejected": "0"},
+    ):
+        assert only(row) == (ASKED, *GOOD_BAD)
+    own = {"prompt": "Q?", "chosen": "1", "rejected": "0", "responses": ["0", "1"]}
+    assert only(own) == ("Q?", "1", "0")  # answers themselves
+    assert only({**texts, "chosen": "good", "rejected": "a"}) == ("Q?", "good", "a")
+    assert only({**own, "responses": ["x", "y"], "chosen": "7"}) == ("Q?", "7", "0")
+    stops({**listed, "chosen": 2}, match="'chosen' is 2; expected the index of an answer, from 0 to 1")
 
 
 def test_numbers_next_to_an_output_list_are_not_passed_over():
@@ -922,3 +967,41 @@ def test_reading_a_row_notes_only_the_columns_that_were_read():
     columns.forget()
     assert columns.unused == ["asked", "chosen", "rejected", "note"]
     assert row["prompt"] == row.get("prompt") == "Q" and columns.unused == ["chosen", "rejected", "note"]
+
+
+@pytest.mark.parametrize("name", ["messages", "prompt"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_conversation_that_holds_the_chosen_answer_already_is_not_answered_twice(name, as_text):
+    row = {name: [user("Q?"), bot("GOOD ")], "chosen": bot("GOOD"), "rejected": bot("BAD")}
+    if as_text:
+        row |= {"chosen": "GOOD", "rejected": "BAD"}
+    assert only(row) == (ASKED, *GOOD_BAD)
+    prompt, _, _ = only({**row, name: [user("Q?"), bot("another")]})
+    assert prompt == [user("Q?"), bot("another")]
+
+
+def test_a_response_next_to_a_rejected_one_is_the_chosen_one():
+    """ms-swift writes query, response, rejected_response."""
+    assert only({"query": "Q?", "response": "GOOD", "rejected_response": "BAD"}) == ("Q?", "GOOD", "BAD")
+    row = {"prompt": "Q?", "chosen": "GOOD", "rejected": "BAD", "response": "other"}
+    assert only(row) == ("Q?", "GOOD", "BAD")
+    assert read(row).unused_columns["data"] == ["response"]
+    stops({"prompt": "Q?", "response": "x", "reward": 1}, match="one answer and how good it is")
+    whole = {"chosen_messages": [*ASKED, bot("GOOD")], "rejected_messages": [*ASKED, bot("BAD")]}
+    assert only(whole) == (ASKED, *GOOD_BAD)
+
+
+def test_calls_as_openai_wrote_them_first_are_tool_calls():
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    for content in (None, ""):
+        row = {"prompt": ASKED, "chosen": [{**called, "content": content}], "rejected": [bot("BAD")]}
+        _, (answer,), _ = only(row)
+        assert answer["content"] == "" and "function_call" not in answer
+        assert answer["tool_calls"] == [
+            {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+        ]
+
+
+def test_a_column_without_a_name_is_shown_as_one():
+    found = read({"prompt": "Q?", "chosen": "GOOD", "rejected": "BAD", "": 7})
+    assert any(line.endswith("columns not used: ''") for line in found.notices)

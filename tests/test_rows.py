@@ -95,6 +95,18 @@ def test_csv_cells_are_text_or_json_lists_of_texts(tmp_path):
     ]
 
 
+def test_texts_side_by_side_in_a_cell_are_several_and_nan_is_none(tmp_path):
+    """As numpy prints an array of texts, and pandas a value that is missing."""
+    text = """a,b
+"['no' 'ne\\'er'\n ""it's""]",nan
+"['x\\' \\'y', 'z']",banana
+"""
+    assert [row for row, _ in rows(write(tmp_path / "p.csv", text))] == [
+        {"a": ["no", "ne'er", "it's"], "b": None},
+        {"a": ["x' 'y", "z"], "b": "banana"},
+    ]
+
+
 def test_parquet_and_arrow(tmp_path):
     table = pa.Table.from_pylist([{"chosen": [{"role": "user", "content": "x"}], "rejected": "c"}] * 3)
     pq.write_table(table, tmp_path / "p.parquet")

@@ -11,6 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 from orpo.cli import main
 from orpo.data.source import read_pairs, read_training
 from orpo.data.text_rows import decide
+from orpo.errors import DataError
 from orpo.evaluation.generation import ChatModel
 from orpo.pairs import PreferencePair
 from orpo.settings.config import OrpoSettings
@@ -43,6 +44,8 @@ def first(data, tokenizer, **settings):
         (QUESTIONS, False, "plain"),
         (CONTINUED, True, "plain"),
         (HEADED, True, "plain"),
+        ([{**QUESTIONS[0], "prompt": "User: Q?\nBot:"}], True, "plain"),
+        ([{**QUESTIONS[0], "prompt": "Is that a Bot:"}], True, "chat"),
         ([QUESTIONS[0], *CONTINUED], True, "plain"),
     ],
 )
@@ -64,6 +67,35 @@ def test_a_named_file_of_questions_is_rendered_and_says_so(tmp_path):
         plain, lines = first(data, tokenizer, **settings)
         assert plain.startswith("Convert 0 kilometers to meters.0000 meters.")
         assert any("text_rows: chat reads them" in line for line in lines)
+
+
+def test_texts_that_went_through_a_template_do_not_go_through_one_again(tmp_path):
+    asked = "<|im_start|>user\nQ {}?<|im_end|>\n<|im_start|>assistant\n"
+    rows = [
+        {"prompt": asked.format(n), "chosen": "yes<|im_end|>", "rejected": "no<|im_end|>"} for n in range(3)
+    ]
+    data = write(tmp_path / "pairs.jsonl", [*rows, QUESTIONS[0]])
+    text, lines = first(data, tiny_tokenizer("chatml"))
+    assert text == rows[0]["prompt"] + "yes<|im_end|>"
+    assert any(
+        line.endswith("went through a chat template already and are taken as they are") for line in lines
+    )
+    assert not any("text_rows" in line for line in lines)
+    with pytest.raises(DataError, match="text_rows: chat would write them through one again; give the rows"):
+        first(data, tiny_tokenizer("chatml"), text_rows="chat")
+
+
+def test_an_end_of_turn_of_another_family_is_said(tmp_path):
+    words = "</s> at the end of an answer ends no turn of this model: it trains as text"
+    for name, number in (("chatml", 1), ("mistral", 0)):
+        row = {"prompt": "Q?", "chosen": "yes </s>\n", "rejected": "no</s>"}
+        for reading in ("plain", "chat"):
+            data = write(tmp_path / "pairs.jsonl", [row, {**row, "chosen": "</s> yes", "rejected": "no"}])
+            tokenizer = tiny_tokenizer(name, special_tokens=False)
+            counts = read_pairs(
+                data, OrpoSettings(text_rows=reading, max_dropped=1.0), tokenizer
+            ).pairs.counts
+            assert counts.changed.get(words, 0) == number
 
 
 def test_rows_from_python_keep_the_reading_of_trl_and_say_so():

@@ -7,23 +7,21 @@ read, so that the columns that were of no use can be named.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orpo.data.messages import BadRow, kind
-from orpo.data.rows import Row
+from orpo.data.rows import Row, python_literal
 from orpo.errors import DataError
 
 # Names other projects use for our columns; `columns` in the recipe maps any further ones.
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("query", "text_prompt"),
     "chosen": (
-        "completion", "chosen_response", "response_chosen", "preferred_output", "response_j", "accepted",
-        "text_chosen",
+        "completion", "chosen_messages", "chosen_response", "response_chosen", "preferred_output",
+        "response_j", "accepted", "text_chosen",
     ),
     "rejected": (
         "rejected_response", "rejected_messages", "rejected_responses", "response_rejected",
@@ -161,6 +159,8 @@ class Columns:
             free = (path for path in paths if path not in taken and _holds(row, path))
             if (path := next(free, None)) is not None:
                 theirs[ours] = path
+        if has("rejected") and not has("chosen") and _holds(row, "response") and "response" not in taken:
+            theirs["chosen"] = "response"  # ms-swift: query, response, rejected_response
         asked = any(has(name) for name in ("instruction", "prompt", "messages", "conversations"))
         if not asked and kind(row.get("input")) == "text" and "input" not in taken:
             theirs["instruction"] = "input"  # Axolotl's icr: the input is the question
@@ -208,7 +208,7 @@ def _begins_conversation(text: str) -> bool:
 
 def _literal(text: str) -> Any:
     """The list or object that a text writes in JSON, in Python, or as numpy prints it; None for any other."""
-    for parse in (json.loads, _python_literal, _numpy_literal):
+    for parse in (json.loads, python_literal, _numpy_literal):
         try:
             value = parse(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -219,15 +219,9 @@ def _literal(text: str) -> Any:
     return None
 
 
-def _python_literal(text: str) -> Any:
-    with warnings.catch_warnings():  # of escapes that Python does not know
-        warnings.simplefilter("ignore")
-        return ast.literal_eval(text)
-
-
 def _numpy_literal(text: str) -> Any:
     """An array of objects as numpy prints it: no commas between them (pandas writes parquet to CSV so)."""
-    return _python_literal(_BETWEEN_OBJECTS.sub(lambda match: match[1] or "}, {", text))
+    return python_literal(_BETWEEN_OBJECTS.sub(lambda match: match[1] or "}, {", text))
 
 
 def _is_conversation(value: Any) -> bool:

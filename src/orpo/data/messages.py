@@ -114,6 +114,8 @@ def _message(value: object, field: str) -> Message:
         raise BadRow(field, f"has a turn of unknown role {role!r}", "use system, user, assistant or tool")
     if known == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(_json(content, field), field)}
+    if isinstance(message.get("function_call"), Mapping) and not message.get("tool_calls"):
+        message["tool_calls"] = [message.pop("function_call")]  # as OpenAI wrote calls until 2023
     if message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(_json(message["tool_calls"], field), field)
     else:

@@ -143,13 +143,24 @@ def _duel(columns: frozenset[str]) -> Duel | None:
 
 def find_duel(row: Row) -> Duel | None:
     """The two answers of a row, if it names them so and both are there."""
-    if dict.get(row, "chosen") is not None and dict.get(row, "rejected") is not None:
-        return None
     found = _duel(frozenset(name for name, value in row.items() if value is not None))
+    chosen, rejected = dict.get(row, "chosen"), dict.get(row, "rejected")
+    if found is None or (chosen is not None and rejected is not None and not _are_named(row, found)):
+        return None
     answers = ("text", "texts", "messages", "message")
-    if found is None or any(kind(row.get(name)) not in answers for name in found[:2]):
+    if any(kind(row.get(name)) not in answers for name in found[:2]):
         return None
     return found
+
+
+def _are_named(row: Row, duel: Duel) -> bool:
+    """Whether `chosen` and `rejected` are no answers but name the two that are there."""
+    plain = dict(row)
+    words = [str(plain[side]).strip().lower() for side in ("chosen", "rejected")]
+    return any(
+        words[0] in _names(plain, duel, index) and words[1] in _names(plain, duel, 1 - index)
+        for index in (0, 1)
+    )
 
 
 def _judge(row: Row, duel: Duel) -> tuple[str, Judge] | None:

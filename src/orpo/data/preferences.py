@@ -133,8 +133,9 @@ def _reported(reading: _Reading, name: str, data: Any, first: int | None) -> Ite
 
 def _notices(name: str, reading: _Reading) -> list[str]:
     lines = [f"{name}: format {reading.detected.name} ({reading.detected.reason})"]
-    if reading.columns.unused:
-        lines.append(f"{name}: columns not used: {', '.join(reading.columns.unused)}")
+    # The index that pandas writes to CSV is a column without a name.
+    if unused := [column if column.strip() else repr(column) for column in reading.columns.unused]:
+        lines.append(f"{name}: columns not used: {', '.join(unused)}")
     for words, number in reading.contradictions.items():
         lines.append(f"{name}: {number} of {reading.counts.total} rows train although {words}")
     return lines

@@ -24,8 +24,31 @@ MEANINGS = {
     "is_best": 1, "preferred": 1, "is_preferred": 1, "correct": 1, "is_correct": 1, "is_correct_answer": 1,
 }  # fmt: skip
 _LAST_WORDS = {"score": 1, "rating": 1, "reward": 1, "vote": 1, "upvote": 1, "rank": -1}
+# A score, rating or rank of what is good, or by a judge. Of any other (`toxicity_score`) nobody can tell
+# which way it goes, nor of one with a word of `_LESS_IS_BETTER` (`down_votes`, `error_reward`).
+_QUALITIES = frozenset({
+    "helpfulness", "helpful", "honesty", "truthfulness", "harmlessness", "safety", "instruction",
+    "correctness", "accuracy", "coherence", "quality", "relevance", "usefulness", "faithfulness",
+    "completeness", "clarity", "factuality", "preference", "fluency", "model", "reward", "rewards", "rm",
+    "pm", "human", "user", "annotator", "annotators", "rater", "expert", "judge", "critic", "evaluator",
+    "llm", "gpt", "claude", "llama", "gemini", "qwen", "mistral", "deepseek", "prometheus", "armorm",
+    "ultrarm", "pairrm", "skywork", "starling", "nemotron", "deberta",
+})  # fmt: skip
+_LESS_IS_BETTER = frozenset({
+    "toxicity", "toxic", "harm", "harmful", "harmfulness", "unsafe", "risk", "error", "errors", "loss", "nll",
+    "perplexity", "ppl", "penalty", "hallucination", "negative", "bad", "down", "downvote", "dislike",
+    "reject", "rejected", "bias", "offensive", "offensiveness", "violation", "cost", "distance",
+    "uncertainty", "spam", "repetition", "length", "verbosity", "complexity", "difficulty", "rank",
+})  # fmt: skip
+_SAY_NOTHING = frozenset({
+    "annotation", "annotations", "feedback", "evaluation", "evaluations", "overall", "fine", "grained",
+    "final", "mean", "avg", "average", "total", "score", "scores",
+})  # fmt: skip
 # Columns that hold the index of the best answer, counted from 0.
-_INDEX = ("choice", "best_index", "best_idx", "chosen_index", "chosen_idx", "preferred_index", "winner_index")
+_INDEX = (
+    "choice", "chosen", "best_index", "best_idx", "chosen_index", "chosen_idx", "preferred_index",
+    "winner_index",
+)  # fmt: skip
 _TEXT_KEYS = (
     "response", "answer", "content", "text", "completion", "output", "summary", "generation", "reply", "body",
 )  # fmt: skip
@@ -65,9 +88,10 @@ def are_steps(answers: Sequence[Any]) -> bool:
 
 def is_ranked(row: Row) -> bool:
     """Whether a row holds several answers and something that says how good each is."""
-    if dict.get(row, "chosen") is not None and dict.get(row, "rejected") is not None:
-        return False
     answers = answer_list(row)
+    sides = [dict.get(row, name) for name in ("chosen", "rejected")]
+    if None not in sides and not all(_is_index(side, answers) for side in sides):
+        return False
     try:
         return bool(answers) and ranking(row, answers) is not None
     except BadRow:
@@ -146,7 +170,7 @@ def ranking(row: Row, answers: Sequence[Any]) -> Ranking | None:
                 return Ranking(
                     _note(row, name), [sign * value for value in _checked(values, len(answers), name)]
                 )
-    if (index := _index_of_best(row, len(answers))) is not None:
+    if (index := _index_of_best(row, answers)) is not None:
         name, best = index
         return Ranking(name, [float(i == best) for i in range(len(answers))])
     return _by_last_word(row, candidates, len(answers))
@@ -165,14 +189,14 @@ def unknown_numbers(row: Row, answers: Sequence[Any]) -> list[str]:
 def _by_last_word(row: Row, candidates: Mapping[str, list[Any]], number: int) -> Ranking | None:
     """`reward_model_score`, `helpfulness.Rating`: the last word says what they are, if all say the same."""
     found: dict[str, list[float]] = {}
-    for name, values in candidates.items():
-        sign = _LAST_WORDS.get(re.split(r"[_.\s-]", _bare(name))[-1])
+    signs = {name: _direction(name) for name in candidates}
+    for name, sign in signs.items():
         if sign is not None:
-            found[name] = [sign * value for value in _checked(values, number, name)]
-    if not found:
+            found[name] = [sign * value for value in _checked(candidates[name], number, name)]
+    if not found or _are_of_one_group([*found], [name for name, sign in signs.items() if sign is None]):
         return None
     names = list(found)
-    aspects = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
+    aspects = {_group(name) for name in names}
     if len(names) > 1 and "" not in aspects and len(aspects) == 1:
         # Aspects of one annotation (helpfulness, honesty, ...): binarized UltraFeedback ranks by their mean.
         (group,) = aspects
@@ -182,6 +206,34 @@ def _by_last_word(row: Row, candidates: Mapping[str, list[Any]], number: int) ->
             "answers", f"carry numbers that disagree ({', '.join(names)})", "set columns: {scores: ...}"
         )
     return Ranking(_note(row, names[0]), found[names[0]])
+
+
+def _are_of_one_group(known: Sequence[str], unknown: Sequence[str]) -> bool:
+    """Whether among the aspects of one annotation is one of which nobody can tell which way it goes."""
+    groups = {_group(name) for name in known} - {""}
+    return any(_group(name) in groups and _last_word(name) in _LAST_WORDS for name in unknown)
+
+
+def _group(name: str) -> str:
+    """`annotations` of `annotations.helpfulness.Rating`."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]+", _bare(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)))
+
+
+def _last_word(name: str) -> str:
+    return (_words(name) or [""])[-1]
+
+
+def _direction(name: str) -> int | None:
+    """1 where more is better, -1 where less is; None where the name does not say."""
+    front, last = set(_words(name)[:-1]) - _SAY_NOTHING, _last_word(name)
+    if not _LESS_IS_BETTER.isdisjoint(front):
+        return None
+    says_itself = last in ("vote", "upvote", "reward") or not front
+    return _LAST_WORDS.get(last) if says_itself or not _QUALITIES.isdisjoint(front) else None
 
 
 def _order(values: Sequence[float]) -> Iterator[tuple[bool, bool]]:
@@ -245,11 +297,19 @@ def _checked(values: object, number: int, name: str) -> list[float]:
     return found
 
 
-def _index_of_best(row: Row, number: int) -> tuple[str, int] | None:
+def _is_index(value: Any, answers: Sequence[Any]) -> bool:
+    """Whether a number, also one written as text, counts one of the answers and is none of them itself."""
+    if isinstance(value, bool) or not (isinstance(value, int) or str(value).isdecimal()):
+        return False
+    return 0 <= int(value) < len(answers) and value not in answers
+
+
+def _index_of_best(row: Row, answers: Sequence[Any]) -> tuple[str, int] | None:
     for name in _INDEX:
         value = row.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            if not 0 <= value < number:
-                raise BadRow(name, f"is {value}; expected the index of an answer, from 0 to {number - 1}")
-            return name, value
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < len(answers):
+            last = len(answers) - 1
+            raise BadRow(name, f"is {value}; expected the index of an answer, from 0 to {last}")
+        if _is_index(value, answers):
+            return name, int(value)
     return None

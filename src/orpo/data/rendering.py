@@ -14,6 +14,7 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+from orpo.data import turn_markers
 from orpo.data.chat_template import ChatTemplate, settled, switch
 from orpo.data.reasoning import (
     Block,
@@ -129,7 +130,7 @@ class Renderer:
         if isinstance(pair.prompt, str):
             answers = [answer for answer in (pair.chosen, pair.rejected) if isinstance(answer, str)]
             sides = [RenderedSide(pair.prompt + self._end(answer), len(pair.prompt), 0) for answer in answers]
-            return Rendered(sides, [len(pair.prompt)], [], [], [], None)
+            return Rendered(sides, [len(pair.prompt)], [], self.foreign_ends(answers), [], None)
         template = self._template_of(pair)
         try:
             return _PairRenderer(self, pair, template).render()
@@ -137,6 +138,18 @@ class Renderer:
             raise
         except Exception as error:  # templates raise whatever they like
             raise Dropped(f"the chat template refuses the row: {first_line(error)}") from error
+
+    @cached_property
+    def _foreign_ends(self) -> tuple[str, ...]:
+        return tuple(end for end in turn_markers.ENDS if end not in self._added_texts)
+
+    def foreign_ends(self, answers: Sequence[str]) -> list[str]:
+        """Notes about answers that end with the end of turn of another family of models."""
+        ended = [text.rstrip() for text in answers]
+        ends = [end for end in self._foreign_ends if any(text.endswith(end) for text in ended)]
+        return [
+            f"{end} at the end of an answer ends no turn of this model: it trains as text" for end in ends
+        ]
 
     def _template_of(self, pair: PreferencePair) -> ChatTemplate:
         """The template for a pair, which may bring tools and arguments of its own."""
@@ -319,6 +332,7 @@ class _PairRenderer:
             )
         if prompt and prompt[-1]["role"] == "assistant" and all(len(answer) == 1 for answer in self.answers):
             notes.append("the prompt ends with an assistant turn: the answer is a turn of its own behind it")
+        notes += self.renderer.foreign_ends([answer[-1]["content"] for answer in self.answers if answer])
         unread = [name for name in self.pair.chat_template_kwargs or {} if not template.reads(name)]
         return notes + [f"chat_template_kwargs: the chat template does not read {name!r}" for name in unread]
 

@@ -13,6 +13,7 @@ import gzip
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -381,15 +382,31 @@ def _is_several_rows(cell: str, number: int, columns: int) -> bool:
 
 
 def _cell(text: str) -> object:
-    """A CSV cell; a list of texts is written in one as JSON or, by pandas, as Python."""
+    """A CSV cell; a list of texts is written in one as JSON or, by pandas, as Python, and nothing as nan."""
+    if text in ("nan", "NaN"):
+        return None
     if text.lstrip().startswith(('["', "['")):
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (json.loads, python_literal):
             try:
                 value = parse(text)
             except (ValueError, SyntaxError):
                 continue
             return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else text
     return text
+
+
+_BETWEEN_TEXTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\s+(?=['"])""")
+
+
+def python_literal(text: str) -> Any:
+    """What a text writes in Python; texts side by side, as numpy prints them, are several.
+
+    Raises:
+        ValueError: It is no literal; so say `SyntaxError`, `TypeError`, `RecursionError` and `MemoryError`.
+    """
+    with warnings.catch_warnings():  # of escapes that Python does not know
+        warnings.simplefilter("ignore")
+        return ast.literal_eval(_BETWEEN_TEXTS.sub(r"\1, ", text))
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:

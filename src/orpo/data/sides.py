@@ -34,7 +34,10 @@ def part(chosen: Turns, rejected: Turns) -> Sides:
 
 def pair_up(history: Turns, chosen: object, rejected: object) -> list[Sides]:
     """A history plus one chosen and one or several rejected answers, which follow it or repeat it first."""
-    best = _follow(history, turns_of(chosen, "chosen"), "chosen")
+    said = turns_of(chosen, "chosen")
+    if len(said) == 1 and len(history) > 1 and said[0]["role"] == "assistant" and _same(history[-1:], said):
+        history = history[:-1]  # the conversation holds the chosen answer already
+    best = _follow(history, said, "chosen")
     if rejected is None:
         return [Sides(best[:-1], best[-1:], None)]
     answers = [turns_of(answer, "rejected") for answer in alternatives(rejected, "rejected")]

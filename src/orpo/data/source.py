@@ -29,7 +29,7 @@ from orpo.data.preferences import (
 from orpo.data.rows import splits_of
 from orpo.data.splits import evaluation_split
 from orpo.data.templates import prepare_template
-from orpo.data.text_rows import LINES, as_conversations, decide
+from orpo.data.text_rows import LINES, RENDERED, RENDERED_AGAIN, are_rendered, as_conversations, decide
 from orpo.data.tokenize import PairTokenizer, stream_tokenized
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair, TokenizedPair
@@ -317,7 +317,10 @@ class _Reading:
         if self.settings.data_format is not None:
             decided = "plain"
         decided = text_rows or self.settings.text_rows or decided
-        read.notices.append(LINES[decided])
+        rendered = are_rendered(read.pairs)
+        if rendered and decided == "chat":
+            raise DataError(f"{name}: {RENDERED_AGAIN}")
+        read.notices.append(RENDERED if rendered else LINES[decided])
         pairs = as_conversations(read.pairs) if decided == "chat" else read.pairs
         return replace(read, pairs=pairs, text_rows=decided)
 

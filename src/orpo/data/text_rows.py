@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from orpo.data.turn_markers import ends_with_header
+from orpo.data.turn_markers import asks, ends_with_header
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
 
@@ -33,6 +33,12 @@ def _continues(pair: PreferencePair) -> bool:
     """Whether the answer continues the text of the prompt: after a header, or in the middle of a line."""
     prompt, chosen = str(pair.prompt), str(pair.chosen)
     return ends_with_header(prompt) or chosen[:1].isspace() or prompt[-1:].isspace()
+
+
+def are_rendered(pairs: Sequence[PreferencePair]) -> bool:
+    """Whether most of the texts among some pairs went through a chat template already."""
+    texts = [str(pair.prompt) for pair in pairs if pair.is_text]
+    return sum(map(asks, texts)) * 2 > len(texts)
 
 
 def as_conversations(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
@@ -58,3 +64,8 @@ LINES: dict[TextRows, str] = {
     " (text_rows: chat reads them as a user turn and an answer)",
 }
 """What to print of each reading."""
+RENDERED = "texts went through a chat template already and are taken as they are"
+RENDERED_AGAIN = (
+    "the texts went through a chat template already, and text_rows: chat would write them through one again; "
+    "give the rows as they were before, or set text_rows: plain"
+)

@@ -16,7 +16,9 @@ _ANSWER_TOKENS = (
     r"|<\|start\|>assistant(?:<\|channel\|>final)?<\|message\|>|<\|start_of_role\|>assistant<\|end_of_role\|>"
     r"|\[\|assistant\|\]|GPT4 Correct Assistant:|<extra_id_1>Assistant\n"
 )
-_ANSWER_WORDS = r"### ?(?:Response|Assistant|Answer):\n?|\b(?:ASSISTANT|Assistant|Answer):"
+_ANSWER_WORDS = (
+    r"### ?(?:Response|Assistant|Answer):\n?|\b(?:ASSISTANT|Assistant|Answer):|(?<=\n)(?:Bot|Chatbot|AI):"
+)
 _QUESTION_TOKENS = (
     r"<\|im_start\|>(?:user|system)\b|<\|(?:user|system)\|>|<start_of_turn>user\b|<\|turn>(?:user|system)\b|\[INST\]"
     r"|<\|start_header_id\|>(?:user|system)<\|end_header_id\|>|<\|header_start\|>(?:user|system)<\|header_end\|>"
@@ -28,6 +30,13 @@ _BOS = (
     r"<\|begin_of_text\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>|<\|startoftext\|>|<BOS_TOKEN>|\[gMASK\]<sop>"
     r"|<bos>|<s>"
 )
+
+ENDS = (
+    "</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end_of_text|>", "<|endoftext|>",
+    "<|end|>", "<end_of_turn>", "<turn|>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|end_of_turn|>", "<EOS_TOKEN>", "<|role_end|>", "[|endofturn|]",
+)  # fmt: skip
+"""What ends a turn, by family."""
 
 ANSWER = re.compile(f"{_ANSWER_TOKENS}|{_ANSWER_WORDS}")
 """The header of an answer."""
