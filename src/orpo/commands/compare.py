@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     names, sizes = _names(args.methods), _numbers(args.sizes)
     from rich.console import Console
 
-    from orpo.comparing.job import Options, compare
+    from orpo.comparing.job import compare
+    from orpo.comparing.options import Options
     from orpo.comparing.screen import show, watching
     from orpo.comparing.splits import SplitOptions
 
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     console = Console(highlight=False)
     with watching(console) as watcher:
-        result = compare(recipe.settings, Path(args.out), options, observer=watcher, plan=watcher.plan)
+        result = compare(recipe.settings, Path(args.out), options, watcher=watcher)
     show(console, result)
     say_item("result", str(result.json_path))
     say_item("page", str(result.page_path))

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     with watching(Console(highlight=False)) as watcher:
         found = probe(
             recipe.settings, Path(args.out), share=args.share, trials=args.trials, factor=args.factor,
-            jobs=args.jobs, observer=watcher, plan=watcher.plan,
+            jobs=args.jobs, watcher=watcher,
         )  # fmt: skip
     _print(found)
     return 0

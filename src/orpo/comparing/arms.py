@@ -109,24 +109,22 @@ class Maker:
             jobs.append(Job(self.folder / name, settings, before))
         return Arm(method=method, choices=tuple(choices), size=size, seed=seed, jobs=tuple(jobs))
 
-    def _settings(self, stage: str, choice: Choice, size: int, before: Path | None) -> dict[str, Any]:
+    def common(self) -> dict[str, Any]:
+        """What all arms have of the recipe: everything but where its pairs come from and where it goes."""
         left_out = {*_OF_THE_DATA, *_NOT_OF_AN_ARM}
-        settings = {
-            name: value for name, value in stage_settings(self.recipe, stage).items() if name not in left_out
+        kept = {name: value for name, value in self.recipe.items() if name not in left_out}
+        if kept.get("eval_strategy") == "no":  # curves and the choice need validation pairs
+            del kept["eval_strategy"]
+        return kept | dict(self.reading)
+
+    def _settings(self, stage: str, choice: Choice, size: int, before: Path | None) -> dict[str, Any]:
+        settings = _UNLESS_SAID | stage_settings(self.common(), stage) | dict(choice)
+        settings |= {
+            "dataset_name": str(self.splits.training(size)),
+            "eval_dataset_name": str(self.splits.path(VALIDATION)),
+            "fail_if_worse": False,
         }
-        if settings.get("eval_strategy") == "no":  # curves and the choice need validation pairs
-            del settings["eval_strategy"]
-        settings = (
-            _UNLESS_SAID
-            | settings
-            | {
-                "dataset_name": str(self.splits.training(size)),
-                "eval_dataset_name": str(self.splits.path(VALIDATION)),
-                "fail_if_worse": False,
-            }
-        )
-        settings |= self.reading
-        return settings | dict(choice) | ({} if before is None else _starting_from(before, settings))
+        return settings | ({} if before is None else _starting_from(before, settings))
 
     def _budget(self, number: int, stages: int) -> dict[str, Any]:
         """Equal shares of the recipe's passes, or steps, for each stage of a method."""

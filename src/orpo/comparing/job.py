@@ -7,29 +7,27 @@ directory), the result and its page. The same call again goes on where an earlie
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo.comparing.arms import Arm, Job, Maker
+from orpo.comparing.arms import Arm, Maker
+from orpo.comparing.asking import Answers, ask_models
 from orpo.comparing.choosing import Chosen, choose
-from orpo.comparing.cost import Cost, cost_of_arm
-from orpo.comparing.methods import DEFAULT, Choice, candidates, recipe_choice, stages_of
+from orpo.comparing.cost import cost_of_arm
+from orpo.comparing.methods import Choice, candidates, recipe_choice, stages_of
+from orpo.comparing.options import Options
 from orpo.comparing.page import write_page
 from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan
-from orpo.comparing.pool import Observer, run_all
+from orpo.comparing.pool import Watcher, run_all
 from orpo.comparing.quality import base_results, quality_of, saved_results, validation_results
-from orpo.comparing.result import Answers, Comparison, Entry
-from orpo.comparing.splits import TEST, VALIDATION, SplitOptions, Splits, settle_splits
+from orpo.comparing.result import Comparison, Entry
+from orpo.comparing.sentences import rules, sentences
+from orpo.comparing.splits import TEST, VALIDATION, Splits, settle_splits
 from orpo.console import say
-from orpo.errors import ConfigError, DataError, RunError
-from orpo.evaluation.answer_summary import answer_figures
-from orpo.evaluation.answering import ask, load_answerer, tokenizer_of
-from orpo.evaluation.answers import Answer, AnswerFile
-from orpo.evaluation.generation import Sampling
+from orpo.errors import DataError, RunError
 from orpo.evaluation.per_pair import PairResults
-from orpo.evaluation.prompts import read_prompts
 from orpo.run.directory import write_json
 from orpo.run.lock import held
 from orpo.settings.config import OrpoSettings, check_recipe
@@ -37,63 +35,12 @@ from orpo.settings.needs import check_needs
 from orpo.settings.schema import known_settings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What is compared, and with what budget.
-
-    Attributes:
-        methods: Names of methods (methods.py); the first is the baseline unless one is named.
-        seeds: How many times each method is trained with its chosen settings, at least 1.
-        sizes: Pairs of smaller training sets, for the curve; the whole set is always there.
-        trials: Settings that each method tries before, at least 1.
-        baseline: The method that the others are compared with; None: the first.
-        answers: Test prompts that the first seed of each method answers, at least 0.
-        answer_tokens: Longest answer.
-        jobs: Trainings at a time, each a process of its own; they share the cores.
-        split: Where validation and test pairs come from.
-    """
-
-    methods: Sequence[str] = DEFAULT
-    seeds: int = 3
-    sizes: Sequence[int] = ()
-    trials: int = 4
-    baseline: str | None = None
-    answers: int = 0
-    answer_tokens: int = 128
-    jobs: int = 1
-    split: SplitOptions = field(default_factory=SplitOptions)
-
-    def check(self) -> None:
-        """Check what was given.
-
-        Raises:
-            ConfigError: Naming the option.
-        """
-        for name in ("seeds", "trials", "jobs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is out of range; expected at least 1")
-        if self.answers < 0:
-            raise ConfigError(f"answers: {self.answers} is out of range; expected at least 0")
-        if not self.methods:
-            raise ConfigError("methods: none is named; write for instance sft,orpo")
-        for method in self.methods:
-            stages_of(method)
-        if len(set(self.methods)) < len(self.methods):
-            raise ConfigError(f"methods: {', '.join(self.methods)} names one twice")
-        if self.baseline is not None and self.baseline not in self.methods:
-            raise ConfigError(f"baseline: {self.baseline} is not one of {', '.join(self.methods)}")
-        for name in ("validation_share", "test_share"):
-            if not 0 < getattr(self.split, name) < 0.5:
-                raise ConfigError(f"{name}: {getattr(self.split, name)} is out of range; expected 0 to 0.5")
-
-
 def compare(
     recipe: Mapping[str, Any],
     out: str | Path,
     options: Options | None = None,
     *,
-    observer: Observer | None = None,
-    plan: Callable[[Sequence[Arm]], None] | None = None,
+    watcher: Watcher | None = None,
     **given: Any,
 ) -> Comparison:
     """Compare methods on the same base, pairs and budget, and write the result and its page into a folder.
@@ -103,8 +50,7 @@ def compare(
             `dataset_name` are needed.
         out: Folder to write, or to go on with.
         options: What is compared.
-        observer: Is called with trainings as they go (pool.py).
-        plan: Is called with the arms that are trained next, before they are.
+        watcher: Is told how trainings go.
         given: Fields of `Options`, instead of `options`.
 
     Raises:
@@ -128,8 +74,7 @@ def compare(
             folder=folder,
             splits=splits,
             maker=Maker(recipe, splits, reading, folder / RUNS),
-            observer=observer,
-            plan=plan,
+            watcher=watcher,
         )
         return study.run()
 
@@ -141,8 +86,7 @@ class _Study:
     folder: Path
     splits: Splits
     maker: Maker
-    observer: Observer | None
-    plan: Callable[[Sequence[Arm]], None] | None
+    watcher: Watcher | None
 
     def run(self) -> Comparison:
         """Everything, in order."""
@@ -154,7 +98,7 @@ class _Study:
         result = Comparison(
             folder=self.folder,
             recipe=self.recipe,
-            baseline=self.options.baseline or self.options.methods[0],
+            baseline=self.options.reference,
             counts=self.splits.counts,
             sizes=self.splits.sizes,
             seeds=self.options.seeds,
@@ -167,15 +111,14 @@ class _Study:
             failures=failures,
             seconds=time.perf_counter() - began,
         )
-        write_json(result.json_path, result.to_json())
+        said = {"sentences": sentences(result), "rules": rules(result)}
+        write_json(result.json_path, result.to_json() | said)
         write_page(result)
         return result
 
     def _train(self, arms: Sequence[Arm]) -> dict[Path, str]:
-        jobs: dict[Path, Job] = {job.folder: job for arm in arms for job in arm.jobs}
-        if self.plan is not None:
-            self.plan(arms)
-        return run_all(list(jobs.values()), at_once=self.options.jobs, observer=self.observer)
+        jobs = [job for arm in arms for job in arm.jobs]
+        return run_all(jobs, at_once=self.options.jobs, watcher=self.watcher)
 
     # ------------------------------------------------------------------------------ the choice
 
@@ -255,7 +198,7 @@ class _Study:
             key: {arm.seed: saved_results(arm.folder, pairs, TEST) for arm in some}
             for key, some in arms.items()
         }
-        baseline = self.options.baseline or self.options.methods[0]
+        baseline = self.options.reference
         looks = len(self.options.methods) - 1
         entries = []
         for (method, size), some in scored.items():
@@ -263,7 +206,7 @@ class _Study:
             seeds = [seed for seed in some if not against or seed in against]
             if not seeds:
                 raise DataError(f"{method}: no seed was trained together with {baseline}")
-            costs: list[Cost] = [cost_of_arm(arm) for arm in arms[method, size]]
+            costs = [cost_of_arm(arm) for arm in arms[method, size]]
             quality = quality_of(
                 [some[seed] for seed in seeds],
                 [against[seed] for seed in seeds] if against else [],
@@ -275,28 +218,17 @@ class _Study:
         return entries
 
     def _ask(self, arms: Mapping[tuple[str, int], Sequence[Arm]]) -> dict[str, Answers]:
-        """What the first seed of each method, trained on all pairs, answers to test prompts; the base first."""
+        """What the base, and the first seed of each method on all pairs, answer to test prompts."""
         if not self.options.answers:
             return {}
-        whole = self.splits.sizes[-1]
-        models = {"base": str(self.recipe["model_name_or_path"])} | {
-            method: str(some[0].folder) for (method, size), some in arms.items() if size == whole
-        }
-        settings = OrpoSettings.from_recipe(dict(self.recipe) | dict(self.maker.reading) | {"columns": None})
-        sampling = Sampling(temperature=0, max_tokens=self.options.answer_tokens)
-        given: dict[str, Sequence[Answer]] = {}
-        for name, model in models.items():
-            file = self.folder / "answers" / f"{name}-{self.options.answers}.jsonl"
-            file.parent.mkdir(exist_ok=True)
-            answerer = load_answerer(model, settings)
-            prompts = read_prompts(
-                str(self.splits.path(TEST)), settings, tokenizer_of(answerer), limit=self.options.answers
-            ).prompts
-            asked = ask(answerer, prompts, AnswerFile(file), sampling=sampling)
-            asked.check()
-            given[name] = asked.answers
-        baseline = given.get(self.options.baseline or self.options.methods[0], ())
-        return {
-            name: Answers(len(ours), answer_figures(ours), answer_figures(ours, baseline) if baseline else {})
-            for name, ours in given.items()
-        }
+        whole = {method: some[0] for (method, size), some in arms.items() if size == self.splits.sizes[-1]}
+        return ask_models(
+            {"base": str(self.recipe["model_name_or_path"])}
+            | {method: str(arm.folder) for method, arm in whole.items()},
+            self.splits.path(TEST),
+            OrpoSettings.from_recipe(self.maker.common()),
+            self.folder / "answers",
+            baseline=self.options.reference,
+            number=min(self.options.answers, self._base(TEST).num_prompts),
+            longest=self.options.answer_tokens,
+        )

@@ -6,7 +6,7 @@ of a method share its budget. A new stage is one entry of `STAGES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -63,8 +63,8 @@ def stages_of(method: str) -> list[str]:
     for name in names:
         if name not in STAGES:
             raise ConfigError(
-                f"methods: {name!r} in {method!r} is not one of {', '.join(STAGES)}; join stages with +, as in"
-                " sft+simpo"
+                f"methods: {name!r} in {method!r} is not one of {', '.join(STAGES)}; join stages with +,"
+                " as in sft+simpo"
             )
     if len(set(names)) < len(names):
         raise ConfigError(f"methods: {method!r} has a stage twice")
@@ -134,7 +134,7 @@ def _moved(value: float, factor: float, power: int) -> float:
     return float(f"{value * factor**power:.3g}") if power else value
 
 
-def _powers(names: Sequence[str]) -> Any:
+def _powers(names: Sequence[str]) -> Iterator[dict[str, int]]:
     """Whole powers for each name, by the sum of their sizes: larger before smaller, the first name first."""
     reach = 0
     while True:

@@ -13,6 +13,7 @@ from orpo.comparing.methods import MODELS_HELD
 from orpo.comparing.quality import METRICS, Quality
 from orpo.comparing.result import COSTS, Comparison, Entry
 from orpo.comparing.screen import SHOWN, write_choice
+from orpo.comparing.sentences import rules, sentences
 from orpo.engine.metrics import metric_named, write_change, write_figure
 from orpo.html_page import html_page
 from orpo.report.figures import METHODS, Line, Points, figure_html
@@ -34,14 +35,14 @@ def write_page(result: Comparison) -> Path:
 <h1>{escape(name)}</h1>
 <p class="subtitle">{escape(_subtitle(result))}</p>
 </header>
-<section id="verdict">{_list(result.sentences())}</section>
+<section id="verdict">{_list(sentences(result))}</section>
 {_quality(result)}
 {_answers(result)}
 {_figures("sizes", "By training pairs", _size_figures(result, colours))}
 {_cost(result)}
 {_figures("curves", "While training", _step_figures(result, colours))}
 {_choice(result)}
-<section id="rules"><h2>How it was made</h2>{_list(result.rules())}</section>
+<section id="rules"><h2>How it was made</h2>{_list(rules(result))}</section>
 <footer>Made by <code>orpo compare</code>; this page is self-contained and loads nothing.</footer>"""
     css = files("orpo.report").joinpath("report.css").read_text(encoding="utf-8")
     replace_text(result.page_path, html_page(f"{name} · ORPO comparison", css, body))

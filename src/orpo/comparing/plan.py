@@ -8,6 +8,7 @@ from typing import Any
 
 from orpo.errors import ConfigError
 from orpo.run.directory import read_json, write_json
+from orpo.run.lock import LOCK
 from orpo.run.public import without_secrets
 
 _PLAN, DATA, RUNS = "plan.json", "data", "runs"
@@ -34,8 +35,10 @@ def settle_plan(folder: Path, recipe: Mapping[str, Any], **budget: Any) -> None:
         budget: What else is fixed, by name, as plain values.
 
     Raises:
-        ConfigError: The folder is of another recipe or another budget.
+        ConfigError: The folder is of another recipe or another budget, or of something else.
     """
+    if not (folder / _PLAN).exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise ConfigError(f"--out {folder}: something else is there already; name another folder")
     left_out = ("output_dir", "dataset_num_proc")
     settings = {name: value for name, value in without_secrets(recipe).items() if name not in left_out}
     now = {"recipe": settings} | budget

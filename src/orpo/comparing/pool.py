@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from orpo.comparing.arms import Job
+from orpo.comparing.cost import measured
 from orpo.comparing.worker import CANNOT_CONTINUE
 from orpo.errors import RunError
 from orpo.run.directory import RunDirectory
@@ -28,57 +29,32 @@ from orpo.run.log import Record, readable_records
 
 _PAUSE = 0.2
 """Seconds between two looks at what runs."""
-
-Observer = Callable[[Job, Record | None], None]
-"""Is called with a training and each new record of its log, and with None when it has ended."""
-
-
-def is_done(job: Job) -> bool:
-    """Whether a training is finished."""
-    return unfinished_because(RunDirectory(job.folder)) is None
+_STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)} | {
+    -number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+}
+"""Exit statuses of a training that was asked to stop."""
 
 
-@dataclass
-class LogFollower:
-    """The records that a run's log gains.
+class Watcher:
+    """Is told how trainings go; this one keeps it to itself."""
 
-    Attributes:
-        folder: The run directory.
-    """
+    def begin(self, to_make: int, there: int) -> None:
+        """So many trainings come next, and so many are finished already."""
 
-    folder: Path
-    _seen: int = field(default=0, init=False)
-    _size: int = field(default=-1, init=False)
+    def record(self, job: Job, record: Record) -> None:
+        """The log of a training has a new record."""
 
-    def new(self) -> Iterator[Record]:
-        """Those since the last call; a log that begins again is followed from its start."""
-        path = RunDirectory(self.folder).log
-        with suppress(OSError):
-            size = path.stat().st_size
-            if size == self._size:
-                return
-            records, _ = readable_records(path)
-            self._size = size
-            self._seen = 0 if len(records) < self._seen else self._seen
-            yield from records[self._seen :]
-            self._seen = len(records)
+    def end(self, job: Job) -> None:
+        """A training has ended, or failed."""
 
 
-@dataclass
-class _Running:
-    job: Job
-    process: subprocess.Popen[bytes]
-    errors: IO[bytes]
-    follower: LogFollower
-
-
-def run_all(jobs: Sequence[Job], *, at_once: int = 1, observer: Observer | None = None) -> dict[Path, str]:
+def run_all(jobs: Sequence[Job], *, at_once: int = 1, watcher: Watcher | None = None) -> dict[Path, str]:
     """Train everything that is not finished, each after what it starts from.
 
     Args:
         jobs: Trainings; those that share a run directory are one.
-        at_once: Processes at a time, at least 1; they share the cores.
-        observer: Is kept informed.
+        at_once: Processes at a time, which share the cores; 0: one after the other in this process.
+        watcher: Is kept informed.
 
     Returns:
         Run directory -> why its training has failed on the way (a loss that is no number, say); trainings
@@ -88,26 +64,59 @@ def run_all(jobs: Sequence[Job], *, at_once: int = 1, observer: Observer | None 
         RunError: Settings, data or model of a training cannot be used.
         KeyboardInterrupt: A signal asked for an end; trainings have saved checkpoints.
     """
-    waiting = {job.folder: job for job in jobs if not is_done(job)}
+    watcher = watcher or Watcher()
+    waiting = {job.folder: job for job in jobs if unfinished_because(RunDirectory(job.folder))}
+    watcher.begin(len(waiting), len({job.folder for job in jobs}) - len(waiting))
     failed: dict[Path, str] = {}
     running: list[_Running] = []
     with _stopping(running):
         while waiting or running:
-            for job in _startable(waiting, running, failed)[: at_once - len(running)]:
+            for job in _startable(waiting, running, failed)[: max(at_once, 1) - len(running)]:
                 del waiting[job.folder]
-                running.append(_start(job, at_once))
-            time.sleep(_PAUSE)
+                if at_once:
+                    running.append(_start(job, at_once))
+                else:
+                    _run_here(job, failed)
+                    watcher.end(job)
+            if running:
+                time.sleep(_PAUSE)
             for one in list(running):
                 ended = one.process.poll() is not None  # before the log is read, so that nothing is missed
-                if observer is not None:
-                    for record in one.follower.new():
-                        observer(one.job, record)
+                for record in one.log.new():
+                    watcher.record(one.job, record)
                 if ended:
                     running.remove(one)
                     _note_end(one, failed)
-                    if observer is not None:
-                        observer(one.job, None)
+                    watcher.end(one.job)
     return failed
+
+
+@dataclass
+class _Log:
+    """The records that a run's log gains; one that begins again is followed from its start."""
+
+    path: Path
+    _seen: int = field(default=0, init=False)
+    _size: int = field(default=-1, init=False)
+
+    def new(self) -> Iterator[Record]:
+        """Those since the last call."""
+        with suppress(OSError):
+            size = self.path.stat().st_size
+            if size == self._size:
+                return
+            records, _ = readable_records(self.path)
+            self._size = size
+            yield from records[self._seen if len(records) >= self._seen else 0 :]
+            self._seen = len(records)
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+    log: _Log
 
 
 def _startable(waiting: dict[Path, Job], running: Sequence[_Running], failed: dict[Path, str]) -> list[Job]:
@@ -120,6 +129,16 @@ def _startable(waiting: dict[Path, Job], running: Sequence[_Running], failed: di
     return [job for job in waiting.values() if job.after not in busy]
 
 
+def _run_here(job: Job, failed: dict[Path, str]) -> None:
+    try:
+        outcome = measured(job.settings)
+    except RunError as error:
+        failed[job.folder] = str(error)
+        return
+    if outcome.ending == "stopped":
+        raise KeyboardInterrupt
+
+
 def _start(job: Job, at_once: int) -> _Running:
     job.folder.mkdir(parents=True, exist_ok=True)
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
@@ -129,9 +148,9 @@ def _start(job: Job, at_once: int) -> _Running:
     )  # fmt: skip
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it has ended already, and says why
-        process.stdin.write(json.dumps(dict(job.settings)).encode())
-        process.stdin.close()
-    return _Running(job, process, errors, LogFollower(job.folder))
+        process.stdin.write(json.dumps(dict(job.settings)).encode() + b"\n")
+        process.stdin.flush()
+    return _Running(job, process, errors, _Log(RunDirectory(job.folder).log))
 
 
 def _environment(at_once: int) -> dict[str, str]:
@@ -148,7 +167,7 @@ def _note_end(one: _Running, failed: dict[Path, str]) -> None:
     one.errors.close()
     if status == 0:
         return
-    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+    if status in _STOPPED:
         raise KeyboardInterrupt
     line = said.splitlines()[-1].removeprefix("orpo: error: ") if said else f"status {status}"
     if status == CANNOT_CONTINUE:

@@ -7,56 +7,36 @@ itself would read. What cannot be told apart from the recipe's own setting is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orpo.comparing.arms import Arm, Maker
+from orpo.comparing.budget import Budget, budget_of, tokens_of
 from orpo.comparing.choosing import DECIDES, Chosen, choose
 from orpo.comparing.cost import cost_of_arm
 from orpo.comparing.methods import STAGES, Choice, candidates, recipe_choice
 from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan
-from orpo.comparing.pool import Observer, run_all
+from orpo.comparing.pool import Watcher, run_all
 from orpo.comparing.quality import base_results, validation_results
 from orpo.comparing.splits import VALIDATION, SplitOptions, settle_splits
-from orpo.data.source import read_pairs
-from orpo.engine.loading import load_tokenizer
 from orpo.engine.metrics import write_change
 from orpo.errors import ConfigError, RunError
 from orpo.evaluation.statistics import pairs_needed
 from orpo.run.directory import write_json
 from orpo.run.lock import held
-from orpo.settings.config import OrpoSettings, check_recipe
+from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.settings.schema import known_settings
 
 SHARE = 0.02
 """Most of the run's tokens that a probe reads, where nobody says otherwise."""
-FEWEST_STEPS, FEWEST_PAIRS = 4, 20
-"""Below so many steps for each setting, or held-out pairs, nothing can be learned from a probe."""
-_HELD_OUT = 1 / 3
-"""Share of the probe's tokens that are held out."""
 _SHORT = {
     "eval_strategy": "steps", "eval_on_start": False, "save_strategy": "no", "logging_steps": 1,
     "load_best_model_at_end": False, "early_stopping_patience": None,
 }  # fmt: skip
 """A probe's trainings are scored once, at their end."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What a probe may spend.
-
-    Attributes:
-        run_tokens: That the run of the recipe reads.
-        steps: Of each setting.
-        held_out: Pairs that every setting is scored on, and the base.
-    """
-
-    run_tokens: float
-    steps: int
-    held_out: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +138,7 @@ def probe(
     trials: int = 7,
     factor: float = 3.0,
     jobs: int = 1,
-    observer: Observer | None = None,
-    plan: Callable[[Sequence[Arm]], None] | None = None,
+    watcher: Watcher | None = None,
 ) -> Probe:
     """Try settings around those of a recipe, each for a few steps.
 
@@ -170,8 +149,7 @@ def probe(
         trials: Settings that are tried, at least 2; the recipe's own is one of them.
         factor: Between neighbouring values, above 1.
         jobs: Trainings at a time, each a process of its own.
-        observer: Is called with trainings as they go (pool.py).
-        plan: Is called with the arms before they are trained.
+        watcher: Is told how trainings go.
 
     Raises:
         OrpoError: Recipe or data cannot be used, or the share is too small to learn anything from.
@@ -200,67 +178,8 @@ def probe(
         tried = candidates(recipe_choice(recipe, stage, rate=rate), trials, factor)
         seed = int(recipe.get("seed") or 0)
         arms = [maker.arm(stage, [choice], splits.sizes[-1], seed) for choice in tried]
-        if plan is not None:
-            plan(arms)
-        failures = run_all([arm.jobs[0] for arm in arms], at_once=jobs, observer=observer)
+        failures = run_all([arm.jobs[0] for arm in arms], at_once=jobs, watcher=watcher)
         return _result(stage, arms, failures, budget, maker)
-
-
-def budget_of(recipe: Mapping[str, Any], share: float, trials: int) -> Budget:
-    """Steps and held-out pairs that a share of the run's tokens allows.
-
-    Raises:
-        ConfigError: They are too few to learn anything from; the message says what share would do.
-    """
-    settings = OrpoSettings.from_recipe(recipe)
-    if not settings.model_name_or_path or not settings.dataset_name:
-        raise ConfigError("a probe needs model_name_or_path and dataset_name; set them in the recipe")
-    tokenizer = load_tokenizer(settings.model_name_or_path, trust_remote_code=settings.trust_remote_code)
-    read = read_pairs(settings.dataset_name, settings, tokenizer, split=settings.dataset_train_split)
-    pairs, total = len(read.pairs), float(read.pairs.lengths.sum())
-    batch = _pairs_per_step(recipe)
-    steps = int(recipe.get("max_steps") or -1)
-    usual = float(known_settings()["num_train_epochs"].default)
-    passes = steps * batch / pairs if steps > 0 else float(recipe.get("num_train_epochs") or usual)
-    return divided(share, pairs * passes, total / pairs, trials, batch)
-
-
-def divided(share: float, pairs_read: float, a_pair: float, trials: int, batch: int) -> Budget:
-    """How a share of a run's tokens is divided into training and held-out pairs.
-
-    Args:
-        share: Of its tokens.
-        pairs_read: Pairs that the run reads, each as often as it does.
-        a_pair: Tokens of one.
-        trials: Settings.
-        batch: Pairs of an optimizer step.
-
-    Raises:
-        ConfigError: As `budget_of`.
-    """
-    allowed = share * pairs_read
-    held_out = int(_HELD_OUT * allowed / (trials + 1))
-    each = int((allowed - held_out * (trials + 1)) / trials / batch)
-    if each < FEWEST_STEPS or held_out < FEWEST_PAIRS:
-        needed = trials * batch * FEWEST_STEPS / (1 - _HELD_OUT), (trials + 1) * FEWEST_PAIRS / _HELD_OUT
-        enough = -(-max(needed) / pairs_read * 1.05 // 0.01) * 0.01
-        what = (
-            f"--share {enough:g} would do"
-            if enough <= 1
-            else "this run is too short to be probed: train it twice instead, with two settings"
-        )
-        raise ConfigError(
-            f"share: {share:g} of this run is {allowed:,.0f} pairs, too few for {trials} settings of"
-            f" {FEWEST_STEPS} steps of {batch} pairs, each scored on {FEWEST_PAIRS}; {what}"
-        )
-    return Budget(run_tokens=pairs_read * a_pair, steps=each, held_out=held_out)
-
-
-def _pairs_per_step(recipe: Mapping[str, Any]) -> int:
-    known = known_settings()
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    each, accumulated = (int(recipe.get(name) or known[name].default) for name in names)
-    return each * accumulated
 
 
 def _stage_of(recipe: Mapping[str, Any]) -> str:
@@ -289,18 +208,9 @@ def _result(
         stage=stage,
         chosen=chosen,
         budget=budget,
-        tokens=sum(cost_of_arm(arm).tokens for arm in made) + _tokens(maker, pairs) * (len(made) + 1),
+        tokens=sum(cost_of_arm(arm).tokens for arm in made)
+        + tokens_of(pairs, maker.common()) * (len(made) + 1),
         num_pairs=before.num_preferences,
     )
     write_json(found.path, found.to_json())
     return found
-
-
-def _tokens(maker: Maker, pairs: Path) -> float:
-    """Tokens of a file of pairs."""
-    settings = OrpoSettings.from_recipe(dict(maker.recipe) | dict(maker.reading))
-    tokenizer = load_tokenizer(str(settings.model_name_or_path), trust_remote_code=settings.trust_remote_code)
-    plain = OrpoSettings(
-        max_length=settings.max_length, chat_template=settings.chat_template, text_rows=settings.text_rows
-    )
-    return float(read_pairs(pairs, plain, tokenizer, split=None).pairs.lengths.sum())

@@ -24,7 +24,7 @@ from orpo.settings.config import Objective, inherited_by_evaluation
 
 METRICS = ("accuracy", "log_odds_ratio", "odds_ratio_loss", "chosen_logprob", "rejected_logprob")
 """What is compared; the odds-ratio loss is that of plain ORPO, whatever an arm was trained with."""
-JUDGED = ("accuracy", "log_odds_ratio")
+JUDGED = ("accuracy", "log_odds_ratio", "chosen_logprob")
 """What the sentences are about."""
 _YARDSTICK = Objective()
 

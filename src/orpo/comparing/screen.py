@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from orpo.comparing.arms import Arm, Job
+from orpo.comparing.arms import Job
 from orpo.comparing.choosing import DECIDES, Chosen
 from orpo.comparing.methods import MODELS_HELD, RATE, Choice
-from orpo.comparing.pool import is_done
+from orpo.comparing.pool import Watcher
 from orpo.comparing.result import COSTS, Comparison
+from orpo.comparing.sentences import rules, sentences
 from orpo.engine.metrics import metric_named, write_change, write_figure
 from orpo.run.log import Figures, Record
 
@@ -22,60 +23,53 @@ SHOWN = ("accuracy", "log_odds_ratio", "chosen_logprob", "rejected_logprob")
 _HEADS = {"chosen_logprob": "chosen", "rejected_logprob": "rejected"}
 
 
-class Watcher:
+class Screen(Watcher):
     """Shows how trainings go: a bar each on a terminal, a line for each that ends elsewhere."""
 
     def __init__(self, console: Console, bars: Progress | None) -> None:
         self.console = console
         self.bars = bars
+        self.tasks: dict[str, TaskID] = {}
         self.total = self.ended = 0
 
-    def plan(self, arms: Sequence[Arm]) -> None:
+    def begin(self, to_make: int, there: int) -> None:
         """So many trainings come next."""
-        jobs = {job.folder: job for arm in arms for job in arm.jobs}
-        to_make = [job for job in jobs.values() if not is_done(job)]
-        self.total, self.ended = len(to_make), 0
-        there = len(jobs) - len(to_make)
+        self.total, self.ended = to_make, 0
         said = f"; {there} are finished already" if there else ""
         if to_make:
-            self.console.print(f"{len(to_make)} trainings to make{said}")
+            number = "1 training" if to_make == 1 else f"{to_make} trainings"
+            self.console.print(f"{number} to make{said}")
 
-    def __call__(self, job: Job, record: Record | None) -> None:
-        """A training has a new record in its log, or has ended."""
+    def record(self, job: Job, record: Record) -> None:
+        """Move the bar of a training."""
+        if self.bars is None or record.kind != "train":
+            return
         name = job.folder.name
-        if record is None:
-            self.ended += 1
-            if self.bars is not None:
-                self._forget(name)
-            self.console.print(f"  {self.ended:3} of {self.total}  {name}", soft_wrap=True)
-        elif self.bars is not None and record.kind == "train":
-            self._move(name, record)
-
-    def _move(self, name: str, record: Record) -> None:
-        assert self.bars is not None
-        task = next((one for one in self.bars.tasks if one.description == name), None)
-        number = self.bars.add_task(name, total=None, numbers="") if task is None else task.id
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=None, numbers="")
         loss = write_figure("loss", record.metrics.get("loss")).value
-        self.bars.update(number, completed=record.step, numbers=f"step {record.step}  loss {loss}")
+        self.bars.update(self.tasks[name], completed=record.step, numbers=f"step {record.step}  loss {loss}")
 
-    def _forget(self, name: str) -> None:
-        assert self.bars is not None
-        for task in [one for one in self.bars.tasks if one.description == name]:
-            self.bars.remove_task(task.id)
+    def end(self, job: Job) -> None:
+        """A line for what has ended."""
+        self.ended += 1
+        if self.bars is not None and job.folder.name in self.tasks:
+            self.bars.remove_task(self.tasks.pop(job.folder.name))
+        self.console.print(f"  {self.ended:3} of {self.total}  {job.folder.name}", soft_wrap=True)
 
 
 @contextmanager
-def watching(console: Console) -> Iterator[Watcher]:
+def watching(console: Console) -> Iterator[Screen]:
     """What is to be informed of trainings while the block runs."""
     if not console.is_terminal:
-        yield Watcher(console, None)
+        yield Screen(console, None)
         return
     bars = Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[numbers]}"),
+        SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}"),
         TimeElapsedColumn(), console=console, transient=True,
     )  # fmt: skip
     with bars:
-        yield Watcher(console, bars)
+        yield Screen(console, bars)
 
 
 def show(console: Console, result: Comparison) -> None:
@@ -84,7 +78,7 @@ def show(console: Console, result: Comparison) -> None:
     console.print()
     console.rule(f"[bold]{counts}[/]", align="left")
     console.print(Padding(quality_table(result), (1, 0)))
-    console.print(f"± one standard error. {result.rules()[2]}", style="dim")
+    console.print(f"± one standard error. {rules(result)[2]}", style="dim")
     if len(result.sizes) > 1:
         console.print(Padding(size_table(result), (1, 0)))
     if result.answers:
@@ -94,7 +88,7 @@ def show(console: Console, result: Comparison) -> None:
     console.rule("[bold]settings, chosen on validation pairs[/]", align="left")
     console.print(Padding(choice_table(result), (1, 0)))
     console.rule("[bold]what it comes to[/]", align="left")
-    for line in result.sentences():
+    for line in sentences(result):
         console.print(f"• {line}")
     console.print()
 

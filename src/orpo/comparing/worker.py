@@ -1,12 +1,16 @@
-"""A training in a process of its own: `python -m orpo.comparing.worker`, its settings as JSON on stdin.
+"""A training in a process of its own: `python -m orpo.comparing.worker`, its settings as a line of JSON.
 
-Its time and its peak of memory are then its own. What is wrong with it is one line on stderr.
+Its time and its peak of memory are then its own. What is wrong with it is one line on stderr. Stdin stays
+open for as long as the process that has started this one lives; at its end, training stops with a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 
 from orpo.console import say_error
 from orpo.errors import OrpoError, RunError
@@ -17,7 +21,8 @@ CANNOT_CONTINUE, CANNOT_BEGIN = 4, 2
 
 def main() -> int:
     """Train; the exit status says how it ended."""
-    settings = json.load(sys.stdin)
+    settings = json.loads(os.fdopen(os.dup(0), "rb", buffering=0).readline())
+    threading.Thread(target=_stop_when_alone, daemon=True).start()
     try:
         from orpo.comparing.cost import measured  # the libraries are loaded before the clock starts
 
@@ -27,6 +32,12 @@ def main() -> int:
         return CANNOT_CONTINUE if isinstance(error, RunError) else CANNOT_BEGIN
     except KeyboardInterrupt:
         return 130
+
+
+def _stop_when_alone() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def answer_figures(answers: Sequence[Answer | Reply], before: Sequence[Answer | 
 
     Args:
         answers: One to each prompt, at least one.
-        before: Another model's to the same prompts in the same order; with these, the mean change to `answers`.
+        before: Another model's to the same prompts in the same order; then it is the mean change from these.
     """
     values = _values(answers)
     if before:
