@@ -9,7 +9,7 @@ from pathlib import Path
 from orpo.console import say
 from orpo.evaluation.answer_summary import answer_figures
 from orpo.evaluation.answering import ask, load_answerer, tokenizer_of
-from orpo.evaluation.answers import Answer, AnswerFile
+from orpo.evaluation.answers import Answer, AnswerFile, Reply
 from orpo.evaluation.generation import Sampling
 from orpo.evaluation.prompts import read_prompts
 from orpo.evaluation.statistics import critical
@@ -83,8 +83,9 @@ def ask_models(
     if not everywhere:
         return {}
     before = [given[baseline][key] for key in everywhere] if baseline in given else []
-    return {name: _compared([ours[key] for key in everywhere], before) for name, ours in given.items()}
+    return {name: compared([ours[key] for key in everywhere], before) for name, ours in given.items()}
 
 
-def _compared(ours: Sequence[Answer], before: Sequence[Answer]) -> Answers:
+def compared(ours: Sequence[Answer | Reply], before: Sequence[Answer | Reply]) -> Answers:
+    """What answers look like, and how they differ from others to the same prompts, where there are any."""
     return Answers(len(ours), answer_figures(ours), answer_figures(ours, before) if before else {})

@@ -19,7 +19,7 @@ from orpo.comparing.cost import cost_of_arm
 from orpo.comparing.methods import Choice, candidates, recipe_choice, stages_of
 from orpo.comparing.options import Options
 from orpo.comparing.page import write_page
-from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan
+from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan, usable
 from orpo.comparing.pool import Watcher, run_all
 from orpo.comparing.quality import base_results, quality_of, saved_results, validation_results
 from orpo.comparing.result import Comparison, Entry
@@ -61,10 +61,10 @@ def compare(
     options.check()
     check_recipe(recipe)
     check_needs(recipe)
-    folder = Path(out).expanduser().resolve()
+    folder = usable(out)
     with held(folder):
         recipe = absolute(recipe)
-        settle_plan(folder, recipe, trials=options.trials)
+        settle_plan(folder, recipe, command="compare", trials=options.trials)
         splits, reading = settle_splits(
             recipe, folder / DATA, options.sizes, options.split, is_fixed=has_begun(folder)
         )

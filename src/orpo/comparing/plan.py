@@ -8,7 +8,7 @@ from typing import Any
 
 from orpo.errors import ConfigError
 from orpo.run.directory import read_json, write_json
-from orpo.run.lock import LOCK
+from orpo.run.lock import LOCK, check_output_dir
 from orpo.run.public import without_secrets
 
 _PLAN, DATA, RUNS = "plan.json", "data", "runs"
@@ -17,6 +17,20 @@ _PLAN, DATA, RUNS = "plan.json", "data", "runs"
 def has_begun(folder: Path) -> bool:
     """Whether a training has begun in the folder of a comparison; before that, everything may change."""
     return (folder / RUNS).is_dir()
+
+
+def usable(out: str | Path) -> Path:
+    """The whole path of the folder of a comparison.
+
+    Raises:
+        ConfigError: It is no folder, or something else is there.
+    """
+    check_output_dir(str(out), [])
+    folder = Path(out).expanduser().resolve()
+    is_ours = (folder / _PLAN).exists()
+    if folder.is_dir() and not is_ours and any(path.name != LOCK for path in folder.iterdir()):
+        raise ConfigError(f"--out {out}: something else is there already; name another folder")
+    return folder
 
 
 def absolute(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,10 +49,8 @@ def settle_plan(folder: Path, recipe: Mapping[str, Any], **budget: Any) -> None:
         budget: What else is fixed, by name, as plain values.
 
     Raises:
-        ConfigError: The folder is of another recipe or another budget, or of something else.
+        ConfigError: The folder is of another recipe or another budget.
     """
-    if not (folder / _PLAN).exists() and any(path.name != LOCK for path in folder.iterdir()):
-        raise ConfigError(f"--out {folder}: something else is there already; name another folder")
     left_out = ("output_dir", "dataset_num_proc")
     settings = {name: value for name, value in without_secrets(recipe).items() if name not in left_out}
     now = {"recipe": settings} | budget

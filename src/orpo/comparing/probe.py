@@ -17,7 +17,7 @@ from orpo.comparing.budget import Budget, budget_of, tokens_of
 from orpo.comparing.choosing import DECIDES, Chosen, choose
 from orpo.comparing.cost import cost_of_arm
 from orpo.comparing.methods import STAGES, Choice, candidates, recipe_choice
-from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan
+from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan, usable
 from orpo.comparing.pool import Watcher, run_all
 from orpo.comparing.quality import base_results, validation_results
 from orpo.comparing.splits import VALIDATION, SplitOptions, settle_splits
@@ -34,9 +34,9 @@ SHARE = 0.02
 """Most of the run's tokens that a probe reads, where nobody says otherwise."""
 _SHORT = {
     "eval_strategy": "steps", "eval_on_start": False, "save_strategy": "no", "logging_steps": 1,
-    "load_best_model_at_end": False, "early_stopping_patience": None,
+    "load_best_model_at_end": False, "early_stopping_patience": None, "warmup_steps": 0.1,
 }  # fmt: skip
-"""A probe's trainings are scored once, at their end."""
+"""A probe's trainings are scored once, at their end, and have a schedule of their own length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +164,10 @@ def probe(
             raise ConfigError(f"{name}: {value} is out of range; expected {expected}")
     check_recipe(recipe)
     check_needs(recipe)
-    folder = Path(out).expanduser().resolve()
+    folder = usable(out)
     with held(folder):
         recipe = absolute(recipe)
-        settle_plan(folder, recipe, share=share, trials=trials, factor=factor)
+        settle_plan(folder, recipe, command="probe", share=share, trials=trials, factor=factor)
         budget = budget_of(recipe, share, trials)
         options = SplitOptions(test_share=0.0, most_validation=budget.held_out)
         splits, reading = settle_splits(recipe, folder / DATA, [], options, is_fixed=has_begun(folder))
@@ -203,13 +203,13 @@ def _result(
     if chosen is None:
         raise RunError(f"every setting failed; the first: {failures[arms[0].folder]}")
     made = [arm for arm in arms if arm.folder not in failures]
+    held_out = tokens_of(pairs, maker.common()) * (len(made) + 1)
     found = Probe(
         folder=folder,
         stage=stage,
         chosen=chosen,
         budget=budget,
-        tokens=sum(cost_of_arm(arm).tokens for arm in made)
-        + tokens_of(pairs, maker.common()) * (len(made) + 1),
+        tokens=sum(cost_of_arm(arm).tokens for arm in made) + held_out,
         num_pairs=before.num_preferences,
     )
     write_json(found.path, found.to_json())

@@ -27,7 +27,7 @@ def sentences(result: Comparison) -> list[str]:
         lines.append(f"{name} against {baseline.method}: {'; '.join(judged)}.")
         lines.append(_cost(entry, baseline))
         if name in result.answers:
-            lines.append(_answering(name, baseline.method, result.answers[name]))
+            lines.append(answering(name, baseline.method, result.answers[name]))
     return [*lines, *_cautions(result)]
 
 
@@ -57,7 +57,7 @@ def _cost(entry: Entry, baseline: Entry) -> str:
     )
 
 
-def _answering(method: str, baseline: str, answers: Answers) -> str:
+def answering(method: str, baseline: str, answers: Answers) -> str:
     """Whether a method repeats itself or fails to end more than the baseline does."""
     parts = []
     for name, less, more in (

@@ -51,7 +51,7 @@ class Experiment:
     max_length: int = 512
     num_evaluations: int = 8
     num_test: int | None = None
-    num_asked: int = 96
+    num_asked: int = 64
     answer_tokens: int = 60
 
     def split(self, name: SplitName) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from orpo.comparing.asking import Answers, compared
 from orpo.data.dataset import tokenize_pairs
 from orpo.data.preferences import read_preferences
 from orpo.demo import screen
@@ -173,6 +174,10 @@ class Verdict:
         """Those of the pairs, then how often answers end and repeat themselves."""
         return dict(self.figures) | (dict(answer_figures(self.replies)) if self.replies else {})
 
+    def answers_against(self, other: Verdict) -> Answers:
+        """How its answers differ from another model's."""
+        return compared(self.replies, other.replies)
+
     def shown(self, number: int) -> str:
         """An answer on one line."""
         return " ".join(self.replies[number].text.split())
@@ -255,6 +260,8 @@ def write_results(
         "seed": experiment.seed,
         "num_test_pairs": len(held_out),
         "test": {name: figures_to_json(verdict.figures) for name, verdict in verdicts.items()},
+        "num_answers": len(held_out.prompts),
+        "answers": {name: figures_to_json(answer_figures(v.replies)) for name, v in verdicts.items()},
         "training": {
             name: {"steps": t.num_steps, "tokens": t.num_tokens, "seconds": round(t.seconds, 1)}
             for name, t in trainings.items()
@@ -280,13 +287,15 @@ def run_demo(console: Console, experiment: Experiment, folder: Path) -> None:
         held_out = HeldOut(experiment)
         models = {"base": experiment.base} | folders
         verdicts = {name: held_out.examine(model) for name, model in models.items()}
+        answers = verdicts["ORPO"].answers_against(verdicts["SFT"])
         write_results(folder, experiment, held_out, verdicts, trainings)
         write_report(
             folder,
             contrast={"SFT": folders["SFT"]},
-            test={name: verdict.figures for name, verdict in verdicts.items()},
+            test={name: verdict.all_figures for name, verdict in verdicts.items()},
             test_change=compare(verdicts["base"].results, verdicts["ORPO"].results, held_out.objective),
-            note=screen.note(experiment, len(held_out)),
+            note=screen.note(experiment, len(held_out), answers),
         )
-    screen.results(console, verdicts, trainings, len(held_out))
-    screen.samples(console, [str(prompt[-1]["content"]) for prompt in held_out.prompts], verdicts)
+    screen.results(console, verdicts, trainings, answers)
+    shown = [prompt.instruction for prompt in held_out.prompts[: held_out.num_shown]]
+    screen.samples(console, shown, verdicts)
