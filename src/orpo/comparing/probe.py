@@ -148,7 +148,7 @@ def probe(
         share: Of the run's tokens that may be read, in (0, 1].
         trials: Settings that are tried, at least 2; the recipe's own is one of them.
         factor: Between neighbouring values, above 1.
-        jobs: Trainings at a time, each a process of its own.
+        jobs: Trainings at a time, each a process of its own; 0: one after the other in this process.
         watcher: Is told how trainings go.
 
     Raises:
@@ -158,7 +158,7 @@ def probe(
         ("share", share, 0 < share <= 1, "above 0 and at most 1"),
         ("trials", trials, trials >= 2, "at least 2"),
         ("factor", factor, factor > 1, "above 1"),
-        ("jobs", jobs, jobs >= 1, "at least 1"),
+        ("jobs", jobs, jobs >= 0, "at least 0"),
     ):
         if not holds:
             raise ConfigError(f"{name}: {value} is out of range; expected {expected}")
