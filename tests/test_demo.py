@@ -98,7 +98,7 @@ def test_sft_never_runs_a_rejected_answer_and_orpo_reads_each_prompt_once(demo):
     plan = replace(EXPERIMENTS["politeness"], **FAST)
     read = read_preferences(str(plan.split("train")), data_format="instruction")
     pairs = tokenize_pairs(read, load_tokenizer(str(plan.base)), max_length=plan.max_length)
-    settings = BatchSettings(Objective(beta=0.0), "shared", 4096)
+    settings = BatchSettings(Objective(preference_weight=0.0), "shared", 4096)
     steps = StepDataset(pairs, settings, pairs_per_step=plan.pairs_per_step, seed=plan.seed)
     seen = [pair for number in range(plan.max_steps) for pairs in steps[number].pairs for pair in pairs]
     training = json.loads((demo[0] / "demo.json").read_text())["training"]

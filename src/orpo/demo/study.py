@@ -197,7 +197,7 @@ class HeldOut:
         """Read and tokenize the pairs, with the tokenizer of the base."""
         self.experiment = experiment
         self.split = split
-        self.objective = Objective(beta=experiment.beta, nll_on="response")
+        self.objective = Objective(preference_weight=experiment.beta, nll_on="response")
         read = read_preferences(str(experiment.split(split)), data_format=FORMATS[experiment.data])
         self.pairs = read.pairs[: experiment.num_test]
         tokenizer = load_tokenizer(str(experiment.base))
@@ -213,7 +213,7 @@ class HeldOut:
     def examine(self, folder: Path, *, answering: bool = True) -> Verdict:
         """Load a model, score the pairs, and let it answer the prompts."""
         model = load_trained(str(folder), OrpoSettings(dtype="float32"))
-        layout = prepare_model(model, self.objective).layout
+        layout = prepare_model(model).layout
         found = evaluate_pairs(
             model, self.tokenized, BatchSettings(self.objective, layout, TOKENS_PER_MICRO_BATCH)
         )

@@ -44,6 +44,7 @@ def figure_html(
     legend: Sequence[str],
     *,
     percent: bool = False,
+    marks: Sequence[int] = (),
     across: str = "optimizer step",
 ) -> str:
     """A figure with its title, legend and caption; nothing where there is no curve.
@@ -54,18 +55,19 @@ def figure_html(
         lines: The curves.
         legend: The keys, as HTML.
         percent: Whether values are shares.
+        marks: Steps after which another stage begins.
         across: What the points go along.
     """
     if not lines:
         return ""
     keys = f'<div class="legend">{"".join(legend)}</div>' if legend else ""
     return (
-        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent, across)}"
+        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent, marks, across)}"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _svg(title: str, lines: Sequence[Line], percent: bool, across: str) -> str:
+def _svg(title: str, lines: Sequence[Line], percent: bool, marks: Sequence[int], across: str) -> str:
     """The curves as inline SVG whose text is text and whose colours are CSS variables."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -77,6 +79,8 @@ def _svg(title: str, lines: Sequence[Line], percent: bool, across: str) -> str:
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
+        for step in marks:
+            axes.axvline(step, color=_GRID, linewidth=1.2)
         axes.set_xlabel(across, color=_INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))

@@ -335,7 +335,9 @@ def _curves(run: Run, others: list[Run]) -> str:
     drawn = "".join(figures)
     if not drawn:
         return ""
-    return f'<section id="curves"><h2>Curves</h2><div class="figures">{drawn}</div></section>'
+    names = ", ".join(f"{name} from step {step:,}" for step, name in run.stages)
+    stages = f'<p class="caption">Lines mark where a stage begins: {escape(names)}.</p>' if names else ""
+    return f'<section id="curves"><h2>Curves</h2>{stages}<div class="figures">{drawn}</div></section>'
 
 
 def _logprob_figure(run: Run, others: list[Run], set_name: str) -> str:
@@ -349,7 +351,7 @@ def _logprob_figure(run: Run, others: list[Run], set_name: str) -> str:
                 name = f"{one.name}, {side}" if others else side
                 legend.append(_legend(name, side, position))
     caption = "Mean log-prob of a token of the held-out answers; the band is one standard error."
-    return figure_html("Chosen and rejected answers", caption, lines, legend)
+    return figure_html("Chosen and rejected answers", caption, lines, legend, marks=_marks(run))
 
 
 def _held_out_figure(name: str, run: Run, others: list[Run], set_name: str) -> str:
@@ -362,7 +364,9 @@ def _held_out_figure(name: str, run: Run, others: list[Run], set_name: str) -> s
             legend.append(_legend(one.name, "run" if position == 0 else "other", position))
     metric = metric_named(name)
     percent = metric.unit == "share"
-    return figure_html(_title(name), metric.caption, lines, legend if others else [], percent=percent)
+    return figure_html(
+        _title(name), metric.caption, lines, legend if others else [], percent=percent, marks=_marks(run)
+    )
 
 
 def _training_figure(name: str, run: Run, others: list[Run]) -> str:
@@ -379,7 +383,12 @@ def _training_figure(name: str, run: Run, others: list[Run]) -> str:
     caption = f"{metric.caption} Measured while training.{several}"
     percent = metric.unit == "share"
     title = "Training loss" if name == "loss" else _title(name)
-    return figure_html(title, caption, lines, legend if others else [], percent=percent)
+    return figure_html(title, caption, lines, legend if others else [], percent=percent, marks=_marks(run))
+
+
+def _marks(run: Run) -> list[int]:
+    """The steps after which a stage other than the first begins."""
+    return [step - 1 for step, _ in run.stages[1:]]
 
 
 def _held_out_series(run: Run, name: str, set_name: str) -> Points:

@@ -25,6 +25,7 @@ from orpo.settings.config import (
     Objective,
     OrpoSettings,
     check_settings,
+    objective_keys,
     resolve_objective,
     settings_where,
 )
@@ -61,8 +62,8 @@ class _Arguments(OrpoSettings, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        objective, notices = resolve_objective(self)
-        for key, value in dataclasses.asdict(objective).items():
+        _, notices = resolve_objective(self)
+        for key, value in objective_keys(self).items():
             setattr(self, key, value)
         self.notices: list[str] = notices + [
             f"{key} has no effect: {NO_EFFECT[key]}"

@@ -80,6 +80,14 @@ class Recorder(TrainerCallback):
             )
         )
 
+    def stage_began(self, step: int, epoch: float, stage: str) -> None:
+        """Record which objective begins after a step, once, however often the run stops there."""
+        if self._writes and not any(
+            record.kind == "stage" and record.step == step for record in read_records(self.run.log)
+        ):
+            record = Record(step=step, kind="stage", epoch=epoch, seconds=self._seconds, stage=stage)
+            append_record(self.run.log, record)
+
     def saved(self, step: int, epoch: float, model_step: int) -> None:
         """Record that the run directory holds the weights of `model_step`."""
         self._append(

@@ -254,7 +254,8 @@ def settle_evaluation(args: ORPOConfig, set_names: Sequence[str], *, has_own_met
 def _settle_best(args: ORPOConfig, set_names: Sequence[str], has_own_metrics: bool) -> None:
     """Check the metric that checkpoints are chosen by, and fill in which way it gets better."""
     chosen_by = str(args.metric_for_best_model)
-    known = {flat_name(metric.name, name): metric for name in set_names for metric in evaluated_metrics()}
+    metrics = [metric for metric in evaluated_metrics() if metric.is_of(args.objective_settings)]
+    known = {flat_name(metric.name, name): metric for name in set_names for metric in metrics}
     metric = known.get(chosen_by) or known.get(flat_name(chosen_by))
     if metric is None:
         if not has_own_metrics:
