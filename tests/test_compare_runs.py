@@ -21,7 +21,7 @@ from orpo.run.directory import RunDirectory, read_run
 from orpo.training.trainer import ORPOTrainer
 
 CLOCKS = ("seconds", "cpu_seconds", "step_seconds", "peak_gib", "sessions")
-PLAN = {"methods": ["orpo", "sft+orpo"], "seeds": 1, "trials": 1, "answers": 3, "jobs": 0}
+PLAN = {"methods": ["orpo", "sft+dpo"], "seeds": 1, "trials": 1, "answers": 3, "jobs": 0}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,12 +104,13 @@ def test_methods_have_one_base_one_split_and_equally_many_steps(made, recipe):
     assert [entry["cost"]["steps"] for entry in found["entries"]] == [8, 8]
     assert [entry["models_held"] for entry in found["entries"]] == [1, 1]
     runs = [read_run(path) for path in sorted((result.folder / "runs").iterdir())]
-    starts = {run.recipe["model_name_or_path"] for run in runs}
-    first = next(path for path in (result.folder / "runs").iterdir() if path.name.endswith("1of2-seed0"))
-    assert starts == {recipe["model_name_or_path"], str(first)}
+    assert {run.recipe["model_name_or_path"] for run in runs} == {recipe["model_name_or_path"]}
     assert len({(run.recipe["dataset_name"], run.recipe["eval_dataset_name"]) for run in runs}) == 1
     orpo, both = (entry["cost"]["answers"] for entry in found["entries"])
-    assert both == pytest.approx(orpo * 3 / 4), "SFT reads one answer of a pair, for half of the steps"
+    pairs = found["pairs"]["train"]
+    assert both == pytest.approx(orpo * 3 / 4 + 2 * pairs), (
+        "SFT reads one answer of a pair; a reference is asked"
+    )
 
 
 def test_figures_are_those_of_the_runs_and_differences_those_of_their_pairs(made):
@@ -144,7 +145,7 @@ def test_the_page_is_one_file_with_curves_tables_and_the_sentences(made):
     page = result.page_path.read_text()
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    for word in ("orpo", "sft+orpo", "Models held", "Forward passes", "Settings that were tried"):
+    for word in ("orpo", "sft+dpo", "Models held", "Forward passes", "Settings that were tried"):
         assert word in page
     assert metric_named("repetition").caption in page
 
@@ -206,7 +207,7 @@ def test_the_command_prints_tables_that_fit_eighty_columns(made, recipe, tmp_pat
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    options = ["--methods", "orpo,sft+orpo", "--seeds", "1", "--trials", "1", "--answers", "3", "--jobs", "0"]
+    options = ["--methods", "orpo,sft+dpo", "--seeds", "1", "--trials", "1", "--answers", "3", "--jobs", "0"]
     assert main(["compare", str(file), "--out", str(result.folder), *options]) == 0
     printed = capsys.readouterr().out
     assert "against orpo" in printed

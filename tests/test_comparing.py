@@ -8,12 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo.comparing.arms import Maker, answers_read
+from orpo.comparing.arms import Maker
 from orpo.comparing.asking import compared
 from orpo.comparing.budget import FEWEST_PAIRS, FEWEST_STEPS, divided
 from orpo.comparing.choosing import ALLOWED, choose
 from orpo.comparing.cost import Cost
-from orpo.comparing.methods import STAGES, candidates, recipe_choice, stage_settings, stages_of
+from orpo.comparing.methods import (
+    OBJECTIVES,
+    answers_read,
+    candidates,
+    method_of,
+    method_settings,
+    recipe_choice,
+    stages_of,
+)
 from orpo.comparing.options import Options
 from orpo.comparing.plan import settle_plan, usable
 from orpo.comparing.quality import estimates, quality_of
@@ -26,6 +34,7 @@ from orpo.evaluation.answers import Reply
 from orpo.evaluation.per_pair import PairResults
 from orpo.evaluation.statistics import clustered_mean, critical, mean_over_runs
 from orpo.pairs import PreferencePair
+from orpo.settings.config import PRESETS, OrpoSettings, resolve_stages
 
 RECIPE = {"model_name_or_path": "base", "dataset_name": "pairs", "learning_rate": 1e-3, "beta": 0.5}
 
@@ -48,7 +57,7 @@ def results(chosen, rejected, prompts=None):
 
 
 def test_the_recipe_comes_first_and_what_is_tried_moves_away_from_it_step_by_step():
-    tried = candidates({"learning_rate": 1e-3, "beta": 0.5}, 6)
+    tried = candidates({"learning_rate": 1e-3, "beta": 0.5}, 6, 2.0)
     assert tried == [
         {"learning_rate": 1e-3, "beta": 0.5},
         {"learning_rate": 2e-3, "beta": 0.5},
@@ -57,7 +66,7 @@ def test_the_recipe_comes_first_and_what_is_tried_moves_away_from_it_step_by_ste
         {"learning_rate": 1e-3, "beta": 0.25},
         {"learning_rate": 4e-3, "beta": 0.5},
     ]
-    assert candidates({"learning_rate": 3e-4}, 4, 3.0) == [
+    assert candidates({"learning_rate": 3e-4}, 4) == [
         {"learning_rate": rate} for rate in (3e-4, 9e-4, 1e-4, 2.7e-3)
     ]
 
@@ -75,17 +84,56 @@ def test_a_method_that_is_not_known_is_named(method):
         stages_of(method)
 
 
-def test_sft_differs_from_orpo_in_the_rejected_answers_alone():
-    sft, orpo = (
-        stage_settings(RECIPE | {"nll_weight": 0.7, "objective": "response"}, n) for n in ("sft", "orpo")
-    )
-    assert sft == {**RECIPE, "objective": "response", "beta": 0.0}
-    assert orpo == {**RECIPE, "objective": "response", "nll_weight": 0.7}
+CHOICE = {"learning_rate": 1e-4, "beta": 2.0}
+
+
+def test_methods_of_a_recipe_share_what_the_nll_is_over_and_little_else():
+    recipe = RECIPE | {"nll_weight": 0.7, "objective": "response"}
+    same = {"model_name_or_path": "base", "dataset_name": "pairs", "learning_rate": 1e-4}
+    over = {"nll_on": "response", "nll_reduction": "token"}
+    assert method_settings(recipe, "sft", {"learning_rate": 1e-4}) == same | over | {"objective": "sft"}
+    orpo = method_settings(recipe, "orpo", CHOICE)
+    assert orpo == same | {"objective": "response", "nll_weight": 0.7, "beta": 2.0}
+    assert method_settings(recipe, "simpo", CHOICE) == same | over | {"objective": "simpo", "beta": 2.0}
+    plain = method_settings(RECIPE | {"simpo_gamma": 3.0, "nll_on": "response"}, "dpo", CHOICE)
+    assert plain == same | {"objective": "dpo", "nll_on": "response", "beta": 2.0}
+
+
+@pytest.mark.parametrize("method", [*OBJECTIVES, "sft+dpo", "sft+tempered_odds", "sft+simpo+dpo"])
+@pytest.mark.parametrize("own", ["orpo", "response", "llamafactory", "simpo", "dpo", "cpo"])
+def test_every_method_can_be_trained_with_every_recipe(method, own):
+    choice = recipe_choice({"objective": own, "beta": 0.3}, method, rate=1e-5)
+    settings = method_settings({"objective": own, "beta": 0.3}, method, choice)
+    settings.pop("learning_rate")
+    stages = resolve_stages(OrpoSettings(**settings))
+    assert len(stages) == len(stages_of(method))
+    assert sum(stage.share for stage in stages) == pytest.approx(1)
+    for stage, name in zip(stages, stages_of(method), strict=True):
+        assert stage.objective.compares == PRESETS[name].compares
+        assert (stage.objective.preference_weight > 0) == (PRESETS[name].preference_weight > 0)
+
+
+def test_beta_is_that_of_the_last_stage():
+    settings = method_settings(RECIPE, "orpo+dpo", CHOICE)
+    first, last = settings["stages"]
+    assert first == {"objective": "orpo", "beta": 0.5, "share": 0.5}
+    assert last == {"objective": "dpo", "beta": 2.0}
+    assert "beta" not in settings
 
 
 def test_a_recipe_of_another_objective_says_nothing_about_orpo():
     recipe = RECIPE | {"objective": "simpo", "beta": 7.0}
+    assert recipe_choice(recipe, "simpo", rate=1.0) == {"learning_rate": 1e-3, "beta": 7.0}
+    assert recipe_choice({"beta": 0}, "orpo", rate=1.0) == {"learning_rate": 1.0, "beta": 0.1}
+    assert recipe_choice(recipe, "sft", rate=1.0) == {"learning_rate": 1e-3}
     assert recipe_choice(recipe, "orpo", rate=1.0) == {"learning_rate": 1e-3, "beta": 0.1}
+
+
+def test_a_probe_knows_the_method_of_its_recipe():
+    recipes = [{}, {"beta": 0}, {"objective": "response"}, {"objective": "dpo"}]
+    assert [method_of(one) for one in recipes] == ["orpo", "sft", "orpo", "dpo"]
+    with pytest.raises(ConfigError, match="stages"):
+        method_of({"stages": [{"objective": "sft"}]})
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": 0}, {"trials": 0}, {"jobs": -1}, {"methods": []},
@@ -101,48 +149,32 @@ def maker(recipe=RECIPE):
     return Maker(recipe, splits, {}, Path("runs"))
 
 
-def test_stages_share_the_budget_and_start_from_one_another():
-    choices = [{"learning_rate": 1e-3}, {"learning_rate": 1e-4, next(iter(_knob("simpo"))): 2.0}]
-    arm = maker(RECIPE | {"max_steps": 101}).arm("sft+simpo", choices, 100, 3)
-    first, second = arm.jobs
-    assert first.settings["max_steps"] + second.settings["max_steps"] == 101
-    assert second.settings["model_name_or_path"] == str(first.folder) == str(second.after)
-    assert {job.settings["seed"] for job in arm.jobs} == {3}
-    epochs = [job.settings["num_train_epochs"] for job in maker().arm("sft+simpo", choices, 100, 3).jobs]
-    assert sum(epochs) == maker().arm("sft", choices[:1], 100, 3).jobs[0].settings["num_train_epochs"]
-
-
-def _knob(stage):
-    return {STAGES[stage].knob}
-
-
-def test_an_adapter_is_trained_on_by_the_next_stage():
-    choices = [{"learning_rate": 1e-3}, {"learning_rate": 1e-4}]
-    first, second = maker(RECIPE | {"use_peft": True}).arm("sft+simpo", choices, 100, 0).jobs
-    assert first.settings["use_peft"]
-    assert second.settings["adapter_name_or_path"] == str(first.folder)
-    assert second.settings["model_name_or_path"] == "base"
-    assert not second.settings["use_peft"]
-
-
-def test_every_training_has_a_folder_of_its_own():
-    make, rate = maker(), {"learning_rate": 1e-3}
+def test_every_training_has_a_folder_of_its_own_and_differs_in_nothing_else():
+    make, rate = (
+        maker(RECIPE | {"eval_dataset_name": "other", "seed": 7, "use_peft": True}),
+        {"learning_rate": 1e-3},
+    )
     arms = [
-        make.arm("sft", [rate], 100, 0),
-        make.arm("sft", [rate], 100, 1),
-        make.arm("sft", [rate], 50, 0),
-        make.arm("sft", [{"learning_rate": 2e-3}], 100, 0),
-        make.arm("orpo", [rate | {"beta": 0.5}], 100, 0),
-        make.arm("orpo", [rate | {"beta": 1.0}], 100, 0),
-        make.arm("sft+orpo", [rate, rate | {"beta": 0.5}], 100, 0),
+        make.arm("sft", rate, 100, 0),
+        make.arm("sft", rate, 100, 1),
+        make.arm("sft", rate, 50, 0),
+        make.arm("sft", {"learning_rate": 2e-3}, 100, 0),
+        make.arm("orpo", rate | {"beta": 0.5}, 100, 0),
+        make.arm("orpo", rate | {"beta": 1.0}, 100, 0),
+        make.arm("sft+orpo", rate | {"beta": 0.5}, 100, 0),
     ]
-    folders = {job.folder for arm in arms for job in arm.jobs}
-    assert len(folders) == 8
-    assert arms[2].jobs[0].settings["dataset_name"] != arms[0].jobs[0].settings["dataset_name"]
+    assert len({arm.folder for arm in arms}) == 7
+    assert {str(arm.folder) for arm in arms} == {arm.settings["output_dir"] for arm in arms}
+    assert len({arm.settings["dataset_name"] for arm in arms}) == 2
+    assert arms[2].settings["dataset_name"] != arms[0].settings["dataset_name"]
+    assert {arm.settings["eval_dataset_name"] for arm in arms} == {str(Path("data") / "validation.parquet")}
+    assert [arm.settings["seed"] for arm in arms] == [0, 1, 0, 0, 0, 0, 0]
+    assert all(arm.settings["use_peft"] for arm in arms)
 
 
-def test_sft_reads_half_the_answers_of_a_comparison():
-    assert (answers_read("sft", 10), answers_read("orpo", 10), answers_read("sft+simpo", 10)) == (10, 20, 15)
+def test_answers_read_are_one_two_or_three_passes():
+    read = [answers_read(method, 30, 10) for method in ("sft", "orpo", "dpo", "sft+dpo", "sft+orpo")]
+    assert read == [30, 60, 60 + 20, 15 + 30 + 20, 45]
 
 
 # ------------------------------------------------------------------------------ intervals
@@ -294,8 +326,8 @@ def comparison(quality, *, answers=None, seeds=2, sessions=1):
     base = quality_of([BEFORE], [], looks=1)
     chosen = chosen_of(spread(-2.0, -2.5))
     entries = [
-        Entry("sft", 100, base, [cost], [Path("a")], [Path("a")]),
-        Entry("orpo", 100, quality, [dear], [Path("b")], [Path("b")]),
+        Entry("sft", 100, base, [cost], [Path("a")]),
+        Entry("orpo", 100, quality, [dear], [Path("b")]),
     ]
     return Comparison(
         folder=Path("out"), recipe=RECIPE, baseline="sft", counts={"train": 100, "validation": 6, "test": 6},

@@ -10,7 +10,7 @@ from orpo.console import say, say_item
 from orpo.errors import ConfigError
 
 _EPILOG = """examples:
-  orpo compare recipe.yaml --methods sft,orpo,sft+simpo --out runs/compared
+  orpo compare recipe.yaml --methods sft,orpo,sft+dpo --out runs/compared
   orpo compare recipe.yaml --sizes 1000,3000 --seeds 3 --jobs 2 --out runs/compared
   orpo compare recipe.yaml --out runs/compared          goes on where it was stopped
 
@@ -36,7 +36,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--methods",
         default="sft,orpo",
         metavar="A,B,...",
-        help="sft, orpo, tempered, simpo, cpo_simpo, or stages of these joined with + (default sft,orpo)",
+        help="objectives (sft, orpo, simpo, dpo, ...), or stages of these joined with + (default sft,orpo)",
     )
     parser.add_argument("--baseline", metavar="A", help="what the others are compared with (default: first)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each (default 3)")

@@ -1,19 +1,14 @@
-"""An arm as trainings to make: the settings and the run directory of each, and how much of the budget it has.
-
-An arm is a method with chosen settings, a training set and a seed. Each of its stages is an ordinary run; the
-first stages of arms that begin in the same way are the same run, made once.
-"""
+"""An arm is a method with chosen settings, a training set and a seed: one training, an ordinary run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo.comparing.methods import RATE, STAGES, Choice, stage_settings, stages_of
+from orpo.comparing.methods import RATE, Choice, method_settings
 from orpo.comparing.splits import VALIDATION, Splits
-from orpo.settings.schema import known_settings
 
 _OF_THE_DATA = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name",
@@ -26,48 +21,30 @@ _UNLESS_SAID = {"num_samples": 0, "report_to": "none"}
 """Settings of an arm where the recipe says nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
     """One training.
 
     Attributes:
-        folder: Its run directory.
-        settings: Of its recipe.
-        after: The run that it starts from; None: the base.
-    """
-
-    folder: Path
-    settings: Mapping[str, Any]
-    after: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
-    """A method with its settings, on a training set.
-
-    Attributes:
         method: Its name.
-        choices: The chosen settings of each stage.
+        choice: The chosen settings.
         size: Pairs of the training set.
         seed: Of the order of the pairs.
-        jobs: Its trainings, in order; the last one's model is the arm's.
+        folder: Its run directory.
+        settings: Of its recipe.
     """
 
     method: str
-    choices: Sequence[Choice]
+    choice: Choice
     size: int
     seed: int
-    jobs: Sequence[Job]
-
-    @property
-    def folder(self) -> Path:
-        """The run directory of its model."""
-        return self.jobs[-1].folder
+    folder: Path
+    settings: Mapping[str, Any]
 
     @property
     def label(self) -> str:
         """For people: `orpo, learning_rate 0.001, beta 2, seed 0`."""
-        chosen = ", ".join(f"{name} {value:g}" for name, value in self.choices[-1].items())
+        chosen = ", ".join(f"{name} {value:g}" for name, value in self.choice.items())
         return f"{self.method}, {chosen}, seed {self.seed}"
 
 
@@ -87,27 +64,30 @@ class Maker:
     reading: Mapping[str, Any]
     folder: Path
 
-    def arm(self, method: str, choices: Sequence[Choice], size: int, seed: int) -> Arm:
+    def arm(self, method: str, choice: Choice, size: int, seed: int) -> Arm:
         """The arm of a method.
 
         Args:
             method: Its name.
-            choices: Settings of each of its stages.
+            choice: Its settings.
             size: Pairs of the training set.
             seed: Of the order of the pairs.
         """
-        stages = stages_of(method)
-        jobs: list[Job] = []
-        for number in range(len(stages)):
-            name = _name(stages[: number + 1], choices[: number + 1], len(stages), seed)
-            if size != self.splits.sizes[-1]:
-                name = f"{size}-pairs-{name}"
-            before = jobs[-1].folder if jobs else None
-            settings = self._settings(stages[number], choices[number], size, before)
-            settings |= self._budget(number, len(stages))
-            settings |= {"seed": seed, "output_dir": str(self.folder / name)}
-            jobs.append(Job(self.folder / name, settings, before))
-        return Arm(method=method, choices=tuple(choices), size=size, seed=seed, jobs=tuple(jobs))
+        chosen = "-".join(f"{'lr' if name == RATE else name}{value:g}" for name, value in choice.items())
+        name = f"{method}-{chosen}-seed{seed}"
+        if size != self.splits.sizes[-1]:
+            name = f"{size}-pairs-{name}"
+        settings = _UNLESS_SAID | method_settings(self.common(), method, choice)
+        settings |= {
+            "dataset_name": str(self.splits.training(size)),
+            "eval_dataset_name": str(self.splits.path(VALIDATION)),
+            "fail_if_worse": False,
+            "seed": seed,
+            "output_dir": str(self.folder / name),
+        }
+        return Arm(
+            method=method, choice=choice, size=size, seed=seed, folder=self.folder / name, settings=settings
+        )
 
     def common(self) -> dict[str, Any]:
         """What all arms have of the recipe: everything but where its pairs come from and where it goes."""
@@ -116,45 +96,3 @@ class Maker:
         if kept.get("eval_strategy") == "no":  # curves and the choice need validation pairs
             del kept["eval_strategy"]
         return kept | dict(self.reading)
-
-    def _settings(self, stage: str, choice: Choice, size: int, before: Path | None) -> dict[str, Any]:
-        settings = _UNLESS_SAID | stage_settings(self.common(), stage) | dict(choice)
-        settings |= {
-            "dataset_name": str(self.splits.training(size)),
-            "eval_dataset_name": str(self.splits.path(VALIDATION)),
-            "fail_if_worse": False,
-        }
-        return settings | ({} if before is None else _starting_from(before, settings))
-
-    def _budget(self, number: int, stages: int) -> dict[str, Any]:
-        """Equal shares of the recipe's passes, or steps, for each stage of a method."""
-        steps = int(self.recipe.get("max_steps") or -1)
-        if steps > 0:
-            return {"max_steps": max(1, steps * (number + 1) // stages - steps * number // stages)}
-        usual = known_settings()["num_train_epochs"].default
-        return {"num_train_epochs": float(self.recipe.get("num_train_epochs") or usual) / stages}
-
-
-def _name(stages: Sequence[str], choices: Sequence[Choice], of: int, seed: int) -> str:
-    """`sft-lr0.001-1of2+simpo-lr0.0005-odds_scale2-seed0`: everything that tells one run from another."""
-    parts = []
-    for number, (stage, choice) in enumerate(zip(stages, choices, strict=True), start=1):
-        chosen = [f"{'lr' if name == RATE else name}{value:g}" for name, value in choice.items()]
-        parts.append("-".join([stage, *chosen, *([f"{number}of{of}"] if of > 1 else [])]))
-    return "+".join(parts) + f"-seed{seed}"
-
-
-def _starting_from(before: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage that goes on with the model, or the adapter, of the one before it."""
-    if settings.get("use_peft"):
-        return {"adapter_name_or_path": str(before), "use_peft": False}
-    return {"model_name_or_path": str(before), "resize_embeddings": False}
-
-
-def answers_read(method: str, pairs: float) -> float:
-    """Answers that go through the model forward while a method trains on so many pairs in all.
-
-    A stage that compares reads both answers of a pair, SFT one. Stages share the pairs equally.
-    """
-    stages = stages_of(method)
-    return sum(pairs / len(stages) * (2 if STAGES[stage].reads_rejected else 1) for stage in stages)

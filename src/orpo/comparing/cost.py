@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo.comparing.arms import Arm, answers_read
-from orpo.run.directory import Run, RunDirectory, read_json, read_run, write_json
+from orpo.comparing.arms import Arm
+from orpo.comparing.methods import answers_read, needs_reference
+from orpo.run.directory import RunDirectory, read_json, read_run, write_json
 from orpo.training.job import Outcome, train
 from orpo.training.recorder import peak_resident
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a training took, or several together.
+    """What a training took.
 
     Attributes:
         seconds: From the first line of `train` to its end, loading, evaluations and saving included.
@@ -26,7 +27,7 @@ class Cost:
         step_seconds: Of `seconds`, those spent in optimizer steps.
         peak_gib: Most memory: on the GPU where there is one, else of the process, its libraries included.
         steps: Optimizer steps.
-        tokens: Tokens trained on.
+        tokens: Tokens trained on, and those of a reference.
         answers: Answers that went through the model forward for it.
         sessions: How often it was started; above 1 where it was interrupted, and work may have been lost.
     """
@@ -73,46 +74,30 @@ def measured(settings: Mapping[str, Any]) -> Outcome:
         write_json(run.cost, [*read_json(run.cost, []), session])
 
 
-def cost_of(folder: Path, run: Run | None = None) -> Cost:
-    """What the training in a run directory took; its process is known where `measured` has run it."""
-    run = run or read_run(folder)
-    sessions: Sequence[Mapping[str, float]] = read_json(RunDirectory(folder).cost, [])
+def cost_of(arm: Arm, reference_tokens: float = 0.0) -> Cost:
+    """What an arm took; the time and memory of its process are known where `measured` has run it.
+
+    Args:
+        arm: A finished one.
+        reference_tokens: Tokens that a reference reads to be asked about the training set.
+    """
+    run = read_run(arm.folder)
+    sessions: Sequence[Mapping[str, float]] = read_json(RunDirectory(arm.folder).cost, [])
     lines = [record for record in run.records if record.kind == "train"]
-    device = str(run.environment.get("device", "cpu"))
+    is_on_cpu = run.environment.get("device", "cpu") == "cpu"
     on_device = [line.metrics["peak_memory"].mean for line in lines if "peak_memory" in line.metrics]
-    peaks = [one["peak_gib"] for one in sessions] if device == "cpu" and sessions else on_device
+    peaks = [one["peak_gib"] for one in sessions] if is_on_cpu and sessions else on_device
     tokens = [line.metrics["tokens"].mean for line in lines]
     rates = [line.metrics["tokens_per_second"].mean for line in lines]
+    pairs = int(run.data.get("train", {}).get("rows", {}).get("kept", 0))
+    passes = max((record.epoch for record in run.records), default=0.0)
     return Cost(
         seconds=sum(one["seconds"] for one in sessions),
         cpu_seconds=sum(one["cpu_seconds"] for one in sessions),
         step_seconds=sum(number / rate for number, rate in zip(tokens, rates, strict=True) if rate > 0),
         peak_gib=max(peaks, default=0.0),
         steps=run.last_step,
-        tokens=sum(tokens),
-        answers=0.0,
+        tokens=sum(tokens) + (reference_tokens if needs_reference(arm.method) else 0.0),
+        answers=answers_read(arm.method, pairs * passes, pairs),
         sessions=len(sessions),
     )
-
-
-def cost_of_arm(arm: Arm) -> Cost:
-    """What an arm took: times, tokens and answers of its stages added up, memory of the largest."""
-    runs = [read_run(job.folder) for job in arm.jobs]
-    costs = [cost_of(job.folder, run) for job, run in zip(arm.jobs, runs, strict=True)]
-    pairs = sum(_pairs_seen(run) for run in runs)
-    return Cost(
-        seconds=sum(one.seconds for one in costs),
-        cpu_seconds=sum(one.cpu_seconds for one in costs),
-        step_seconds=sum(one.step_seconds for one in costs),
-        peak_gib=max(one.peak_gib for one in costs),
-        steps=sum(one.steps for one in costs),
-        tokens=sum(one.tokens for one in costs),
-        answers=answers_read(arm.method, pairs),
-        sessions=max(one.sessions for one in costs),
-    )
-
-
-def _pairs_seen(run: Run) -> float:
-    """Pairs that were trained on, each as often as it was."""
-    kept = run.data.get("train", {}).get("rows", {}).get("kept", 0)
-    return float(kept) * max((record.epoch for record in run.records), default=0.0)

@@ -14,9 +14,10 @@ from typing import Any
 
 from orpo.comparing.arms import Arm, Maker
 from orpo.comparing.asking import Answers, ask_models
+from orpo.comparing.budget import tokens_of
 from orpo.comparing.choosing import Chosen, choose
-from orpo.comparing.cost import cost_of_arm
-from orpo.comparing.methods import Choice, candidates, recipe_choice, stages_of
+from orpo.comparing.cost import cost_of
+from orpo.comparing.methods import candidates, needs_reference, recipe_choice
 from orpo.comparing.options import Options
 from orpo.comparing.page import write_page
 from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan, usable
@@ -117,39 +118,28 @@ class _Study:
         return result
 
     def _train(self, arms: Sequence[Arm]) -> dict[Path, str]:
-        jobs = [job for arm in arms for job in arm.jobs]
-        return run_all(jobs, at_once=self.options.jobs, watcher=self.watcher)
+        return run_all(arms, at_once=self.options.jobs, watcher=self.watcher)
 
     # ------------------------------------------------------------------------------ the choice
 
     def _choose_all(self) -> dict[str, Chosen]:
-        """The settings of each method, those of fewer stages first: later stages start from their choice."""
-        chosen: dict[str, Chosen] = {}
-        for length in sorted({len(stages_of(method)) for method in self.options.methods}):
-            methods = [one for one in self.options.methods if len(stages_of(one)) == length]
-            tried = {method: self._trials(method, chosen) for method in methods}
-            failures = self._train([arm for arms in tried.values() for arm in arms])
-            for method, arms in tried.items():
-                chosen[method] = self._choose(method, arms, failures)
-        return {method: chosen[method] for method in self.options.methods}
+        """The settings of each method."""
+        tried = {method: self._trials(method) for method in self.options.methods}
+        failures = self._train([arm for arms in tried.values() for arm in arms])
+        return {method: self._choose(method, arms, failures) for method, arms in tried.items()}
 
-    def _trials(self, method: str, chosen: Mapping[str, Chosen]) -> list[Arm]:
-        *earlier, last = stages_of(method)
+    def _trials(self, method: str) -> list[Arm]:
         usual = float(known_settings()["learning_rate"].default)
-        before: list[Choice] = []
-        for number, stage in enumerate(earlier):
-            known = chosen.get("+".join(earlier[: number + 1]))
-            before.append(known.choice if known else recipe_choice(self.recipe, stage, rate=usual))
-        start = recipe_choice(self.recipe, last, rate=usual)
+        start = recipe_choice(self.recipe, method, rate=usual)
         return [
-            self.maker.arm(method, [*before, choice], self.splits.sizes[-1], self._seed(0))
+            self.maker.arm(method, choice, self.splits.sizes[-1], self._seed(0))
             for choice in candidates(start, self.options.trials)
         ]
 
     def _choose(self, method: str, arms: Sequence[Arm], failures: Mapping[Path, str]) -> Chosen:
         pairs = self.splits.path(VALIDATION)
         found = choose(
-            [arm.choices[-1] for arm in arms],
+            [arm.choice for arm in arms],
             [
                 None if arm.folder in failures else validation_results(arm.folder, pairs, VALIDATION)
                 for arm in arms
@@ -171,10 +161,9 @@ class _Study:
 
     def _train_all(self, chosen: Mapping[str, Chosen]) -> tuple[dict[tuple[str, int], list[Arm]], list[str]]:
         """The arms of each method and size that have been trained, and a line for each that failed."""
-        trials = {method: self._trials(method, chosen)[one.number] for method, one in chosen.items()}
         arms = {
             (method, size): [
-                self.maker.arm(method, trials[method].choices, size, self._seed(number))
+                self.maker.arm(method, chosen[method].choice, size, self._seed(number))
                 for number in range(self.options.seeds)
             ]
             for method in chosen
@@ -206,16 +195,21 @@ class _Study:
             seeds = [seed for seed in some if not against or seed in against]
             if not seeds:
                 raise DataError(f"{method}: no seed was trained together with {baseline}")
-            costs = [cost_of_arm(arm) for arm in arms[method, size]]
+            asked = self._reference_tokens(method, size)
+            costs = [cost_of(arm, asked) for arm in arms[method, size]]
             quality = quality_of(
                 [some[seed] for seed in seeds],
                 [against[seed] for seed in seeds] if against else [],
                 looks=looks,
             )
-            ours = arms[method, size]
-            stages = [job.folder for job in ours[0].jobs]
-            entries.append(Entry(method, size, quality, costs, [arm.folder for arm in ours], stages))
+            folders = [arm.folder for arm in arms[method, size]]
+            entries.append(Entry(method, size, quality, costs, folders))
         return entries
+
+    def _reference_tokens(self, method: str, size: int) -> float:
+        if not needs_reference(method):
+            return 0.0
+        return tokens_of(self.splits.training(size), self.maker.common())
 
     def _ask(self, arms: Mapping[tuple[str, int], Sequence[Arm]]) -> dict[str, Answers]:
         """What the base, and the first seed of each method on all pairs, answer to test prompts."""

@@ -224,15 +224,9 @@ def _step_figures(result: Comparison, colours: Mapping[str, str]) -> str:
 
 
 def _series(entry: Entry, name: str) -> Points:
-    """A metric over the steps of all stages of a method's first seed, one stage after the other."""
-    points: list[tuple[int, float, float | None]] = []
-    before = 0
-    for folder in entry.stages:
-        run = read_run(folder)
-        found = run.series(name, run.evaluation_sets()[0])
-        points += [(step + before, mean, error) for step, mean, error in found if before == 0 or step > 0]
-        before += run.last_step
-    return points
+    """A metric over the steps of a method's first seed."""
+    run = read_run(entry.folders[0])
+    return run.series(name, run.evaluation_sets()[0])
 
 
 def _choice(result: Comparison) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from orpo.comparing.arms import Job
+from orpo.comparing.arms import Arm
 from orpo.comparing.cost import measured
 from orpo.comparing.worker import CANNOT_CONTINUE
 from orpo.errors import RunError
@@ -41,53 +41,53 @@ class Watcher:
     def begin(self, to_make: int, there: int) -> None:
         """So many trainings come next, and so many are finished already."""
 
-    def record(self, job: Job, record: Record) -> None:
+    def record(self, arm: Arm, record: Record) -> None:
         """The log of a training has a new record."""
 
-    def end(self, job: Job) -> None:
+    def end(self, arm: Arm) -> None:
         """A training has ended, or failed."""
 
 
-def run_all(jobs: Sequence[Job], *, at_once: int = 1, watcher: Watcher | None = None) -> dict[Path, str]:
-    """Train everything that is not finished, each after what it starts from.
+def run_all(arms: Sequence[Arm], *, at_once: int = 1, watcher: Watcher | None = None) -> dict[Path, str]:
+    """Train everything that is not finished.
 
     Args:
-        jobs: Trainings; those that share a run directory are one.
+        arms: Those that share a run directory are one.
         at_once: Processes at a time, which share the cores; 0: one after the other in this process.
         watcher: Is kept informed.
 
     Returns:
-        Run directory -> why its training has failed on the way (a loss that is no number, say); trainings
-        that start from a failed one fail as well.
+        Run directory -> why its training has failed on the way (a loss that is no number, say).
 
     Raises:
         RunError: Settings, data or model of a training cannot be used.
         KeyboardInterrupt: A signal asked for an end; trainings have saved checkpoints.
     """
     watcher = watcher or Watcher()
-    waiting = {job.folder: job for job in jobs if unfinished_because(RunDirectory(job.folder))}
-    watcher.begin(len(waiting), len({job.folder for job in jobs}) - len(waiting))
+    all_arms = {arm.folder: arm for arm in arms}
+    waiting = [arm for folder, arm in all_arms.items() if unfinished_because(RunDirectory(folder))]
+    watcher.begin(len(waiting), len(all_arms) - len(waiting))
     failed: dict[Path, str] = {}
     running: list[_Running] = []
     with _stopping(running):
         while waiting or running:
-            for job in _startable(waiting, running, failed)[: max(at_once, 1) - len(running)]:
-                del waiting[job.folder]
+            while waiting and len(running) < max(at_once, 1):
+                arm = waiting.pop(0)
                 if at_once:
-                    running.append(_start(job, at_once))
+                    running.append(_start(arm, at_once))
                 else:
-                    _run_here(job, failed)
-                    watcher.end(job)
+                    _run_here(arm, failed)
+                    watcher.end(arm)
             if running:
                 time.sleep(_PAUSE)
             for one in list(running):
                 ended = one.process.poll() is not None  # before the log is read, so that nothing is missed
                 for record in one.log.new():
-                    watcher.record(one.job, record)
+                    watcher.record(one.arm, record)
                 if ended:
                     running.remove(one)
                     _note_end(one, failed)
-                    watcher.end(one.job)
+                    watcher.end(one.arm)
     return failed
 
 
@@ -113,34 +113,24 @@ class _Log:
 
 @dataclass
 class _Running:
-    job: Job
+    arm: Arm
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
     log: _Log
 
 
-def _startable(waiting: dict[Path, Job], running: Sequence[_Running], failed: dict[Path, str]) -> list[Job]:
-    """What can begin now; what starts from a failed training is taken out, and fails."""
-    for job in list(waiting.values()):
-        if job.after in failed:
-            failed[job.folder] = f"it starts from {job.after.name}, which failed"
-            del waiting[job.folder]
-    busy = {*waiting, *(one.job.folder for one in running)}
-    return [job for job in waiting.values() if job.after not in busy]
-
-
-def _run_here(job: Job, failed: dict[Path, str]) -> None:
+def _run_here(arm: Arm, failed: dict[Path, str]) -> None:
     try:
-        outcome = measured(job.settings)
+        outcome = measured(arm.settings)
     except RunError as error:
-        failed[job.folder] = str(error)
+        failed[arm.folder] = str(error)
         return
     if outcome.ending == "stopped":
         raise KeyboardInterrupt
 
 
-def _start(job: Job, at_once: int) -> _Running:
-    job.folder.mkdir(parents=True, exist_ok=True)
+def _start(arm: Arm, at_once: int) -> _Running:
+    arm.folder.mkdir(parents=True, exist_ok=True)
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
     process = subprocess.Popen(
         [sys.executable, "-m", "orpo.comparing.worker"],
@@ -148,9 +138,9 @@ def _start(job: Job, at_once: int) -> _Running:
     )  # fmt: skip
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it has ended already, and says why
-        process.stdin.write(json.dumps(dict(job.settings)).encode() + b"\n")
+        process.stdin.write(json.dumps(dict(arm.settings)).encode() + b"\n")
         process.stdin.flush()
-    return _Running(job, process, errors, _Log(RunDirectory(job.folder).log))
+    return _Running(arm, process, errors, _Log(RunDirectory(arm.folder).log))
 
 
 def _environment(at_once: int) -> dict[str, str]:
@@ -171,9 +161,9 @@ def _note_end(one: _Running, failed: dict[Path, str]) -> None:
         raise KeyboardInterrupt
     line = said.splitlines()[-1].removeprefix("orpo: error: ") if said else f"status {status}"
     if status == CANNOT_CONTINUE:
-        failed[one.job.folder] = line
+        failed[one.arm.folder] = line
         return
-    raise RunError(f"{one.job.folder.name}: {line}")
+    raise RunError(f"{one.arm.folder.name}: {line}")
 
 
 @contextmanager

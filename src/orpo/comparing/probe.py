@@ -15,8 +15,8 @@ from typing import Any
 from orpo.comparing.arms import Arm, Maker
 from orpo.comparing.budget import Budget, budget_of, tokens_of
 from orpo.comparing.choosing import DECIDES, Chosen, choose
-from orpo.comparing.cost import cost_of_arm
-from orpo.comparing.methods import STAGES, Choice, candidates, recipe_choice
+from orpo.comparing.cost import cost_of
+from orpo.comparing.methods import FACTOR, Choice, candidates, method_of, recipe_choice
 from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan, usable
 from orpo.comparing.pool import Watcher, run_all
 from orpo.comparing.quality import base_results, validation_results
@@ -45,7 +45,7 @@ class Probe:
 
     Attributes:
         folder: Where it lies.
-        stage: The method of the recipe.
+        method: The method of the recipe.
         chosen: The settings that were tried, the recipe's first, and the best of them.
         budget: What it was allowed.
         tokens: That it read, held-out ones included.
@@ -53,7 +53,7 @@ class Probe:
     """
 
     folder: Path
-    stage: str
+    method: str
     chosen: Chosen
     budget: Budget
     tokens: float
@@ -121,7 +121,7 @@ class Probe:
         return {
             "suggestion": dict(self.suggestion),
             "told_apart": self.is_told_apart,
-            "method": self.stage,
+            "method": self.method,
             "tokens": round(self.tokens),
             "run_tokens": round(self.budget.run_tokens),
             "steps": self.budget.steps,
@@ -136,7 +136,7 @@ def probe(
     *,
     share: float = SHARE,
     trials: int = 7,
-    factor: float = 3.0,
+    factor: float = FACTOR,
     jobs: int = 1,
     watcher: Watcher | None = None,
 ) -> Probe:
@@ -173,25 +173,17 @@ def probe(
         splits, reading = settle_splits(recipe, folder / DATA, [], options, is_fixed=has_begun(folder))
         short = dict(recipe) | _SHORT | {"max_steps": budget.steps, "eval_steps": budget.steps}
         maker = Maker(short, splits, reading, folder / RUNS)
-        stage = _stage_of(recipe)
+        method = method_of(recipe)
         rate = float(known_settings()["learning_rate"].default)
-        tried = candidates(recipe_choice(recipe, stage, rate=rate), trials, factor)
+        tried = candidates(recipe_choice(recipe, method, rate=rate), trials, factor)
         seed = int(recipe.get("seed") or 0)
-        arms = [maker.arm(stage, [choice], splits.sizes[-1], seed) for choice in tried]
-        failures = run_all([arm.jobs[0] for arm in arms], at_once=jobs, watcher=watcher)
-        return _result(stage, arms, failures, budget, maker)
-
-
-def _stage_of(recipe: Mapping[str, Any]) -> str:
-    """The method that a recipe trains with."""
-    objective = str(recipe.get("objective") or "orpo")
-    if objective in STAGES:
-        return "sft" if objective == "orpo" and recipe.get("beta") == 0 else objective
-    return "sft" if recipe.get("beta") == 0 else "orpo"
+        arms = [maker.arm(method, choice, splits.sizes[-1], seed) for choice in tried]
+        failures = run_all(arms, at_once=jobs, watcher=watcher)
+        return _result(method, arms, failures, budget, maker)
 
 
 def _result(
-    stage: str, arms: Sequence[Arm], failures: Mapping[Path, str], budget: Budget, maker: Maker
+    method: str, arms: Sequence[Arm], failures: Mapping[Path, str], budget: Budget, maker: Maker
 ) -> Probe:
     folder, pairs = maker.folder.parent, maker.splits.path(VALIDATION)
     before = base_results(folder, maker, VALIDATION)
@@ -199,17 +191,17 @@ def _result(
         None if arm.folder in failures else validation_results(arm.folder, pairs, VALIDATION) for arm in arms
     ]
     reasons = [failures.get(arm.folder, "") for arm in arms]
-    chosen = choose([arm.choices[-1] for arm in arms], results, before, reasons)
+    chosen = choose([arm.choice for arm in arms], results, before, reasons)
     if chosen is None:
         raise RunError(f"every setting failed; the first: {failures[arms[0].folder]}")
     made = [arm for arm in arms if arm.folder not in failures]
     held_out = tokens_of(pairs, maker.common()) * (len(made) + 1)
     found = Probe(
         folder=folder,
-        stage=stage,
+        method=method,
         chosen=chosen,
         budget=budget,
-        tokens=sum(cost_of_arm(arm).tokens for arm in made) + held_out,
+        tokens=sum(cost_of(arm).tokens for arm in made) + held_out,
         num_pairs=before.num_preferences,
     )
     write_json(found.path, found.to_json())

@@ -26,7 +26,6 @@ class Entry:
         quality: What test pairs say, over the seeds.
         costs: Of each seed.
         folders: The run directory of each seed.
-        stages: The run directories of the first seed, stage by stage.
     """
 
     method: str
@@ -34,7 +33,6 @@ class Entry:
     quality: Quality
     costs: Sequence[Cost]
     folders: Sequence[Path]
-    stages: Sequence[Path]
 
     def cost(self, value: Callable[[Cost], float]) -> float:
         """The mean of a cost over the seeds."""

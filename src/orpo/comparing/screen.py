@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from orpo.comparing.arms import Job
+from orpo.comparing.arms import Arm
 from orpo.comparing.choosing import DECIDES, Chosen
 from orpo.comparing.methods import MODELS_HELD, RATE, Choice
 from orpo.comparing.pool import Watcher
@@ -40,22 +40,22 @@ class Screen(Watcher):
             number = "1 training" if to_make == 1 else f"{to_make} trainings"
             self.console.print(f"{number} to make{said}")
 
-    def record(self, job: Job, record: Record) -> None:
+    def record(self, arm: Arm, record: Record) -> None:
         """Move the bar of a training."""
         if self.bars is None or record.kind != "train":
             return
-        name = job.folder.name
+        name = arm.folder.name
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=None, numbers="")
         loss = write_figure("loss", record.metrics.get("loss")).value
         self.bars.update(self.tasks[name], completed=record.step, numbers=f"step {record.step}  loss {loss}")
 
-    def end(self, job: Job) -> None:
+    def end(self, arm: Arm) -> None:
         """A line for what has ended."""
         self.ended += 1
-        if self.bars is not None and job.folder.name in self.tasks:
-            self.bars.remove_task(self.tasks.pop(job.folder.name))
-        self.console.print(f"  {self.ended:3} of {self.total}  {job.folder.name}", soft_wrap=True)
+        if self.bars is not None and arm.folder.name in self.tasks:
+            self.bars.remove_task(self.tasks.pop(arm.folder.name))
+        self.console.print(f"  {self.ended:3} of {self.total}  {arm.folder.name}", soft_wrap=True)
 
 
 @contextmanager
