@@ -21,7 +21,7 @@ from orpo.run.directory import RunDirectory, read_run
 from orpo.training.trainer import ORPOTrainer
 
 CLOCKS = ("seconds", "cpu_seconds", "step_seconds", "peak_gib", "sessions")
-PLAN = {"methods": ["orpo", "sft+dpo"], "seeds": 1, "trials": 1, "answers": 3, "jobs": 0}
+PLAN = {"methods": ["orpo", "sft+dpo"], "seeds": 1, "trials": 1, "jobs": 0}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,7 +81,9 @@ class Counter(Watcher):
 def made(recipe, tmp_path_factory):
     """A finished comparison, and what its trainings were."""
     counter = Counter()
-    return compare(recipe, tmp_path_factory.mktemp("made") / "out", watcher=counter, **PLAN), counter
+    return compare(
+        recipe, tmp_path_factory.mktemp("made") / "out", watcher=counter, **PLAN, answers=3, answer_tokens=6
+    ), counter
 
 
 def quality(result):
@@ -108,9 +110,7 @@ def test_methods_have_one_base_one_split_and_equally_many_steps(made, recipe):
     assert len({(run.recipe["dataset_name"], run.recipe["eval_dataset_name"]) for run in runs}) == 1
     orpo, both = (entry["cost"]["answers"] for entry in found["entries"])
     pairs = found["pairs"]["train"]
-    assert both == pytest.approx(orpo * 3 / 4 + 2 * pairs), (
-        "SFT reads one answer of a pair; a reference is asked"
-    )
+    assert both == pytest.approx(orpo * 3 / 4 + 2 * pairs), "SFT reads one side; a reference is asked"
 
 
 def test_figures_are_those_of_the_runs_and_differences_those_of_their_pairs(made):
@@ -150,15 +150,6 @@ def test_the_page_is_one_file_with_curves_tables_and_the_sentences(made):
     assert metric_named("repetition").caption in page
 
 
-def test_what_is_finished_is_not_trained_again_and_a_new_method_joins(made, recipe):
-    result, _ = made
-    counter = Counter()
-    before = quality(result)
-    assert quality(compare(recipe, result.folder, watcher=counter, **PLAN)) == before
-    assert [to_make for to_make, _ in counter.begun] == [0] * len(counter.begun)
-    assert counter.ended == []
-
-
 def test_an_interrupted_comparison_ends_as_one_that_was_not(made, recipe, tmp_path, monkeypatch):
     """The signal comes in the sixth step of the first training, two steps after its checkpoint."""
     result, _ = made
@@ -173,10 +164,12 @@ def test_an_interrupted_comparison_ends_as_one_that_was_not(made, recipe, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(ORPOTrainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            compare(recipe, tmp_path / "out", **PLAN)
+            compare(recipe, tmp_path / "out", **PLAN, answers=0)
     assert len(steps) == 6
-    counter = Counter()
-    assert quality(compare(recipe, tmp_path / "out", watcher=counter, **PLAN)) == quality(result)
+    found = quality(compare(recipe, tmp_path / "out", **PLAN, answers=0))
+    whole = quality(result)
+    assert found["entries"] == whole["entries"]
+    assert (found["chosen"], found["base"]) == (whole["chosen"], whole["base"])
     weights = [
         next((one / "runs").glob("orpo*")) / "model.safetensors" for one in (tmp_path / "out", result.folder)
     ]
@@ -202,20 +195,6 @@ def test_sizes_beyond_the_pairs_and_pairs_that_cannot_be_split_are_one_line(reci
         compare(recipe | {"dataset_name": str(pairs)}, tmp_path / "b", **PLAN)
 
 
-def test_the_command_prints_tables_that_fit_eighty_columns(made, recipe, tmp_path, capsys, monkeypatch):
-    result, _ = made
-    monkeypatch.setenv("COLUMNS", "80")
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    options = ["--methods", "orpo,sft+dpo", "--seeds", "1", "--trials", "1", "--answers", "3", "--jobs", "0"]
-    assert main(["compare", str(file), "--out", str(result.folder), *options]) == 0
-    printed = capsys.readouterr().out
-    assert "against orpo" in printed
-    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith(("result", "page")))
-    assert main(["compare", str(file), "--out", str(tmp_path / "new"), "--methods", "orpo,dog"]) == 2
-    assert "'dog'" in capsys.readouterr().err
-
-
 def test_a_probe_reads_its_share_and_keeps_the_recipe_where_nothing_is_told_apart(recipe, tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe | {"max_steps": 400, "warmup_steps": 100}))
@@ -236,3 +215,25 @@ def test_a_worker_that_cannot_begin_says_why(recipe, tmp_path):
     with pytest.raises((ConfigError, RunError), match="learning_rate"):
         compare(recipe | {"learning_rate": -1.0}, tmp_path / "out", **PLAN)
     shutil.rmtree(tmp_path)
+
+
+def test_the_command_trains_nothing_again_and_prints_tables_of_eighty_columns(
+    made, recipe, tmp_path, capsys, monkeypatch
+):
+    result, _ = made
+    monkeypatch.setenv("COLUMNS", "80")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    options = ["--methods", "orpo,sft+dpo", "--seeds", "1", "--trials", "1", "--answers", "0", "--jobs", "0"]
+    before = quality(result)
+    made_at = [path.stat().st_mtime_ns for path in (result.folder / "runs").glob("*/*")]
+    assert main(["compare", str(file), "--out", str(result.folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "to make" not in printed
+    assert made_at == [path.stat().st_mtime_ns for path in (result.folder / "runs").glob("*/*")]
+    after = quality(result)
+    assert (before["entries"], before["chosen"]) == (after["entries"], after["chosen"])
+    assert "against orpo" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith(("result", "page")))
+    assert main(["compare", str(file), "--out", str(tmp_path / "new"), "--methods", "orpo,dog"]) == 2
+    assert "'dog'" in capsys.readouterr().err

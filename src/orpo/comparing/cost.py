@@ -49,8 +49,8 @@ class Cost:
 def measured(settings: Mapping[str, Any]) -> Outcome:
     """Train as `orpo.train` does, with what is printed in a file of the run directory, and note what it took.
 
-    The checkpoints of a training that has come to its end are deleted: a comparison makes many, and the
-    model lies in the run directory itself.
+    A comparison makes many: checkpoints of a training that has come to its end are deleted, since the model
+    lies in the run directory itself, and its report is left to `orpo report`.
 
     Raises:
         OrpoError: As `train`.
@@ -60,7 +60,7 @@ def measured(settings: Mapping[str, Any]) -> Outcome:
     began, cpu_began = time.perf_counter(), time.process_time()
     try:
         with run.trainer_output.open("a", encoding="utf-8") as log, redirect_stdout(log):
-            outcome = train(settings)
+            outcome = train(settings, page=False)
         if outcome.ending == "trained":
             for checkpoint in filter(run.is_checkpoint, list(run.path.iterdir())):
                 shutil.rmtree(checkpoint, ignore_errors=True)
