@@ -2,12 +2,14 @@
 
 `fail 503 2` is answered with status 503 twice, and then with an answer; `fail 400 9` practically always;
 `say ["a", "b"]` with these answers one after the other; `cut` with one that does not end; `drop` by closing
-the connection once; `moved` with a redirect. Anything else is repeated. `python answer_server.py [KEY]`
-prints its port.
+the connection once; `moved` with a redirect. Two answers to be judged get a verdict: for the longer one, or
+as the question says (`judge_of`); one answer to be rated gets a rating. Anything else is repeated.
+`python answer_server.py [KEY]` prints its port.
 """
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +22,38 @@ KEY = sys.argv[1] if __name__ == "__main__" and len(sys.argv) > 1 else None
 LOCK = threading.Lock()
 SEEN: Counter = Counter()
 STATE = {"now": 0, "most": 0, "requests": []}
+
+
+def judge_of(text):
+    """A verdict on two answers, or None where nothing is to be judged."""
+    parts = re.search(
+        r"\[User Question\]\n(.*?)\n\n.*A's Answer\]\n(.*)\n\[The End.*B's Answer\]\n(.*)\n\[The End",
+        text,
+        re.S,
+    )
+    if parts is None:
+        return None
+    question, first, second = parts.groups()
+    said = {
+        "first": "Assistant A is better: [[A]]",
+        "even": "Both are fine. [[C]]",
+        "mumble": "It depends. [A]",
+        "both": "[[A]] for style, [[B]] for facts",
+    }
+    longer = "B" if len(second) > len(first) else "A"
+    return said.get(question.split()[0], f"The longer one, [[{longer}]], I say [[{longer}]].")
+
+
+def rating_of(messages):
+    """A rating from 1 to 10 of the last answer, by its length; None where nothing is to be rated."""
+    if not any("[[rating]]" in turn["content"] for turn in messages):
+        return None
+    answer = re.findall(
+        r"Assistant(?:'s Answer\]| A:)\n(.*?)\n(?:\[The End|\n<\|The End)", messages[-1]["content"], re.S
+    )
+    if "unrated" in answer[-1]:
+        return "I will not rate that."
+    return f"Rating: [[{min(1 + len(answer[-1]) % 10, 10)}]]"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,9 +81,10 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.02)
         with LOCK:
             STATE["now"] -= 1
-        self._answer(text, number, chats)
+        verdict = judge_of(text) or (rating_of(body["messages"]) if chats else None)
+        self._answer(text, number, chats, verdict)
 
-    def _answer(self, text, number, chats):
+    def _answer(self, text, number, chats, verdict):
         word, _, rest = text.partition(" ")
         if word == "fail" and number < int(rest.split()[1]):
             self._send(int(rest.split()[0]), {"error": {"message": f"not now, Bearer {KEY}"}})
@@ -65,6 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         said = json.loads(rest)[number % len(json.loads(rest))] if word == "say" else f"You said: {text}"
+        said = verdict or said
         message = {"message": {"role": "assistant", "content": said}} if chats else {"text": said}
         choice = message | {"finish_reason": "length" if word == "cut" else "stop"}
         self._send(200, {"choices": [choice], "usage": {"completion_tokens": len(said.split())}})

@@ -28,6 +28,8 @@ ORDER = (
     ("settings",),
     ("data", "engine"),
     ("evaluation",),
+    ("judging",),
+    ("suites",),
     ("report",),
     ("curation", "export", "training"),
     ("comparing",),
@@ -171,7 +173,8 @@ def test_no_module_is_a_drawer_for_odds_and_ends():
 
 
 def test_no_negative_hundred_marks_a_token():
-    for path in MODULES:
+    """But in the columns that other code asks a pair for."""
+    for path in (path for path in MODULES if path.name != "pairs.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             is_negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
             assert not (

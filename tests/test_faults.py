@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from test_commands import pairs, write_jsonl
 from test_resume import StopAt, make, metrics, weights
 from tiny_tokenizer import tiny_tokenizer
+from torch.utils.serialization import config as serialization
 from transformers import TrainerCallback
 
 import orpo.report.page
@@ -280,9 +281,22 @@ def test_one_flipped_bit_is_passed_over_by_all_who_ask(uninterrupted, tmp_path, 
     assert len(lines) == 2 and all("checkpoint-3 is skipped: " in line for line in lines)
 
 
-def test_a_flipped_bit_without_a_manifest_is_found_by_the_archive_s_own_checksum(uninterrupted, tmp_path):
+def test_a_checkpoint_of_ours_without_its_manifest_is_passed_over(uninterrupted, tmp_path, capsys):
+    """Its archives have no checksums of their own: nobody could tell a flipped bit."""
     folder = shutil.copytree(uninterrupted["folder"] / "checkpoint-2", tmp_path / "checkpoint-2")
     (folder / "orpo_state.json").unlink()
+    assert last_checkpoint(tmp_path) is None
+    assert "orpo_state.json is missing, which holds the checksum of" in capsys.readouterr().out
+    assert serialization.save.compute_crc32, "other files of the process keep their own"
+
+
+def test_a_flipped_bit_without_a_manifest_is_found_by_the_archive_s_own_checksum(uninterrupted, tmp_path):
+    """As plain transformers saves."""
+    folder = shutil.copytree(uninterrupted["folder"] / "checkpoint-2", tmp_path / "checkpoint-2")
+    (folder / "orpo_state.json").unlink()
+    for path in (*folder.glob("*.pt"), *folder.glob("*.pth")):
+        torch.save(torch.load(path, weights_only=False), path)
+    assert last_checkpoint(tmp_path) == folder
     flip(folder / "optimizer.pt")
     assert last_checkpoint(tmp_path) is None
 

@@ -12,10 +12,10 @@ import pytest
 
 import orpo
 from orpo.cli import main
-from orpo.curation.subset import diverse, measure_coverage, nearest, subset_data
-from orpo.curation.vectors import embeddings, tfidf
+from orpo.curation.subset import diverse, measure_coverage, nearest, subset_data, text_of
 from orpo.data.preferences import read_preferences
 from orpo.errors import ConfigError, DataError, ModelError
+from orpo.evaluation.vectors import SentenceEncoder, tfidf
 from orpo.pairs import PreferencePair
 
 
@@ -82,14 +82,11 @@ def test_coverage_equals_the_distances_taken_one_by_one():
 
 
 def test_vectors_are_of_length_one_and_near_where_words_are_shared():
-    pairs = [
-        PreferencePair(f"Q{n}", text, "no")
-        for n, text in enumerate(["red fox", "red fox runs", "9", "blue sea"])
-    ]
-    vectors = tfidf(pairs, seed=0)
+    texts = [f"Q{n}\n{text}" for n, text in enumerate(["red fox", "red fox runs", "9", "blue sea"])]
+    vectors = tfidf(texts, 4, seed=0)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[3]
-    assert tfidf([PreferencePair("?", "!", "-")] * 3, seed=0).shape == (3, 1)
+    assert tfidf(["?", "!", "-"], 3, seed=0).shape == (3, 1)
 
 
 @pytest.mark.parametrize(("which", "expected"), [("largest", {7, 8, 9}), ("middle", {4, 5})])
@@ -168,11 +165,11 @@ def test_a_sentence_embedding_model_sees_meaning_where_words_differ(minilm, tmp_
         ("What helps to become slimmer?", "Fewer calories and some sport."),
         ("Who wrote Faust?", "Johann Wolfgang von Goethe, a German poet."),
     ]
-    pairs = [PreferencePair(asked, answer, "no") for asked, answer in texts]
-    vectors = embeddings(pairs, minilm)
+    compared = [text_of(PreferencePair(asked, answer, "no")) for asked, answer in texts]
+    vectors = SentenceEncoder(minilm).encode(compared)
     assert vectors.shape == (3, 384) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert vectors[0] @ vectors[1] > 0.5 > 0.3 > max(vectors[0] @ vectors[2], vectors[1] @ vectors[2])
-    alone = embeddings(pairs[1:2], minilm)  # padding changes nothing
+    alone = SentenceEncoder(minilm).encode(compared[1:2])  # padding changes nothing
     assert np.allclose(alone[0], vectors[1], atol=1e-5)
     rows = [{"prompt": asked, "chosen": answer, "rejected": "no"} for asked, answer in texts]
     result = subset_data(write(tmp_path / "p.jsonl", rows), tmp_path / "out", n=2, embeddings=str(minilm))
@@ -190,7 +187,7 @@ def test_a_module_that_is_not_known_is_refused(minilm, tmp_path):
     ):
         (tmp_path / name).write_text(json.dumps(change))
         with pytest.raises(ModelError, match=words):
-            embeddings([PreferencePair("a", "b", "c")], tmp_path)
+            SentenceEncoder(tmp_path)
 
 
 def test_the_functions_are_there_from_python():

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -709,9 +710,11 @@ def test_presets_are_filled_in():
     assert len(args.notices) == 1 and "beta" in args.notices[0]
 
 
-def test_hf_argument_parser():
+def test_hf_argument_parser(monkeypatch):
     from transformers import HfArgumentParser
 
+    for module in ("trl.scripts.utils", "trl.trainer.model_config"):  # see test_trl_surface
+        monkeypatch.delitem(sys.modules, module, raising=False)
     (args,) = HfArgumentParser(ORPOConfig).parse_args_into_dataclasses(
         ["--output_dir", "x", "--beta", "0.3", "--use_peft", "--dataset_name", "pairs.jsonl"]
     )

@@ -1,10 +1,12 @@
 """What TRL's own tests of its ORPO trainer exercise, with models and data made here."""
 
 import copy
+import dataclasses
 import importlib
 import importlib.resources
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.errors import ConfigError, DataError, ModelError
+from orpo.pairs import TokenizedPair
 
 NUMBERS = range(17)
 SIZE = len(NUMBERS)
@@ -290,6 +293,62 @@ def test_model_init(model_folder, tokenizer, tmp_path):
         trainer.train()
         losses.append(next(line["loss"] for line in trainer.state.log_history if "loss" in line))
     assert losses[0] == losses[1], "each train starts from a new model"
+
+
+SCRIPT = ["--dataset_name", "pairs", "--model_name_or_path", "base", "--lora_r", "4", "--use_peft"]
+
+
+@pytest.mark.parametrize("parser_name", ["HfArgumentParser", "TrlParser"])
+def test_the_arguments_of_trl_s_scripts_are_parsed(tmp_path, monkeypatch, parser_name):
+    """As trl/scripts parse: what its classes have in common with ours is theirs."""
+    import transformers
+    import trl
+
+    theirs = trl.ScriptArguments, trl.ModelConfig
+    for one in theirs:
+        monkeypatch.setitem(sys.modules, one.__module__, importlib.import_module(one.__module__))
+    parser = getattr(trl, parser_name, None) or getattr(transformers, parser_name)
+    for classes in ((theirs[0], ORPOConfig, theirs[1]), (ORPOConfig, *theirs)):
+        words = [*SCRIPT, "--beta", "0.3", "--output_dir", str(tmp_path)]
+        parsed = parser(classes).parse_args_into_dataclasses(words)
+        config, script, model = sorted(
+            parsed, key=lambda one: ("ORPO", "Scri", "Mode").index(type(one).__name__[:4])
+        )
+        assert type(config) is ORPOConfig and config.beta == 0.3 and config.output_dir == str(tmp_path)
+        assert (script.dataset_name, model.model_name_or_path, model.lora_r) == ("pairs", "base", 4)
+        assert trl.get_peft_config(model).r == 4
+        assert config.dataset_name is None and not config.use_peft
+    full = dataclasses.replace(ORPOConfig(output_dir="x", dataset_name="pairs"), beta=0.2)
+    assert full.dataset_name == "pairs" and full.to_dict()["dataset_name"] == "pairs", "objects keep all"
+    for one in theirs:
+        monkeypatch.delitem(sys.modules, one.__module__)
+    (config,) = transformers.HfArgumentParser(ORPOConfig).parse_args_into_dataclasses(
+        [*SCRIPT, "--output_dir", "x"]
+    )
+    assert config.dataset_name == "pairs" and config.use_peft
+
+
+@pytest.mark.parametrize("name", ["standard_preference", "conversational_preference"])
+def test_items_of_the_training_data_read_as_trl_s_rows(model, tokenizer, tmp_path, name):
+    trainer = ORPOTrainer(
+        model=model,
+        args=ORPOConfig(output_dir=str(tmp_path), report_to="none"),
+        processing_class=tokenizer,
+        train_dataset=zen(name),
+    )
+    item = trainer.train_dataset[0]
+    assert "chosen_input_ids" in item and "prompt" not in item
+    assert set(trainer.train_dataset.column_names) == set(item) == set(dict(item))
+    for side, answer in (("chosen", item.chosen), ("rejected", item.rejected)):
+        ids, labels = item[f"{side}_input_ids"], item[f"{side}_labels"]
+        assert ids == item["prompt_input_ids"] + answer and len(labels) == len(ids)
+        assert item[f"{side}_attention_mask"] == [1] * len(ids)
+        assert labels == [-100] * len(item["prompt_input_ids"]) + answer
+    assert item["prompt_input_ids"] == item.prompt and item["prompt_attention_mask"] == [1] * len(item.prompt)
+    with pytest.raises(KeyError):
+        item["prompt_labels"]
+    alone = TokenizedPair([1, 2], [3, 4, 5], [], chosen_context=2)
+    assert alone["chosen_labels"] == [-100] * 4 + [5] and "rejected_labels" not in alone
 
 
 @pytest.mark.parametrize("name", ["standard_preference", "conversational_preference"])

@@ -1,7 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `generate`, `ChatModel`,
-`write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `generate`, `judge`,
+`ChatModel`, `write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orpo.evaluation.generation import ChatModel
     from orpo.evaluation.preferences import evaluate
     from orpo.export.job import export_run
+    from orpo.judging.job import judge
     from orpo.report.page import write_report
     from orpo.settings.recipe import load_recipe
     from orpo.training.arguments import ORPOConfig
@@ -35,6 +36,7 @@ __all__ = [
     "export_run",
     "generate",
     "inspect_data",
+    "judge",
     "load_recipe",
     "prepare_data",
     "subset_data",
@@ -49,6 +51,7 @@ _WHERE = {
     "evaluate": "orpo.evaluation.preferences",
     "export_run": "orpo.export.job",
     "generate": "orpo.evaluation.answering",
+    "judge": "orpo.judging.job",
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
     "prepare_data": "orpo.curation.prepare",

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 2 for a mistake in the input, 130 after Ctrl-C.
+        The exit status: 0, 2 for a mistake in the input, 130 after Ctrl-C; that of a command, such as 3.
     """
     try:
         return _run(argv)

@@ -6,7 +6,7 @@ Everything in `data` makes these, and everything in `engine` reads them, so neit
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,3 +97,31 @@ class TokenizedPair:
     def __len__(self) -> int:
         """Tokens the pair occupies in a micro-batch, its prompt counted once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    def keys(self) -> tuple[str, ...]:
+        """The columns of TRL's tokenized rows, by which the pair can be read too: `pair["chosen_labels"]`."""
+        sides = ("chosen", "rejected") if len(self.rejected) else ("chosen",)
+        parts = [f"{side}_{kind}" for side in sides for kind in ("input_ids", "attention_mask", "labels")]
+        return (*parts, "prompt_input_ids", "prompt_attention_mask")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __getitem__(self, name: str) -> list[int]:
+        """A column of TRL's: ids of `prompt ++ side`, ones, or the ids with -100 where no answer is scored.
+
+        Raises:
+            KeyError: There is no such column.
+        """
+        if name not in self.keys():
+            raise KeyError(name)
+        side, _, kind = name.partition("_")
+        context = {"prompt": 0, "chosen": self.chosen_context, "rejected": self.rejected_context}[side]
+        ids = [*self.prompt, *(getattr(self, side) if side != "prompt" else ())]
+        if kind == "attention_mask":
+            return [1] * len(ids)
+        unscored = len(self.prompt) + context if kind == "labels" else 0
+        return [-100] * unscored + ids[unscored:]

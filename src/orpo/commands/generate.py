@@ -28,6 +28,8 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     system = "system turn for conversations that have none"
     parser.add_argument("--system", metavar="TEXT", help=system)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    by = "sentence-embedding model to tell by how diverse the answers are (default: by words)"
+    parser.add_argument("--embeddings", metavar="FOLDER", help=by)
     add_sampling(parser, temperature=0.0, samples=1)
     add_endpoint(parser)
     parser.set_defaults(run=run, takes_settings=True)
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             split=args.split,
             limit=args.limit,
             batch_size=args.batch_size,
+            embeddings=args.embeddings,
             progress=shown,
             **settings,
         )

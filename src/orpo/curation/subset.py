@@ -15,19 +15,23 @@ from typing import Any, Literal
 import numpy as np
 
 from orpo.curation.filters import check_scores
+from orpo.curation.fingerprints import written
 from orpo.curation.folder import PreparedData, check_out, describe_input, write_folder
 from orpo.curation.parting import TRAIN
 from orpo.curation.reading import check_packages, curation_settings, only_name, other_splits, read_input
 from orpo.curation.sampling import take_shares
 from orpo.curation.steps import Sieve, Step
-from orpo.curation.vectors import Float32, embeddings, tfidf
+from orpo.curation.texts import asked
 from orpo.data.stages import report
 from orpo.errors import ConfigError
+from orpo.evaluation.vectors import Float32, SentenceEncoder, tfidf
 from orpo.pairs import PreferencePair
 from orpo.settings.config import OrpoSettings
 
 By = Literal["diversity", "margin", "random"]
 BYS: tuple[By, ...] = ("diversity", "margin", "random")
+_CHARACTERS = 4000
+"""Of a pair's text that are looked at."""
 _CHUNK = 4096
 _PASSES = 5
 """Times that each pair is looked at while clusters are found."""
@@ -174,13 +178,22 @@ def choose(
     if len(candidates) <= options.n:
         return sieve.kept, sieve.step(f"no more than {options.n:,}: all are taken"), None
     folder = options.embeddings
-    vectors = embeddings(pairs, folder) if folder else tfidf(pairs, seed=options.seed)
+    if folder:
+        vectors = SentenceEncoder(folder).encode([text_of(pair) for pair in pairs])
+    else:
+        vectors = tfidf(map(text_of, pairs), len(pairs), seed=options.seed)
     if options.by == "margin":
         kept = _by_margin(pairs, candidates, options)
     else:
         kept = diverse(vectors, options.n, seed=options.seed)
     coverage = measure_coverage(vectors, kept, seed=options.seed)
     return _chosen(sieve, pairs, kept, options), sieve.step(), coverage
+
+
+def text_of(pair: PreferencePair) -> str:
+    """What a pair is compared by: the question and the chosen answer."""
+    half = _CHARACTERS // 2
+    return f"{asked(pair)[:half]}\n{written(pair.chosen)[:half]}"
 
 
 def _chosen(

@@ -97,6 +97,11 @@ class TokenizedDataset:
         )
 
     @property
+    def column_names(self) -> list[str]:
+        """By which the pairs can be read as TRL's rows."""
+        return list(self[0].keys()) if len(self) else []
+
+    @property
     def lengths(self) -> Int64:
         """Stored tokens of prompt, chosen and rejected, `[n, 3]`."""
         return np.diff(self.offsets).reshape(-1, 3)

@@ -234,9 +234,13 @@ class Written(NamedTuple):
 
 def write_figure(name: str, figure: Figure | None) -> Written:
     """Write a figure of the metric `name`: `71.2 % ± 3.4`, `-2.105 ± 0.031`; a dash where there is none."""
+    return write_with_unit(figure, metric_named(name).unit)
+
+
+def write_with_unit(figure: Figure | None, unit: str) -> Written:
+    """Write a figure of a metric with that unit, as `write_figure` does."""
     if figure is None:
         return Written("-", "")
-    unit = metric_named(name).unit
     error = figure.se
     if unit == "share":
         return Written(f"{100 * figure.mean:.1f} %", "" if error is None else f"{100 * error:.1f}")
@@ -246,9 +250,14 @@ def write_figure(name: str, figure: Figure | None) -> Written:
 
 def write_change(name: str, change: Figure | None) -> Written:
     """A difference with its own error: `+3.1 ± 1.2 points` for a share, `-0.204 ± 0.031` for the rest."""
+    return write_change_with_unit(change, metric_named(name).unit)
+
+
+def write_change_with_unit(change: Figure | None, unit: str) -> Written:
+    """Write a difference in a metric with that unit, as `write_change` does."""
     if change is None:
         return Written("-", "")
-    is_share = metric_named(name).unit == "share"
+    is_share = unit == "share"
     factor, style = (100, ".1f") if is_share else (1, ".3f")
     error = "" if change.se is None else format(factor * change.se, style)
     return Written(format(factor * change.mean, "+" + style), error, "points" if is_share else "")

@@ -37,10 +37,16 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, samples
     group.add_argument("--batch_size", "--batch-size", type=int, metavar="N", help=most)
 
 
-def add_endpoint(parser: argparse.ArgumentParser) -> None:
-    """Add a server to ask instead of a model on this machine."""
+def add_endpoint(parser: argparse.ArgumentParser, *, address: bool = True) -> None:
+    """Add a server to ask instead of a model on this machine.
+
+    Args:
+        parser: Of the command.
+        address: Whether the server is named by an option of its own.
+    """
     group = parser.add_argument_group("a server that speaks OpenAI's protocol, instead of a model here")
-    group.add_argument("--endpoint", metavar="URL", help="its address: http://127.0.0.1:8000/v1")
+    if address:
+        group.add_argument("--endpoint", metavar="URL", help="its address: http://127.0.0.1:8000/v1")
     only = "its name of the model (default: the only one it has)"
     group.add_argument("--endpoint_model", "--endpoint-model", metavar="NAME", help=only)
     key = "environment variable that holds the key (default OPENAI_API_KEY)"
@@ -60,14 +66,20 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(**limits, seed=args.seed)
 
 
-def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
-    """The server that the options name; None where they name none."""
+def endpoint_of(args: argparse.Namespace, url: str | None = None) -> Endpoint | None:
+    """The server that the options name; None where they name none.
+
+    Args:
+        args: With the options of `add_endpoint`.
+        url: Its address, where that is no option of its own.
+    """
     from orpo.errors import ConfigError
     from orpo.evaluation.endpoint import Endpoint
 
-    if args.endpoint is None:
+    url = url or getattr(args, "endpoint", None)
+    if url is None:
         if args.endpoint_model or args.api_key_env or args.request:
-            raise ConfigError("options of a server without a server: name it with --endpoint URL")
+            raise ConfigError("options of a server without a server: name its address, as --help says")
         return None
     try:
         request = json.loads(args.request or "{}")
@@ -76,7 +88,7 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
     if not isinstance(request, dict):
         raise ConfigError('--request: expected a JSON object, for instance {"top_k": 20}')
     return Endpoint(
-        url=args.endpoint,
+        url=url,
         model=args.endpoint_model,
         api_key_env=args.api_key_env,
         concurrency=args.concurrency,
@@ -85,16 +97,20 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint | None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on a terminal, else a line now and then; on stderr."""
+def progress(what: str = "answers") -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left on a terminal, else a line now and then; on stderr.
+
+    Args:
+        what: Is made.
+    """
     if not sys.stderr.isatty():
-        yield _Lines()
+        yield _Lines(what)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("answers"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -106,9 +122,10 @@ def progress() -> Iterator[Callable[[int, int], None]]:
 
 
 class _Lines:
-    """Says every half minute how far the answers are."""
+    """Says every half minute how far the work is."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._began: tuple[float, int] | None = None
         self._said = time.monotonic()
 
@@ -121,4 +138,4 @@ class _Lines:
         began, first = self._began
         seconds = int((now - began) / max(done - first, 1) * (total - done))
         left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-        print(f"{done:,} of {total:,} answers, {left} left", file=sys.stderr, flush=True)
+        print(f"{done:,} of {total:,} {self._what}, {left} left", file=sys.stderr, flush=True)

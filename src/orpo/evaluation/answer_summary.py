@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from orpo.data.refusals import refuses
 from orpo.data.words import runs_of, words_of
 from orpo.evaluation.answers import Answer, Reply
+from orpo.evaluation.diversity import Diversity, diversity
 from orpo.evaluation.statistics import clustered_mean
 from orpo.run.log import Figure, Figures
 
@@ -36,6 +39,7 @@ class AnswerSummary:
         looping: Share of answers in which at least half of the runs do.
         refusing: Share that begins with a refusal.
         empty: Answers without a word.
+        diversity: How much answers resemble each other; None where nobody asked, and no prompt has two.
     """
 
     number: int
@@ -46,6 +50,7 @@ class AnswerSummary:
     looping: float
     refusing: float
     empty: int
+    diversity: Diversity | None = None
 
     def lines(self) -> list[str]:
         """To print."""
@@ -57,6 +62,7 @@ class AnswerSummary:
             f"repetition  {self.repetition:.1%} of runs of {RUN} words came before; "
             f"{self.looping:.1%} of answers loop",
             f"refusals    {self.refusing:.1%}, by set phrases in English",
+            *(self.diversity.lines() if self.diversity is not None else ()),
         ]
 
 
@@ -66,8 +72,17 @@ def repetition(text: str) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def summarise(answers: Sequence[Answer]) -> AnswerSummary:
-    """The figures of at least one answer."""
+def summarise(answers: Sequence[Answer], embeddings: str | Path | None = None) -> AnswerSummary:
+    """The figures of at least one answer.
+
+    Args:
+        answers: Of one model.
+        embeddings: Folder of a sentence-embedding model to tell their diversity by; None: by words, where a
+            prompt has several answers and scikit-learn is installed.
+
+    Raises:
+        ModelError: The folder holds no such model.
+    """
     number = len(answers)
     tokens = [answer.num_tokens for answer in answers if answer.num_tokens is not None]
     words = [len(words_of(answer.output)) for answer in answers]
@@ -81,6 +96,7 @@ def summarise(answers: Sequence[Answer]) -> AnswerSummary:
         looping=sum(share >= LOOPING for share in repeated) / number,
         refusing=sum(refuses(answer.output) for answer in answers) / number,
         empty=sum(not count for count in words),
+        diversity=_diversity(answers, embeddings),
     )
 
 
@@ -112,3 +128,10 @@ def _values(answers: Sequence[Answer | Reply]) -> dict[str, list[float]]:
         "ended": [float(answer.ended) for answer in answers],
         "repetition": [repetition(text) for text in texts],
     }
+
+
+def _diversity(answers: Sequence[Answer], embeddings: str | Path | None) -> Diversity | None:
+    if embeddings is not None:
+        return diversity(answers, embeddings)
+    has_several = len({answer.prompt_key() for answer in answers}) < len(answers)
+    return diversity(answers) if has_several and find_spec("sklearn") is not None else None

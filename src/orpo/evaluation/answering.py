@@ -251,6 +251,7 @@ def generate(  # noqa: PLR0913 - one argument for each option of the command
     split: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    embeddings: str | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Generated:
@@ -267,6 +268,7 @@ def generate(  # noqa: PLR0913 - one argument for each option of the command
         split: Split of a data set; None: all of a file, else what the settings name, or `test`.
         limit: Prompts to ask, the first so many; None: all.
         batch_size: Most prompts answered at once here; None: as many as fit.
+        embeddings: As for `summarise`.
         progress: Called as answers come.
         settings: Of a recipe (`dtype`, `chat_template`, `columns`, `text_rows`, ...).
 
@@ -292,7 +294,7 @@ def generate(  # noqa: PLR0913 - one argument for each option of the command
         by_prompt=got.by_prompt,
         failures=got.failures,
         num_known=got.num_known,
-        summary=summarise(got.answers) if got.answers else None,
+        summary=summarise(got.answers, embeddings) if got.answers else None,
         path=file.path,
     )
 

@@ -91,6 +91,10 @@ class Answer:
             name: value for name, value in asdict(self).items() if value is not None or name not in optional
         }
 
+    def prompt_key(self) -> str:
+        """Equal for answers to the same prompt."""
+        return json.dumps([self.instruction, self.prompt], sort_keys=True)
+
     @property
     def drawn(self) -> dict[str, Any]:
         """How it was drawn."""

@@ -4,9 +4,11 @@ Shape suffixes: P = pairs.
 """
 
 import math
+from collections.abc import Iterable
 from statistics import NormalDist
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ CONFIDENCE, POWER = 0.95, 0.8
 """Of a change that is called measurable, and of the pairs said to be needed for one: the usual values."""
 _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 _Z_POWER = NormalDist().inv_cdf(POWER)
+_DRAWN_AT_ONCE = 500
+"""Of a bootstrap, for its memory."""
 
 
 def clustered_mean(sum_P: Tensor, weight_P: Tensor, prompt_P: Tensor) -> Figure | None:
@@ -39,14 +43,63 @@ def clustered_mean(sum_P: Tensor, weight_P: Tensor, prompt_P: Tensor) -> Figure 
     total = weight_P.sum()
     if total <= 0:
         return None
-    mean = sum_P.sum() / total
+    mean = (sum_P.sum() / total).item()
+    residual = _by_prompt(sum_P - mean * weight_P, prompt_P)
     num_prompts = int(prompt_P[weight_P > 0].unique().numel())
+    return Figure(mean, error_of((residual / total).tolist(), num_prompts))
+
+
+def error_of(influences: Iterable[float], num_prompts: int) -> float | None:
+    """The standard error of a figure from how far each prompt moves it.
+
+    Args:
+        influences: One for each prompt; they add up to about 0.
+        num_prompts: Prompts that could move it.
+
+    Returns:
+        None where fewer than two could.
+    """
     if num_prompts < 2:
-        return Figure(mean.item())
-    residual = torch.zeros(int(prompt_P.max()) + 1, dtype=torch.float64)
-    residual.index_add_(0, prompt_P, sum_P - mean * weight_P)
-    spread = residual.square().sum() * num_prompts / (num_prompts - 1)
-    return Figure(mean.item(), math.sqrt(spread) / total.item())
+        return None
+    return math.sqrt(math.fsum(one * one for one in influences) * num_prompts / (num_prompts - 1))
+
+
+def bootstrap_interval(
+    sum_P: Tensor, weight_P: Tensor, prompt_P: Tensor, *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Bounds of the mean `sum_P.sum() / weight_P.sum()`: the middle 95 % of what prompts drawn again give.
+
+    Args:
+        sum_P: As for `clustered_mean`, like the two that follow.
+        weight_P: Weights.
+        prompt_P: Prompts.
+        draws: How often all prompts are drawn, with replacement.
+        seed: Of the draws.
+
+    Returns:
+        None where fewer than two prompts have weight.
+
+    Source:
+        Percentile bootstrap over clusters (Davison and Hinkley, Bootstrap Methods, chapter 3.8).
+    """
+    sums = _by_prompt(sum_P.double(), prompt_P).numpy()
+    weights = _by_prompt(weight_P.double(), prompt_P).numpy()
+    sums, weights = sums[weights > 0], weights[weights > 0]
+    number = len(weights)
+    if number < 2:
+        return None
+    random = np.random.default_rng(seed)
+    means: list[float] = []
+    while len(means) < draws:
+        index = random.integers(number, size=(min(_DRAWN_AT_ONCE, draws - len(means)), number))
+        means += (sums[index].sum(1) / weights[index].sum(1)).tolist()
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _by_prompt(value_P: Tensor, prompt_P: Tensor) -> Tensor:
+    """Sums of the pairs of each prompt."""
+    return torch.zeros(int(prompt_P.max()) + 1, dtype=torch.float64).index_add_(0, prompt_P, value_P)
 
 
 class Estimate(NamedTuple):

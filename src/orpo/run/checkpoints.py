@@ -223,6 +223,8 @@ def _unreadable(path: Path) -> str | None:
                 pass
         elif path.suffix in (".pt", ".pth"):
             with zipfile.ZipFile(path) as parts:
+                if not any(part.CRC for part in parts.infolist()):  # saved by us
+                    return f"{STATE_FILE} is missing, which holds the checksum of {path.name}"
                 if (bad := parts.testzip()) is not None:
                     return f"{path.name} is damaged ({bad})"
         elif path.suffix == ".json":

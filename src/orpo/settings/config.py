@@ -545,6 +545,8 @@ def _check_reference(settings: OrpoSettings) -> None:
     *_, last = stages = [stage.objective.needs_reference for stage in resolve_stages(settings)]
     if settings.streaming and any(stages):
         raise ConfigError("streaming: objective dpo scores all pairs once before its steps; read them whole")
+    if settings.stages and getattr(settings, "ignore_data_skip", False):
+        raise ConfigError("ignore_data_skip: a resumed run would begin with its first stage; leave it out")
     if last and not stages[0] and getattr(settings, "lr_scheduler_type", None) == "reduce_lr_on_plateau":
         raise ConfigError(
             "lr_scheduler_type: reduce_lr_on_plateau needs a loss at each evaluation, and that of dpo is not"

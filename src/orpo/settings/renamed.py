@@ -1,7 +1,8 @@
 """Names in recipes and scripts that are not, or no longer, settings here.
 
 Each is understood, in one printed line: renamed, translated, or without effect and why. Here are those of
-TRL, transformers and alignment-handbook; those of further tools are in other_tools.py and foreign_data.py.
+TRL, transformers, alignment-handbook and the authors' code; those of further tools are in other_tools.py and
+foreign_data.py.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ RENAMED = other_tools.RENAMED | {
     "rl_beta": "beta",
     "model_name": "model_name_or_path",
     "lr": "learning_rate",
+    "data_name": "dataset_name",
+    "num_proc": "dataset_num_proc",
+    "response_max_length": "max_length",
+    "save_dir": "output_dir",
 }
 
 _LENGTHS = "a prompt that does not fit loses its oldest turns, a response is never cut"
@@ -45,6 +50,7 @@ _GONE = "transformers 5 has no such setting"
 NO_EFFECT = other_tools.NO_EFFECT | {
     "max_prompt_length": _LENGTHS,
     "max_target_length": _LENGTHS,
+    "prompt_max_length": _LENGTHS,
     "truncation_mode": _LENGTHS,
     "truncation_side": _LENGTHS,
     "padding_value": _POSITIONS,
@@ -70,6 +76,7 @@ NO_EFFECT = other_tools.NO_EFFECT | {
     "auto_insert_empty_system_msg": "the chat template decides",
     "ignore_bias_buffers": "it was a workaround for an old PyTorch",
     "push_to_hub_organization": "write it into hub_model_id: organisation/name",
+    "cache_dir": "the variable HF_HOME says where downloads lie",
     "text_column": "there is no continued pretraining here",
     **dict.fromkeys(
         ["fp16_backend", "fp16_opt_level", "half_precision_backend", "jit_mode_eval", "mp_parameters"], _GONE
@@ -247,6 +254,7 @@ _TRANSLATED: dict[str, Callable[[Any], tuple[dict[str, Any], str]]] = {
     "dataset_splits": _dataset_splits,
     "dataset_configs": _dataset_configs,
     "use_flash_attention_2": _flash_attention,
+    "flash_attention_2": _flash_attention,
     "adafactor": _adafactor,
     "warmup_ratio": _warmup_ratio,
     "is_encoder_decoder": _encoder_decoder,

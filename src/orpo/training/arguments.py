@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -163,6 +164,28 @@ class _Arguments(OrpoSettings, TrainingArguments):
         }
 
 
+_OF_TRL_SCRIPTS = {"trl.scripts.utils": "ScriptArguments", "trl.trainer.model_config": "ModelConfig"}
+
+
+class _Fields:
+    """The fields of a configuration, as `dataclasses.fields` asks for them.
+
+    TRL's scripts parse `HfArgumentParser((ScriptArguments, ORPOConfig, ModelConfig))`, and argparse takes no
+    option twice. Where a script has imported these classes, the options they have in common with us are
+    theirs, as with TRL's own ORPOConfig. An object has all its fields everywhere.
+    """
+
+    def __get__(self, instance: Any, owner: type) -> dict[str, Any]:
+        found: dict[str, Any] = _Arguments.__dataclass_fields__
+        if instance is not None:
+            return found
+        theirs: set[str] = set()
+        for module, name in _OF_TRL_SCRIPTS.items():
+            if (known := getattr(sys.modules.get(module), name, None)) is not None:
+                theirs.update(f.name for f in dataclasses.fields(known))
+        return {name: field for name, field in found.items() if name not in theirs}
+
+
 class ORPOConfig(_Arguments):
     """Arguments of `ORPOTrainer`; every keyword of TRL's class of the same name is accepted.
 
@@ -173,6 +196,7 @@ class ORPOConfig(_Arguments):
     """
 
     __signature__ = inspect.signature(_Arguments)
+    __dataclass_fields__ = _Fields()  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **given: Any) -> None:
         known = [f.name for f in dataclasses.fields(_Arguments)]

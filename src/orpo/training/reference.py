@@ -69,11 +69,12 @@ class Reference:
         """What a checkpoint has to keep; empty where its weights, or those before training, can be asked."""
         return self._identity if self._start and step > self._start else ""
 
-    def restore(self, name: str, sets: Iterable[Any]) -> None:
+    def restore(self, name: str, step: int, sets: Iterable[Any]) -> None:
         """Go back to where a checkpoint was made, or to where a run begins.
 
         Args:
             name: As `name_at` has given it to the checkpoint.
+            step: Of the checkpoint, by its name; below 0 where that does not say.
             sets: Of pairs, those that the reference was asked about.
 
         Raises:
@@ -81,6 +82,8 @@ class Reference:
         """
         if not self._start:
             return  # it is the model before training, now as then
+        if 0 <= step <= self._start:  # the stages are not those of the checkpoint
+            name = ""
         self._identity, self._tables, self._training = name, {}, None
         for pairs in sets if name else ():
             if isinstance(pairs, TokenizedDataset):

@@ -7,6 +7,7 @@ over examples, keep a run resumable, and stop before a loss that is not a number
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import transformers
 from accelerate.utils import DistributedType, broadcast_object_list  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.serialization import config as serialization
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -66,6 +68,7 @@ from orpo.pairs import TokenizedPair
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
     checkpoint_problem,
+    checkpoint_step,
     last_checkpoint,
     read_state,
     remove_unfinished,
@@ -200,7 +203,6 @@ class ORPOTrainer(InterruptibleTrainer):
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
         self._printed: set[str] = set()
-        self.reference = Reference(args, self.schedule.reference_start)
         with raised_as(ConfigError, "the run cannot be set up"):
             super().__init__(
                 model=loaded,
@@ -393,6 +395,11 @@ class ORPOTrainer(InterruptibleTrainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """The same, for `predict`."""
         return self.get_eval_dataloader(test_dataset)
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """What the reference of DPO says of the run's pairs, where there is one."""
+        return Reference(self.args, self.schedule.reference_start)
 
     def _evaluation_sets(self) -> list[Any]:
         return list(
@@ -774,7 +781,9 @@ class ORPOTrainer(InterruptibleTrainer):
                     "tokens_per_micro_batch", self._tokens_per_micro_batch
                 )
             settings["eval_on_start"] = self.evaluation_waits
-        self.reference.restore(state.get("reference", ""), [self.train_dataset, *self._evaluation_sets()])
+        step = checkpoint_step(checkpoint or Path())
+        sets = [self.train_dataset, *self._evaluation_sets()]
+        self.reference.restore(state.get("reference", ""), step, sets)
         self._ask_reference(0)
         self._stage = None
         with self.stop_signal.caught(), changed(self.args, **settings):
@@ -823,7 +832,11 @@ class ORPOTrainer(InterruptibleTrainer):
                 target, is_writer=self.args.should_save, wait=self.accelerator.wait_for_everyone
             ) as folder,
         ):
-            with changed(self.args, output_dir=str(folder.parent), push_to_hub=False):
+            with (
+                changed(self.args, output_dir=str(folder.parent), push_to_hub=False),
+                # The manifest has a longer checksum of each file; the archive's own takes more time.
+                changed(serialization.save, compute_crc32=False),
+            ):
                 super()._save_checkpoint(model, None)
             best = (
                 None if self.state.best_global_step is None else run.checkpoint(self.state.best_global_step)

@@ -1,4 +1,4 @@
-"""Pairs as vectors of length 1, near each other where prompt and chosen answer speak of the same things.
+"""Texts as vectors of length 1, near each other where they speak of the same things.
 
 TF-IDF of words, reduced by a truncated SVD, needs no model. A folder in the layout of sentence-transformers
 (a transformer, pooling, normalisation) is read with transformers alone.
@@ -14,49 +14,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orpo.curation.fingerprints import written
-from orpo.curation.texts import asked
 from orpo.data.stages import report
 from orpo.errors import ModelError, first_line
-from orpo.pairs import PreferencePair
 
 Float32 = npt.NDArray[np.float32]
 _DIMENSIONS = 128
 _WORDS = 2**16
 """Most words, the commonest, that TF-IDF looks at."""
-_CHARACTERS = 4000
-"""Of a pair's text that are looked at."""
 _BATCH = 64
 _POOLING = {
     "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
 }  # fmt: skip
 
 
-def text_of(pair: PreferencePair) -> str:
-    """What a vector is of: the question and the chosen answer."""
-    half = _CHARACTERS // 2
-    return f"{asked(pair)[:half]}\n{written(pair.chosen)[:half]}"
+def tfidf(texts: Iterable[str], total: int, *, seed: int) -> Float32:
+    """Vectors of the words of texts, reduced to few dimensions, [n, d].
 
-
-def tfidf(pairs: Sequence[PreferencePair], *, seed: int) -> Float32:
-    """Vectors of the words of pairs, [n, d]."""
+    Args:
+        texts: One after the other.
+        total: How many there are.
+        seed: Of the reduction.
+    """
     from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    def texts() -> Iterable[str]:
-        for number, pair in enumerate(pairs):
-            if number % 1000 == 0:
-                report("counting words", number, len(pairs))
-            yield text_of(pair)
-
-    least = 2 if len(pairs) > 1000 else 1
-    vectorizer = TfidfVectorizer(
-        max_features=_WORDS, min_df=least, sublinear_tf=True, dtype=np.float32, token_pattern=r"\w+"
-    )
-    try:
-        words = vectorizer.fit_transform(texts())
-    except ValueError:  # no text has a word
-        return np.ones((len(pairs), 1), dtype=np.float32)
+    words = word_weights(texts, total)
+    if words is None:
+        return np.ones((total, 1), dtype=np.float32)
     report("reducing", 0, None)
     dimensions = min(_DIMENSIONS, min(words.shape) - 1)
     if dimensions < 2:
@@ -65,33 +48,40 @@ def tfidf(pairs: Sequence[PreferencePair], *, seed: int) -> Float32:
     return _normalised(reduced.astype(np.float32))
 
 
+def word_weights(texts: Iterable[str], total: int) -> Any:
+    """TF-IDF of the words of texts: a sparse matrix with rows of length 1; None where no text has a word."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    def counted() -> Iterable[str]:
+        for number, text in enumerate(texts):
+            if number % 1000 == 0:
+                report("counting words", number, total)
+            yield text
+
+    least = 2 if total > 1000 else 1
+    vectorizer = TfidfVectorizer(
+        max_features=_WORDS, min_df=least, sublinear_tf=True, dtype=np.float32, token_pattern=r"\w+"
+    )
+    try:
+        return vectorizer.fit_transform(counted())
+    except ValueError:
+        return None
+
+
 def _normalised(vectors: Any) -> Float32:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     result: Float32 = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
     return result
 
 
-def embeddings(pairs: Sequence[PreferencePair], folder: str | Path) -> Float32:
-    """Vectors of a sentence-embedding model, [n, d].
-
-    Args:
-        pairs: To embed.
-        folder: With modules.json and the folders it names, as sentence-transformers saves them.
-
-    Raises:
-        ModelError: The folder is no such model, or has a module that is not known.
-    """
-    return SentenceEncoder(folder).encode([text_of(pair) for pair in pairs])
-
-
 class SentenceEncoder:
     """A sentence-embedding model: transformer, pooling, and normalisation where its modules say so.
 
     Args:
-        folder: As for `embeddings`.
+        folder: With modules.json and the folders it names, as sentence-transformers saves them.
 
     Raises:
-        ModelError: As for `embeddings`.
+        ModelError: The folder is no such model, or has a module that is not known.
     """
 
     def __init__(self, folder: str | Path) -> None:

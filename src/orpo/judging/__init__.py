@@ -1,0 +1,1 @@
+"""Whose answers are better, by a reward model, by a model that judges, or by AlpacaEval's verdicts."""
