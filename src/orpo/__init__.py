@@ -1,7 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `generate`, `judge`,
-`ChatModel`, `write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `compare`, `probe`, `generate`,
+`judge`, `ChatModel`, `write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orpo.comparing.job import compare
+    from orpo.comparing.probe import probe
     from orpo.curation.inspection import inspect_data
     from orpo.curation.prepare import prepare_data
     from orpo.curation.subset import subset_data
@@ -32,6 +34,7 @@ __all__ = [
     "ORPOConfig",
     "ORPOTrainer",
     "__version__",
+    "compare",
     "evaluate",
     "export_run",
     "generate",
@@ -39,6 +42,7 @@ __all__ = [
     "judge",
     "load_recipe",
     "prepare_data",
+    "probe",
     "subset_data",
     "train",
     "write_report",
@@ -48,6 +52,7 @@ _WHERE = {
     "ChatModel": "orpo.evaluation.generation",
     "ORPOConfig": "orpo.training.arguments",
     "ORPOTrainer": "orpo.training.trainer",
+    "compare": "orpo.comparing.job",
     "evaluate": "orpo.evaluation.preferences",
     "export_run": "orpo.export.job",
     "generate": "orpo.evaluation.answering",
@@ -55,6 +60,7 @@ _WHERE = {
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
     "prepare_data": "orpo.curation.prepare",
+    "probe": "orpo.comparing.probe",
     "subset_data": "orpo.curation.subset",
     "train": "orpo.training.job",
     "write_report": "orpo.report.page",
