@@ -1,7 +1,7 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `compare`, `probe`, `generate`,
-`judge`, `ChatModel`, `write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `compare`, `probe`,
+`generate`, `judge`, `ChatModel`, `write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
 """
 
 from __future__ import annotations
