@@ -130,13 +130,14 @@ def test_figures_are_those_of_the_runs_and_differences_those_of_their_pairs(made
 
 def test_test_pairs_are_scored_when_all_settings_are_chosen_and_only_for_the_arms(made):
     result, counter = made
-    scored = [path.parent for path in (result.folder / "runs").glob("*/eval-test.jsonl")]
+    scored = [path.parent for path in (result.folder / "runs").glob("*/eval-comparison-test.jsonl")]
     assert sorted(scored) == sorted(folder for entry in result.entries for folder in entry.folders)
     last_training = max(
         RunDirectory(result.folder / "runs" / name).finished.stat().st_mtime_ns for name in counter.ended
     )
     assert all(
-        RunDirectory(path).evaluated_pairs("test").stat().st_mtime_ns >= last_training for path in scored
+        RunDirectory(path).evaluated_pairs("comparison-test").stat().st_mtime_ns >= last_training
+        for path in scored
     )
 
 

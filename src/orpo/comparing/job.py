@@ -140,10 +140,7 @@ class _Study:
         pairs = self.splits.path(VALIDATION)
         found = choose(
             [arm.choice for arm in arms],
-            [
-                None if arm.folder in failures else validation_results(arm.folder, pairs, VALIDATION)
-                for arm in arms
-            ],
+            [None if arm.folder in failures else validation_results(arm.folder, pairs) for arm in arms],
             self._base(VALIDATION),
             [failures.get(arm.folder, "") for arm in arms],
         )
@@ -184,8 +181,7 @@ class _Study:
         pairs = self.splits.path(TEST)
         say(f"scoring {self.splits.counts[TEST]:,} test pairs, once, with the settings chosen before")
         scored = {
-            key: {arm.seed: saved_results(arm.folder, pairs, TEST) for arm in some}
-            for key, some in arms.items()
+            key: {arm.seed: saved_results(arm.folder, pairs) for arm in some} for key, some in arms.items()
         }
         baseline = self.options.reference
         looks = len(self.options.methods) - 1

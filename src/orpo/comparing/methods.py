@@ -72,6 +72,12 @@ def _own_settings(recipe: Recipe, objective: ObjectiveName) -> dict[str, Any]:
     return {"objective": objective} | over
 
 
+def without_objective(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without what it says of its objective."""
+    left_out = {name for objective in PRESETS for name in _defaults(objective)} | {"objective", "stages"}
+    return {name: value for name, value in recipe.items() if name not in left_out}
+
+
 def method_settings(recipe: Recipe, method: str, choice: Choice) -> dict[str, Any]:
     """A recipe with the objective, or the stages, of a method.
 
@@ -80,9 +86,7 @@ def method_settings(recipe: Recipe, method: str, choice: Choice) -> dict[str, An
         method: Its name.
         choice: The settings that are chosen; beta is that of the last stage.
     """
-    left_out = {name for objective in PRESETS for name in _defaults(objective)} | {"objective", "stages"}
-    others = {name: value for name, value in recipe.items() if name not in left_out}
-    names = stages_of(method)
+    others, names = without_objective(recipe), stages_of(method)
     stages = [_own_settings(recipe, name) for name in names]
     stages[-1] |= {name: value for name, value in choice.items() if name != RATE}
     rate = {RATE: choice[RATE]} if RATE in choice else {}

@@ -187,9 +187,7 @@ def _result(
 ) -> Probe:
     folder, pairs = maker.folder.parent, maker.splits.path(VALIDATION)
     before = base_results(folder, maker, VALIDATION)
-    results = [
-        None if arm.folder in failures else validation_results(arm.folder, pairs, VALIDATION) for arm in arms
-    ]
+    results = [None if arm.folder in failures else validation_results(arm.folder, pairs) for arm in arms]
     reasons = [failures.get(arm.folder, "") for arm in arms]
     chosen = choose([arm.choice for arm in arms], results, before, reasons)
     if chosen is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from orpo.comparing.arms import Maker
+from orpo.comparing.methods import without_objective
 from orpo.engine.metrics import metric_named
 from orpo.evaluation.per_pair import PairResults, matched, pair_values, read_results, write_results
 from orpo.evaluation.preferences import evaluate
@@ -31,19 +32,20 @@ _YARDSTICK = Objective()
 Kind = Literal["better", "worse", "within noise", "unknown"]
 
 
-def saved_results(folder: Path, pairs: Path, name: str) -> PairResults:
-    """What a run's model says of each pair of a file; scored once, and read from its directory after that."""
+def saved_results(folder: Path, pairs: Path) -> PairResults:
+    """What a run's model says of each pair of a split; scored once, then read from its directory."""
+    name = f"comparison-{pairs.stem}"  # what `orpo eval` writes there is called otherwise
     path = RunDirectory(folder).evaluated_pairs(name)
     if not path.exists():
         evaluate(str(folder), pairs, name=name, quiet=True)
     return read_results(path)[name]
 
 
-def validation_results(folder: Path, pairs: Path, name: str) -> PairResults:
+def validation_results(folder: Path, pairs: Path) -> PairResults:
     """The same of the validation pairs, which a run has scored itself while training."""
     step = read_run(folder).model_step
     kept = {} if step is None else read_results(RunDirectory(folder).step_results(step))
-    return next(iter(kept.values())) if len(kept) == 1 else saved_results(folder, pairs, name)
+    return next(iter(kept.values())) if len(kept) == 1 else saved_results(folder, pairs)
 
 
 def base_results(folder: Path, maker: Maker, split: str) -> PairResults:
@@ -55,7 +57,7 @@ def base_results(folder: Path, maker: Maker, split: str) -> PairResults:
     known = read_results(kept)
     if not known:
         runs = (path for path in sorted(maker.folder.glob("*")) if RunDirectory(path).is_run())
-        reading = inherited_by_evaluation(run_recipe(str(next(runs))))
+        reading = without_objective(inherited_by_evaluation(run_recipe(str(next(runs)))))
         model = str(maker.recipe["model_name_or_path"])
         found = evaluate(model, maker.splits.path(split), quiet=True, save=False, **reading)
         write_results(kept, {split: found.evaluation.results})
