@@ -83,6 +83,8 @@ def test_settings_that_cannot_go_with_stages_are_refused(tmp_path, settings, sai
 def test_objective_and_stages_exclude_each_other():
     with pytest.raises(ConfigError, match="objective: dpo: name it in stages"):
         stages(TWO, objective="dpo")
+    with pytest.raises(ConfigError, match=r"simpo_gamma: 0.5: no objective in stages has it"):
+        stages(TWO, simpo_gamma=0.5)
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5), st.integers(0, 40))

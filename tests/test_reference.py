@@ -1,6 +1,7 @@
 """DPO's reference: the model before training, asked once, kept, and the same for a resumed run."""
 
 import copy
+import dataclasses
 import os
 
 import numpy as np
@@ -111,8 +112,9 @@ def test_a_pass_that_was_cut_off_goes_on_where_it_stopped(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny_trainer(tmp_path, **DPO).train()
     assert (np.load(the_file(tmp_path)) < 0).all(1).tolist() == [True] * 8 + [False] * 5
+    monkeypatch.setattr(kept, "EVALUATION_BLOCK", 3)  # so that a block is known in part
     tiny_trainer(tmp_path, **DPO).train()
-    assert scored == [4, 4, 4, 4, 1]
+    assert scored == [4, 4, 4, 3, 3, 1]
     np.testing.assert_allclose(
         np.load(the_file(tmp_path)), expected_logprobs(tiny_models.build("Llama"), random_pairs()), rtol=1e-5
     )
@@ -139,13 +141,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
 
 
 def test_the_name_of_the_file_follows_the_weights_and_the_pairs(tmp_path):
+    other = tiny_models.build("Llama")
+    other.model.norm.weight.data[0] += 1e-3
+    pairs = random_pairs(4)
+    changed = dataclasses.replace(pairs[3], rejected=[*pairs[3].rejected[:-1], 1])
+    assert len(changed.rejected) == len(pairs[3].rejected) and changed != pairs[3]
     names = []
-    for model, pairs in (
-        ("Llama", random_pairs()),
-        ("Llama", random_pairs(seed=1)),
-        ("Qwen2", random_pairs()),
+    for model, train in (
+        (tiny_models.build("Llama"), pairs),
+        (tiny_models.build("Llama"), [*pairs[:3], changed]),
+        (other, pairs),
     ):
-        trainer = tiny_trainer(tmp_path, model=tiny_models.build(model), train=pairs, **DPO, max_steps=1)
+        trainer = tiny_trainer(tmp_path, model=model, train=train, **DPO, max_steps=1)
         trainer.train()
         names.append({path.name for path in tmp_path.glob("reference-*.npy")})
     trainer.train()  # now of other weights, but of the same reference

@@ -192,9 +192,12 @@ def _reference(batch: PackedBatch, like_PS: Tensor) -> Tensor:
     return batch.reference_PS.to(like_PS.dtype)
 
 
-def _sides(mean_PS: Tensor, count_PS: Tensor, batch: PackedBatch) -> list[Side]:
-    tables = torch.stack([mean_PS, count_PS, _reference(batch, mean_PS)])
-    return [Side(*columns) for columns in tables.unbind(2)]
+def _sides(mean_PS: Tensor, count_PS: Tensor, batch: PackedBatch) -> tuple[Side, Side]:
+    reference_PS = _reference(batch, mean_PS)
+    return (
+        Side(mean_PS[:, 0], count_PS[:, 0], reference_PS[:, 0]),
+        Side(mean_PS[:, 1], count_PS[:, 1], reference_PS[:, 1]),
+    )
 
 
 def _loss(logprob_T: Tensor, batch: PackedBatch, denominators: Denominators) -> Tensor:

@@ -434,6 +434,9 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
         except ConfigError as error:
             raise ConfigError(f"stages: stage {number}: {error}") from None
         shares.append(entry.get("share"))
+    used = {key for name, _ in stages for key in _parts(name)}
+    if unused := sorted(key for key in _ALL_PARTS - used if getattr(settings, key)):
+        raise ConfigError(f"{unused[0]}: {getattr(settings, unused[0])}: no objective in stages has it")
     if sum(objective.needs_reference for _, objective in stages) > 1:
         raise ConfigError(
             "stages: dpo is there more than once; a run keeps one reference, the model as that stage"
