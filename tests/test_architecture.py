@@ -32,6 +32,7 @@ ORDER = (
     ("suites",),
     ("report",),
     ("curation", "export", "training"),
+    ("comparing",),
     ("demo", "launch", "plan"),
     ("commands",),
     ("cli",),

@@ -2,6 +2,7 @@
 
 from orpo.commands import (
     chat,
+    compare,
     config,
     data,
     demo,
@@ -11,6 +12,7 @@ from orpo.commands import (
     judge,
     launch,
     plan,
+    probe,
     recipes,
     report,
     suites,
@@ -18,5 +20,6 @@ from orpo.commands import (
 )
 
 COMMANDS = (
-    demo, recipes, plan, train, launch, eval, suites, generate, judge, chat, report, export, data, config,
+    demo, recipes, plan, probe, train, launch, eval, suites, compare, generate, judge, chat, report, export,
+    data, config,
 )  # fmt: skip

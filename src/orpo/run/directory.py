@@ -102,6 +102,11 @@ class RunDirectory:
         return self.path / "train.log"
 
     @property
+    def cost(self) -> Path:
+        """What training took of a process of its own, where it was measured."""
+        return self.path / "cost.json"
+
+    @property
     def demo_result(self) -> Path:
         """The figures of a demo's table."""
         return self.path / "demo.json"
