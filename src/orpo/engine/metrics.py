@@ -187,6 +187,13 @@ METRICS = (
     Metric("tokens_per_second", "tokens/s", "count", +1),
     Metric("tokens", "tokens", "count"),
     Metric("peak_memory", "peak memory", "GiB"),
+    Metric(
+        "ended", "answers that end", "share", +1, caption="Share of answers that ended by themselves.",
+    ),
+    Metric(
+        "repetition", "repetition", "share", -1,
+        caption="Mean share of an answer's runs of three words that came before in it.",
+    ),
 )  # fmt: skip
 """In the order in which tables show them."""
 

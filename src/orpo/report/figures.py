@@ -20,6 +20,8 @@ class Line:
     position: int
 
 
+METHODS = tuple(f"m{number}" for number in range(6))
+"""Colours of curves that stand side by side, each of a method of its own."""
 _WIDTH, _HEIGHT = 480, 280
 _TOP, _RIGHT, _BOTTOM = 10, 12, 44
 _CHARACTER = 7
