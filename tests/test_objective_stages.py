@@ -181,7 +181,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, whole_runs, entrie
     again.train(resume_from_checkpoint=True)
     assert torch.equal(weights(again), expected)
     assert metrics(tmp_path) == metrics(whole)
-    assert read_run(tmp_path).stages == [(1, "sft"), (3, settings["stages"][1]["objective"])]
+    run = read_run(tmp_path)
+    assert run.stages == [(1, "sft"), (3, settings["stages"][1]["objective"])]
+    logged_at = [record.step for record in run.records if record.kind == "train"]
+    assert logged_at == [1, 2, 3, 4], "the first, the last of a stage, every third and the last"
 
 
 @pytest.fixture(scope="module")

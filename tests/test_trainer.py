@@ -826,12 +826,6 @@ def test_settings_of_loading_are_refused_for_a_model_that_is_loaded(tmp_path):
         )
 
 
-def test_zero_3_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("orpo.training.trainer.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ConfigError, match="ZeRO stage 1 or 2"):
-        tiny_trainer(tmp_path).train()
-
-
 def test_resize_embeddings_reaches_a_model_that_is_named(tmp_path):
     tokenizer = tiny_tokenizer(None, special_tokens=False)
     tiny_models.build("Llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")

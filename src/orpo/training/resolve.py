@@ -3,7 +3,8 @@
 import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.dataset import TokenizedDataset
@@ -71,7 +73,8 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
         return None
     if model is None or isinstance(model, str):
         args.model_name_or_path = model or args.model_name_or_path
-        model = load_model(args)
+        with _loaded_whole(args):
+            model = load_model(args)
     else:
         _refuse_loading_settings(model, args)
     args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
@@ -86,6 +89,22 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
     return model
+
+
+@contextmanager
+def _loaded_whole(args: ORPOConfig) -> Iterator[None]:
+    """Keep transformers from cutting a model for ZeRO-3 while it is loaded: it is checked and probed first.
+
+    DeepSpeed cuts it when training begins.
+    """
+    if args.hf_deepspeed_config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:

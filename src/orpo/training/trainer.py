@@ -29,7 +29,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     EvalLoopOutput,
@@ -254,11 +253,6 @@ class ORPOTrainer(InterruptibleTrainer):
     def _preparation(self) -> Preparation:
         """Prepare the model for scoring, once it is on its device and before it is wrapped."""
         inner = base_model(self.model)
-        if is_deepspeed_zero3_enabled():
-            raise ConfigError(
-                "DeepSpeed ZeRO-3 gathers weights within layers only, and the head is scored outside of one;"
-                " use ZeRO stage 1 or 2, or fsdp"
-            )
         if self._prepared is None or self._prepared[0] is not inner:
             # The first rank finds the exact layout and the token budget; all ranks must make the same plan.
             found: list[Any] = [None, None]
@@ -493,8 +487,9 @@ class ORPOTrainer(InterruptibleTrainer):
             self._last_losses = []
             self._router_loss = torch.zeros((), device=self.args.device)
             for number, batch in enumerate(step.batches):
-                with self._syncing(model, last=number == len(step.batches) - 1):
-                    self._last_losses.append(self._run_batch(model, batch, step.denominators))
+                last = number == len(step.batches) - 1
+                with self._syncing(model, last=last):
+                    self._run_batch(model, batch, step.denominators, last=last)
             return self._last_losses
         except torch.OutOfMemoryError as error:
             halves = (
@@ -517,12 +512,18 @@ class ORPOTrainer(InterruptibleTrainer):
         )
         return self._run_batches(model, halves)
 
-    def _run_batch(self, model: nn.Module, batch: PackedBatch, denominators: Denominators) -> Tensor:
-        """Forward and backward of one micro-batch; returns its share of the step's loss."""
+    def _run_batch(
+        self, model: nn.Module, batch: PackedBatch, denominators: Denominators, *, last: bool
+    ) -> None:
+        """Forward and backward of one micro-batch, whose share of the step's loss is noted."""
         with self.compute_loss_context_manager():
             batch = self.reference.attached(batch, self.train_dataset)
             batch = batch.to(self.args.device, non_blocking=True)
             output = model(batch=batch, denominators=denominators)
+        self._last_losses.append(output.loss.detach())
+        if last and self._uses_deepspeed:  # its optimizer steps within the last backward
+            finite = torch.isfinite(torch.stack(self._last_losses)).all()
+            self._check_finite(self._reduce(finite.float()) == self.args.world_size)
         # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
         scaled = output.loss * self._num_ranks
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
@@ -531,8 +532,6 @@ class ORPOTrainer(InterruptibleTrainer):
             self.window.add_pairs(output.pairs, batch.num_context_tokens)
         if output.router_loss is not None:
             self._router_loss += output.router_loss
-        loss_share: Tensor = output.loss.detach()
-        return loss_share
 
     @property
     def _uses_deepspeed(self) -> bool:
@@ -553,16 +552,18 @@ class ORPOTrainer(InterruptibleTrainer):
         if norm is not None and not skips_by_itself:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
-        if not finite.item():
-            weights = "no weight was changed"
-            if self._uses_deepspeed:  # its optimizer steps within backward
-                weights = "go back to the last checkpoint"
-            raise RunError(
-                f"step {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm"
-                f" {float(norm)}); {weights}. {self._guilty_pairs()}. Look at these rows, or lower"
-                " learning_rate."
-            )
+        # DeepSpeed has taken its step: the losses were checked before it, the gradient could not be.
+        self._check_finite(finite, norm, after_the_step=self._uses_deepspeed)
         return norm
+
+    def _check_finite(self, finite: Tensor, norm: Any = None, *, after_the_step: bool = False) -> None:
+        if not finite.item():
+            size = "" if norm is None else f" (gradient norm {float(norm)})"
+            weights = "go back to the last checkpoint" if after_the_step else "no weight was changed"
+            raise RunError(
+                f"step {self.state.global_step + 1}: the loss or its gradient is not finite{size};"
+                f" {weights}. {self._guilty_pairs()}. Look at these rows, or lower learning_rate."
+            )
 
     def _guilty_pairs(self) -> str:
         """Where this rank's pairs in micro-batches without a finite loss come from; else all of its pairs."""
