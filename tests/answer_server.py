@@ -48,12 +48,11 @@ def rating_of(messages):
     """A rating from 1 to 10 of the last answer, by its length; None where nothing is to be rated."""
     if not any("[[rating]]" in turn["content"] for turn in messages):
         return None
-    answer = re.findall(
-        r"Assistant(?:'s Answer\]| A:)\n(.*?)\n(?:\[The End|\n<\|The End)", messages[-1]["content"], re.S
-    )
-    if "unrated" in answer[-1]:
+    last = re.split(r"Assistant(?:'s Answer\]| A:)\n", messages[-1]["content"])[-1]
+    answer = re.split(r"\n(?:\[The End|\n<\|The End)", last)[0]
+    if "unrated" in answer:
         return "I will not rate that."
-    return f"Rating: [[{min(1 + len(answer[-1]) % 10, 10)}]]"
+    return f"Rating: [[{min(1 + len(answer) % 10, 10)}]]"
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -187,7 +187,9 @@ def test_trl_environment_section_is_kept_apart(tmp_path):
     assert recipe.settings == {"beta": 0.1}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "src" / "orpo" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_recipes_load_without_a_notice(path):
     recipe = load_recipe(path)
     check_recipe(recipe.settings)

@@ -374,7 +374,8 @@ def test_the_command_prints_a_table_of_80_columns_and_its_status_says_what_faile
     assert status == 2 and result["win_rate"]["n"] == 5 and result["failures"] == 2
 
 
-def test_annotations_print_both_rates(tmp_path):
+def test_annotations_print_both_rates(tmp_path, monkeypatch):
+    monkeypatch.setattr("orpo.judging.length_control.DRAWS", 5)
     rows, _ = made_annotations()
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(rows))

@@ -250,11 +250,11 @@ def test_a_micro_batch_that_does_not_fit_is_split_in_one_printed_line(tmp_path, 
 
     batches = []
 
-    def small_machine(model, batch, denominators):
+    def small_machine(model, batch, denominators, **options):
         batches.append(batch)
         if len(batches) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        loss = run(model, batch, denominators)
+        loss = run(model, batch, denominators, **options)
         if batch.num_pairs > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
@@ -270,7 +270,7 @@ def test_a_micro_batch_that_does_not_fit_is_split_in_one_printed_line(tmp_path, 
 def test_a_pair_that_does_not_fit_alone_stops_the_run(tmp_path):
     trainer = tiny_trainer(tmp_path)
 
-    def no_memory(*arguments):
+    def no_memory(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     trainer._run_batch = no_memory

@@ -1,7 +1,8 @@
 """Odds Ratio Preference Optimization: from preference pairs to an aligned language model in one stage.
 
-Everything the command line does can be called from Python: `train`, `evaluate`, `compare`, `probe`,
-`generate`, `judge`, `ChatModel`, `write_report`, `inspect_data`, `prepare_data`, `subset_data`, `export_run`.
+Everything the command line does can be called from Python: `train`, `evaluate`, `run_suites`, `compare`,
+`probe`, `plan_run`, `generate`, `judge`, `ChatModel`, `write_report`, `inspect_data`, `prepare_data`,
+`subset_data`, `export_run`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from orpo.evaluation.preferences import evaluate
     from orpo.export.job import export_run
     from orpo.judging.job import judge
+    from orpo.plan.job import plan_run
     from orpo.report.page import write_report
     from orpo.settings.recipe import load_recipe
+    from orpo.suites.job import run_suites
     from orpo.training.arguments import ORPOConfig
     from orpo.training.job import train
     from orpo.training.trainer import ORPOTrainer
@@ -41,8 +44,10 @@ __all__ = [
     "inspect_data",
     "judge",
     "load_recipe",
+    "plan_run",
     "prepare_data",
     "probe",
+    "run_suites",
     "subset_data",
     "train",
     "write_report",
@@ -59,8 +64,10 @@ _WHERE = {
     "judge": "orpo.judging.job",
     "inspect_data": "orpo.curation.inspection",
     "load_recipe": "orpo.settings.recipe",
+    "plan_run": "orpo.plan.job",
     "prepare_data": "orpo.curation.prepare",
     "probe": "orpo.comparing.probe",
+    "run_suites": "orpo.suites.job",
     "subset_data": "orpo.curation.subset",
     "train": "orpo.training.job",
     "write_report": "orpo.report.page",

@@ -128,7 +128,8 @@ def _how_far(done: int, total: int | None, rate: float) -> str:
     if total is None:
         return f"{done:,} rows, {rate:,.0f} a second"
     left = round((total - done) / max(rate, 1e-9))
-    return f"{done:,} of {total:,} rows, {rate:,.0f} a second, {left // 60}:{left % 60:02} left"
+    speed = f" rows, {rate:,.0f} a second" if rate >= 1 else ""
+    return f"{done:,} of {total:,}{speed}, {left // 60}:{left % 60:02} left"
 
 
 def _rank() -> int:

@@ -10,9 +10,16 @@ from orpo.commands import (
     export,
     generate,
     judge,
+    launch,
+    plan,
     probe,
+    recipes,
     report,
+    suites,
     train,
 )
 
-COMMANDS = (demo, probe, train, eval, compare, generate, judge, chat, report, export, data, config)
+COMMANDS = (
+    demo, recipes, plan, probe, train, launch, eval, suites, compare, generate, judge, chat, report, export,
+    data, config,
+)  # fmt: skip

@@ -63,7 +63,9 @@ def prepare_model(
     if inner.get_output_embeddings() is None:
         raise ModelError(f"{type(inner).__name__} has no language-model head to score tokens with")
     refuse_adapters(model, inner)
-    memory = logits_memory_mib or default_logits_memory_mib(next(model.parameters()).device)
+    memory = logits_memory_mib or default_logits_memory_mib(
+        on_cpu=next(model.parameters()).device.type != "cuda"
+    )
     scorer = Scorer(inner, memory)
     scorer.install()
     if found is not None:

@@ -104,7 +104,7 @@ class Scorer:
         self.chunk_bytes = logits_memory_mib * 2**20
         self.layout: LayoutName = "shared"
         self.plain_forward = model.forward
-        self.configs = _attention_configs(model)
+        self.configs = attention_configs(model)
         self.plain_attention = [config._attn_implementation for config in self.configs]
         self.num_attention_calls: int | None = None
         self.router_loss: RouterLoss | None = None
@@ -345,7 +345,7 @@ _HARMLESS = {
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_segments_attention_forward))
 
 
-def _attention_configs(model: PreTrainedModel) -> list[Any]:
+def attention_configs(model: PreTrainedModel) -> list[Any]:
     """Every configuration object a layer may read its attention implementation from."""
     found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]

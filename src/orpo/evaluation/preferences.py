@@ -16,7 +16,7 @@ from torch import nn
 
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset
-from orpo.data.source import read_pairs
+from orpo.data.source import ReadPairs, read_pairs
 from orpo.data.token_ids import check_token_ids
 from orpo.engine.head import PairScores
 from orpo.engine.lengths import check_length
@@ -161,6 +161,51 @@ class Result:
         return about | self.evaluation.to_json() | {"settings": self.settings, "rows": self.rows}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyToScore:
+    """A model and held-out pairs that it can score.
+
+    Attributes:
+        model: Prepared, on its device.
+        read: The pairs.
+        batches: How they become its micro-batches.
+        settings: Those of the recipe that decided it.
+    """
+
+    model: nn.Module
+    read: ReadPairs
+    batches: BatchSettings
+    settings: dict[str, Any]
+
+
+def ready_to_score(
+    model: str, data: Any, *, split: str | None = None, quiet: bool = False, **settings: Any
+) -> ReadyToScore:
+    """Read pairs, load a model, and prepare it to score them. Arguments as for `evaluate`.
+
+    Raises:
+        OrpoError: Model, data or settings cannot be used.
+    """
+    folder = model_folder(model)
+    _say_all([] if quiet else _unfinished(RunDirectory(Path(model)), folder))
+    recipe = inherited_by_evaluation(run_recipe(str(model)), settings) | settings
+    check_recipe(recipe)
+    resolved = OrpoSettings.from_recipe(recipe)
+    tokenizer = load_tokenizer(folder, trust_remote_code=resolved.trust_remote_code)
+    source = data if isinstance(data, str | Path) else type(data).__name__
+    stops = saved_stop_token_ids(folder)
+    split = split or _default_split(source, resolved)
+    read = read_pairs(data, resolved, tokenizer, split=split, stop_tokens=stops)
+    _say_all([] if quiet else read.lines())
+    loaded = load_trained(folder, resolved)
+    check_token_ids(read.pairs, num_embeddings(loaded), tokenizer)
+    batches, notices = _batch_settings(loaded, resolved, read.pairs.longest)
+    if batches.objective.needs_reference:
+        notices = [*notices, _NO_REFERENCE]
+    _say_all([] if quiet else notices)
+    return ReadyToScore(model=loaded, read=read, batches=batches, settings=recipe)
+
+
 def evaluate(
     model: str,
     data: Any,
@@ -196,32 +241,17 @@ def evaluate(
         raise ConfigError(f"batch_size: {batch_size} is out of range; expected at least 1")
     if name is not None and not re.fullmatch(r"[\w.=+ -]{1,100}", name):
         raise ConfigError(f"name: {name!r} cannot be part of a file name; use letters, digits, - and _")
-    folder = model_folder(model)
-    _say_all([] if quiet else _unfinished(RunDirectory(Path(model)), folder))
-    recipe = inherited_by_evaluation(run_recipe(str(model)), settings) | settings
-    check_recipe(recipe)
-    resolved = OrpoSettings.from_recipe(recipe)
-    tokenizer = load_tokenizer(folder, trust_remote_code=resolved.trust_remote_code)
-    source = data if isinstance(data, str | Path) else type(data).__name__
-    stops = saved_stop_token_ids(folder)
-    split = split or _default_split(source, resolved)
-    read = read_pairs(data, resolved, tokenizer, split=split, stop_tokens=stops)
-    _say_all([] if quiet else read.lines())
-    loaded = load_trained(folder, resolved)
-    check_token_ids(read.pairs, num_embeddings(loaded), tokenizer)
-    batches, notices = _batch_settings(loaded, resolved, read.pairs.longest)
-    if batches.objective.needs_reference:
-        notices = [*notices, _NO_REFERENCE]
-    _say_all([] if quiet else notices)
+    ready = ready_to_score(model, data, split=split, quiet=quiet, **settings)
+    pairs, counts = ready.read.pairs, ready.read.counts
     found = evaluate_pairs(
-        loaded, read.pairs, batches, batch_size=batch_size, progress=_counting(progress, len(read.pairs))
+        ready.model, pairs, ready.batches, batch_size=batch_size, progress=_counting(progress, len(pairs))
     )
     result = Result(
         model=str(model),
-        data=str(source),
+        data=str(data if isinstance(data, str | Path) else type(data).__name__),
         evaluation=found,
-        settings=recipe,
-        rows={} if read.counts is None else read.counts.to_dict(),
+        settings=ready.settings,
+        rows={} if counts is None else counts.to_dict(),
     )
     return save_result(result, name) if save else result
 

@@ -111,7 +111,7 @@ def length_controlled(
     control: Control | None = None,
     prompts: Sequence[str] | None = None,
     *,
-    draws: int = DRAWS,
+    draws: int | None = None,
 ) -> LengthControlled | None:
     """Fit the regression; the penalty of AlpacaEval's is chosen by five-fold cross-validation.
 
@@ -120,7 +120,7 @@ def length_controlled(
         lengths: Characters of the two answers.
         control: What else is known.
         prompts: Equal for verdicts on the same prompt, for the interval; None: each is of its own.
-        draws: How often prompts are drawn again for the interval.
+        draws: How often prompts are drawn again for the interval; None: `DRAWS` times.
 
     Returns:
         None where there are fewer than `FEWEST` verdicts, or all differences in length are the same.
@@ -151,7 +151,7 @@ def length_controlled(
     return LengthControlled(
         rate=float(said_R.mean()),
         spread=float(said_R.std(ddof=1) / np.sqrt(len(said_R))),
-        interval=_interval((x_RF, y_R, weight_R), same_RF, penalty, prompts, draws),
+        interval=_interval((x_RF, y_R, weight_R), same_RF, penalty, prompts, draws or DRAWS),
         length=float(coefficients[0]),
         difficulty=None if difficulty is None else float(coefficients[1]),
         model=float(coefficients[-1]),

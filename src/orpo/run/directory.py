@@ -23,14 +23,13 @@ MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _EVALUATION = "eval-{}.json"
 _EVALUATED_PAIRS = "eval-{}.jsonl"
+_SUITE = "suite-{}.json"
 _STEP_RESULTS = "pairs-step-{}.jsonl"
 _REFERENCE = "reference-{}.npy"
 _RESULTS = (
-    _EVALUATION.format("*"),
-    _EVALUATED_PAIRS.format("*"),
-    _STEP_RESULTS.format("*"),
+    _EVALUATION.format("*"), _EVALUATED_PAIRS.format("*"), _SUITE.format("*"), _STEP_RESULTS.format("*"),
     _REFERENCE.format("*"),
-)
+)  # fmt: skip
 _MODEL = (
     MODEL_CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
     "adapter_model*", "generation_config.json", "tokenizer*", "special_tokens_map.json",
@@ -130,6 +129,10 @@ class RunDirectory:
         """The same pair by pair."""
         return self.path / _EVALUATED_PAIRS.format(name)
 
+    def suite(self, name: str) -> Path:
+        """What a suite of `orpo eval` found."""
+        return self.path / _SUITE.format(name)
+
     def step_results(self, step: int) -> Path:
         """What the run's evaluation at a step found, pair by pair."""
         return self.path / _STEP_RESULTS.format(step)
@@ -195,7 +198,7 @@ class RunDirectory:
 
     def forget_results(self) -> None:
         """Delete what was found out about the model that was here before."""
-        for name in (_EVALUATION, _EVALUATED_PAIRS, _STEP_RESULTS, self.page_request.name):
+        for name in (_EVALUATION, _EVALUATED_PAIRS, _SUITE, _STEP_RESULTS, self.page_request.name):
             for stale in self.path.glob(name.format("*")):
                 stale.unlink()
 

@@ -83,8 +83,8 @@ class _Arguments(OrpoSettings, TrainingArguments):
         check_settings(self)
         with raised_as(ConfigError, "these settings cannot be used"):
             super().__post_init__()
-        if self.deepspeed:  # which clips at 1.0 where its own file says nothing
-            self.hf_deepspeed_config.config.setdefault("gradient_clipping", self.max_grad_norm)
+        if self.deepspeed_plugin is not None:  # DeepSpeed clips at 1.0 where its own file says nothing
+            self.deepspeed_plugin.deepspeed_config.setdefault("gradient_clipping", self.max_grad_norm)
 
     @property
     def objective_settings(self) -> Objective:

@@ -157,6 +157,14 @@ def _outcome(ending: Ending, config: ORPOConfig) -> Outcome:
     return Outcome(ending, folder, WORSE if failed else 0, run=run, verdict=verdict)
 
 
+def finished_status(settings: Mapping[str, Any]) -> int:
+    """Exit status of a finished run as its folder tells, for a launcher whose processes have ended."""
+    run = RunDirectory(Path(str(settings["output_dir"])))
+    if not run.finished.exists() or settings.get("fail_if_worse") is False:
+        return 0
+    return WORSE if judge_run(run.path, read_run(run.path)).kind == "worse" else 0
+
+
 def _ask_for_samples(trainer: ORPOTrainer) -> None:
     """Have a few prompts answered before and after, where the recipe says nothing of samples."""
     if trainer.args.num_samples is None and trainer.args.eval_on_start:

@@ -280,6 +280,7 @@ class ORPOTrainer(InterruptibleTrainer):
                     self.args.device,
                     checkpointing=bool(self.args.gradient_checkpointing),
                     num_shards=self.args.world_size if self.is_fsdp_enabled else 1,
+                    optim=str(getattr(self.args.optim, "value", self.args.optim)),
                 )
             )
 
@@ -539,9 +540,13 @@ class ORPOTrainer(InterruptibleTrainer):
 
     @contextlib.contextmanager
     def _syncing(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Let ranks exchange gradients in the last micro-batch of a step only."""
+        """Let ranks exchange gradients in the last micro-batch of a step only, unless weights are sharded.
+
+        A rank that shards its weights and did not exchange would hold the gradients of all weights, whole.
+        """
         self.accelerator.gradient_state._set_sync_gradients(last)
-        with contextlib.nullcontext() if last or self._uses_deepspeed else self.accelerator.no_sync(model):
+        every = last or self._uses_deepspeed or self.is_fsdp_enabled
+        with contextlib.nullcontext() if every else self.accelerator.no_sync(model):
             yield
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
