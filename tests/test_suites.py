@@ -452,6 +452,10 @@ def test_bbq_takes_the_likeliest_of_two_people_and_ten_unknowns(models, loaded, 
     write_lines(file, [rows[0] | {"ans1": "Nobody"}])
     with pytest.raises(DataError, match="none of its answers is unknown"):
         run_suites(models[0], [f"bbq:{file}"])
+    for wrong in ({"label": "x"}, {"label": 3}, {"answer_info": {}}, {"additional_metadata": {}}):
+        write_lines(file, [rows[0], rows[0] | wrong])
+        with pytest.raises(DataError, match=r"bbq\.jsonl:2: label, answer_info or additional_metadata"):
+            run_suites(models[0], [f"bbq:{file}"])
     write_lines(file, [{"context": "x"}])
     with pytest.raises(DataError, match="lacks 'ans0'; expected a question of BBQ"):
         run_suites(models[0], [f"bbq:{file}"])
