@@ -1,8 +1,9 @@
 """Measure ours against TRL 1.16 on this machine and write RESULTS.md; `--full` measures the grid.
 
 Every run is a process of its own (measure.py), one at a time, ours and TRL's taking turns. Raw numbers go to
-results.json after each run: a second call resumes where the first stopped, `--fresh` starts again. Without
-`--full` the cells of the project's bar are measured, then measured again while the time budget lasts.
+results.json, those of DPO and SFT to objectives.json, after each run: a second call resumes where the first
+stopped, `--fresh` starts again. Without `--full` the cells of the project's bar are measured, then measured
+again while the time budget lasts.
 """
 
 import argparse
@@ -12,14 +13,14 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from heads import VARIANTS
-from report import write_report
+from report import RAW, RAW_OBJECTIVES, write_report
 
 FOLDER = Path(__file__).resolve().parent
 KEEP_HEAP = {
@@ -108,11 +109,27 @@ DATA: list[Spec] = [
 ]
 BUDGETS: list[Spec] = [
     {
-        "task": "micro_batches", "shape": shape, "data": "hh", "per_step": 32,
+        "task": "micro_batches",
+        "shape": shape,
+        "data": "hh",
+        "per_step": 32,
         "budgets": [512, 1024, 2048, 4096, 8192],
     }
     for shape in ("h256", "h512")
 ]
+_WHOLE: Spec = {"task": "train", "shape": "h256", "data": "hh", "per_step": 8, "dtype": "fp32"}
+_SIDES: list[Spec] = [
+    {"side": "trl", "objective": "dpo", "order": "random"},
+    {"side": "ours", "objective": "dpo"},
+    {"side": "trl", "objective": "sft", "order": "random"},
+    {"side": "ours", "objective": "sft"},
+    {"side": "trl", "objective": "sft", "order": "packed"},
+]
+
+
+def objectives(pairs: int) -> list[tuple[Spec, bool]]:
+    """Whole `train()` loops of DPO and SFT: time with the heap kept, and the peak as the allocator has it."""
+    return [({**_WHOLE, "pairs": pairs, **side}, keep) for keep in (True, False) for side in _SIDES]
 
 
 @dataclass
@@ -125,6 +142,24 @@ class Store:
     def __post_init__(self) -> None:
         if self.path.exists():
             self.runs = json.loads(self.path.read_text())["runs"]
+
+    def add_missing(self, runs: Iterable[tuple[Spec, bool]], arguments: argparse.Namespace) -> None:
+        """Measure each run as often as asked, those that time something again while the budget lasts."""
+        command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        named = {key_of(*run): run for run in runs}
+        start = time.monotonic()
+        for number in range(arguments.passes):
+            for key, (spec, keep_heap) in named.items():
+                spent = (time.monotonic() - start) / 60
+                timed = keep_heap and spec["task"] in ("train", "step", "data")
+                if arguments.only not in key or self.count(key) > number or (number and not timed):
+                    continue
+                if number and not arguments.full and spent > arguments.minutes:
+                    return
+                result = measure(spec, keep_heap)
+                self.add(key, result, command)
+                _say(spec, result, spent)
+                write_report(FOLDER / "RESULTS.md")
 
     def count(self, key: str) -> int:
         """How often a run was measured; failures do not count, so the next call tries them again."""
@@ -195,42 +230,34 @@ def main() -> None:
         "--again", default="", help="forget runs whose key contains this text, and measure them"
     )
     parser.add_argument("--report", action="store_true", help="write RESULTS.md from the results there are")
+    parser.add_argument("--objectives", action="store_true", help="DPO and SFT alone")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs of the epoch of DPO and SFT")
     arguments = parser.parse_args()
-    path = FOLDER / "results.json"
-    if arguments.fresh:
-        path.unlink(missing_ok=True)
-    store = Store(path)
-    if arguments.again:
-        store.runs = {key: runs for key, runs in store.runs.items() if arguments.again not in key}
+    stores = {name: FOLDER / name for name in (RAW, RAW_OBJECTIVES)}
+    if arguments.objectives:
+        del stores[RAW]
+    for path in stores.values():
+        if arguments.fresh:
+            path.unlink(missing_ok=True)
     if not arguments.report:
-        _measure_all(store, arguments)
-    write_report(FOLDER / "RESULTS.md", json.loads(path.read_text()), BAR)
+        for name, path in stores.items():
+            store = Store(path)
+            if arguments.again:
+                store.runs = {key: runs for key, runs in store.runs.items() if arguments.again not in key}
+            store.add_missing(
+                objectives(arguments.pairs) if name == RAW_OBJECTIVES else _bar(arguments), arguments
+            )
+        if arguments.full and not arguments.only:
+            subprocess.run([sys.executable, str(FOLDER / "growth.py")], check=True)
+    write_report(FOLDER / "RESULTS.md")
 
 
-def _measure_all(store: Store, arguments: argparse.Namespace) -> None:
-    command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+def _bar(arguments: argparse.Namespace) -> list[tuple[Spec, bool]]:
+    """ORPO's cells."""
     cells = GRID if arguments.full else BAR
     others = HEADS + BUDGETS if arguments.full else MAIN_HEADS
     runs = [(spec, True) for spec in DATA] + [run for cell in cells for run in cell.runs()]
-    runs += [(spec, True) for spec in others]
-    runs = [
-        run for run in dict((key_of(*run), run) for run in runs).values() if arguments.only in key_of(*run)
-    ]
-    start = time.monotonic()
-    for number in range(arguments.passes):
-        for spec, keep_heap in runs:
-            key, spent = key_of(spec, keep_heap), (time.monotonic() - start) / 60
-            timed = keep_heap and spec["task"] in ("train", "step", "data")
-            if store.count(key) > number or (number and not timed):
-                continue
-            if number and not arguments.full and spent > arguments.minutes:
-                return
-            result = measure(spec, keep_heap)
-            store.add(key, result, command)
-            _say(spec, result, spent)
-            write_report(FOLDER / "RESULTS.md", json.loads(store.path.read_text()), BAR)
-    if arguments.full and not arguments.only:
-        subprocess.run([sys.executable, str(FOLDER / "growth.py")], check=True)
+    return runs + [(spec, True) for spec in others]
 
 
 def _say(spec: Spec, result: Spec, minutes: float) -> None:

@@ -93,8 +93,9 @@ def difference(folder: Path, other: Path) -> float:
         else "model.safetensors"
     )
     ours, theirs = load_file(folder / name), load_file(other / name)
-    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
-    return max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+    # DeepSpeed writes a vocabulary matrix that is tied to the embeddings a second time.
+    assert ours.keys() - theirs.keys() <= {"lm_head.weight"}
+    return max(float((ours[key] - theirs[key]).abs().max()) for key in theirs)
 
 
 def main() -> int:

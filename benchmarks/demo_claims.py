@@ -5,8 +5,9 @@
 
 The rule of choice was written before any test pair was scored. Learning rate and epochs: the lowest NLL of
 SFT, so that the contrast is at its best. Beta: the highest log odds ratio of ORPO among the values that
-keep its NLL within 0.2 of that of SFT. What has been trained is kept in the output folder and not trained
-again. A seed changes the order of the pairs.
+keep its NLL within 0.2 of that of SFT, and whose answers do not repeat themselves measurably more than those
+of SFT (a condition that came later, and changed nothing). What has been trained is kept in the output folder
+and not trained again. A seed changes the order of the pairs.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from orpo.comparing.asking import compared
 from orpo.demo.experiment import EXPERIMENTS, Experiment
 from orpo.demo.study import HeldOut, train
+from orpo.evaluation.answers import Reply
 
 RATES, EPOCHS, BETAS = (1e-3, 2e-3, 4e-3), (2.0, 3.0, 4.0, 6.0), (0.5, 1.0, 2.0, 3.0)
 NLL_MARGIN = 0.2
 Figures = dict[str, float]
+Found = tuple[Figures, list[Reply]]
 
 
-def measure(experiment: Experiment, beta: float, held_out: HeldOut, folder: Path) -> Figures:
-    """Train once, or read what an earlier call found: means over the held-out pairs, tokens, seconds."""
+def measure(
+    experiment: Experiment, beta: float, held_out: HeldOut, folder: Path, *, asking: bool = False
+) -> Found:
+    """Train once, or read what an earlier call found: means over held-out pairs, tokens, seconds; answers."""
     base = hashlib.sha256((experiment.base / "model.safetensors").read_bytes()).hexdigest()[:8]
     settings = (
         f"lr{experiment.learning_rate:g}-epochs{experiment.num_epochs:g}-beta{beta:g}-seed{experiment.seed}"
@@ -36,36 +42,44 @@ def measure(experiment: Experiment, beta: float, held_out: HeldOut, folder: Path
     kept = folder / f"{name}.json"
     if not kept.exists():
         took = train(experiment, beta, folder / name)
-        verdict = held_out.examine(folder / name, answering=False)
-        figures = {key: figure.mean for key, figure in verdict.figures.items()}
-        kept.write_text(json.dumps(figures | {"tokens": took.num_tokens, "seconds": took.seconds}) + "\n")
-    figures = json.loads(kept.read_text())
-    print(f"{settings:34} {row(figures)}", flush=True)
-    return figures
+        verdict = held_out.examine(folder / name, answering=asking)
+        figures = {key: figure.mean for key, figure in verdict.all_figures.items()}
+        figures |= {"tokens": took.num_tokens, "seconds": took.seconds}
+        replies = [[reply.text, reply.ended] for reply in verdict.replies]
+        kept.write_text(json.dumps({"figures": figures, "replies": replies}) + "\n")
+    found = json.loads(kept.read_text())
+    print(f"{settings:34} {row(found['figures'])}", flush=True)
+    return found["figures"], [Reply(*reply) for reply in found["replies"]]
 
 
 def row(figures: Figures) -> str:
     """The figures in one line."""
+    repeated = f"  repetition {100 * figures['repetition']:4.1f} %" if "repetition" in figures else ""
     return (
         f"chosen {figures['chosen_logprob']:6.3f}  rejected {figures['rejected_logprob']:6.3f}  "
         f"log odds ratio {figures['log_odds_ratio']:5.3f}  accuracy {100 * figures['accuracy']:5.1f} %  "
-        f"NLL {figures['nll_token_mean']:.3f}"
+        f"NLL {figures['nll_token_mean']:.3f}{repeated}"
     )
 
 
 def choose(experiment: Experiment, folder: Path) -> None:
     """Settings by the validation split."""
+    experiment = replace(experiment, num_evaluations=2, num_asked=1000)
     held_out = HeldOut(experiment, "validation")
-    experiment = replace(experiment, num_evaluations=2)
     experiments = [
         replace(experiment, learning_rate=rate, num_epochs=epochs) for rate in RATES for epochs in EPOCHS
     ]
-    sft = {one: measure(one, 0.0, held_out, folder) for one in experiments}
-    best = min(experiments, key=lambda one: sft[one]["nll_token_mean"])
-    limit = sft[best]["nll_token_mean"] + NLL_MARGIN
-    orpo = {beta: measure(best, beta, held_out, folder) for beta in BETAS}
-    within = [beta for beta in BETAS if orpo[beta]["nll_token_mean"] <= limit] or [min(BETAS)]
-    beta = max(within, key=lambda beta: orpo[beta]["log_odds_ratio"])
+    sft = {one: measure(one, 0.0, held_out, folder, asking=True) for one in experiments}
+    best = min(experiments, key=lambda one: sft[one][0]["nll_token_mean"])
+    contrast, answers = sft[best]
+    orpo = {beta: measure(best, beta, held_out, folder, asking=True) for beta in BETAS}
+    within = [
+        beta
+        for beta, (figures, replies) in orpo.items()
+        if figures["nll_token_mean"] <= contrast["nll_token_mean"] + NLL_MARGIN
+        and compared(replies, answers).differs("repetition") <= 0
+    ] or [min(BETAS)]
+    beta = max(within, key=lambda beta: orpo[beta][0]["log_odds_ratio"])
     print(f"chosen: learning_rate {best.learning_rate:g}, num_epochs {best.num_epochs:g}, beta {beta:g}")
 
 
@@ -77,8 +91,8 @@ def claims(experiment: Experiment, seeds: Sequence[int], folder: Path) -> bool:
     }
     print(f"{'base':34} {row(base)}")
     runs = [replace(experiment, seed=seed, num_evaluations=2) for seed in seeds]
-    sft = [measure(run, 0.0, held_out, folder) for run in runs]
-    orpo = [measure(run, experiment.beta, held_out, folder) for run in runs]
+    sft = [measure(run, 0.0, held_out, folder)[0] for run in runs]
+    orpo = [measure(run, experiment.beta, held_out, folder)[0] for run in runs]
     pairs = list(zip(sft, orpo, strict=True))
     checks = {
         "SFT raises the rejected log-prob by > 0.5": (

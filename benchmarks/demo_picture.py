@@ -1,6 +1,6 @@
 """Draw the README's picture from a finished demo: held-out log-probs of SFT and ORPO as they train.
 
-    orpo demo && python benchmarks/demo_picture.py runs/demo docs/demo.svg
+orpo demo && python benchmarks/demo_picture.py runs/demo docs/demo.svg
 """
 
 import sys

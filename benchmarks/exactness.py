@@ -35,7 +35,7 @@ from orpo.settings.config import Objective, OrpoSettings  # noqa: E402
 
 RESULTS = Path(__file__).with_name("exactness.json")
 TABLE = ROOT / "docs" / "exactness.md"
-OBJECTIVE = Objective(beta=0.7)
+OBJECTIVE = Objective(preference_weight=0.7)
 CASES = {
     f"{name}{', LoRA' if lora else ''}": (dtype, lora)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
@@ -74,7 +74,7 @@ def run_case(family: str, dtype: torch.dtype, lora: bool) -> str:
         if lora:
             model = add_adapter(model, lora_config(OrpoSettings(lora_r=2)))
         own, plain = copy.deepcopy(model), copy.deepcopy(model).float()  # own: what rounding costs
-        prepared = prepare_model(model, OBJECTIVE)
+        prepared = prepare_model(model)
     except OrpoError as error:
         return f"refused: {error}"
     output = model(batch=pack(pairs(), OBJECTIVE, layout=prepared.layout)).loss

@@ -199,9 +199,7 @@ def head_cell(dtype: torch.dtype, shape: Shape, sizes: Sizes) -> dict[str, Any]:
     def run(kind: torch.dtype, fused: bool) -> tuple[torch.Tensor, ...]:
         h, w = (x.to(kind).requires_grad_() for x in (hidden, weight))
         if fused:
-            loss, pairs = score_batch(
-                h, Head(w, chunk_tokens=512, max_chunk_tokens=512), batch, OBJECTIVE, counts
-            )
+            loss, pairs = score_batch(h, Head(w, chunk_tokens=512, max_chunk_tokens=512), batch, counts)
             means = torch.stack([pairs.chosen_logprob_P, pairs.rejected_logprob_P])
         else:
             logits = (h[batch.source_T] @ w.T).to(torch.promote_types(kind, torch.float32))
@@ -213,7 +211,7 @@ def head_cell(dtype: torch.dtype, shape: Shape, sizes: Sizes) -> dict[str, Any]:
             means = means.view(-1, 2).T
             odds = means - torch.log(-torch.expm1(means))
             loss = -(logprob_T * batch.nll_weight_T).sum() / counts.nll
-            loss = loss - OBJECTIVE.beta * F.logsigmoid(odds[0] - odds[1]).mean()
+            loss = loss - OBJECTIVE.preference_weight * F.logsigmoid(odds[0] - odds[1]).mean()
         return means.detach(), *torch.autograd.grad(loss, (h, w))
 
     exact = run(torch.float64, fused=False)
@@ -232,7 +230,7 @@ def model_cell(shape: Shape, sizes: Sizes) -> dict[str, Any]:
     model = replace(shape, layers=2).build(sizes.device)
     batch, padded = pack(pairs, OBJECTIVE).to(sizes.device), to_padded(pairs, sizes.device)
     weights = [p for n, p in model.named_parameters() if "layers.0" in n]
-    prepare_model(model, OBJECTIVE, layout="shared")
+    prepare_model(model, layout="shared")
 
     def run(loss: Callable[[], torch.Tensor], half: bool) -> list[torch.Tensor]:
         with torch.autocast(sizes.device.type, torch.bfloat16, enabled=half):
@@ -268,7 +266,7 @@ def adapted(shape: Shape, sizes: Sizes, lora: bool, checkpointing: bool) -> tupl
 
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     with torch.autocast(sizes.device.type, torch.bfloat16):
-        preparation = prepare_model(model, OBJECTIVE, layout="shared")
+        preparation = prepare_model(model, layout="shared")
     if checkpointing:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(), preparation.attention
@@ -345,7 +343,7 @@ def chunks_cell(shape: Shape, sizes: Sizes) -> dict[str, Any]:
         tokens = max(1, mib * 2**20 // (4 * shape.vocab))
         head = Head(weight, chunk_tokens=tokens, max_chunk_tokens=tokens)
         with torch.autocast(sizes.device.type, torch.bfloat16):
-            loss, _ = score_batch(hidden, head, batch, OBJECTIVE, counts)
+            loss, _ = score_batch(hidden, head, batch, counts)
         torch.autograd.grad(loss, (hidden, weight))
 
     calls = {f"{mib} MiB": functools.partial(run, mib, True) for mib in (128, 256, 1024, 4096)}

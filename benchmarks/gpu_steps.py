@@ -140,7 +140,7 @@ def padded_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
     logprobs = F.log_softmax(logits[:, :-1].float(), -1).gather(2, labels.clamp_min(0)[..., None])[..., 0]
     means = (logprobs * scored).sum(1) / scored.sum(1)
     odds = means - torch.log(-torch.expm1(means))
-    return nll - OBJECTIVE.beta * F.logsigmoid(odds[:half] - odds[half:]).mean()
+    return nll - OBJECTIVE.preference_weight * F.logsigmoid(odds[:half] - odds[half:]).mean()
 
 
 def trl_loss() -> tuple[str, Callable[..., torch.Tensor]]:
@@ -152,7 +152,7 @@ def trl_loss() -> tuple[str, Callable[..., torch.Tensor]]:
 
     trainer = object.__new__(ORPOTrainer)
     trainer.is_encoder_decoder, trainer.padding_value, trainer.aux_loss_enabled = False, 0, False
-    trainer.beta = OBJECTIVE.beta
+    trainer.beta = OBJECTIVE.preference_weight
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         device = next(model.parameters()).device
@@ -170,7 +170,7 @@ def liger_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.
     ids, mask, labels = concatenated(batch, next(model.parameters()).device)
     hidden = inner.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
     half = torch.bfloat16
-    function = LigerFusedLinearORPOLoss(beta=OBJECTIVE.beta, compiled=hidden.is_cuda)
+    function = LigerFusedLinearORPOLoss(beta=OBJECTIVE.preference_weight, compiled=hidden.is_cuda)
     weight = inner.get_output_embeddings().weight.to(half)
     targets = torch.where(mask == 1, ids, -100)[:, 1:]
     return function(weight, hidden.to(half), labels[:, 1:], nll_target=targets)[0]

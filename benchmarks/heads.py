@@ -13,12 +13,12 @@ from torch import Tensor
 from workloads import SHAPES, make_pairs
 
 from orpo.engine.head import Denominators, Head, score_batch
-from orpo.engine.objective import log_odds, odds_ratio_loss
+from orpo.engine.objective import log_odds
 from orpo.engine.packing import PackedBatch, Role, pack
 from orpo.settings.config import Objective
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-OBJECTIVE = Objective(beta=0.1)
+OBJECTIVE = Objective(preference_weight=0.1)
 
 VARIANTS = {
     "ours": "ours, as it is on a CPU (256-token chunks)",
@@ -53,7 +53,7 @@ def make_head(
         chunk = {"chunk_tokens": int(option), "max_chunk_tokens": max(int(option), 1024)} if option else {}
 
         def loss(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-            return score_batch(hidden_ND, Head(weight_VD, **chunk), batch, OBJECTIVE, denominators)[0]
+            return score_batch(hidden_ND, Head(weight_VD, **chunk), batch, denominators)[0]
 
     elif name in ("full", "checkpoint", "torch"):
         token_logprobs = {"full": _full, "checkpoint": _checkpointed, "torch": _torch(option)}[name]
@@ -76,7 +76,7 @@ def _loss(logprob_T: Tensor, batch: PackedBatch) -> Tensor:
         of_role_T = (batch.role_T == role).float()
         total = torch.zeros(num_pairs).index_add(0, batch.pair_T, logprob_T * of_role_T)
         means.append(total / torch.zeros(num_pairs).index_add(0, batch.pair_T, of_role_T))
-    return nll + OBJECTIVE.beta * odds_ratio_loss(log_odds(means[0]) - log_odds(means[1])).mean()
+    return nll + OBJECTIVE.preference_weight * -F.logsigmoid(log_odds(means[0]) - log_odds(means[1])).mean()
 
 
 def _full(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _padded(batch: PackedBatch, head: Callable[..., Tensor]) -> Loss:
 def _liger(option: str) -> Callable[..., Tensor]:
     from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
 
-    fused = LigerFusedLinearORPOLoss(beta=OBJECTIVE.beta, compiled=option == "compiled")
+    fused = LigerFusedLinearORPOLoss(beta=OBJECTIVE.preference_weight, compiled=option == "compiled")
 
     def head(hidden_BLD: Tensor, weight_VD: Tensor, label_BL: Tensor, nll_label_BL: Tensor) -> Tensor:
         loss: Tensor = fused(
@@ -153,4 +153,4 @@ def _trl(hidden_BLD: Tensor, weight_VD: Tensor, label_BL: Tensor, nll_label_BL: 
     )
     mean_B = ORPOTrainer.get_batch_logps(logits_BLV, label_BL, average_log_prob=True)
     ratio = (mean_B[:chosen] - mean_B[chosen:]) - (log1mexp(mean_B[:chosen]) - log1mexp(mean_B[chosen:]))
-    return nll - OBJECTIVE.beta * F.logsigmoid(ratio).mean()
+    return nll - OBJECTIVE.preference_weight * F.logsigmoid(ratio).mean()

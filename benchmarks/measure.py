@@ -6,6 +6,8 @@ are warm and the model is built; what is reported is the part above model and Ad
 included.
 """
 
+import copy
+import functools
 import json
 import os
 import resource
@@ -30,6 +32,8 @@ from orpo.pairs import TokenizedPair
 
 BETA = 0.1
 TINY = Shape(64, 1, 256)
+PACKED = 1024
+"""Tokens of a packed sequence of TRL's SFT, about as many as eight pairs of HH-RLHF have."""
 
 
 def main() -> None:
@@ -51,13 +55,18 @@ def main() -> None:
 
 def train(
     side: str, shape: str, data: str, pairs: int, per_step: int, dtype: str = "fp32",
-    checkpointing: bool = False, order: str = "random",
+    checkpointing: bool = False, order: str = "random", objective: str = "orpo",
 ) -> dict[str, Any]:  # fmt: skip
-    """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging."""
-    tiny = _trainer(side, TINY.build(), make_pairs("9/5/4", TINY.vocab, 4), 2, dtype, checkpointing, order)
-    tiny.train()
+    """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging.
+
+    The memory of TRL's reference model, which is there before training, counts as part of the peak.
+    """
+    make = functools.partial(
+        _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective
+    )
+    make(TINY.build(), make_pairs("9/5/4", TINY.vocab, 4), 2).train()
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, pairs)
-    trainer = _trainer(side, model, workload, per_step, dtype, checkpointing, order)
+    trainer = make(model, workload, per_step)
     gemm = [gemm_rate(dtype, SHAPES[shape].hidden)]
     base = _memory("VmRSS")
     _reset_peak()
@@ -66,6 +75,10 @@ def train(
     result = timer.stop()
     states = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     result["peak_mib"] = _memory("VmHWM") - base - states / 2**20
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None:
+        result["peak_mib"] += sum(4 * p.numel() for p in reference.parameters()) / 2**20
+    result["steps"] = trainer.state.global_step
     result["loss"] = _last_loss(trainer)
     gemm.append(gemm_rate(dtype, SHAPES[shape].hidden))
     return result | {"gemm": max(gemm), "flops": useful_flops(workload, SHAPES[shape], model)}
@@ -154,8 +167,8 @@ def micro_batches(
     from orpo.settings.config import Objective
 
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
-    objective = Objective(beta=BETA)
-    layout = prepare_model(model, objective, probe=False).layout
+    objective = Objective(preference_weight=BETA)
+    layout = prepare_model(model, probe=False).layout
     steps = {
         b: build_step(workload, range(len(workload)), BatchSettings(objective, layout, b)) for b in budgets
     }
@@ -210,9 +223,7 @@ def data(side: str, rows: int, processes: int) -> dict[str, Any]:
             from orpo.training.trainer import ORPOConfig, ORPOTrainer
 
             settings = ORPOConfig(**common, eval_strategy="no")
-            trainer = ORPOTrainer(
-                model=model, args=settings, train_dataset=given, processing_class=tokenizer
-            )
+            trainer = ORPOTrainer(model=model, args=settings, train_dataset=given, processing_class=tokenizer)
         else:
             from trl.experimental.orpo import ORPOConfig as TrlConfig
             from trl.experimental.orpo import ORPOTrainer as TrlTrainer
@@ -292,31 +303,73 @@ def _build(shape: str) -> PreTrainedModel:
 
 def _trainer(
     side: str, model: PreTrainedModel, pairs: list[TokenizedPair], per_step: int, dtype: str,
-    checkpointing: bool, order: str,
+    checkpointing: bool, order: str, objective: str = "orpo",
 ) -> Any:  # fmt: skip
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="bench-"), "per_device_train_batch_size": per_step,
-        "num_train_epochs": 1, "learning_rate": 1e-6, "beta": BETA, "max_length": 4096, "use_cpu": True,
+        "num_train_epochs": 1, "learning_rate": 1e-6, "max_length": 4096, "use_cpu": True,
         "bf16": dtype == "bf16", "gradient_checkpointing": checkpointing, "logging_steps": 10,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 0,
-    }  # fmt: skip
+    } | ({} if objective == "sft" else {"beta": BETA})  # fmt: skip
     tokenizer = number_tokenizer(model.config.vocab_size)
     if side == "ours":
         from orpo.data.dataset import TokenizedDataset
         from orpo.training.trainer import ORPOConfig, ORPOTrainer
 
         data = TokenizedDataset.from_pairs(pairs)
-        args = ORPOConfig(**common, eval_split=0.0)
+        args = ORPOConfig(**common, eval_split=0.0, objective=objective)
         return ORPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
-    from trl.experimental.orpo import ORPOConfig as TRLConfig
-    from trl.experimental.orpo import ORPOTrainer as TRLTrainer
+    if order == "grouped":
+        common["train_sampling_strategy"] = "group_by_length"
+    make = {"orpo": _trl_orpo, "dpo": _trl_dpo, "sft": _trl_sft}[objective]
+    return make(model, pairs, tokenizer, common, order)
 
-    grouping = {"train_sampling_strategy": "group_by_length"} if order == "grouped" else {}
-    trainer = TRLTrainer(
-        model=model, args=TRLConfig(**common, **grouping), processing_class=tokenizer,
+
+def _trl_orpo(
+    model: PreTrainedModel, pairs: list[TokenizedPair], tokenizer: Any, common: dict[str, Any], order: str
+) -> Any:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    trainer = ORPOTrainer(
+        model=model, args=ORPOConfig(**common), processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list(trl_rows(pairs)),
     )  # fmt: skip
     _check_same_ids(trainer.train_dataset, pairs)
+    return trainer
+
+
+def _trl_dpo(
+    model: PreTrainedModel, pairs: list[TokenizedPair], tokenizer: Any, common: dict[str, Any], order: str
+) -> Any:
+    """With a reference model in memory, as by default: a copy, since there is no name to load one by."""
+    from trl import DPOConfig, DPOTrainer
+
+    trainer = DPOTrainer(
+        model=model, ref_model=copy.deepcopy(model), args=DPOConfig(**common), processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(trl_rows(pairs)),
+    )  # fmt: skip
+    for row, pair in zip(trainer.train_dataset, pairs, strict=True):
+        for side in ("prompt", "chosen", "rejected"):
+            assert row[f"{side}_ids"] == list(getattr(pair, side))
+    return trainer
+
+
+def _trl_sft(
+    model: PreTrainedModel, pairs: list[TokenizedPair], tokenizer: Any, common: dict[str, Any], order: str
+) -> Any:
+    """On prompt and chosen answer, the loss over both; packed into sequences of `PACKED` tokens, or not."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [[*pair.prompt, *pair.chosen] for pair in pairs]
+    if order == "packed":
+        longest = max(map(len, rows))
+        assert longest <= PACKED, f"packing would cut an example of {longest} tokens"
+        common |= {"packing": True, "max_length": PACKED, "per_device_train_batch_size": 1}
+    trainer = SFTTrainer(
+        model=model, args=SFTConfig(**common), processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list([{"input_ids": row, "labels": row} for row in rows]),
+    )  # fmt: skip
+    assert sum(len(row["input_ids"]) for row in trainer.train_dataset) == sum(map(len, rows))
     return trainer
 
 

@@ -19,6 +19,11 @@ BARS = {
     ("h256", "long"): (3.0, 1.8),
 }
 """Required speed-up over TRL in random order and length-grouped, for a whole `train()`."""
+RAW, RAW_OBJECTIVES = "results.json", "objectives.json"
+"""Raw numbers of bench.py, and those of its runs of DPO and SFT, which may be of another machine."""
+OBJECTIVE_BARS = {("dpo", "random"): 5.5, ("sft", "random"): 4.0, ("sft", "packed"): 2.0}
+"""Required speed-up over TRL's DPOTrainer and SFTTrainer, for a whole `train()`."""
+MEMORY_BAR = 15.0
 NAMES = {
     "h256": "Llama h256 L6 V32000", "h512": "Llama h512 L8 V32000", "v152k": "Llama h256 L6 V151936 tied",
     "opt": "OPT-125M (V50272)", "hh": "HH-RLHF", "uf": "UltraFeedback-like", "long": "long prompts",
@@ -85,22 +90,35 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [" | ".join(["", *line, ""]).strip() for line in (header, ["---"] * len(header), *rows)] + [""]
 
 
-def write_report(path: Path, raw: Spec, _cells: Any = None) -> None:
-    """Write the report of the results so far."""
-    results, machine = Results(raw), raw["machine"]
-    lines = [
-        "# Measured against TRL 1.16", "",
+def write_report(path: Path) -> None:
+    """Write the report of the results so far, whose raw numbers lie beside it."""
+    lines = ["# Measured against TRL 1.16", ""]
+    if (raw := _raw(path.with_name(RAW))) is not None:
+        results = Results(raw)
+        lines += [
+            *_made_by(raw, RAW), *_train_table(results), *_data_table(results), *_step_table(results),
+            *_memory_table(results), *_agreement_table(results), *_head_table(results),
+            *_budget_table(results), *_growth_note(path.parent), *_errors(raw),
+        ]  # fmt: skip
+    if (raw := _raw(path.with_name(RAW_OBJECTIVES))) is not None:
+        lines += _objectives_table(raw)
+    path.write_text("\n".join(map(wrapped, lines)).rstrip() + "\n")
+
+
+def _raw(path: Path) -> Spec | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _made_by(raw: Spec, name: str) -> list[str]:
+    machine = raw["machine"]
+    return [
         f"Last run by `{raw['command']}`, {machine['date']}, commit {machine['commit'] or 'unknown'}. "
-        "Method: [README.md](README.md). Raw numbers: [results.json](results.json).", "",
+        f"Method: [README.md](README.md). Raw numbers: [{name}]({name}).", "",
         f"Machine: {machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, "
         f"{machine['system']}; "
         f"Python {machine['python']}, " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-        + f". **1 thread.** {_load_note(results)}", "",
-        *_train_table(results), *_data_table(results), *_step_table(results), *_memory_table(results),
-        *_agreement_table(results), *_head_table(results), *_budget_table(results),
-        *_growth_note(path.parent), *_errors(raw),
+        + f". **1 thread.** {_load_note(Results(raw))}", "",
     ]  # fmt: skip
-    path.write_text("\n".join(map(wrapped, lines)).rstrip() + "\n")
 
 
 def wrapped(line: str) -> str:
@@ -155,6 +173,52 @@ def _train_table(results: Results) -> list[str]:
         "",
     ]
     return ["## Whole `train()` loop, one epoch", "", *note, *table(header, rows)]
+
+
+THEIRS = {
+    ("dpo", "random"): "DPO, DPOTrainer with its reference model",
+    ("sft", "random"): "SFT, SFTTrainer",
+    ("sft", "packed"): "SFT, SFTTrainer with packing",
+}
+
+
+def _objectives_table(raw: Spec) -> list[str]:
+    """Whole `train()` loops of DPO and SFT, time and memory."""
+    results, rows = Results(raw), []
+    for cell in results.cells("train"):
+        for (objective, order), name in THEIRS.items():
+            wanted = {"task": "train", "objective": objective, **cell}
+            ours, trl = {**wanted, "side": "ours"}, {**wanted, "side": "trl", "order": order}
+            if not results.find(**ours) or not results.find(**trl):
+                continue
+            times = [median(results.find(**side), "cpu") for side in (ours, trl)]
+            faster = ratio(times[1], times[0])
+            peaks = [median(results.find(False, **side), "peak_mib") for side in (ours, trl)]
+            less = ratio(peaks[1], peaks[0])
+            bar = OBJECTIVE_BARS[objective, order]
+            runs = " / ".join(str(len(results.find(**side))) for side in (ours, trl))
+            rows.append([
+                name, f"{cell['pairs']} / {cell['per_step']}", *(show(time, ".1f") for time in times),
+                _barred(faster, ".2f", bar), *(show(peak, ",.0f") for peak in peaks),
+                _barred(less, ".1f", MEMORY_BAR), runs,
+            ])  # fmt: skip
+    header = [
+        "workload", "pairs / step", "ours, CPU s", "TRL, CPU s", "ours is faster by (bar)",
+        "ours, peak MiB", "TRL, peak MiB", "ours needs less by (bar)", "runs",
+    ]  # fmt: skip
+    note = [
+        "Llama h256 L6 V32000 on HH-RLHF, one epoch, medians. Ours includes the pass that scores DPO's "
+        "reference. Peaks are of whole runs with the allocator's defaults, above that of the model and "
+        "AdamW's moments; they include the gradients and TRL's reference model. Packing fills sequences of "
+        "1,024 tokens, one a step.", "",
+    ]  # fmt: skip
+    return ["## DPO and SFT", "", *_made_by(raw, RAW_OBJECTIVES), *note, *table(header, rows), *_errors(raw)]
+
+
+def _barred(value: float | None, form: str, bar: float) -> str:
+    """A ratio and whether it reaches its bar."""
+    verdict = "" if value is None else f" ({'≥' if value >= bar else 'misses'} {bar:g})"
+    return f"**{show(value, form, 'x')}**{verdict}"
 
 
 DATA_CELLS = ((1, 1, "cpu", 5.0), (2, 1, "wall", 8.0), (2, 2, "wall", None))

@@ -141,9 +141,7 @@ def _saves(folder: Path) -> dict[str, float]:
     )  # fmt: skip
     pairs = [TokenizedPair([5, 6, 7 + number], [8, 9], [10, 11]) for number in range(8)]
     model = Shape(512, 6, 12_000).build()
-    run = training.ORPOTrainer(
-        model=model, args=args, train_dataset=pairs, processing_class=demo_tokenizer()
-    )
+    run = training.ORPOTrainer(model=model, args=args, train_dataset=pairs, processing_class=demo_tokenizer())
     run.train()
     summed, changed = checkpoints.flush_and_describe, training.changed
     sizes = lambda paths: [{"bytes": path.stat().st_size} for path in paths]  # noqa: E731

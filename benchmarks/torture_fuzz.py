@@ -348,18 +348,23 @@ def numbers(draw: random.Random) -> Outcome:
     import torch
 
     from orpo.engine import objective
+    from orpo.settings.config import Objective
 
     dtype = draw.choice([torch.float32, torch.float64])
     pair = [-(10 ** draw.uniform(-45, 6)) if draw.random() < 0.95 else 0.0 for _ in range(2)]
     chosen, rejected = torch.tensor(pair, dtype=dtype).split(1)
-    scale = draw.choice([0.01, 0.5, 1.0, 100.0])
-    odds = [objective.log_odds(chosen), objective.log_odds(rejected)]
+    minimised = Objective(
+        compares=draw.choice(list(objective.VALUES)),
+        scale=draw.choice([0.01, 0.5, 1.0, 100.0]),
+        margin=draw.choice([0.0, 1.0]),
+        label_smoothing=draw.choice([0.0, 0.2]),
+    )
+    tokens, reference = torch.tensor([draw.choice([1.0, 1000.0])], dtype=dtype), torch.tensor([-1.0])
+    sides = [objective.Side(mean, tokens, reference) for mean in (chosen, rejected)]
     values = [
-        *odds,
-        objective.log_odds_slope(chosen),
-        objective.log_odds_slope(rejected),
-        objective.odds_ratio_loss(odds[0] - odds[1], scale),
-        objective.odds_ratio_slope(odds[0] - odds[1], scale),
+        *(objective.reward(side, minimised) for side in sides),
+        objective.preference_loss(*sides, minimised),
+        *objective.preference_slopes(*sides, minimised),
     ]
     assert all(bool(torch.isfinite(value).all()) for value in values), (pair, values)
     return "ran"

@@ -13,7 +13,10 @@ def results(chosen, rejected, prompts=None, *, nll=None, sources=None, groups=No
     prompts = torch.arange(number) if prompts is None else torch.as_tensor(prompts)
     nll = -chosen if nll is None else torch.as_tensor(nll).double()
     return PairResults(
-        PairScores(chosen, rejected, nll, ones, ones, ones > 0, ones / 2, ones / 2, ones / 2),
+        PairScores(
+            *(chosen, rejected, nll, ones, ones, ones > 0, ones / 2, ones / 2, ones / 2),
+            *(ones, ones, ones * torch.nan, ones * torch.nan),
+        ),
         prompts,
         sources or [f"pairs.jsonl:{line}" for line in range(number)],
         groups or [None] * number,

@@ -29,26 +29,41 @@ def log_odds(mean_logprob: Tensor) -> Tensor:
     return torch.log(p / (1 - p))
 
 
-def orpo_loss(logprobs: LogprobsOf, pairs: Sequence[TokenizedPair], objective: Objective) -> Tensor:
+def value(answer: Tensor, compares: str) -> Tensor:
+    """What of an answer's token log-probs is compared, before a reference is taken off."""
+    if compares in ("sums", "ratios"):
+        return answer.sum()
+    return log_odds(answer.mean()) if compares == "odds" else answer.mean()
+
+
+def orpo_loss(
+    logprobs: LogprobsOf,
+    pairs: Sequence[TokenizedPair],
+    objective: Objective,
+    reference: LogprobsOf | None = None,
+) -> Tensor:
     """The loss of one optimizer step that consists of `pairs`."""
     nlls, odds_terms = [], []
     for pair in pairs:
         chosen = logprobs([*pair.prompt, *pair.chosen])
         nlls.append(-torch.stack([chosen[t - 1] for t in nll_targets(pair, objective.nll_on)]))
         if len(pair.rejected):
-            rejected = logprobs([*pair.prompt, *pair.rejected])
-            mean_chosen = chosen[len(pair.prompt) + pair.chosen_context - 1 :].mean()
-            mean_rejected = rejected[len(pair.prompt) + pair.rejected_context - 1 :].mean()
-            difference = mean_chosen - mean_rejected
-            if objective.compares == "odds":
-                difference = log_odds(mean_chosen) - log_odds(mean_rejected)
-            odds_terms.append(-F.logsigmoid(objective.odds_scale * difference - objective.target_margin))
+            values = []
+            for side, context in ((pair.chosen, pair.chosen_context), (pair.rejected, pair.rejected_context)):
+                start = len(pair.prompt) + context - 1
+                answer = logprobs([*pair.prompt, *side])[start:]
+                values.append(value(answer, objective.compares))
+                if objective.compares == "ratios":
+                    values[-1] = values[-1] - reference([*pair.prompt, *side])[start:].sum().detach()
+            z = objective.scale * (values[0] - values[1]) - objective.margin
+            smoothing = objective.label_smoothing
+            odds_terms.append(-(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z))
     if objective.nll_reduction == "token":
         nll = torch.cat(nlls).mean()
     else:
         nll = torch.stack([each.mean() for each in nlls]).mean()
     odds = torch.stack(odds_terms).mean() if odds_terms else torch.zeros(())
-    return objective.nll_weight * nll + objective.beta * odds
+    return objective.nll_weight * nll + objective.preference_weight * odds
 
 
 def logprobs_of(model: nn.Module) -> LogprobsOf:

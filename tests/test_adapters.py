@@ -13,7 +13,7 @@ from orpo.engine.packing import pack
 from orpo.errors import ConfigError, ModelError
 from orpo.settings.config import Objective, OrpoSettings
 
-OBJECTIVE = Objective(beta=0.7)
+OBJECTIVE = Objective(preference_weight=0.7)
 
 
 def adapted(family, model=None, **settings):
@@ -34,7 +34,7 @@ def test_by_default_experts_carry_an_adapter_and_routers_do_not(family):
     assert not [name for name in trained(model) if "router" in name or ".gate." in name]
     (line,) = adapter_lines(model)
     assert "experts: yes" in line and "% of the weights" in line and "lora_target_modules" in line
-    assert prepare_model(model, OBJECTIVE).layout
+    assert prepare_model(model).layout
 
 
 def test_the_router_on_request_and_experts_left_out():
@@ -88,7 +88,7 @@ def test_modules_trained_in_full_next_to_a_bfloat16_base_are_float32():
         "llama", tiny_models.build("Llama").bfloat16(), lora_modules_to_save=["embed_tokens", "lm_head"]
     )
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
-    assert prepare_model(model, OBJECTIVE).layout == "shared"
+    assert prepare_model(model).layout == "shared"
     ids = torch.tensor([tiny_models.token_ids(9)])
     assert model(ids).logits.dtype == torch.bfloat16
     before = {n: w.detach().clone() for n, w in model.named_parameters() if "modules_to_save" in n}
@@ -126,5 +126,5 @@ def test_a_kind_of_adapter_that_cannot_train_here_is_refused_for_its_reason(kind
     config, reason = REFUSED[kind]
     model = peft.get_peft_model(tiny_models.build("Llama"), config)
     with pytest.raises(ModelError, match=f"{kind} cannot be trained here: .*{reason}") as error:
-        prepare_model(model, OBJECTIVE)
+        prepare_model(model)
     assert "\n" not in str(error.value)

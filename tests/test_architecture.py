@@ -32,7 +32,8 @@ ORDER = (
     ("suites",),
     ("report",),
     ("curation", "export", "training"),
-    ("demo",),
+    ("comparing",),
+    ("demo", "launch", "plan"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -44,7 +45,7 @@ MATHEMATICS = (
 )  # fmt: skip
 WITH_TRANSFORMERS = {
     "scorer", "vocabulary", "router", "adapters", "loading", "probe", "model", "memory", "stop_tokens",
-    "gguf_model",
+    "gguf_model", "footprint",
 }  # fmt: skip
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
 LIGHT = ("errors", "pairs", "console", "html_page", "settings", "run", "cli", "commands", "__init__")

@@ -373,6 +373,32 @@ def test_an_adapter_is_trained_evaluated_and_talked_to_beside_its_base(world, mo
     assert f"[{world / 'base'}]" in printed
 
 
+def test_a_run_in_stages_is_trained_evaluated_and_shown(world):
+    run_dir, data = world / "stages", world / "test.jsonl"
+    stages = "[{objective: sft, share: 0.5}, {objective: dpo, beta: 0.5}]"
+    words = ("--output_dir", run_dir, "--stages", stages, "--max_steps", 4, "--learning_rate", 3e-2)
+    status, printed = orpo_main("train", world / "recipe.yaml", *words)
+    assert status == 0, printed
+    for expected in (
+        "objective  dpo, from step 3: ",
+        "step 1: stage 1 of 2, sft",
+        "step 3: stage 2 of 2, dpo",
+    ):
+        assert expected in printed
+    page = Page((run_dir / "report.html").read_text()).text
+    assert "sft from step 1, dpo from step 3" in page
+    figures = evaluate(run_dir, data)["metrics"]
+    assert "accuracy" in figures and not {"loss", "reward_margin", "chosen_reward"} & figures.keys()
+    # Without the reference there is no loss; the first of two models is taken for it.
+    status, printed = orpo_main("eval", world / "base", run_dir, "--data", data, "--json")
+    change = json.loads(printed[printed.index("{") :])["change"]
+    assert status == 0 and change["before"]["loss"]["mean"] == pytest.approx(0.6931472)
+    assert change["after"]["reward_margin"]["mean"] == change["change"]["reward_margin"]["mean"] != 0
+    status, printed = orpo_main("eval", run_dir, "--data", data)
+    assert status == 0 and "objective dpo: loss and rewards are left out" in printed
+    assert "loss" in evaluate(run_dir, data, "--objective", "simpo")["metrics"]
+
+
 # ---------------------------------------------------------------------------------------- chat
 
 

@@ -187,7 +187,9 @@ def test_trl_environment_section_is_kept_apart(tmp_path):
     assert recipe.settings == {"beta": 0.1}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "src" / "orpo" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_recipes_load_without_a_notice(path):
     recipe = load_recipe(path)
     check_recipe(recipe.settings)
@@ -327,7 +329,7 @@ def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
         ("bf16: maybe", 'bf16: "maybe" is not usable; expected true or false'),
         ("lr_scheduler_type: cosin", "expected one of linear, cosine,"),
         ("on_bad_row: ignore", "expected one of stop, skip"),
-        ("objective: paper", "expected one of orpo, response, llamafactory, tempered"),
+        ("objective: paper", "expected one of orpo, sft, tempered_odds, simpo"),
         ("report_to: no", "quote it"),
         ("beta: 1\nbeta: 2", "recipe.yaml:2: 'beta' is set twice; first at recipe.yaml:1"),
         ("beta: [1", "not valid YAML"),
@@ -479,19 +481,18 @@ def test_loading_a_recipe_imports_neither_torch_nor_transformers(tmp_path):
 
 
 def test_presets_are_those_of_the_objective_document():
-    paper = Objective(beta=0.1, nll_weight=1.0, odds_scale=1.0, nll_on="full", nll_reduction="token")
+    paper = Objective(preference_weight=0.1, nll_weight=1.0, scale=1.0, nll_on="full", nll_reduction="token")
     assert PRESETS["orpo"] == Objective() == paper
     assert PRESETS["response"] == Objective(nll_on="response")
     assert PRESETS["llamafactory"] == Objective(nll_on="response", nll_reduction="pair")
-    assert PRESETS["tempered"] == Objective(nll_weight=0.0, odds_scale=0.5)
 
 
 def test_an_explicit_key_beats_the_preset_in_a_printed_line():
-    objective, notices = resolve_objective(OrpoSettings(objective="tempered", odds_scale=0.3, beta=0.1))
-    assert objective == Objective(nll_weight=0.0, odds_scale=0.3)
-    assert notices == ["odds_scale: 0.3 beats 0.5, the value in objective: tempered"]
+    objective, notices = resolve_objective(OrpoSettings(objective="tempered_odds", beta=0.3, nll_weight=0))
+    assert objective == dataclasses.replace(PRESETS["tempered_odds"], scale=0.3)
+    assert notices == ["beta: 0.3 beats 0.5, the value in objective: tempered_odds"]
     assert resolve_objective(OrpoSettings(beta=0.3, nll_on="assistant")) == (
-        Objective(beta=0.3, nll_on="assistant"),
+        Objective(preference_weight=0.3, nll_on="assistant"),
         [],
     )
 
@@ -529,7 +530,7 @@ def test_values_out_of_range_are_refused_by_name(key, bad, good):
     ("settings", "expected"),
     [
         ({"beta": 0.0, "nll_weight": 0.0}, "nothing would be trained"),
-        ({"objective": "tempered", "beta": 0.0}, "nothing would be trained"),
+        ({"objective": "sft", "nll_weight": 0.0}, "nothing would be trained"),
         ({"load_in_4bit": True}, "add use_peft: true"),
         ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "choose one"),
         ({"streaming": True}, "set max_steps"),

@@ -68,6 +68,11 @@ def test_screen_shows_the_table_with_standard_errors(demo):
     for name in MODELS:
         assert set(found[name]) >= FIGURES
         assert all(value["se"] > 0 for value in found[name].values())
+    answers = json.loads((folder / "demo.json").read_text())["answers"]
+    for row, metric in (("repetition", "repetition"), ("answers that end", "ended")):
+        line = next(line for line in text.splitlines() if line.startswith(row))
+        shares = [float(value) for value in re.findall(r"(\d+\.\d) %", line)]
+        assert shares == [round(100 * answers[name][metric]["mean"], 1) for name in MODELS]
     line = next(line for line in text.splitlines() if line.startswith("rejected log-prob"))
     means = [float(value) for value in re.findall(r"(-?\d+\.\d+) ±", line)]
     assert means == [round(found[name]["rejected_logprob"]["mean"], 3) for name in MODELS]
@@ -98,7 +103,7 @@ def test_sft_never_runs_a_rejected_answer_and_orpo_reads_each_prompt_once(demo):
     plan = replace(EXPERIMENTS["politeness"], **FAST)
     read = read_preferences(str(plan.split("train")), data_format="instruction")
     pairs = tokenize_pairs(read, load_tokenizer(str(plan.base)), max_length=plan.max_length)
-    settings = BatchSettings(Objective(beta=0.0), "shared", 4096)
+    settings = BatchSettings(Objective(preference_weight=0.0), "shared", 4096)
     steps = StepDataset(pairs, settings, pairs_per_step=plan.pairs_per_step, seed=plan.seed)
     seen = [pair for number in range(plan.max_steps) for pairs in steps[number].pairs for pair in pairs]
     training = json.loads((demo[0] / "demo.json").read_text())["training"]
@@ -117,6 +122,9 @@ def test_page_has_both_runs_in_one_picture_and_the_answers_of_all_three(demo):
         "Accuracy",
         "NLL",
         "AI-written",
+        "Answers that end",
+        "Repetition",
+        "answers against SFT",
     ):
         assert phrase in page, phrase
     samples = json.loads((demo[0] / "samples.json").read_text())
@@ -218,4 +226,4 @@ def test_shown_prompts_are_short_and_different():
         return PreferencePair([{"role": "user", "content": text}], [], [])
 
     texts = ["one", "one", "two\nlines", "x" * 71, "two", "three", "four"]
-    assert [p[0]["content"] for p in shown_prompts([pair(text) for text in texts])] == ["one", "two", "three"]
+    assert [p.instruction for p in shown_prompts([pair(text) for text in texts])] == ["one", "two", "three"]

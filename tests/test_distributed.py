@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -59,6 +60,31 @@ def test_accumulation_micro_batches_and_ranks_do_not_change_the_training(tmp_pat
         assert [rank["world_size"] for rank in ranks] == [2, 2]
         for rank in ranks:
             assert_same(one, rank)
+
+
+def test_ranks_share_the_reference_of_dpo(tmp_path):
+    """Each scores its part of the pairs, and all train against the whole."""
+    settings = {"stages": [{"objective": "sft", "share": 0.5}, {"objective": "dpo", "beta": 0.5}]}
+
+    def compared(folder, batch):
+        trainer = tiny_trainer(
+            folder, evaluation=random_pairs(7, seed=1), eval_strategy="no", learning_rate=0.1, **settings,
+            per_device_train_batch_size=batch,
+        )  # fmt: skip
+        trainer.train()
+        return weights(trainer), logged(trainer), trainer.evaluate()["eval_loss"]
+
+    one = compared(tmp_path / "one", 4)
+    for rank in on_ranks(lambda: compared(tmp_path / "two", 2)):
+        torch.testing.assert_close(rank[0], one[0], rtol=1e-5, atol=1e-6)
+        assert rank[1:] == (pytest.approx(one[1], rel=1e-5), pytest.approx(one[2], rel=1e-5))
+    tables = [
+        {len(table): table for table in map(np.load, (tmp_path / name).glob("reference-*.npy"))}
+        for name in ("one", "two")
+    ]
+    assert tables[0].keys() == {13, 7}
+    for number, table in tables[0].items():
+        np.testing.assert_allclose(tables[1][number], table, rtol=1e-5)
 
 
 def test_ranks_exchange_gradients_once_a_step(tmp_path):

@@ -80,7 +80,7 @@ def test_the_authors_command_line_is_understood():
     """All options of their script, and those that a run here needs besides."""
     _, after = blocks("migrating.md", "bash")[-1].split("# after\n")
     words = shlex.split(after.replace("\\\n", " "))
-    settings = load_recipe(None, words[words.index("train") + 1 :]).settings
+    settings = load_recipe(None, words[words.index("--launch") + 2 :]).settings
     assert (settings["beta"], settings["learning_rate"], settings["max_length"]) == (0.05, 5e-6, 2048)
     assert settings["attn_implementation"] == "flash_attention_2" and settings["dataset_num_proc"] == 8
 

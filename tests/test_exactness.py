@@ -16,7 +16,7 @@ from orpo.errors import ConfigError, ModelError
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
-OBJECTIVE = Objective(beta=0.7)
+OBJECTIVE = Objective(preference_weight=0.7)
 
 
 def pair(*lengths, seed=0):
@@ -53,7 +53,7 @@ def assert_exact(plain, pairs, tolerance=2e-5, **settings):
     expected = reference.orpo_loss(logprobs, pairs, OBJECTIVE)
     expected.backward()
     model = copy.deepcopy(plain)
-    preparation = prepare_model(model, OBJECTIVE, **settings)
+    preparation = prepare_model(model, **settings)
     loss = model(batch=pack(pairs, OBJECTIVE, layout=preparation.layout)).loss
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
@@ -83,14 +83,14 @@ def test_bfloat16_does_not_let_a_state_leak_into_the_next_side(family, adapted):
         from orpo.settings.config import OrpoSettings
 
         model = add_adapter(model, lora_config(OrpoSettings(lora_r=2)))
-    preparation = prepare_model(model, OBJECTIVE)
+    preparation = prepare_model(model)
     assert preparation.layout == "padded"
     assert "depend on its neighbours" in preparation.notices[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text", "deepseek_v3", "gpt2"])
 def test_bfloat16_raises_no_false_alarm(family):
-    assert prepare_model(tiny_families.build(family).bfloat16(), OBJECTIVE).layout == "shared"
+    assert prepare_model(tiny_families.build(family).bfloat16()).layout == "shared"
 
 
 # Lengths that change the model
@@ -121,7 +121,7 @@ def test_checkpointed_layers_see_the_segments_of_their_own_pass():
     plain = build_tiny("Llama", rope_parameters=ROPES["longrope"])
     twin, logprobs = alone(plain)
     reference.orpo_loss(logprobs, MIXED[2], OBJECTIVE).backward()
-    prepare_model(plain, OBJECTIVE, layout="shared", probe=False)
+    prepare_model(plain, layout="shared", probe=False)
     plain.gradient_checkpointing_enable({"use_reentrant": False})
     plain.train()
     plain(batch=pack(MIXED[2], OBJECTIVE)).loss.backward()
@@ -143,7 +143,7 @@ def test_chunks_that_no_side_exceeds_do_not_matter_and_others_fall_back():
     pairs = [pair(12, 9, 8), pair(5, 6, 17)]
     assert assert_exact(model, pairs, longest=24).layout == "shared"
     assert assert_exact(model, [pair(30, 9, 8)]).layout == "padded"
-    prepare_model(model, OBJECTIVE, longest=24)
+    prepare_model(model, longest=24)
     with pytest.raises(ModelError, match="attention in chunks of 24 tokens is known to its masks alone"):
         model(batch=pack([pair(30, 9, 8)], OBJECTIVE))
 
@@ -157,10 +157,10 @@ def test_a_window_that_only_the_masks_know_falls_back_at_any_length(family, wind
     model = tiny_families.build(
         family, sliding_window=window, num_hidden_layers=2, max_position_embeddings=1024, **settings
     )
-    preparation = prepare_model(copy.deepcopy(model.bfloat16()), OBJECTIVE)
+    preparation = prepare_model(copy.deepcopy(model.bfloat16()))
     assert preparation.layout == "padded"
     assert f"sliding window of {window} tokens is known to its masks alone" in preparation.notices[0]
-    assert prepare_model(model, OBJECTIVE, longest=window).layout == "shared"
+    assert prepare_model(model, longest=window).layout == "shared"
 
 
 class ScalesItsLogits(transformers.LlamaForCausalLM):

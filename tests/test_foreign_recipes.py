@@ -197,6 +197,10 @@ def test_unsloth_names_are_understood(load):
     }
 
 
+SIMPO = {"objective": "simpo", "beta": 2, "simpo_gamma": 1}
+CPO = {"objective": "cpo_simpo", "nll_on": "response"}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -224,6 +228,23 @@ def test_unsloth_names_are_understood(load):
         ("chat_template: jinja\nchat_template_jinja: '{{ x }}'", {"chat_template": "{{ x }}"}),
         ("chat_template_jinja: '{{ x }}'", {"chat_template": "{{ x }}"}),
         ("rl: orpo\nstage: dpo\nloss_type: orpo", {}),
+        ("rl: dpo\nrl_beta: 0.3", {"objective": "dpo", "beta": 0.3}),
+        ("rlhf_type: dpo\nrpo_alpha: 0.5", {"objective": "dpo", "nll_weight": 0.5, "nll_on": "response"}),
+        ("rlhf_type: cpo\nloss_type: sigmoid", {"objective": "cpo"}),
+        ("rlhf_type: simpo", {"objective": "cpo_simpo", "beta": 2.0, "simpo_gamma": 1.0}),
+        ("loss_type: simpo", {"objective": "cpo_simpo", "beta": 0.1, "simpo_gamma": 0.5}),
+        ("loss_type: simpo\ncpo_alpha: 0\nbeta: 2\nsimpo_gamma: 1", SIMPO),
+        ("loss_type: simpo\ncpo_alpha: 3\nbeta: 2\nsimpo_gamma: 1", SIMPO | CPO | {"nll_weight": 3}),
+        ("loss_type: [sigmoid]", {"objective": "dpo"}),
+        ("loss_type: sigmoid\ncpo_alpha: 3", CPO | {"objective": "cpo", "nll_weight": 3}),
+        ("stage: dpo", {"objective": "dpo"}),
+        ("pref_loss: sigmoid\npref_ftx: 3", CPO | {"objective": "dpo", "nll_weight": 3}),
+        ("stage: dpo\ndpo_label_smoothing: 0.2", {"objective": "dpo", "label_smoothing": 0.2}),
+        ("stage: dpo\npref_loss: simpo\npref_beta: 2", {"objective": "simpo", "beta": 2, "simpo_gamma": 0.5}),
+        ("stage: sft", {"objective": "sft", "nll_on": "response", "sft_rows": "use"}),
+        ("objective: cpo_simpo\ncpo_alpha: 3", CPO | {"nll_weight": 3}),
+        ("cpo_alpha: 0.5\nref_model: other", {}),
+        ("model_name_or_path: a\nrl: dpo\nref_model: a", {"model_name_or_path": "a", "objective": "dpo"}),
     ],
 )  # fmt: skip
 def test_what_means_the_same_is_translated(load, text, expected):
@@ -236,9 +257,10 @@ def test_what_means_the_same_is_translated(load, text, expected):
     [
         ("max_samples: 1000", "dataset_train_split: train[:1000]"),
         ("batch_size: 8", "per_device_train_batch_size"),
-        ("rl: dpo", "dpo is not trained here"),
-        ("pref_loss: sigmoid", "sigmoid is not trained here"),
-        ("stage: sft", "sft is not a stage here"),
+        ("rl: kto", "kto is not trained here; objective says what is"),
+        ("pref_loss: hinge", "hinge is not trained here"),
+        ("stage: rm", "rm is not trained here"),
+        ("ref_model: other\nrl: dpo", "the reference is the model as it is before training"),
         ("adapter: ia3", "ia3 is not trained here; lora, qlora and full are"),
         ("train_type: adalora", "adalora is not trained here"),
         ("val_set_size: 500", "write the share of the prompts"),
@@ -412,10 +434,10 @@ def test_a_broken_dataset_info_is_named(load, tmp_path):
 def test_a_file_that_is_there_is_read_whatever_its_name(load, tmp_path):
     for name in ("a:b.jsonl", "pairs"):
         (tmp_path / name).touch()
-        assert load(f"stage: dpo\ndataset: '{name}'").settings == {"dataset_name": name}
+        assert load(f"stage: dpo\ndataset: '{name}'").settings == {"objective": "dpo", "dataset_name": name}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"one": SHAREGPT}))
-    assert load("stage: dpo\ndataset: pairs").settings == {"dataset_name": "pairs"}
+    assert load("stage: dpo\ndataset: pairs").settings == {"objective": "dpo", "dataset_name": "pairs"}
     assert load("datasets: [{path: data, data_files: [x.json]}]").settings == {"dataset_name": "data/x.json"}
 
 

@@ -69,7 +69,7 @@ def test_steps_of_ours_and_of_the_peers_have_the_same_loss():
     shape = SIZE.shapes["7B"]
     pairs = gpu_steps.make_pairs(*SIZE.data["hh"], shape.vocab)
     model = shape.build(SIZE.device)
-    gpu_check.prepare_model(model, gpu_steps.OBJECTIVE, layout="shared")
+    gpu_check.prepare_model(model, layout="shared")
     ours = model(batch=gpu_steps.pack(pairs, gpu_steps.OBJECTIVE)).loss.item()
     batch = gpu_steps.to_padded(pairs)
     assert gpu_steps.padded_loss(model, batch).item() == pytest.approx(ours, rel=1e-5)

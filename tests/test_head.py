@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from orpo.engine.head import Denominators, Head, score_batch
 from orpo.engine.logits import logprob_slopes, softmax_minus_target, token_logprobs
 from orpo.engine.packing import Role, pack
+from orpo.errors import ModelError
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
 HIDDEN, VOCAB = 6, 97
-OBJECTIVE = Objective(beta=0.7, nll_weight=0.9, odds_scale=1.3)
+OBJECTIVE = Objective(preference_weight=0.7, nll_weight=0.9, scale=1.3)
 DENOMINATORS = Denominators(nll=41.0, pairs=3.0)
 CHUNKS = [(1, 1), (3, 3), (7, 7), (3, 11), (1, 100), (100, 100)]
 """Tokens per chunk, and at most for one pair; the longest response of the pairs has 14."""
@@ -47,8 +48,9 @@ def inputs(batch, *, bias=False, dtype=torch.float64, hidden=HIDDEN, vocab=VOCAB
 
 def score(tensors, batch, chunk=(100, 100), objective=OBJECTIVE, denominators=DENOMINATORS, **head):
     hidden_ND, weight_VD, bias_V = tensors
+    batch = replace(batch, objective=objective)
     head = Head(weight_VD, bias_V, chunk_tokens=chunk[0], max_chunk_tokens=chunk[1], **head)
-    return score_batch(hidden_ND, head, batch, objective, denominators)
+    return score_batch(hidden_ND, head, batch, denominators)
 
 
 def full_logits(tensors, batch, objective=OBJECTIVE, denominators=DENOMINATORS, scale=1.0, softcap=None):
@@ -69,11 +71,28 @@ def full_logits(tensors, batch, objective=OBJECTIVE, denominators=DENOMINATORS, 
             if mine.any():
                 means[number, role] = logprob_T[mine].mean()
         if (number, Role.REJECTED) in means:
-            value = log_odds if objective.compares == "odds" else (lambda mean: mean)
-            ratio = value(means[number, Role.CHOSEN]) - value(means[number, Role.REJECTED])
-            above = objective.odds_scale * ratio - objective.target_margin
-            odds = odds + torch.log1p(torch.exp(-above)) / denominators.pairs
-    return objective.nll_weight * nll + objective.beta * odds, logprob_T, means
+            values = []
+            for side, role in enumerate((Role.CHOSEN, Role.REJECTED)):
+                mean, tokens = means[number, role], batch.response_lengths[number][side]
+                reference = 0 if batch.reference_PS is None else batch.reference_PS[number, side]
+                values.append(value_of(mean, tokens, reference, objective.compares))
+            above = objective.scale * (values[0] - values[1]) - objective.margin
+            smoothing = objective.label_smoothing
+            wrong = smoothing * torch.log1p(torch.exp(above))
+            right = (1 - smoothing) * torch.log1p(torch.exp(-above))
+            odds = odds + (right + wrong) / denominators.pairs
+    return objective.nll_weight * nll + objective.preference_weight * odds, logprob_T, means
+
+
+def value_of(mean, tokens, reference, compares):
+    """What of a response is compared, as docs/objective.md has it."""
+    of = {
+        "odds": lambda: log_odds(mean),
+        "means": lambda: mean,
+        "sums": lambda: tokens * mean,
+        "ratios": lambda: tokens * mean - tokens * reference,
+    }
+    return of[compares]()
 
 
 def gradients(loss, tensors):
@@ -135,26 +154,39 @@ sides = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)
     slack=st.integers(0, 5),
     objective=st.builds(
         Objective,
-        beta=st.sampled_from([0.0, 0.5]),
+        preference_weight=st.sampled_from([0.0, 0.5]),
         nll_weight=st.sampled_from([0.0, 1.0]),
-        odds_scale=st.sampled_from([0.5, 1.0]),
-        compares=st.sampled_from(["odds", "logprobs"]),
-        target_margin=st.sampled_from([0.0, 0.7]),
+        scale=st.sampled_from([0.5, 1.0]),
+        compares=st.sampled_from(["odds", "means", "sums", "ratios"]),
+        margin=st.sampled_from([0.0, 0.7]),
+        label_smoothing=st.sampled_from([0.0, 0.2]),
         nll_on=st.sampled_from(["full", "response"]),
         nll_reduction=st.sampled_from(["token", "pair"]),
     ),
 )
 @settings(max_examples=60)
 def test_any_row_any_chunk_and_any_objective_equal_full_logits(pairs, chunk, slack, objective):
-    batch = pack(pairs, objective)
+    reference_PS = -3 * torch.rand(len(pairs), 2, generator=torch.Generator().manual_seed(0))
+    batch = replace(pack(pairs, objective), reference_PS=reference_PS)
     tensors = inputs(batch)
-    loss, _ = score(tensors, batch, (chunk, chunk + slack), objective)
+    loss, scores = score(tensors, batch, (chunk, chunk + slack), objective)
+    torch.testing.assert_close(scores.rejected_reference_P, reference_PS[:, 1].double())
     expected, _, _ = full_logits(tensors, batch, objective)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)  # pair weights such as 1/3 are float32
     for ours, exact in zip(
         gradients(loss, tensors), gradients(expected + 0 * tensors[0].sum(), tensors), strict=True
     ):
         torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-9)
+
+
+def test_ratios_without_a_reference_are_refused_before_they_train():
+    objective = Objective(compares="ratios")
+    batch = pack(mixed_pairs(), objective)
+    with pytest.raises(ModelError, match="no log-probs of a reference model"):
+        score(inputs(batch), batch, objective=objective)
+    with torch.no_grad():
+        _, scores = score(inputs(batch), batch, objective=objective)
+    assert scores.chosen_reference_P.isnan().all() and not scores.chosen_logprob_P.isnan().any()
 
 
 def test_losses_of_rows_add_up_to_the_loss_of_the_step():  # peers 6
@@ -181,7 +213,7 @@ def test_without_gradients_the_values_are_the_same(chunk):
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected_loss.detach())
     for ours, theirs in zip(sums, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 def test_sums_carry_no_gradient():
@@ -223,7 +255,7 @@ def test_a_row_without_preferences_trains_the_nll_alone(pairs):
 
 
 def test_beta_zero_is_the_negative_log_likelihood_even_where_rejected_sides_are_run():
-    objective = Objective(beta=0.0)
+    objective = Objective(preference_weight=0.0)
     batch = pack(mixed_pairs(), objective, score_rejected=True)
     tensors = inputs(batch)
     loss, sums = score(tensors, batch, objective=objective)
@@ -388,7 +420,7 @@ def test_denominators_divide_the_two_terms():
     def loss(objective, nll, pairs):
         return score(tensors, batch, objective=objective, denominators=Denominators(nll, pairs))[0].item()
 
-    nll_only, odds_only = replace(OBJECTIVE, beta=0.0), replace(OBJECTIVE, nll_weight=0.0)
+    nll_only, odds_only = replace(OBJECTIVE, preference_weight=0.0), replace(OBJECTIVE, nll_weight=0.0)
     assert loss(nll_only, 10, 1) == pytest.approx(loss(nll_only, 1, 7) / 10)
     assert loss(odds_only, 1, 10) == pytest.approx(loss(odds_only, 7, 1) / 10)
     assert loss(OBJECTIVE, 3, 5) == pytest.approx(loss(nll_only, 3, 5) + loss(odds_only, 3, 5))

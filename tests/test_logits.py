@@ -68,7 +68,7 @@ def test_running_out_of_memory_is_not_taken_for_a_broken_compiler(monkeypatch):
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_head_is_the_same_by_the_gpu_way(monkeypatch, chunk_tokens, softcap, biased):
     pairs = [TokenizedPair([1, 2, 3], [4, 5, 6, 7], [8, 9]), TokenizedPair([3, 1], [2], [5, 6, 7])]
-    batch = pack(pairs, Objective(beta=0.7))
+    batch = pack(pairs, Objective(preference_weight=0.7))
     torch.manual_seed(0)
     inputs = [torch.randn(batch.num_tokens, 6), torch.randn(10, 6), torch.randn(10)][: 3 if biased else 2]
     inputs = [x.double().requires_grad_() for x in inputs]
@@ -78,7 +78,7 @@ def test_the_head_is_the_same_by_the_gpu_way(monkeypatch, chunk_tokens, softcap,
             inputs[1], inputs[2] if biased else None, scale=0.8, softcap=softcap,
             chunk_tokens=chunk_tokens, max_chunk_tokens=chunk_tokens,
         )  # fmt: skip
-        loss, scores = score_batch(inputs[0], projection, batch, Objective(beta=0.7), Denominators(11.0, 2.0))
+        loss, scores = score_batch(inputs[0], projection, batch, Denominators(11.0, 2.0))
         return [loss, scores.chosen_logprob_P, *torch.autograd.grad(loss, inputs)]
 
     expected = run()

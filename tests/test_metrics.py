@@ -28,6 +28,7 @@ def scores(pairs):
         tokens.float(),
         torch.as_tensor(has),
         *(torch.full((len(pairs),), 0.5) for _ in range(3)),
+        *(torch.full((len(pairs),), value) for value in (4.0, 3.0, torch.nan, torch.nan)),
     )
 
 
@@ -133,7 +134,7 @@ def test_rows_without_a_rejected_side_count_for_the_nll_alone():
         and means["accuracy"] == 1.0
         and means["margin"] == pytest.approx(1.0)
     )
-    evaluated = evaluated_means(pairs, Objective(beta=0.5))
+    evaluated = evaluated_means(pairs, Objective(preference_weight=0.5))
     expected = evaluated["nll"].mean + 0.5 * evaluated["odds_ratio_loss"].mean
     assert evaluated["loss"].mean == pytest.approx(expected, rel=1e-6)
 
@@ -145,7 +146,7 @@ def test_without_any_rejected_side_nothing_is_said_of_preferences():
 
 @given(st.lists(pair.filter(lambda p: p[4]), min_size=2, max_size=8))
 def test_evaluation_weights_every_example_the_same(pairs):
-    evaluated = evaluated_means(pairs, Objective(beta=0.3, nll_weight=0.7))
+    evaluated = evaluated_means(pairs, Objective(preference_weight=0.3, nll_weight=0.7))
     nll = [p[3] for p in pairs]
     mean = sum(nll) / len(nll)
     assert evaluated["nll"].mean == pytest.approx(mean, rel=1e-4, abs=1e-5)
@@ -157,7 +158,7 @@ def test_evaluation_weights_every_example_the_same(pairs):
 
 
 def test_odds_scale_tempers_the_loss_and_not_the_reported_ratio():
-    one, half = (evaluated_means([(-1.0, -2.0, 1, 1.0, True)], Objective(odds_scale=s)) for s in (1.0, 0.5))
+    one, half = (evaluated_means([(-1.0, -2.0, 1, 1.0, True)], Objective(scale=s)) for s in (1.0, 0.5))
     assert one["log_odds_ratio"] == half["log_odds_ratio"]
     assert half["odds_ratio_loss"].mean == pytest.approx(
         math.log1p(math.exp(-0.5 * one["log_odds_ratio"].mean)), rel=1e-5
@@ -174,7 +175,7 @@ def test_trl_names_are_trl_s_numbers():
         "odds_ratio_loss": 0.1,
         "nll": 4.0,
     }
-    theirs = trl_names(ours, beta=0.1)
+    theirs = trl_names(ours, Objective())
     assert theirs == pytest.approx(
         {
             "rewards/chosen": -0.1,
@@ -193,7 +194,9 @@ def test_the_mean_over_tokens_counts_tokens_where_the_loss_weights_pairs_alike()
     """A token of a pair of n has the weight 1 / n under `nll_reduction: pair`."""
     sums, tokens = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 9.0])
     whole = torch.ones(2)
-    found = PairScores(-whole, -whole, sums, whole, tokens, whole > 0, whole, whole, whole)
+    found = PairScores(
+        -whole, -whole, sums, whole, tokens, whole > 0, *[whole] * 5, whole * torch.nan, whole * torch.nan
+    )
     figures = evaluated_means(found, Objective(nll_reduction="pair"))
     assert figures["nll"].mean == pytest.approx(2.5)
     assert figures["nll_token_mean"].mean == pytest.approx((1 * 1.0 + 9 * 4.0) / 10)

@@ -1,6 +1,7 @@
 """The two terms and their slopes: identities, float64 twins, and finiteness up to certainty."""
 
 import math
+from dataclasses import replace
 from decimal import Decimal, localcontext
 
 import pytest
@@ -11,10 +12,9 @@ from hypothesis import strategies as st
 
 from orpo.engine.objective import (
     EPSILON,
+    Side,
     log_odds,
     log_odds_slope,
-    odds_ratio_loss,
-    odds_ratio_slope,
     preference_loss,
     preference_slopes,
 )
@@ -31,6 +31,21 @@ scales = st.floats(0.05, 4)
 
 def double(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _sides(log_odds_ratio):
+    """Two sides whose values differ by as much."""
+    return [Side(value, None, None) for value in (log_odds_ratio, torch.zeros_like(log_odds_ratio))]
+
+
+def odds_ratio_loss(log_odds_ratio, scale=1.0):
+    """Eq. 7, of a log odds ratio."""
+    return preference_loss(*_sides(log_odds_ratio), Objective(compares="means", scale=scale))
+
+
+def odds_ratio_slope(log_odds_ratio, scale=1.0):
+    """The derivative of `odds_ratio_loss`."""
+    return preference_slopes(*_sides(log_odds_ratio), Objective(compares="means", scale=scale))[0]
 
 
 def exact_log_odds(mean_logprob):
@@ -178,36 +193,102 @@ def test_loss_of_an_extreme_log_odds_ratio_does_not_overflow(log_odds_ratio):  #
 
 def test_presets_are_what_the_peers_of_that_name_minimise():  # peers 10, 24
     assert {
-        name: (o.beta, o.nll_weight, o.odds_scale, o.compares, o.target_margin, o.nll_on, o.nll_reduction)
+        name: (o.preference_weight, o.nll_weight, o.compares, o.scale, o.margin, o.nll_on, o.nll_reduction)
         for name, o in PRESETS.items()
     } == {
-        "orpo": (0.1, 1.0, 1.0, "odds", 0.0, "full", "token"),
-        "response": (0.1, 1.0, 1.0, "odds", 0.0, "response", "token"),
-        "llamafactory": (0.1, 1.0, 1.0, "odds", 0.0, "response", "pair"),
-        "tempered": (0.1, 0.0, 0.5, "odds", 0.0, "full", "token"),
-        "simpo": (1.0, 0.0, 2.0, "logprobs", 1.0, "full", "token"),
-        "cpo_simpo": (1.0, 1.0, 2.0, "logprobs", 1.0, "response", "token"),
+        "orpo": (0.1, 1.0, "odds", 1.0, 0.0, "full", "token"),
+        "sft": (0.0, 1.0, "odds", 1.0, 0.0, "full", "token"),
+        "response": (0.1, 1.0, "odds", 1.0, 0.0, "response", "token"),
+        "llamafactory": (0.1, 1.0, "odds", 1.0, 0.0, "response", "pair"),
+        "tempered_odds": (1.0, 0.0, "odds", 0.5, 0.0, "full", "token"),
+        "simpo": (1.0, 0.0, "means", 2.0, 1.0, "full", "token"),
+        "cpo_simpo": (1.0, 1.0, "means", 2.0, 1.0, "response", "token"),
+        "cpo": (1.0, 1.0, "sums", 0.1, 0.0, "response", "token"),
+        "dpo": (1.0, 0.0, "ratios", 0.1, 0.0, "full", "token"),
     }
 
 
-@given(*[st.floats(-30, 0)] * 2, st.sampled_from(sorted(PRESETS)))
-def test_slopes_of_every_objective_are_those_of_autograd_and_finite(chosen, rejected, name):
-    """The slow twin: the equation as it stands in the module, in float64, and its gradient."""
-    objective = PRESETS[name]
-    a_w, a_l = (double(min(value, -1e-4)).requires_grad_() for value in (chosen, rejected))
-    value = (lambda a: a) if objective.compares == "logprobs" else (lambda a: a - torch.log(-torch.expm1(a)))
-    above = objective.odds_scale * (value(a_w) - value(a_l)) - objective.target_margin
-    expected = torch.log1p(torch.exp(-above))
-    torch.testing.assert_close(preference_loss(a_w, a_l, objective), expected, rtol=1e-9, atol=1e-12)
+TEXTBOOK = {
+    "odds": lambda a, n, ref: torch.log(a.exp() / (1 - a.exp())),
+    "means": lambda a, n, ref: a,
+    "sums": lambda a, n, ref: n * a,
+    "ratios": lambda a, n, ref: n * a - n * ref,
+}
+
+
+@given(
+    *[st.floats(-30, -1e-3)] * 2,
+    *[st.floats(-30, 0)] * 2,
+    *[st.integers(1, 50)] * 2,
+    st.sampled_from(sorted(TEXTBOOK)),
+    st.sampled_from([0.0, 0.2]),
+    st.sampled_from([0.0, 1.5]),
+)
+def test_value_and_slopes_of_every_objective_are_those_of_autograd(
+    chosen, rejected, ref_w, ref_l, n_w, n_l, compares, smoothing, margin
+):
+    """The slow twin: the equations as they stand in the papers, in float64, and their gradients."""
+    objective = Objective(compares=compares, scale=0.3, margin=margin, label_smoothing=smoothing)
+    a_w, a_l = (double(value).requires_grad_() for value in (chosen, rejected))
+    z = 0.3 * (TEXTBOOK[compares](a_w, n_w, ref_w) - TEXTBOOK[compares](a_l, n_l, ref_l)) - margin
+    zero = torch.zeros_like(z)
+    expected = (1 - smoothing) * torch.logaddexp(zero, -z) + smoothing * torch.logaddexp(zero, z)
+    sides = [Side(a.detach(), double(n), double(ref)) for a, n, ref in ((a_w, n_w, ref_w), (a_l, n_l, ref_l))]
+    torch.testing.assert_close(preference_loss(*sides, objective), expected.detach(), rtol=1e-9, atol=1e-11)
     exact = torch.autograd.grad(expected.sum(), [a_w, a_l])
-    slopes = preference_slopes(a_w.detach(), a_l.detach(), objective)
-    torch.testing.assert_close(slopes, exact, rtol=1e-8, atol=1e-12)
-    for one, other in ((0.0, -1e4), (-1e4, 0.0), (0.0, 0.0)):
-        found = (
-            preference_loss(double(one), double(other), objective),
-            *preference_slopes(double(one), double(other), objective),
-        )
+    torch.testing.assert_close(preference_slopes(*sides, objective), exact, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_objective_is_finite_where_the_model_is_certain_or_has_no_idea(name, dtype):
+    ends = torch.tensor([*NEAR_CERTAIN, *ORDINARY], dtype=dtype)
+    chosen_P, rejected_P = torch.cartesian_prod(ends, ends).unbind(1)
+    tokens_P = torch.full_like(chosen_P, 1000.0)
+    sides = [Side(mean_P, tokens_P, torch.full_like(mean_P, -2.0)) for mean_P in (chosen_P, rejected_P)]
+    for smoothing in (0.0, 0.4):
+        objective = replace(PRESETS[name], label_smoothing=smoothing)
+        found = [preference_loss(*sides, objective), *preference_slopes(*sides, objective)]
         assert all(torch.isfinite(each).all() for each in found)
+        assert (found[1].abs() + found[2].abs() > 0).any()
+
+
+def test_dpo_of_the_reference_itself_is_ln_2_and_pulls_by_its_beta():
+    side = Side(double(-1.25), double(8), double(-1.25))
+    other = Side(double(-0.5), double(3), double(-0.5))
+    assert preference_loss(side, other, PRESETS["dpo"]).item() == pytest.approx(math.log(2), abs=1e-15)
+    slopes = preference_slopes(side, other, PRESETS["dpo"])  # in the means: the sums' times the tokens
+    assert [slope.item() for slope in slopes] == pytest.approx([-0.1 * 0.5 * 8, 0.1 * 0.5 * 3])
+
+
+def test_beta_is_the_papers_own():
+    """The weight of ORPO's term, the scale inside the sigmoid of the others."""
+    assert resolve_objective(OrpoSettings(beta=0.3))[0] == Objective(preference_weight=0.3)
+    for name in ("tempered_odds", "simpo", "cpo_simpo", "cpo", "dpo"):
+        objective, notices = resolve_objective(OrpoSettings(objective=name, beta=0.3))
+        assert objective == replace(PRESETS[name], scale=0.3)
+        assert notices == [f"beta: 0.3 beats {PRESETS[name].scale}, the value in objective: {name}"]
+
+
+def test_sft_is_orpo_with_beta_0():
+    assert resolve_objective(OrpoSettings(objective="sft")) == resolve_objective(OrpoSettings(beta=0.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"objective": "dpo", "simpo_gamma": 1.0}, "objective dpo has none; simpo, cpo_simpo do"),
+        ({"objective": "sft", "beta": 0.1}, "objective sft has none"),
+        (
+            {"objective": "simpo", "odds_scale": 0.5},
+            "objective simpo has none; orpo, response, lla",
+        ),
+        ({"objective": "dpo", "beta": 0.0}, "beta: 0 would leave nothing of the comparison"),
+    ],
+)
+def test_a_setting_that_an_objective_does_not_have_is_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        resolve_objective(OrpoSettings(**settings))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -217,7 +298,7 @@ def test_settings_without_explicit_keys_resolve_to_the_preset(name):
 
 def test_an_explicit_key_beats_the_preset_and_says_so():
     objective, notices = resolve_objective(OrpoSettings(objective="llamafactory", beta=0.3, nll_on="full"))
-    assert objective == Objective(beta=0.3, nll_on="full", nll_reduction="pair")
+    assert objective == Objective(preference_weight=0.3, nll_on="full", nll_reduction="pair")
     assert len(notices) == 2
     assert all("objective: llamafactory" in notice for notice in notices)
 

@@ -179,13 +179,13 @@ def test_an_odds_ratio_alone_scores_no_context():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_beta_zero_runs_no_rejected_side_unless_asked(layout):
     pairs = mixed_pairs()
-    batch = pack(pairs, Objective(beta=0.0), layout=layout)
+    batch = pack(pairs, Objective(preference_weight=0.0), layout=layout)
     assert Role.REJECTED not in batch.role_T.tolist()
     assert batch.num_preferences == 0
     assert batch.num_pairs == len(pairs)
     num_read = sum(read is not None for read in read_by(batch))
     assert num_read == sum(len(pair.prompt) + len(pair.chosen) for pair in pairs)
-    asked = pack(pairs, Objective(beta=0.0), layout=layout, score_rejected=True)
+    asked = pack(pairs, Objective(preference_weight=0.0), layout=layout, score_rejected=True)
     assert asked.num_preferences == 4
 
 

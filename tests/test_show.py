@@ -72,7 +72,7 @@ def shown(data: list, row: str | int = 0, tokenizer=None, **settings) -> OneRow:
 def laid_out(row: dict, tokenizer, objective: Objective | None = None) -> tuple[TokenizedPair, Layout]:
     (pair,) = shown([row], tokenizer=tokenizer, sft_rows="use").pairs
     objective = objective or Objective()
-    return pair, lay_out(pair, tokenizer, nll_ranges(pair, objective), odds=objective.beta > 0)
+    return pair, lay_out(pair, tokenizer, nll_ranges(pair, objective), odds=objective.preference_weight > 0)
 
 
 def decode(tokenizer, ids) -> str:
@@ -143,7 +143,7 @@ def test_half_a_character_stays_in_its_part_and_apart_from_special_tokens():
 @pytest.mark.parametrize("nll_on", ["full", "response", "assistant"])
 @pytest.mark.parametrize("beta", [0.1, 0.0])
 def test_marks_are_the_tokens_that_packing_scores(row, nll_on, beta):
-    objective = Objective(nll_on=nll_on, beta=beta)
+    objective = Objective(nll_on=nll_on, preference_weight=beta)
     pair, layout = laid_out(row, tiny_tokenizer("llama3"), objective)
     batch = pack([pair], objective, layout="packed")
     targets = (batch.source_T + 1).tolist()

@@ -183,7 +183,7 @@ def test_first_step_is_the_reference_step(tmp_path, beta):
     model = tiny_models.build("Llama")
     slow = tiny_models.build("Llama").double()
     before = torch.cat([w.detach().flatten() for w in slow.parameters()])
-    loss = reference.orpo_loss(reference.logprobs_of(slow), pairs, Objective(beta=beta))
+    loss = reference.orpo_loss(reference.logprobs_of(slow), pairs, Objective(preference_weight=beta))
     loss.backward()
     gradient = torch.cat([w.grad.flatten() for w in slow.parameters()])
 
@@ -250,11 +250,11 @@ def test_a_micro_batch_that_does_not_fit_is_split_in_one_printed_line(tmp_path, 
 
     batches = []
 
-    def small_machine(model, batch, denominators):
+    def small_machine(model, batch, denominators, **options):
         batches.append(batch)
         if len(batches) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        loss = run(model, batch, denominators)
+        loss = run(model, batch, denominators, **options)
         if batch.num_pairs > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
@@ -270,7 +270,7 @@ def test_a_micro_batch_that_does_not_fit_is_split_in_one_printed_line(tmp_path, 
 def test_a_pair_that_does_not_fit_alone_stops_the_run(tmp_path):
     trainer = tiny_trainer(tmp_path)
 
-    def no_memory(*arguments):
+    def no_memory(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     trainer._run_batch = no_memory
@@ -344,7 +344,9 @@ def test_evaluation_is_the_reference_s(tmp_path):
     trainer = tiny_trainer(tmp_path, evaluation=pairs, eval_strategy="no", beta=0.4)
     slow = tiny_models.build("Llama").double()
     logprobs = reference.logprobs_of(slow)
-    losses = [reference.orpo_loss(logprobs, [pair], Objective(beta=0.4)).item() for pair in pairs]
+    losses = [
+        reference.orpo_loss(logprobs, [pair], Objective(preference_weight=0.4)).item() for pair in pairs
+    ]
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
@@ -655,7 +657,7 @@ def test_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     trainer = tiny_trainer(tmp_path, disable_tqdm=False)
     trainer.train()
     shown = capsys.readouterr().out
-    assert "4/4" in shown and "accuracy" in shown and "odds share" in shown and "left 0:0" in shown
+    assert "4/4" in shown and "accuracy" in shown and "preference share" in shown and "left 0:0" in shown
 
 
 # ------------------------------------------------------------------------------------------ settings
@@ -702,10 +704,10 @@ def test_settings_of_trl_without_effect_are_named_in_one_line():
 
 
 def test_presets_are_filled_in():
-    args = ORPOConfig(output_dir="x", objective="tempered", odds_scale=0.3)
-    assert (args.nll_weight, args.odds_scale, args.beta) == (0.0, 0.3, 0.1)
-    assert args.objective_settings == Objective(nll_weight=0.0, odds_scale=0.3)
-    assert len(args.notices) == 1 and "odds_scale" in args.notices[0]
+    args = ORPOConfig(output_dir="x", objective="tempered_odds", beta=0.3)
+    assert (args.nll_weight, args.odds_scale, args.beta) == (0.0, None, 0.3)
+    assert args.objective_settings == Objective(preference_weight=1.0, nll_weight=0.0, scale=0.3)
+    assert len(args.notices) == 1 and "beta" in args.notices[0]
 
 
 def test_hf_argument_parser(monkeypatch):

@@ -1,8 +1,11 @@
 """What TRL's own tests of its ORPO trainer exercise, with models and data made here."""
 
+import copy
 import dataclasses
 import importlib
+import importlib.resources
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.errors import ConfigError, DataError, ModelError
@@ -546,11 +549,13 @@ def hh_rows(number):
     return rows
 
 
+CPO = {"beta": 0.2, "nll_weight": 0.7, "label_smoothing": 0.1}
 SIMPO = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0}
 THEIRS = {
     "orpo": ("ORPO", {"beta": 0.3}, {"beta": 0.3}),
     "simpo": ("CPO", {**SIMPO, "cpo_alpha": 0.0}, {}),
     "cpo_simpo": ("CPO", {**SIMPO, "cpo_alpha": 1.0}, {}),
+    "cpo": ("CPO", {"beta": 0.2, "cpo_alpha": 0.7, "label_smoothing": 0.1}, CPO),
 }
 """Objective -> their trainer, its settings, and ours."""
 
@@ -620,3 +625,66 @@ def test_loss_of_a_full_batch_is_trl_s(tmp_path, objective):
     ):
         assert line[name] == pytest.approx(float(metrics[name]), rel=1e-4, abs=1e-6), name
     assert -line["odds_ratio_loss"] == pytest.approx(float(metrics["log_odds_ratio"]), rel=1e-4)
+
+
+def dpo_of_trl(folder, model, reference, rows, tokenizer, adapter):
+    """Their trainer, on a batch of all rows."""
+    trl = pytest.importorskip("trl", minversion="1.16")
+    args = trl.DPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=len(rows), max_length=None, beta=0.3,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+    )  # fmt: skip
+    data = Dataset.from_list(rows)
+    return trl.DPOTrainer(
+        model, reference, args, train_dataset=data, processing_class=tokenizer, peft_config=adapter
+    )
+
+
+def disturbed(model):
+    """Trained weights moved a little away from where they are, the same way for every caller."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight += (0.1 if "lora_B" in name else 0.02 * weight.std()) * torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])])
+def test_dpo_of_a_full_batch_is_trl_s(tmp_path, adapter):
+    """The demo's model, all of it or an adapter, against itself a little earlier, on real pairs of text."""
+    demo = Path(str(importlib.resources.files("orpo"))) / "demo"
+    lines = (demo / "data" / "politeness" / "validation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:6]]
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
+    before = AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32)
+    copies = copy.deepcopy(before), None if adapter else copy.deepcopy(before)
+    theirs = dpo_of_trl(tmp_path, *copies, rows, tokenizer, adapter)
+    disturbed(theirs.model)
+    batch = next(iter(theirs.get_train_dataloader()))
+    loss = theirs.compute_loss(theirs.model.eval(), batch)
+    loss.backward()
+    trained = {name: weight for name, weight in theirs.model.named_parameters() if weight.requires_grad}
+    rewards = {name: values[-1] for name, values in theirs._metrics["eval"].items() if "rewards" in name}
+
+    args = ORPOConfig(
+        output_dir=str(tmp_path / "ours"), per_device_train_batch_size=6, objective="dpo", beta=0.3,
+        text_rows="plain", data_format="standard", max_steps=1, optim="sgd", learning_rate=1.0,
+        max_grad_norm=0.0,
+    )  # fmt: skip
+    ours = ORPOTrainer(before, args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+    ours._ask_reference(0)
+    ours.model.load_state_dict({name: weight.data for name, weight in trained.items()}, strict=False)
+    ours.train()
+    line = ours.state.log_history[0]
+    assert abs(line["loss"] - math.log(2)) > 1e-3
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    moved = {
+        name: trained[name].data - weight for name, weight in ours.model.named_parameters() if name in trained
+    }
+    assert moved.keys() == trained.keys()
+    for name, weight in trained.items():
+        error = (moved[name] - weight.grad).norm() / max(weight.grad.norm(), 1e-3)
+        assert error < 1e-5 or (moved[name] - weight.grad).abs().max() < 2e-6, name
+    assert rewards
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert line[name] == pytest.approx(rewards[name], rel=1e-4, abs=1e-5), name

@@ -376,12 +376,12 @@ def test_autocast_gives_the_kernel_one_half_precision(monkeypatch):
 def test_the_probe_tells_the_rounding_of_autocast_from_a_wrong_layout(monkeypatch, dtype):
     model = build("Llama").to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        assert prepare_model(model, Objective()).layout == "shared"
+        assert prepare_model(model).layout == "shared"
     monkeypatch.setattr(
         attention, "attend_segments", lambda q, k, v, *_: v.repeat_interleave(2, 1).transpose(1, 2)
     )
     with torch.autocast("cpu", torch.bfloat16):
-        assert prepare_model(model, Objective()).layout == "padded"
+        assert prepare_model(model).layout == "padded"
 
 
 def test_under_autocast_a_slightly_wrong_layout_is_found_in_full_precision(monkeypatch):
@@ -390,7 +390,7 @@ def test_under_autocast_a_slightly_wrong_layout_is_found_in_full_precision(monke
 
     monkeypatch.setattr(attention, "attend_segments", slightly_larger)
     with torch.autocast("cpu", torch.bfloat16):
-        assert prepare_model(build("Llama"), Objective()).layout == "padded"
+        assert prepare_model(build("Llama")).layout == "padded"
 
 
 # Whole models
@@ -399,11 +399,11 @@ def test_under_autocast_a_slightly_wrong_layout_is_found_in_full_precision(monke
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "Qwen3", "GPT2"])
 def test_a_model_trains_the_same_by_the_kernel(monkeypatch, name, checkpointing):
-    objective = Objective(beta=0.5)
+    objective = Objective(preference_weight=0.5)
 
     def loss_and_gradients():
         model = build(name, attn_implementation="eager").double()
-        assert prepare_model(model, objective).layout == "shared"
+        assert prepare_model(model).layout == "shared"
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,8 @@ def test_a_model_that_is_only_surer_has_learned_no_preference():
 
 def test_supervised_fine_tuning_is_judged_by_its_loss():
     raised = results(BEFORE[0] + 0.6, BEFORE[1] + 0.9)
-    assert verdict(results(*BEFORE), raised, beta=0.0)[0] == "learned"
-    assert verdict(raised, results(*BEFORE), beta=0.0)[0] == "worse"
+    assert verdict(results(*BEFORE), raised, preference_weight=0.0)[0] == "learned"
+    assert verdict(raised, results(*BEFORE), preference_weight=0.0)[0] == "worse"
 
 
 def test_pairs_of_one_prompt_are_one_observation():
@@ -143,7 +144,8 @@ def test_results_and_changes_are_read_as_they_were_written(tmp_path):
     write_results(tmp_path / "pairs.jsonl", sets)
     again = read_results(tmp_path / "pairs.jsonl")
     for name, one in sets.items():
-        assert all(map(torch.equal, one.scores, again[name].scores))
+        for column, read in zip(one.scores, again[name].scores, strict=True):
+            torch.testing.assert_close(read, column, rtol=0, atol=0, equal_nan=True)
         assert (one.sources, one.groups) == (again[name].sources, again[name].groups)
         assert one.prompt_P.tolist() == again[name].prompt_P.tolist()
     change = compare(results(*BEFORE), results(*BEFORE[::-1], groups=["g"] * 60), Objective())
@@ -191,8 +193,9 @@ def test_the_pairs_said_to_be_needed_show_the_change_four_times_in_five():
     "objective",
     [
         Objective(),
-        Objective(beta=2.0, nll_on="response", nll_weight=0.5),
-        Objective(beta=0.7, odds_scale=0.4, nll_on="assistant", nll_reduction="pair"),
+        Objective(preference_weight=2.0, nll_on="response", nll_weight=0.5),
+        Objective(preference_weight=0.7, scale=0.4, nll_on="assistant", nll_reduction="pair"),
+        Objective(compares="sums", scale=0.1, label_smoothing=0.3),
     ],
 )
 def test_the_odds_share_is_that_of_two_backward_passes(objective):
@@ -204,10 +207,9 @@ def test_the_odds_share_is_that_of_two_backward_passes(objective):
     batch.target_T.remainder_(50)
     logprob_T = logits.log_softmax(1).gather(1, batch.target_T[:, None])[:, 0]
     norms = []
-    for name, off in (("beta", {"nll_weight": 0.0}), ("nll_weight", {"beta": 0.0})):
-        kept = {name: getattr(objective, name), "odds_scale": objective.odds_scale}
-        alone = Objective(**(kept | off))
-        loss = plain_loss(logprob_T, batch, alone, Denominators(batch.nll_weight, len(pairs)))
+    for off in ("nll_weight", "preference_weight"):
+        alone = replace(batch, objective=replace(objective, **{off: 0.0}))
+        loss = plain_loss(logprob_T, alone, Denominators(batch.nll_weight, len(pairs)))
         (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
         norms.append(gradient.abs().sum().item())
     window = MetricWindow(objective, torch.device("cpu"))
@@ -316,7 +318,7 @@ def test_a_run_ends_with_its_verdict(good):
     _, printed = good
     assert "verdict    It learned the preference: the log odds ratio of 24 held-out pairs" in printed
     assert "next       orpo chat" in printed
-    assert "odds share " in printed and "prompt share " in printed
+    assert "preference share " in printed and "prompt share " in printed
     for caution in (
         "warning    warmup_steps: 9 is no shorter than the run of 3 steps",
         "warning    only 48 pairs are trained on",
@@ -350,7 +352,9 @@ def test_eval_compares_two_models_pair_by_pair_and_leaves_the_first_alone(world,
     change = Change.from_json(saved["compared_with"]["change"], "")
     assert change.num_pairs == 40 and set(change.groups) == {"even", "odd"}
     (kept,) = read_results(good[0] / "eval-test.jsonl").values()
-    assert kept.figures(Objective(beta=1.0))["margin"].mean == pytest.approx(change.after["margin"].mean)
+    assert kept.figures(Objective(preference_weight=1.0))["margin"].mean == pytest.approx(
+        change.after["margin"].mean
+    )
     assert run_process(tmp_path / "log", "report", good[0])[0] == 0
     page = (good[0] / "report.html").read_text()
     first, second = page.index("Evaluation: test"), page.index("Held-out pairs")

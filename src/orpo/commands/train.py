@@ -19,9 +19,11 @@ _EPILOG = """examples:
   orpo train --model_name_or_path M --dataset_name pairs.jsonl --output_dir runs/first
   orpo train recipe.yaml --dry_run          check recipe, data and model, print a summary, stop
   orpo train runs/first                     resume a run with the recipe it was started with
-  torchrun --nproc_per_node 8 -m orpo train recipe.yaml
+  orpo train recipe.yaml --launch 8         on 8 processes, one for each GPU (torchrun underneath)
+  orpo train recipe.yaml --launch 8 --nnodes 4 --rdzv_endpoint node1:29500      the same line on each node
 
-`orpo config --all` lists the keys. The command line beats the recipe.
+It also runs inside torchrun, accelerate launch and srun. `orpo config --all` lists the keys. The command line
+beats the recipe.
 """
 
 
@@ -36,6 +38,13 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--launch", type=int, metavar="N", help="processes to start on this machine")
+    parser.add_argument("--nnodes", default="1", metavar="N", help="with --launch: machines (default: 1)")
+    parser.add_argument("--rdzv_endpoint", metavar="HOST:PORT", help="with --launch: where machines meet")
+    parser.add_argument(
+        "--max_restarts", type=int, default=0, metavar="N",
+        help="with --launch: how often a run resumes by itself when a process dies (default: 0)",
+    )  # fmt: skip
     parser.set_defaults(run=run, takes_settings=True)
 
 
@@ -44,21 +53,30 @@ def run(args: argparse.Namespace) -> int:
     from orpo.training.stopping import note_warnings
 
     note_warnings()
+    from orpo.launch.ranks import LAUNCHED, adopt_srun
     from orpo.settings.config import check_recipe
     from orpo.settings.needs import check_needs
     from orpo.settings.recipe import load_recipe
 
     recipe = load_recipe(overrides=args.settings)
     check_recipe(recipe.settings)
-    check_needs(recipe.settings)
+    adopt_srun()
+    check_needs(recipe.settings, launched=args.launch is not None)
     os.environ.update(recipe.environment)
-    for notice in recipe.notices:
+    for notice in recipe.notices if args.launch is None else ():
         say(notice)
-    from orpo.training.job import train  # heavy: only now, when the recipe is known to be usable
+    settings = {"output_dir": f"runs/{recipe.name or 'orpo'}"} | recipe.settings
+    if args.launch is not None:
+        from orpo.launch.local import Launch, train_here
 
-    outcome = train({"output_dir": f"runs/{recipe.name or 'orpo'}"} | recipe.settings)
+        launch = Launch(args.launch, args.nnodes, args.rdzv_endpoint, args.max_restarts)
+        return train_here(launch, args.settings, settings)
+    from orpo.training.job import WORSE, train  # heavy: only now, when the recipe is known to be usable
+
+    outcome = train(settings)
     _print_result(outcome)
-    return outcome.exit_status
+    judged_by_launcher = outcome.exit_status == WORSE and LAUNCHED in os.environ
+    return 0 if judged_by_launcher else outcome.exit_status
 
 
 def _print_result(outcome: Outcome) -> None:

@@ -206,7 +206,7 @@ def inspect_data(
     """
     progress = progress or (lambda stage, done, total: None)
     model = model or settings.get("model_name_or_path")
-    recipe = (inherited_by_evaluation(run_recipe(str(model))) if model else {}) | settings
+    recipe = (inherited_by_evaluation(run_recipe(str(model)), settings) if model else {}) | settings
     check_recipe(recipe)
     lenient = replace(OrpoSettings.from_recipe(recipe), on_bad_row="skip", max_dropped=1.0)
     is_file = isinstance(data, str | Path) and Path(data).expanduser().is_file()

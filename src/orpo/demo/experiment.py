@@ -36,7 +36,8 @@ class Experiment:
         max_length: Longest side, prompt and answer, in tokens.
         num_evaluations: Evaluations on the validation split while training, at least 2.
         num_test: Test pairs that are scored; None: all.
-        answer_tokens: Longest sample answer, in tokens.
+        num_asked: Test prompts that every model answers.
+        answer_tokens: Longest answer, in tokens.
     """
 
     data: DataName = "politeness"
@@ -50,6 +51,7 @@ class Experiment:
     max_length: int = 512
     num_evaluations: int = 8
     num_test: int | None = None
+    num_asked: int = 64
     answer_tokens: int = 60
 
     def split(self, name: SplitName) -> Path:
@@ -81,7 +83,13 @@ EXPERIMENTS: dict[DataName, Experiment] = {
 }
 """What `--data` runs; the dialogues of `harmless` are four times as long."""
 
-FAST: dict[str, Any] = {"max_steps": 8, "num_evaluations": 2, "num_test": 48, "answer_tokens": 24}
+FAST: dict[str, Any] = {
+    "max_steps": 8,
+    "num_evaluations": 2,
+    "num_test": 48,
+    "num_asked": 4,
+    "answer_tokens": 24,
+}
 """What `--fast` changes: long enough to see that everything works, too short to see what ORPO does."""
 
 

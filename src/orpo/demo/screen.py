@@ -22,6 +22,7 @@ from orpo.run.directory import RunDirectory
 from orpo.run.log import Figures
 
 if TYPE_CHECKING:
+    from orpo.comparing.asking import Answers
     from orpo.demo.study import Training, Verdict
 
 CHOSEN, REJECTED = "green", "dark_orange"
@@ -31,6 +32,8 @@ _ROWS = {
     "log_odds_ratio": "",
     "accuracy": "",
     "nll_token_mean": "",
+    "ended": "",
+    "repetition": "",
 }
 """Metrics of the table, and their colours."""
 _PAIRS = {
@@ -170,30 +173,35 @@ def results(
     console: Console,
     verdicts: Mapping[str, Verdict],
     trainings: Mapping[str, Training],
-    num_pairs: int,
+    answers: Answers,
 ) -> None:
     """The table, the picture and the reading of it."""
+    from orpo.comparing.sentences import answering
     from orpo.engine.metrics import metric_named, write_figure
 
     console.print()
+    figures = {name: verdict.all_figures for name, verdict in verdicts.items()}
+    num_pairs = verdicts["base"].results.num_preferences
     console.rule(f"[bold]{num_pairs} test pairs that no training has seen[/]", align="left")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for name in verdicts:
         table.add_column(name, justify="right", style="bold" if name == "ORPO" else "")
     for name, style in _ROWS.items():
-        figures = (write_figure(name, verdict.figures[name]) for verdict in verdicts.values())
-        table.add_row(Text(metric_named(name).title, style), *map(str, figures))
+        cells = (write_figure(name, found[name]) for found in figures.values())
+        table.add_row(Text(metric_named(name).title, style), *map(str, cells))
     took = {name: trainings.get(name) for name in verdicts}
     table.add_row("tokens read", *(f"{t.num_tokens:,}" if t else "" for t in took.values()))
     table.add_row("seconds of training", *(f"{t.seconds:.0f}" if t else "" for t in took.values()))
     console.print(Padding(table, (1, 0, 0, 0)))
     console.print(
-        "± one standard error over test prompts; differences within two of them may be chance.", style="dim"
+        "± one standard error over test prompts; differences within two of them may be chance. The last two "
+        f"are of answers to {answers.number} test prompts.",
+        style="dim",
     )
-    console.print(Padding(picture({n: v.figures for n, v in verdicts.items()}, console.width), (1, 0)))
+    console.print(Padding(picture(figures, console.width), (1, 0)))
     grid = Table.grid(padding=(0, 1))
-    for line in reading({n: v.figures for n, v in verdicts.items()}, trainings):
+    for line in [*reading(figures, trainings), answering("ORPO", "SFT", answers)]:
         grid.add_row("•", line)
     console.print(grid)
 
@@ -263,7 +271,7 @@ def samples(console: Console, prompts: Sequence[str], verdicts: Mapping[str, Ver
         table = Table(title=Text(prompt), title_justify="left", title_style="bold", expand=True)
         for name in verdicts:
             table.add_column(name, ratio=1)
-        table.add_row(*(Text(verdict.answers[number] or "(nothing)") for verdict in verdicts.values()))
+        table.add_row(*(Text(verdict.shown(number) or "(nothing)") for verdict in verdicts.values()))
         console.print(Padding(table, (1, 0, 0, 0)))
 
 
@@ -285,8 +293,10 @@ def closing(console: Console, folder: Path, seconds: float) -> None:
     console.print(f"Done in {seconds:.0f} seconds. {where}")
 
 
-def note(experiment: Experiment, num_pairs: int) -> str:
+def note(experiment: Experiment, num_pairs: int, answers: Answers) -> str:
     """The paragraph under the title of the report page."""
+    from orpo.comparing.sentences import answering
+
     fast = (
         f"The fast version, {experiment.max_steps} steps: too few to judge by. "
         if experiment.max_steps > 0
@@ -294,5 +304,5 @@ def note(experiment: Experiment, num_pairs: int) -> str:
     )
     return (
         f"{fast}The headline figures are of {num_pairs} test pairs, the curves of the validation pairs. "
-        f"The pairs are {_PAIRS[experiment.data]} {LIMITS}"
+        f"The pairs are {_PAIRS[experiment.data]} {LIMITS} {answering('ORPO', 'SFT', answers)}"
     )

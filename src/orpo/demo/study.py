@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from orpo.comparing.asking import Answers, compared
 from orpo.data.dataset import tokenize_pairs
 from orpo.data.preferences import read_preferences
 from orpo.demo import screen
@@ -28,11 +29,15 @@ from orpo.demo.experiment import FORMATS, Experiment, SplitName, sft_folder
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.model import prepare_model
 from orpo.engine.steps import BatchSettings
+from orpo.evaluation.answer_summary import answer_figures
+from orpo.evaluation.answers import Reply
 from orpo.evaluation.generation import ChatModel, Sampling, load_trained
+from orpo.evaluation.local_model import LocalModel
 from orpo.evaluation.per_pair import PairResults
 from orpo.evaluation.preferences import evaluate_pairs
+from orpo.evaluation.prompts import Prompt, prompt_of
 from orpo.evaluation.verdict import compare
-from orpo.pairs import Message, PreferencePair
+from orpo.pairs import PreferencePair
 from orpo.report.page import write_report
 from orpo.run.directory import RunDirectory, write_json, write_json_lines
 from orpo.run.log import Figures, figures_to_json
@@ -156,13 +161,26 @@ class Verdict:
 
     Attributes:
         figures: By metric; errors are over prompts.
-        answers: What it answers to the prompts that are shown.
         results: The same pair by pair.
+        replies: What it answers to the prompts that are asked, those that are shown first.
     """
 
     figures: Figures
-    answers: list[str]
     results: PairResults
+    replies: Sequence[Reply]
+
+    @property
+    def all_figures(self) -> Figures:
+        """Those of the pairs, then how often answers end and repeat themselves."""
+        return dict(self.figures) | (dict(answer_figures(self.replies)) if self.replies else {})
+
+    def answers_against(self, other: Verdict) -> Answers:
+        """How its answers differ from another model's."""
+        return compared(self.replies, other.replies)
+
+    def shown(self, number: int) -> str:
+        """An answer on one line."""
+        return " ".join(self.replies[number].text.split())
 
 
 class HeldOut:
@@ -171,19 +189,23 @@ class HeldOut:
     Attributes:
         split: Its name.
         pairs: Its pairs.
-        prompts: Those that are shown, as conversations.
+        prompts: Those that are asked; the first `num_shown` are shown.
+        num_shown: How many that are.
     """
 
     def __init__(self, experiment: Experiment, split: SplitName = "test") -> None:
         """Read and tokenize the pairs, with the tokenizer of the base."""
         self.experiment = experiment
         self.split = split
-        self.objective = Objective(beta=experiment.beta, nll_on="response")
+        self.objective = Objective(preference_weight=experiment.beta, nll_on="response")
         read = read_preferences(str(experiment.split(split)), data_format=FORMATS[experiment.data])
         self.pairs = read.pairs[: experiment.num_test]
         tokenizer = load_tokenizer(str(experiment.base))
         self.tokenized = tokenize_pairs(self.pairs, tokenizer, max_length=experiment.max_length)
-        self.prompts = shown_prompts(self.pairs)
+        shown = shown_prompts(self.pairs)
+        self.num_shown = len(shown)
+        asked = {prompt.key(): prompt for prompt in [*shown, *map(prompt_of, self.pairs)]}
+        self.prompts = list(itertools.islice(asked.values(), experiment.num_asked))
 
     def __len__(self) -> int:
         return len(self.tokenized)
@@ -191,29 +213,28 @@ class HeldOut:
     def examine(self, folder: Path, *, answering: bool = True) -> Verdict:
         """Load a model, score the pairs, and let it answer the prompts."""
         model = load_trained(str(folder), OrpoSettings(dtype="float32"))
-        layout = prepare_model(model, self.objective).layout
+        layout = prepare_model(model).layout
         found = evaluate_pairs(
             model, self.tokenized, BatchSettings(self.objective, layout, TOKENS_PER_MICRO_BATCH)
         )
         chat = ChatModel(folder.name, model, load_tokenizer(str(folder)), self.tokenized.chat_template)
-        answers = [self._answer(chat, prompt) for prompt in self.prompts] if answering else []
-        return Verdict(found.figures, answers, found.results)
+        return Verdict(found.figures, found.results, self._answers(LocalModel(chat)) if answering else ())
 
-    def _answer(self, chat: ChatModel, prompt: Sequence[Message]) -> str:
-        chat.turns = list(prompt[:-1])
+    def _answers(self, model: LocalModel) -> list[Reply]:
+        """The likeliest answer to each prompt."""
+        asked = [(prompt, model.prepare(prompt)) for prompt in self.prompts]
         greedy = Sampling(temperature=0, max_tokens=self.experiment.answer_tokens)
-        return " ".join(chat.answer(str(prompt[-1]["content"]), greedy).split())
+        found = dict(model.answers(asked, greedy, [None] * len(asked)))
+        return [reply for _, reply in sorted(found.items()) if isinstance(reply, Reply)]
 
 
-def shown_prompts(
-    pairs: Sequence[PreferencePair], num_shown: int = 3, longest: int = 70
-) -> list[list[Message]]:
+def shown_prompts(pairs: Sequence[PreferencePair], num_shown: int = 3, longest: int = 70) -> list[Prompt]:
     """Prompts of one short line from all over a split: picked by position, not by the answers to them."""
-    short: dict[str, list[Message]] = {}
-    for pair in pairs:
-        text = str(pair.prompt[-1]["content"])  # type: ignore[index]
-        if len(pair.prompt) == 1 and len(text) <= longest and "\n" not in text:
-            short.setdefault(pair.prompt_key(), list(pair.prompt))  # type: ignore[arg-type]
+    short: dict[str, Prompt] = {}
+    for prompt in map(prompt_of, pairs):
+        text = prompt.instruction
+        if len(prompt.asked) == 1 and len(text) <= longest and "\n" not in text:
+            short.setdefault(prompt.key(), prompt)
     every = max(len(short) // num_shown, 1)
     return list(itertools.islice(short.values(), 0, None, every))[:num_shown]
 
@@ -228,8 +249,8 @@ def write_results(
     """Write the samples (for the page), the test pairs (to score with) and the figures of the table."""
     run = RunDirectory(folder)
     samples = [
-        {"prompt": prompt[-1]["content"], "answers": {name: v.answers[i] for name, v in verdicts.items()}}
-        for i, prompt in enumerate(held_out.prompts)
+        {"prompt": prompt.instruction, "answers": {name: v.shown(i) for name, v in verdicts.items()}}
+        for i, prompt in enumerate(held_out.prompts[: held_out.num_shown])
     ]
     write_json(run.samples, samples)
     rows = ({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in held_out.pairs)
@@ -239,6 +260,8 @@ def write_results(
         "seed": experiment.seed,
         "num_test_pairs": len(held_out),
         "test": {name: figures_to_json(verdict.figures) for name, verdict in verdicts.items()},
+        "num_answers": len(held_out.prompts),
+        "answers": {name: figures_to_json(answer_figures(v.replies)) for name, v in verdicts.items()},
         "training": {
             name: {"steps": t.num_steps, "tokens": t.num_tokens, "seconds": round(t.seconds, 1)}
             for name, t in trainings.items()
@@ -264,13 +287,15 @@ def run_demo(console: Console, experiment: Experiment, folder: Path) -> None:
         held_out = HeldOut(experiment)
         models = {"base": experiment.base} | folders
         verdicts = {name: held_out.examine(model) for name, model in models.items()}
+        answers = verdicts["ORPO"].answers_against(verdicts["SFT"])
         write_results(folder, experiment, held_out, verdicts, trainings)
         write_report(
             folder,
             contrast={"SFT": folders["SFT"]},
-            test={name: verdict.figures for name, verdict in verdicts.items()},
+            test={name: verdict.all_figures for name, verdict in verdicts.items()},
             test_change=compare(verdicts["base"].results, verdicts["ORPO"].results, held_out.objective),
-            note=screen.note(experiment, len(held_out)),
+            note=screen.note(experiment, len(held_out), answers),
         )
-    screen.results(console, verdicts, trainings, len(held_out))
-    screen.samples(console, [str(prompt[-1]["content"]) for prompt in held_out.prompts], verdicts)
+    screen.results(console, verdicts, trainings, answers)
+    shown = [prompt.instruction for prompt in held_out.prompts[: held_out.num_shown]]
+    screen.samples(console, shown, verdicts)

@@ -63,7 +63,7 @@ def _resolve_all_linear(model: PreTrainedModel, config: Any) -> None:
     asked = getattr(config, "target_modules", None)
     if getattr(config.peft_type, "value", None) != "LORA" or str(asked).lower() != ALL_LINEAR:
         return
-    experts = sorted({_suffix(name) for name, _ in _stacked_experts(model)})
+    experts = sorted({_suffix(name) for name, _ in stacked_experts(model)})
     if experts and config.target_parameters is None:
         _refuse_on_experts(model, config)
         config.target_parameters = experts
@@ -104,7 +104,7 @@ def _expert_counts(model: PreTrainedModel) -> set[int]:
     return {value for value in named if value > 1} | {a + b for a, b in itertools.combinations(named, 2)}
 
 
-def _stacked_experts(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def stacked_experts(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The weights that hold all experts of a layer in one tensor [experts, ...]."""
     counts = _expert_counts(model)
     for name, weight in model.named_parameters():
@@ -115,7 +115,7 @@ def _stacked_experts(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def _routers(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The modules that choose experts: one output each, next to the experts."""
     counts = _expert_counts(model)
-    blocks = {name.rpartition(".")[0].rpartition(".")[0] for name, _ in _stacked_experts(model)}
+    blocks = {name.rpartition(".")[0].rpartition(".")[0] for name, _ in stacked_experts(model)}
     blocks |= {
         name.removesuffix(".experts") for name, m in model.named_modules() if name.endswith(".experts")
     }
@@ -152,7 +152,7 @@ def adapter_lines(model: Any) -> list[str]:
         return []
     base = model.get_base_model()
     total = sum(w.numel() for name, w in base.named_parameters() if "lora_" not in name)
-    experts = [weight for _, weight in _stacked_experts(base)]
+    experts = [weight for _, weight in stacked_experts(base)]
     on_experts = any(getattr(module, "parameter_name", None) for module in model.modules())
     say = f"; experts: {'yes' if on_experts else 'no (lora_target_parameters adds them)'}" if experts else ""
     return [

@@ -1,4 +1,4 @@
-"""From hidden states to the ORPO loss and its gradients, without ever holding all the logits.
+"""From hidden states to the loss of an objective and its gradients, without ever holding all the logits.
 
 Only scored tokens meet the vocabulary matrix, a chunk at a time. Once the step's denominators are known, the
 slope of the loss in each log-probability is known as soon as a chunk that holds whole pairs has its
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from orpo.engine.logits import logprob_slopes, product, softmax_minus_target, token_logprobs
-from orpo.engine.objective import preference_loss, preference_slopes
+from orpo.engine.objective import Side, preference_loss, preference_slopes
 from orpo.engine.packing import PackedBatch, Role
 from orpo.engine.precision import compute_dtype
-from orpo.settings.config import Objective
+from orpo.errors import ModelError
 
 CPU_BLOCK, CPU_BLOCK_TOKENS = 2**18, 8
 """Logits a CPU takes through the softmax together, so that they stay in its second-level cache, and the
@@ -81,6 +81,11 @@ class PairScores(NamedTuple):
             half the sum of |d log p / d logit| over the vocabulary, so what a slope in log p comes to there.
         rejected_doubt_P: The same of the rejected response; 0 where there is none.
         nll_doubt_P: Weighted sum of 1 - p over the pair's NLL tokens.
+        chosen_tokens_P: Tokens of the chosen response.
+        rejected_tokens_P: Those of the rejected response; 0 where there is none.
+        chosen_reference_P: Mean log-probability of the chosen response by the reference model; not a number
+            where none was asked.
+        rejected_reference_P: The same of the rejected response.
     """
 
     chosen_logprob_P: Tensor
@@ -92,41 +97,56 @@ class PairScores(NamedTuple):
     chosen_doubt_P: Tensor
     rejected_doubt_P: Tensor
     nll_doubt_P: Tensor
+    chosen_tokens_P: Tensor
+    rejected_tokens_P: Tensor
+    chosen_reference_P: Tensor
+    rejected_reference_P: Tensor
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """What the term that compares reads of the two responses."""
+        return (
+            Side(self.chosen_logprob_P, self.chosen_tokens_P, self.chosen_reference_P),
+            Side(self.rejected_logprob_P, self.rejected_tokens_P, self.rejected_reference_P),
+        )
 
 
 def score_batch(
-    hidden_ND: Tensor, head: Head, batch: PackedBatch, objective: Objective, denominators: Denominators
+    hidden_ND: Tensor, head: Head, batch: PackedBatch, denominators: Denominators
 ) -> tuple[Tensor, PairScores]:
     """Return a micro-batch's share of the step's loss, and the scores of its pairs.
 
     Args:
         hidden_ND: Final hidden states of the micro-batch, flattened over its sequences.
         head: The vocabulary projection.
-        batch: The micro-batch.
-        objective: What is minimised.
+        batch: The micro-batch, packed for what is minimised.
         denominators: Counts of the whole optimizer step.
 
     Returns:
         The loss, a float32 scalar that carries gradients to `hidden_ND`, `head.weight_VD` and `head.bias_V`
         where gradients are enabled, and the pairs' scores. The losses of a step's micro-batches add up to
         the loss of the step.
+
+    Raises:
+        ModelError: The objective needs a reference model's word, and the micro-batch does not have it.
     """
     if torch.is_grad_enabled():
-        loss, logprob_T = _FusedLoss.apply(
-            hidden_ND, head.weight_VD, head.bias_V, head, batch, objective, denominators
-        )
+        if batch.objective.needs_reference and batch.reference_PS is None:
+            raise ModelError("the micro-batch has no log-probs of a reference model to train with")
+        loss, logprob_T = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, batch, denominators)
     else:
         sweep = _Sweep(hidden_ND, head, batch)
         for piece in _pieces(slice(0, len(batch.target_T)), head.chunk_tokens):
             sweep.forward(piece)
         logprob_T = sweep.logprob_T
-        loss = _loss(logprob_T, batch, objective, denominators)
+        loss = _loss(logprob_T, batch, denominators)
     return loss, pair_scores(logprob_T, batch)
 
 
 def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
     """Reduce the log-probabilities of a micro-batch's scored tokens to its pairs."""
     mean_PS, count_PS = _response_means(logprob_T, batch)
+    reference_PS = _reference(batch, mean_PS)
     doubt_T = -torch.expm1(logprob_T)
     doubt_PS, _ = _response_means(doubt_T, batch)
     zero_P = logprob_T.new_zeros(len(batch.response_lengths))
@@ -140,6 +160,10 @@ def pair_scores(logprob_T: Tensor, batch: PackedBatch) -> PairScores:
         chosen_doubt_P=doubt_PS[:, 0],
         rejected_doubt_P=doubt_PS[:, 1],
         nll_doubt_P=zero_P.index_add(0, batch.pair_T, doubt_T * batch.nll_weight_T),
+        chosen_tokens_P=count_PS[:, 0],
+        rejected_tokens_P=count_PS[:, 1],
+        chosen_reference_P=reference_PS[:, 0],
+        rejected_reference_P=reference_PS[:, 1],
     )
 
 
@@ -161,32 +185,48 @@ def _side(batch: PackedBatch, at: slice) -> Tensor:
     return 2 * batch.pair_T[at] + (batch.role_T[at] == Role.REJECTED)
 
 
-def _loss(logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators) -> Tensor:
-    mean_PS, count_PS = _response_means(logprob_T, batch)
-    odds_P = preference_loss(mean_PS[:, 0], mean_PS[:, 1], objective) * (count_PS[:, 1] > 0)
-    nll = -(logprob_T * batch.nll_weight_T).sum()
+def _reference(batch: PackedBatch, like_PS: Tensor) -> Tensor:
+    """What the reference model says of the responses; not a number where it was not asked. [P, S]."""
+    if batch.reference_PS is None:
+        return torch.full_like(like_PS, torch.nan)
+    return batch.reference_PS.to(like_PS.dtype)
+
+
+def _sides(mean_PS: Tensor, count_PS: Tensor, batch: PackedBatch) -> tuple[Side, Side]:
+    reference_PS = _reference(batch, mean_PS)
     return (
-        objective.nll_weight / max(denominators.nll, _TINY) * nll
-        + objective.beta / max(denominators.pairs, 1) * odds_P.sum()
+        Side(mean_PS[:, 0], count_PS[:, 0], reference_PS[:, 0]),
+        Side(mean_PS[:, 1], count_PS[:, 1], reference_PS[:, 1]),
     )
 
 
-def _loss_slopes(
-    logprob_T: Tensor, batch: PackedBatch, objective: Objective, denominators: Denominators, at: slice
-) -> Tensor:
+def _loss(logprob_T: Tensor, batch: PackedBatch, denominators: Denominators) -> Tensor:
+    objective = batch.objective
+    mean_PS, count_PS = _response_means(logprob_T, batch)
+    nll = -(logprob_T * batch.nll_weight_T).sum()
+    loss = objective.nll_weight / max(denominators.nll, _TINY) * nll
+    if objective.preference_weight == 0:
+        return loss
+    loss_P = preference_loss(*_sides(mean_PS, count_PS, batch), objective)
+    compared = torch.where(count_PS[:, 1] > 0, loss_P, 0).sum()
+    return loss + objective.preference_weight / max(denominators.pairs, 1) * compared
+
+
+def _loss_slopes(logprob_T: Tensor, batch: PackedBatch, denominators: Denominators, at: slice) -> Tensor:
     """Derivative of `_loss` in the log-probabilities of the scored tokens `at`. [T].
 
-    These are whole pairs, or context tokens alone, for which no odds are at stake here.
+    These are whole pairs, or context tokens alone, for which no comparison is at stake here.
     """
+    objective = batch.objective
     slope_T = (
         -objective.nll_weight / max(denominators.nll, _TINY) * batch.nll_weight_T[at].to(logprob_T.dtype)
     )
-    if objective.beta == 0:
+    if objective.preference_weight == 0:
         return slope_T
     mean_PS, count_PS = _response_means(logprob_T[at], batch, at)
-    slope_PS = torch.stack(preference_slopes(mean_PS[:, 0], mean_PS[:, 1], objective), 1)
+    slope_PS = torch.stack(preference_slopes(*_sides(mean_PS, count_PS, batch), objective), 1)
     share_PS = (count_PS[:, 1:] > 0) / count_PS.clamp_min(1)
-    slope_PS = objective.beta / max(denominators.pairs, 1) * slope_PS * share_PS
+    slope_PS = objective.preference_weight / max(denominators.pairs, 1) * slope_PS * share_PS
     return slope_T + slope_PS.flatten()[_side(batch, at)]
 
 
@@ -201,7 +241,6 @@ class _FusedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         batch: PackedBatch,
-        objective: Objective,
         denominators: Denominators,
     ) -> tuple[Tensor, Tensor]:
         sweep = _Sweep(hidden_ND, head, batch)
@@ -212,7 +251,7 @@ class _FusedLoss(torch.autograd.Function):
             for piece in pieces:
                 chunk = None  # before the next is made
                 chunk = sweep.forward(piece)
-            slope_T = _loss_slopes(sweep.logprob_T, batch, objective, denominators, group)
+            slope_T = _loss_slopes(sweep.logprob_T, batch, denominators, group)
             for piece in pieces:
                 if chunk is None or len(pieces) > 1:  # a pair longer than a chunk: its logits are made again
                     chunk = None
@@ -221,13 +260,13 @@ class _FusedLoss(torch.autograd.Function):
                 sweep.backward(piece, chunk, slope_T[at], grads)
         ctx.grads = grads
         ctx.mark_non_differentiable(sweep.logprob_T)
-        return _loss(sweep.logprob_T, batch, objective, denominators), sweep.logprob_T
+        return _loss(sweep.logprob_T, batch, denominators), sweep.logprob_T
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grads: _Gradients = ctx.grads
         ctx.grads = None
-        return (*grads.scaled(grad_outputs[0]), None, None, None, None)
+        return (*grads.scaled(grad_outputs[0]), None, None, None)
 
 
 def whole_pairs(batch: PackedBatch, chunk_tokens: int) -> Iterator[slice]:

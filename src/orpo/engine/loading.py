@@ -127,7 +127,7 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
         "revision": settings.model_revision,
         "trust_remote_code": settings.trust_remote_code,
         "attn_implementation": settings.attn_implementation,
-        "dtype": _dtype(settings, trains_adapter),
+        "dtype": weights_dtype(settings, trains_adapter, supports_bf16()),
     }
     if isinstance(settings.model_init_kwargs, dict):
         arguments |= settings.model_init_kwargs
@@ -272,7 +272,17 @@ def _load_gguf(path: Path, arguments: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:
+def weights_dtype(settings: OrpoSettings, trains_adapter: bool, has_bf16: bool) -> torch.dtype | str:
+    """In which precision weights are held, or `auto`: as they are stored.
+
+    Args:
+        settings: Of the recipe; `dtype` decides where it is set.
+        trains_adapter: Whether an adapter is trained, and the weights are frozen.
+        has_bf16: Whether the hardware computes in bfloat16.
+
+    Raises:
+        ConfigError: `dtype` is none.
+    """
     if settings.dtype == "auto":
         return "auto"
     if settings.dtype is not None:
@@ -280,7 +290,7 @@ def _dtype(settings: OrpoSettings, trains_adapter: bool) -> torch.dtype | str:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConfigError(f"dtype: {settings.dtype!r} is none of float32, bfloat16, float16, auto")
         return dtype
-    return torch.bfloat16 if trains_adapter and supports_bf16() else torch.float32
+    return torch.bfloat16 if trains_adapter and has_bf16 else torch.float32
 
 
 def _quantization(settings: OrpoSettings) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from orpo.engine.head import PairScores
-from orpo.engine.objective import log_odds, preference_loss, preference_slopes
+from orpo.engine.objective import log_odds, preference_loss, preference_slopes, reward
 from orpo.errors import RunError
 from orpo.run.log import Figure
 from orpo.settings.config import Objective
@@ -38,6 +38,7 @@ class Metric:
         value: Its values [P] from the scores of pairs, to be summed over those that have both sides where the
             divisor is `preferences`; None where the trainer measures it.
         caption: One sentence for a reader who does not know it.
+        of: Which objectives have it; None: all.
         trl: TRL's name for it.
         trl_reward: TRL's name for beta times it.
         short: Its title where there is little room; empty: the title.
@@ -50,9 +51,14 @@ class Metric:
     divisor: Divisor | None = None
     value: Callable[[PairScores, Objective], Tensor] | None = None
     caption: str = ""
+    of: Callable[[Objective], bool] | None = None
     trl: str | None = None
     trl_reward: str | None = None
     short: str = ""
+
+    def is_of(self, objective: Objective) -> bool:
+        """Whether this objective has it."""
+        return self.of is None or self.of(objective)
 
 
 def _margin(scores: PairScores, objective: Objective) -> Tensor:
@@ -69,18 +75,43 @@ def _log_odds_ratio(scores: PairScores, objective: Objective) -> Tensor:
 
 
 def _odds_ratio_loss(scores: PairScores, objective: Objective) -> Tensor:
-    return preference_loss(scores.chosen_logprob_P, scores.rejected_logprob_P, objective)
+    return preference_loss(*scores.sides, objective)
+
+
+def _rewards(scores: PairScores, objective: Objective) -> tuple[Tensor, Tensor]:
+    chosen, rejected = scores.sides
+    return reward(chosen, objective), reward(rejected, objective)
+
+
+def _reward_margin(scores: PairScores, objective: Objective) -> Tensor:
+    chosen_P, rejected_P = _rewards(scores, objective)
+    return chosen_P - rejected_P
+
+
+def _reward_accuracy(scores: PairScores, objective: Objective) -> Tensor:
+    margin_P = _reward_margin(scores, objective)
+    return (margin_P > 0).to(margin_P.dtype)
+
+
+def _has_margin(objective: Objective) -> bool:
+    """Whether the reward margin is another number than the log odds ratio, up to a factor."""
+    return objective.preference_weight > 0 and objective.compares != "odds"
+
+
+def _has_rewards(objective: Objective) -> bool:
+    """Whether the rewards are other numbers than the log-probs, up to a factor."""
+    return objective.preference_weight > 0 and objective.compares in ("sums", "ratios")
 
 
 def odds_gradient(scores: PairScores, objective: Objective) -> Tensor:
-    """Half the L1 norm of the gradient that a pair's odds-ratio loss has in all its logits. [P].
+    """Half the L1 norm of the gradient that a pair's preference loss has in all its logits. [P].
 
     The slope in the log-prob of a token is the same for all tokens of an answer, and a slope s in log p is
     the gradient s * (onehot - softmax) in the logits, whose L1 norm is |s| * 2 * (1 - p): hence the `doubt`
     of the scores. A pair without a rejected side comes out as a number that means nothing.
     """
-    chosen_P, rejected_P = preference_slopes(scores.chosen_logprob_P, scores.rejected_logprob_P, objective)
-    return -chosen_P * scores.chosen_doubt_P + rejected_P * scores.rejected_doubt_P
+    chosen_P, rejected_P = preference_slopes(*scores.sides, objective)
+    return chosen_P.abs() * scores.chosen_doubt_P + rejected_P.abs() * scores.rejected_doubt_P
 
 
 METRICS = (
@@ -99,12 +130,12 @@ METRICS = (
     Metric(
         "chosen_logprob", "chosen log-prob", "nats", +1, "pairs",
         lambda scores, objective: scores.chosen_logprob_P,
-        "Mean log-prob of a token of the chosen answer.", "logps/chosen", "rewards/chosen",
+        "Mean log-prob of a token of the chosen answer.", None, "logps/chosen", "rewards/chosen",
     ),
     Metric(
         "rejected_logprob", "rejected log-prob", "nats", -1, "preferences",
         lambda scores, objective: scores.rejected_logprob_P,
-        "Mean log-prob of a token of the rejected answer.", "logps/rejected", "rewards/rejected",
+        "Mean log-prob of a token of the rejected answer.", None, "logps/rejected", "rewards/rejected",
     ),
     Metric(
         "nll", "NLL", "nats", -1, "nll_weight", lambda scores, objective: scores.nll_sum_P,
@@ -115,8 +146,27 @@ METRICS = (
         caption="The NLL with every token weighted the same.",
     ),
     Metric(
-        "odds_ratio_loss", "odds-ratio loss", "number", -1, "preferences", _odds_ratio_loss,
-        "The part of the loss that compares the two answers; with odds, ln 2 where it cannot.",
+        "odds_ratio_loss", "preference loss", "number", -1, "preferences", _odds_ratio_loss,
+        "The part of the loss that compares the two answers; ln 2 where it cannot, and without a margin.",
+    ),
+    Metric(
+        "reward_margin", "reward margin", "number", +1, "preferences", _reward_margin,
+        "What the objective pushes up: its reward of the chosen answer minus that of the rejected one.",
+        _has_margin, "rewards/margins",
+    ),
+    Metric(
+        "reward_accuracy", "reward accuracy", "share", +1, "preferences", _reward_accuracy,
+        "Share of pairs whose chosen answer has the higher reward.", _has_rewards, "rewards/accuracies",
+    ),
+    Metric(
+        "chosen_reward", "chosen reward", "number", +1, "pairs",
+        lambda scores, objective: _rewards(scores, objective)[0],
+        "The objective's reward of the chosen answer.", _has_rewards, "rewards/chosen",
+    ),
+    Metric(
+        "rejected_reward", "rejected reward", "number", -1, "preferences",
+        lambda scores, objective: _rewards(scores, objective)[1],
+        "The objective's reward of the rejected answer.", _has_rewards, "rewards/rejected",
     ),
     Metric("loss", "loss", "number", -1, "steps", caption="What is minimised."),
     Metric(
@@ -124,9 +174,9 @@ METRICS = (
         caption="What is minimised besides, so that a mixture of experts uses all of them.",
     ),
     Metric(
-        "odds_share", "odds-ratio share of the gradient", "share",
-        caption="Share of the odds-ratio term in the gradient that the two terms have in the logits.",
-        short="odds share",
+        "odds_share", "preference share of the gradient", "share",
+        caption="Share of the term that compares in the gradient that the two terms have in the logits.",
+        short="preference share",
     ),
     Metric(
         "prompt_share", "prompt share of the NLL", "share",
@@ -137,6 +187,13 @@ METRICS = (
     Metric("tokens_per_second", "tokens/s", "count", +1),
     Metric("tokens", "tokens", "count"),
     Metric("peak_memory", "peak memory", "GiB"),
+    Metric(
+        "ended", "answers that end", "share", +1, caption="Share of answers that ended by themselves.",
+    ),
+    Metric(
+        "repetition", "repetition", "share", -1,
+        caption="Mean share of an answer's runs of three words that came before in it.",
+    ),
 )  # fmt: skip
 """In the order in which tables show them."""
 
@@ -207,12 +264,16 @@ def write_change_with_unit(change: Figure | None, unit: str) -> Written:
 
 
 class MetricWindow:
-    """The sums since the last log line."""
+    """The sums since the last log line.
+
+    Attributes:
+        objective: What is minimised in the steps that are added.
+    """
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self._sums = torch.zeros(len(SUMS), dtype=sum_dtype(device), device=device)
         self._before = [0.0] * len(SUMS)
-        self._objective = objective
+        self.objective = objective
 
     def copy(self) -> Self:
         """A window with the same sums."""
@@ -225,8 +286,8 @@ class MetricWindow:
         has_P = scores.has_rejected_P
         values = {}
         for metric in METRICS:
-            if metric.value is not None:
-                value_P = metric.value(scores, self._objective)
+            if metric.value is not None and metric.is_of(self.objective):
+                value_P = metric.value(scores, self.objective)
                 chosen_only = metric.divisor != "preferences"
                 values[metric.name] = (value_P if chosen_only else torch.where(has_P, value_P, 0)).sum()
         self._add(
@@ -235,8 +296,9 @@ class MetricWindow:
             nll_weight=scores.nll_weight_P.sum(),
             nll_tokens=scores.nll_tokens_P.sum(),
             context_tokens=num_context_tokens,
-            nll_gradient=scores.nll_doubt_P.sum(),
-            odds_gradient=torch.where(has_P, odds_gradient(scores, self._objective), 0).sum(),
+            nll_gradient=self.objective.nll_weight * scores.nll_doubt_P.sum(),
+            odds_gradient=self.objective.preference_weight
+            * torch.where(has_P, odds_gradient(scores, self.objective), 0).sum(),
             **values,
         )
 
@@ -278,7 +340,7 @@ class MetricWindow:
         means = {
             metric.name: sums[metric.name] / sums[metric.divisor]
             for metric in METRICS
-            if metric.divisor and sums[metric.divisor] > 0
+            if metric.divisor and sums[metric.divisor] > 0 and metric.is_of(self.objective)
         }
         if sums["router_loss"] == 0:  # of models that have none
             means.pop("router_loss", None)
@@ -287,11 +349,11 @@ class MetricWindow:
     def _shares(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Shares of the gradient and of the NLL's tokens, where both terms, or an NLL, are there."""
         shares = {}
-        nll = self._objective.nll_weight * sums["nll_gradient"] / max(sums["nll_weight"], 1)
-        odds = self._objective.beta * sums["odds_gradient"] / max(sums["preferences"], 1)
-        if nll + odds > 0 and sums["preferences"] > 0 and self._objective.beta > 0:
+        nll = sums["nll_gradient"] / max(sums["nll_weight"], 1)
+        odds = sums["odds_gradient"] / max(sums["preferences"], 1)
+        if nll > 0 and odds > 0:
             shares["odds_share"] = odds / (nll + odds)
-        if self._objective.nll_weight > 0 and sums["nll_tokens"] > 0:
+        if self.objective.nll_weight > 0 and sums["nll_tokens"] > 0:
             shares["prompt_share"] = sums["context_tokens"] / sums["nll_tokens"]
         return shares
 
@@ -301,11 +363,13 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
-def trl_names(metrics: Mapping[str, float], beta: float) -> dict[str, float]:
-    """The same numbers under the names of TRL's ORPO trainer, for dashboards made for it (docs/metrics.md).
+def trl_names(metrics: Mapping[str, float], objective: Objective) -> dict[str, float]:
+    """The same numbers under the names of TRL's trainers, for dashboards made for them (docs/metrics.md).
 
     TRL's `log_odds_ratio` is left out: it is log sigmoid of ours, that is minus our `odds_ratio_loss`.
     """
     known = [metric for metric in METRICS if metric.name in metrics]
+    # ORPO's rewards are its log-probs times the weight of the term, SimPO's times the scale.
+    beta = objective.preference_weight if objective.compares == "odds" else objective.scale
     rewards = {metric.trl_reward: beta * metrics[metric.name] for metric in known if metric.trl_reward}
     return rewards | {metric.trl: metrics[metric.name] for metric in known if metric.trl}

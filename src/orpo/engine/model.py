@@ -13,7 +13,7 @@ from orpo.engine.router import router_loss_of
 from orpo.engine.scorer import Scorer, base_model
 from orpo.engine.segments import SEGMENTS
 from orpo.errors import ModelError
-from orpo.settings.config import LayoutName, Objective
+from orpo.settings.config import LayoutName
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,6 @@ class Preparation:
 
 def prepare_model(
     model: nn.Module,
-    objective: Objective,
     *,
     layout: LayoutName | None = None,
     logits_memory_mib: int | None = None,
@@ -49,7 +48,6 @@ def prepare_model(
 
     Args:
         model: A causal language model of transformers, or a PEFT model around one, on its device.
-        objective: What is minimised.
         layout: Take this layout; by default the fastest that the probe finds exact.
         logits_memory_mib: Largest chunk of logits alive, in MiB; None: as the device likes it.
         probe: Whether to compare with the plain model; without it the first layout allowed is trusted.
@@ -65,8 +63,10 @@ def prepare_model(
     if inner.get_output_embeddings() is None:
         raise ModelError(f"{type(inner).__name__} has no language-model head to score tokens with")
     refuse_adapters(model, inner)
-    memory = logits_memory_mib or default_logits_memory_mib(next(model.parameters()).device)
-    scorer = Scorer(inner, objective, memory)
+    memory = logits_memory_mib or default_logits_memory_mib(
+        on_cpu=next(model.parameters()).device.type != "cuda"
+    )
+    scorer = Scorer(inner, memory)
     scorer.install()
     if found is not None:
         scorer.use_layout(found.layout, longest)

@@ -1,11 +1,19 @@
 """The term of the loss that compares two responses, and its slopes, as functions of tensors.
 
-    loss = nll_weight * NLL(chosen) + beta * L
-    L = -log sigmoid(odds_scale * (v(a_chosen) - v(a_rejected)) - target_margin)
+    loss = nll_weight * NLL(chosen) + preference_weight * L
+    L = -(1 - smoothing) * log sigmoid(z) - smoothing * log sigmoid(-z)
+    z = scale * (v(chosen) - v(rejected)) - margin
 
-where a(y) is the mean log-probability of a response's tokens. ORPO (https://arxiv.org/abs/2403.07691)
-compares odds, v(a) = log_odds(a) = a - log(1 - e^a), without a margin. SimPO (https://arxiv.org/abs/2405.14734,
-Eq. 6) compares the log-probabilities themselves, v(a) = a, with odds_scale its beta, target_margin its gamma.
+What tells the objectives apart is the value v of a response y, with a(y) the mean and S(y) the sum of the
+log-probabilities of its tokens (`compares`, the registry `VALUES`):
+
+    odds    v = a - log(1 - e^a)   ORPO, Eq. 4 to 7 of https://arxiv.org/abs/2403.07691: scale 1; tempered by
+                                   a scale beta: section 3.1.2 of https://arxiv.org/abs/2502.01237 (v3)
+    means   v = a                  SimPO, Eq. 6 of https://arxiv.org/abs/2405.14734: scale beta, margin gamma
+    sums    v = S                  CPO, Eq. 3 of https://arxiv.org/abs/2401.08417: scale beta
+    ratios  v = S - S_reference    DPO, Eq. 7 of https://arxiv.org/abs/2305.18290: scale beta
+
+Label smoothing is that of Eq. 3 of https://ericmitchell.ai/cdpo.pdf.
 
 Slopes are written out rather than left to autograd because the head needs them in the same sweep as the
 logits, and because autograd of the textbook form is NaN for an answer the model is certain of.
@@ -13,11 +21,14 @@ logits, and because autograd of the textbook form is NaN for an answer the model
 Shape suffixes: P = pairs.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo.settings.config import Objective
+from orpo.settings.config import Compares, Objective
 
 EPSILON = 1e-6
 """Smallest 1 - p, and smallest negative mean log-probability, that the odds tell apart."""
@@ -47,42 +58,67 @@ def log_odds_slope(mean_logprob_P: Tensor) -> Tensor:
     return 1 / (-torch.expm1(mean_logprob_P)).clamp_min(EPSILON)
 
 
-def odds_ratio_loss(log_odds_ratio_P: Tensor, odds_scale: float = 1.0, target_margin: float = 0.0) -> Tensor:
-    """L_OR of Eq. 7, for a log odds ratio of the chosen over the rejected response. Shape [P], at least 0.
+class Side(NamedTuple):
+    """What the loss of pairs reads of one of their two responses.
 
-    With another difference than that of the log odds, and a margin, it is the loss of SimPO.
+    Attributes:
+        mean_logprob_P: Mean log-probability of its tokens, in nats, at most 0.
+        tokens_P: How many they are.
+        reference_P: The same mean by the reference model; only the ratios read it.
     """
-    return -F.logsigmoid(odds_scale * log_odds_ratio_P - target_margin)
+
+    mean_logprob_P: Tensor
+    tokens_P: Tensor
+    reference_P: Tensor
 
 
-def odds_ratio_slope(log_odds_ratio_P: Tensor, odds_scale: float = 1.0, target_margin: float = 0.0) -> Tensor:
-    """Derivative of `odds_ratio_loss`: -odds_scale * delta, with the delta of Eq. 9.
+class Value(NamedTuple):
+    """What of a response is compared.
 
-    The paper's appendix prints the opposite sign; this is the slope of the loss, which is never positive.
+    Attributes:
+        of: Its value. Shape [P].
+        slope: The derivative of the value in the response's mean log-probability. Shape [P], at least 0.
     """
-    return -odds_scale * torch.sigmoid(target_margin - odds_scale * log_odds_ratio_P)
+
+    of: Callable[[Side], Tensor]
+    slope: Callable[[Side], Tensor]
 
 
-def preference_loss(chosen_P: Tensor, rejected_P: Tensor, objective: Objective) -> Tensor:
-    """The loss L of pairs. Shape [P], at least 0.
+VALUES: dict[Compares, Value] = {
+    "odds": Value(
+        lambda side: log_odds(side.mean_logprob_P), lambda side: log_odds_slope(side.mean_logprob_P)
+    ),
+    "means": Value(lambda side: side.mean_logprob_P, lambda side: torch.ones_like(side.mean_logprob_P)),
+    "sums": Value(lambda side: side.tokens_P * side.mean_logprob_P, lambda side: side.tokens_P),
+    "ratios": Value(
+        lambda side: side.tokens_P * (side.mean_logprob_P - side.reference_P), lambda side: side.tokens_P
+    ),
+}
 
-    Args:
-        chosen_P: Mean log-probability of the chosen response's tokens, in nats, at most 0. Shape [P].
-        rejected_P: The same of the rejected response.
-        objective: What is compared, with which scale and margin.
+
+def reward(side: Side, objective: Objective) -> Tensor:
+    """A response's value times the scale: what its paper calls its reward. Shape [P]."""
+    return objective.scale * VALUES[objective.compares].of(side)
+
+
+def preference_loss(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+    """The loss L of pairs. Shape [P], at least 0."""
+    z_P = reward(chosen, objective) - reward(rejected, objective) - objective.margin
+    loss_P = -F.logsigmoid(z_P)
+    # -log sigmoid(-z) = z - log sigmoid(z)
+    return loss_P + objective.label_smoothing * z_P if objective.label_smoothing else loss_P
+
+
+def preference_slopes(chosen: Side, rejected: Side, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Derivatives of `preference_loss` in the two mean log-probabilities. Shape [P].
+
+    Without label smoothing the first is at most 0 and the second at least 0. The appendix of ORPO's paper
+    prints the opposite sign: it differentiates +log sigmoid.
+
+    Source:
+        Eq. 8 to 10 for the odds, with delta = sigmoid(-z).
     """
-    difference_P = _compared(chosen_P, objective) - _compared(rejected_P, objective)
-    return odds_ratio_loss(difference_P, objective.odds_scale, objective.target_margin)
-
-
-def preference_slopes(chosen_P: Tensor, rejected_P: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Derivatives of `preference_loss` in its two log-probabilities: at most 0, and at least 0. Shape [P]."""
-    difference_P = _compared(chosen_P, objective) - _compared(rejected_P, objective)
-    outer_P = odds_ratio_slope(difference_P, objective.odds_scale, objective.target_margin)
-    if objective.compares == "logprobs":
-        return outer_P, -outer_P
-    return outer_P * log_odds_slope(chosen_P), -outer_P * log_odds_slope(rejected_P)
-
-
-def _compared(mean_logprob_P: Tensor, objective: Objective) -> Tensor:
-    return mean_logprob_P if objective.compares == "logprobs" else log_odds(mean_logprob_P)
+    z_P = reward(chosen, objective) - reward(rejected, objective) - objective.margin
+    outer_P = objective.scale * (objective.label_smoothing - torch.sigmoid(-z_P))
+    slope = VALUES[objective.compares].slope
+    return outer_P * slope(chosen), -outer_P * slope(rejected)

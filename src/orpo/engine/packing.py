@@ -63,7 +63,11 @@ class PackedBatch:
         response_lengths: For each pair, its (chosen, rejected) scored tokens; rejected is 0 for an NLL-only
             pair.
         index: For each pair, its index in the data set.
+        nll_weight: Sum of the weights of its NLL tokens.
+        objective: What it was packed for, and what is minimised.
         empty: Whether it only keeps a rank in step with the others: it is computed and weighs nothing.
+        reference_PS: For each pair, the mean log-probability of its (chosen, rejected) response by the
+            reference model, where the objective has one.
     """
 
     input_ids_BN: Tensor
@@ -78,7 +82,9 @@ class PackedBatch:
     response_lengths: tuple[tuple[int, int], ...]
     index: tuple[int, ...]
     nll_weight: float
+    objective: Objective
     empty: bool = False
+    reference_PS: Tensor | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -117,7 +123,7 @@ class PackedBatch:
 
 _TENSORS = (
     "input_ids_BN", "position_ids_BN", "attention_mask_BN",
-    "source_T", "target_T", "pair_T", "role_T", "nll_weight_T",
+    "source_T", "target_T", "pair_T", "role_T", "nll_weight_T", "reference_PS",
 )  # fmt: skip
 
 
@@ -137,8 +143,8 @@ def num_nll_tokens(pair: TokenizedPair, objective: Objective) -> int:
 
 
 def runs_rejected(objective: Objective, score_rejected: bool | None) -> bool:
-    """Whether rejected sides are run: as asked, or by default where the objective has an odds term."""
-    return objective.beta > 0 if score_rejected is None else score_rejected
+    """Whether rejected sides are run: as asked, or by default where the objective compares."""
+    return objective.preference_weight > 0 if score_rejected is None else score_rejected
 
 
 class _Side(NamedTuple):
@@ -162,11 +168,11 @@ def pack(
 
     Args:
         pairs: At least one pair; every response has at least one token, every prompt too.
-        objective: Says which tokens the NLL covers and how it is reduced.
+        objective: What is minimised.
         layout: `shared`, `packed` or `padded`.
         index: The pairs' indices in the data set; their order here by default.
         empty: Build a micro-batch that is computed but weighs nothing.
-        score_rejected: Whether the rejected sides are run; by default, where the objective has an odds term.
+        score_rejected: Whether the rejected sides are run; by default, where the objective compares.
     """
     sides = _lay_out(pairs, layout, not empty and runs_rejected(objective, score_rejected))
     scored = _ScoredTokens(objective, empty)
@@ -181,6 +187,7 @@ def pack(
         response_lengths=tuple(scored.lengths),
         index=tuple(range(len(pairs)) if index is None else index),
         nll_weight=scored.nll_weight,
+        objective=objective,
         empty=empty,
     )
 

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orpo.engine.lengths import reset_dynamic_rope, turning_points
-from orpo.engine.objective import log_odds, odds_ratio_loss
+from orpo.engine.objective import log_odds
 from orpo.engine.packing import PackedBatch, Role, pack
 from orpo.engine.router import checked_router_loss
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
@@ -24,7 +25,7 @@ from orpo.errors import first_line
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
 
-PROBE_OBJECTIVE = Objective(beta=1.0)
+PROBE_OBJECTIVE = Objective(preference_weight=1.0)
 MAX_PROBE_LENGTH = 512
 """Windows, chunks and switches up to this length are exceeded by the probe's first pair."""
 
@@ -56,16 +57,16 @@ def layout_problem(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str 
 
 @contextmanager
 def _probing(model: nn.Module, scorer: Scorer) -> Iterator[None]:
-    """Without dropout and router loss, with the probe's objective, and with gradients."""
-    before = model.training, scorer.objective, scorer.router_loss
+    """Without dropout and router loss, and with gradients."""
+    before = model.training, scorer.router_loss
     model.eval()
-    scorer.objective, scorer.router_loss = PROBE_OBJECTIVE, None
+    scorer.router_loss = None
     try:
         with torch.enable_grad():
             yield
     finally:
         model.train(before[0])
-        scorer.objective, scorer.router_loss = before[1:]
+        scorer.router_loss = before[1]
 
 
 def measure(model: nn.Module, scorer: Scorer) -> list[str]:
@@ -141,14 +142,14 @@ def _side(
 ) -> tuple[float, bool]:
     """Mean log-probability of one side, and whether it has a slope in the embeddings of foreign tokens."""
     mine_T = (batch.pair_T == number) & (batch.role_T == role)
-    batch = replace(batch, nll_weight_T=mine_T.float())
+    nll_alone = replace(PROBE_OBJECTIVE, preference_weight=0.0)
+    batch = replace(batch, nll_weight_T=mine_T.float(), objective=nll_alone)
     found: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         found.append(output if output.requires_grad else output.requires_grad_())
         return found[-1]
 
-    scorer.objective = replace(PROBE_OBJECTIVE, beta=0.0)
     hook = scorer.model.get_input_embeddings().register_forward_hook(keep)
     try:
         output = model(batch=batch)
@@ -157,7 +158,6 @@ def _side(
         (slope,) = torch.autograd.grad(output.loss, found, allow_unused=True)
     finally:
         hook.remove()
-        scorer.objective = PROBE_OBJECTIVE
     return _value(output.pairs, number, role), slope is not None and bool(slope[foreign_BN].any().item())
 
 
@@ -257,5 +257,5 @@ def _plain_loss(model: nn.Module, scorer: Scorer, pairs: list[TokenizedPair], de
             if side is pair.chosen:
                 nll.append(-logprob_T)
     chosen_P, rejected_P = torch.stack(means[::2]), torch.stack(means[1::2])
-    odds = odds_ratio_loss(log_odds(chosen_P) - log_odds(rejected_P)).mean()
-    return torch.cat(nll).mean() + PROBE_OBJECTIVE.beta * odds
+    odds = -F.logsigmoid(log_odds(chosen_P) - log_odds(rejected_P)).mean()
+    return torch.cat(nll).mean() + PROBE_OBJECTIVE.preference_weight * odds

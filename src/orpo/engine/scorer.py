@@ -26,7 +26,7 @@ from orpo.engine.router import RouterLoss
 from orpo.engine.segments import SEGMENTS, Segments
 from orpo.engine.vocabulary import backbone_of, head_of
 from orpo.errors import ModelError
-from orpo.settings.config import LayoutName, Objective
+from orpo.settings.config import LayoutName
 
 ATTENTION = "orpo_segments"
 """Name under which our attention is registered with transformers."""
@@ -98,14 +98,13 @@ def _eager(function: _Function) -> _Function:
 class Scorer:
     """Holds what a prepared model needs besides its weights; one per model, reached from its `forward`."""
 
-    def __init__(self, model: PreTrainedModel, objective: Objective, logits_memory_mib: int) -> None:
+    def __init__(self, model: PreTrainedModel, logits_memory_mib: int) -> None:
         self.model = model
         self.backbone = backbone_of(model)
-        self.objective = objective
         self.chunk_bytes = logits_memory_mib * 2**20
         self.layout: LayoutName = "shared"
         self.plain_forward = model.forward
-        self.configs = _attention_configs(model)
+        self.configs = attention_configs(model)
         self.plain_attention = [config._attn_implementation for config in self.configs]
         self.num_attention_calls: int | None = None
         self.router_loss: RouterLoss | None = None
@@ -213,7 +212,7 @@ class Scorer:
         hidden = [output.last_hidden_state.flatten(0, 1) for output in outputs]
         hidden_ND = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         head = head_of(self.model, hidden_ND, self.logit_scale, self.chunk_bytes)
-        loss, pairs = score_batch(hidden_ND, head, batch, self.objective, denominators)
+        loss, pairs = score_batch(hidden_ND, head, batch, denominators)
         router_loss = self._router_loss(outputs, passes, batch, denominators)
         if router_loss is not None:
             loss, router_loss = loss + router_loss, router_loss.detach()
@@ -346,7 +345,7 @@ _HARMLESS = {
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_segments_attention_forward))
 
 
-def _attention_configs(model: PreTrainedModel) -> list[Any]:
+def attention_configs(model: PreTrainedModel) -> list[Any]:
     """Every configuration object a layer may read its attention implementation from."""
     found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]

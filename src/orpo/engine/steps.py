@@ -8,7 +8,7 @@ items, in the order of the data.
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from orpo.engine.packing import PackedBatch, num_nll_tokens, pack, runs_rejected
 from orpo.engine.planning import plan_epoch, plan_step
 from orpo.errors import DataError
 from orpo.pairs import TokenizedPair
-from orpo.settings.config import LayoutName, Objective
+from orpo.settings.config import LayoutName, Objective, Schedule
 
 EVALUATION_BLOCK = 512
 """Pairs per rank that are packed together when evaluating; only the speed depends on it."""
@@ -31,12 +31,13 @@ class BatchSettings:
     """How pairs become the micro-batches of one rank.
 
     Attributes:
-        objective: What is minimised.
+        objective: What is minimised, where no schedule says otherwise.
         layout: How they are laid out.
         tokens_per_micro_batch: Most tokens in one; a longer pair has one to itself.
         rank: This process, in [0, num_ranks).
         num_ranks: Processes that share a step.
-        score_rejected: Whether rejected sides are run; None: where the objective has an odds term.
+        score_rejected: Whether rejected sides are run; None: where the objective compares.
+        schedule: What is minimised in each step of a run.
     """
 
     objective: Objective
@@ -45,6 +46,11 @@ class BatchSettings:
     rank: int = 0
     num_ranks: int = 1
     score_rejected: bool | None = None
+    schedule: Schedule | None = None
+
+    def at(self, step: int) -> "BatchSettings":
+        """Those of a step of the run, counted from 0."""
+        return self if self.schedule is None else replace(self, objective=self.schedule.at(step).objective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,11 @@ class Step:
     batches: tuple[PackedBatch, ...]
     pairs: tuple[tuple[TokenizedPair, ...], ...]
     denominators: Denominators
+
+    @property
+    def objective(self) -> Objective:
+        """What it minimises."""
+        return self.batches[0].objective
 
     @property
     def num_tokens(self) -> int:
@@ -115,7 +126,7 @@ def split_batches(step: Step, settings: BatchSettings) -> Step | None:
                 batches.append(
                     pack(
                         pairs[half],
-                        settings.objective,
+                        batch.objective,
                         layout=settings.layout,
                         index=batch.index[half],
                         empty=batch.empty,
@@ -157,6 +168,7 @@ class StepDataset(Dataset[Step]):
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of `epoch`."""
+        self._epoch = epoch
         self._steps = self._plan(epoch=epoch)
 
     def __len__(self) -> int:
@@ -164,7 +176,8 @@ class StepDataset(Dataset[Step]):
 
     def __getitem__(self, step: int) -> Step:
         index = self._steps[step].tolist()
-        return build_step([self.pairs[i] for i in index], index, self.settings)
+        settings = self.settings.at(self._epoch * len(self) + step)
+        return build_step([self.pairs[i] for i in index], index, settings)
 
 
 class StepStream(IterableDataset[Step]):
@@ -195,9 +208,9 @@ class StepStream(IterableDataset[Step]):
 
     def __iter__(self) -> Iterator[Step]:
         pairs = enumerate(self._pairs())
-        while True:
+        for number in itertools.count():
             index, step = zip(*itertools.islice(pairs, self.pairs_per_step), strict=True)
-            yield build_step(step, index, self.settings)
+            yield build_step(step, index, self.settings.at(number))
 
     def _pairs(self) -> Iterator[TokenizedPair]:
         for epoch in itertools.count():

@@ -42,12 +42,14 @@ def head_of(model: PreTrainedModel, hidden_ND: Tensor, scale: float, chunk_bytes
         chunk_bytes: Largest chunk of logits.
     """
     weight, bias = _weight_and_bias(model.get_output_embeddings(), hidden_ND)
-    most = max(1, chunk_bytes // (4 * weight.shape[0]))
-    return Head(
-        weight, bias, scale, soft_cap(model),
-        chunk_tokens=min(CPU_CHUNK_TOKENS, most) if weight.device.type == "cpu" else most,
-        max_chunk_tokens=most,
-    )  # fmt: skip
+    usual, most = chunk_sizes(len(weight), chunk_bytes, on_cpu=weight.device.type == "cpu")
+    return Head(weight, bias, scale, soft_cap(model), chunk_tokens=usual, max_chunk_tokens=most)
+
+
+def chunk_sizes(vocabulary: int, chunk_bytes: int, *, on_cpu: bool) -> tuple[int, int]:
+    """Scored tokens whose logits are made together: usually, and at most, for the sake of a long pair."""
+    most = max(1, chunk_bytes // (4 * vocabulary))
+    return min(CPU_CHUNK_TOKENS, most) if on_cpu else most, most
 
 
 def soft_cap(model: PreTrainedModel) -> float | None:

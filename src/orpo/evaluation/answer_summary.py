@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from orpo.data.refusals import refuses
 from orpo.data.words import runs_of, words_of
-from orpo.evaluation.answers import Answer
+from orpo.evaluation.answers import Answer, Reply
 from orpo.evaluation.diversity import Diversity, diversity
+from orpo.evaluation.statistics import clustered_mean
+from orpo.run.log import Figure, Figures
 
 RUN = 3
 """Words of a run whose repeats are counted."""
@@ -94,6 +98,36 @@ def summarise(answers: Sequence[Answer], embeddings: str | Path | None = None) -
         empty=sum(not count for count in words),
         diversity=_diversity(answers, embeddings),
     )
+
+
+def answer_figures(answers: Sequence[Answer | Reply], before: Sequence[Answer | Reply] = ()) -> Figures:
+    """How often answers end and repeat themselves, with standard errors over prompts.
+
+    Args:
+        answers: One to each prompt, at least one.
+        before: Another model's to the same prompts in the same order; then it is the mean change from these.
+    """
+    values = _values(answers)
+    if before:
+        other = _values(before)
+        values = {
+            name: [a - b for a, b in zip(ours, other[name], strict=True)] for name, ours in values.items()
+        }
+    found: dict[str, Figure] = {}
+    for name, one in values.items():
+        value_P = torch.tensor(one, dtype=torch.float64)
+        figure = clustered_mean(value_P, torch.ones_like(value_P), torch.arange(len(one)))
+        assert figure is not None
+        found[name] = figure
+    return found
+
+
+def _values(answers: Sequence[Answer | Reply]) -> dict[str, list[float]]:
+    texts = [answer.output if isinstance(answer, Answer) else answer.text for answer in answers]
+    return {
+        "ended": [float(answer.ended) for answer in answers],
+        "repetition": [repetition(text) for text in texts],
+    }
 
 
 def _diversity(answers: Sequence[Answer], embeddings: str | Path | None) -> Diversity | None:

@@ -63,7 +63,7 @@ def compare_models(
     Raises:
         OrpoError: A model, the data or the settings cannot be used, or the models have no pair in common.
     """
-    shared = inherited_by_evaluation(run_recipe(second)) | settings
+    shared = inherited_by_evaluation(run_recipe(second), settings) | settings
     options: dict[str, Any] = {"split": split, "batch_size": batch_size, "progress": progress, "save": False}
     before = evaluate(first, data, quiet=quiet, **options, **shared)
     after = evaluate(second, data, quiet=quiet, **options, **shared)
@@ -74,6 +74,8 @@ def compare_models(
     scored = max(len(one) for one in results)
     if change.num_pairs < scored and not quiet:
         say(f"{change.num_pairs} of {scored} pairs are scored by both models; only these are compared")
+    if run_objective(shared).needs_reference and not quiet:
+        say(f"its loss and rewards have {first} as the reference: objective dpo compares with a model")
     by_preference = change.num_preferences > 0
     words = Words(
         f"{second} is better than {first}",

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ class PairResults:
         """Mean changes from these results to those of the same pairs by another model, pair by pair."""
         before_P, weight_P = pair_values(self.scores, objective)
         after_P, _ = pair_values(after.scores, objective)
-        return self._means({name: after_P[name] - before_P[name] for name in before_P}, weight_P)
+        both = before_P.keys() & after_P.keys()
+        return self._means({name: after_P[name] - before_P[name] for name in both}, weight_P)
 
     def _means(self, value_P: Mapping[str, Tensor], weight_P: Mapping[str, Tensor]) -> Figures:
         found = {}
@@ -115,7 +117,8 @@ def pair_values(scores: PairScores, objective: Objective) -> tuple[dict[str, Ten
     """Each metric's values by pair, and the pairs' weights in its mean. Both [P] by name.
 
     `nll` is each pair's token mean, `nll_token_mean` weights every token the same, and `loss` is the
-    objective of these means.
+    objective of these means. What an objective tells from a reference model's scores is left out where these
+    are not known.
 
     Args:
         scores: Of at least one pair.
@@ -124,14 +127,43 @@ def pair_values(scores: PairScores, objective: Objective) -> tuple[dict[str, Ten
     has_P = scores.has_rejected_P.double()
     one_P = torch.ones_like(has_P)
     nll_P = scores.nll_sum_P / scores.nll_weight_P
-    value_P = {metric.name: metric.value(scores, objective) for metric in METRICS if metric.value}
-    # A pair without a rejected side has no odds term, so the others' weigh more: means, then their sum.
-    share = len(one_P) / max(int(has_P.sum()), 1)
-    odds_P = torch.where(scores.has_rejected_P, objective.beta * share * value_P["odds_ratio_loss"], 0)
-    value_P |= {"nll": nll_P, "nll_token_mean": nll_P, "loss": objective.nll_weight * nll_P + odds_P}
+    value_P = {
+        metric.name: metric.value(scores, objective)
+        for metric in METRICS
+        if metric.value is not None and metric.is_of(objective)
+    }
+    # A pair without a rejected side has nothing to compare, so the others weigh more: means, then their sum.
+    share = objective.preference_weight * len(one_P) / max(int(has_P.sum()), 1)
+    compared_P = torch.where(scores.has_rejected_P, share * value_P["odds_ratio_loss"], 0)
+    value_P |= {"nll": nll_P, "nll_token_mean": nll_P, "loss": objective.nll_weight * nll_P + compared_P}
+    if objective.needs_reference and not knows_reference(scores):
+        value_P = {name: value for name, value in value_P.items() if not bool(value.isnan().any())}
     preferences = {metric.name for metric in METRICS if metric.divisor == "preferences"}
     weight_P = {name: has_P if name in preferences else one_P for name in value_P}
     return value_P, weight_P | {"nll_token_mean": scores.nll_tokens_P.double()}
+
+
+def knows_reference(scores: PairScores) -> bool:
+    """Whether there are scores of a reference model beside those of the model."""
+    return not bool(scores.chosen_reference_P.isnan().any())
+
+
+def with_one_reference(first: PairResults, second: PairResults) -> tuple[PairResults, PairResults]:
+    """Both results of the same pairs with the same reference, so that what depends on it can be compared.
+
+    It is that of the second model; where that is not known, that of the first; where neither is known, the
+    first model itself.
+    """
+    known = next((one.scores for one in (second, first) if knows_reference(one.scores)), None)
+    if known is None:
+        chosen_P, rejected_P = first.scores.chosen_logprob_P, first.scores.rejected_logprob_P
+    else:
+        chosen_P, rejected_P = known.chosen_reference_P, known.rejected_reference_P
+    columns = {"chosen_reference_P": chosen_P, "rejected_reference_P": rejected_P}
+    return (
+        replace(first, scores=first.scores._replace(**columns)),
+        replace(second, scores=second.scores._replace(**columns)),
+    )
 
 
 def matched(before: PairResults, after: PairResults) -> tuple[PairResults, PairResults]:
@@ -163,8 +195,12 @@ def _lines(name: str, results: PairResults) -> Iterator[dict[str, object]]:
     columns = {key: column.tolist() for key, column in results.scores._asdict().items()}
     prompts = results.prompt_P.tolist()
     for number, (source, group) in enumerate(zip(results.sources, results.groups, strict=True)):
-        scores = {key: values[number] for key, values in columns.items()}
+        scores = {key: _or_null(values[number]) for key, values in columns.items()}
         yield {"set": name, "source": source, "group": group, "prompt": prompts[number], **scores}
+
+
+def _or_null(value: Any) -> Any:
+    return None if value != value else value  # JSON has no word for what is not a number
 
 
 def read_results(path: Path) -> dict[str, PairResults]:
@@ -188,9 +224,13 @@ def read_results(path: Path) -> dict[str, PairResults]:
 _FIELDS = ("source", "group", "prompt", *PairScores._fields)
 
 
+def _column(values: Sequence[Any]) -> Tensor:
+    return torch.tensor([torch.nan if value is None else value for value in values], dtype=torch.float64)
+
+
 def _from_lines(lines: Sequence[Mapping[str, object]]) -> PairResults:
     columns = {name: [line[name] for line in lines] for name in _FIELDS}
-    scores = {name: torch.tensor(columns[name], dtype=torch.float64) for name in PairScores._fields}
+    scores = {name: _column(columns[name]) for name in PairScores._fields}
     return PairResults(
         PairScores(**(scores | {"has_rejected_P": scores["has_rejected_P"] > 0})),
         torch.tensor(columns["prompt"]),

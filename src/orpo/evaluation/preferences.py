@@ -188,7 +188,7 @@ def ready_to_score(
     """
     folder = model_folder(model)
     _say_all([] if quiet else _unfinished(RunDirectory(Path(model)), folder))
-    recipe = inherited_by_evaluation(run_recipe(str(model))) | settings
+    recipe = inherited_by_evaluation(run_recipe(str(model)), settings) | settings
     check_recipe(recipe)
     resolved = OrpoSettings.from_recipe(recipe)
     tokenizer = load_tokenizer(folder, trust_remote_code=resolved.trust_remote_code)
@@ -200,6 +200,8 @@ def ready_to_score(
     loaded = load_trained(folder, resolved)
     check_token_ids(read.pairs, num_embeddings(loaded), tokenizer)
     batches, notices = _batch_settings(loaded, resolved, read.pairs.longest)
+    if batches.objective.needs_reference:
+        notices = [*notices, _NO_REFERENCE]
     _say_all([] if quiet else notices)
     return ReadyToScore(model=loaded, read=read, batches=batches, settings=recipe)
 
@@ -254,6 +256,12 @@ def evaluate(
     return save_result(result, name) if save else result
 
 
+_NO_REFERENCE = (
+    "objective dpo: loss and rewards are left out, since they need the scores of a reference, the model"
+    " before training; `orpo eval BASE RUN` has them"
+)
+
+
 def save_result(result: Result, name: str | None = None, **further: Any) -> Result:
     """Save a result in its run directory; one of a model that is in none is returned as it is.
 
@@ -293,7 +301,7 @@ def _batch_settings(
     memory = settings.logits_memory_mib
     lines = check_length(base_model(model), longest)
     prepared = prepare_model(
-        model, objective, layout=settings.layout, logits_memory_mib=memory, longest=settings.max_length
+        model, layout=settings.layout, logits_memory_mib=memory, longest=settings.max_length
     )
     device = next(model.parameters()).device
     budget = settings.tokens_per_micro_batch or default_tokens_per_micro_batch(model, device, trains=False)

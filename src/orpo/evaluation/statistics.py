@@ -102,19 +102,79 @@ def _by_prompt(value_P: Tensor, prompt_P: Tensor) -> Tensor:
     return torch.zeros(int(prompt_P.max()) + 1, dtype=torch.float64).index_add_(0, prompt_P, value_P)
 
 
-def critical(num_prompts: int) -> float:
+class Estimate(NamedTuple):
+    """A mean over pairs and runs, its standard error where it has one, and how well that is known.
+
+    `df` is the degrees of freedom of Student's t that the interval is taken from.
+    """
+
+    mean: float
+    se: float | None
+    df: float
+
+    @property
+    def figure(self) -> Figure:
+        """Mean and error."""
+        return Figure(self.mean, self.se)
+
+    def interval(self, looks: int = 1) -> tuple[float, float] | None:
+        """The bounds that hold with `CONFIDENCE`, for so many intervals together (Bonferroni)."""
+        if self.se is None:
+            return None
+        half = critical(self.df + 1, looks=looks) * self.se
+        return self.mean - half, self.mean + half
+
+
+def mean_over_runs(value_RP: Tensor, weight_P: Tensor, prompt_P: Tensor) -> Estimate | None:
+    """The mean of what several runs say of the same pairs; prompts and runs both are what was drawn.
+
+    Its variance is that of the mean over prompts, with each pair's mean over the runs, and that of the runs'
+    means. What runs and pairs share is in both, so the error is a little too large rather than too small.
+
+    Args:
+        value_RP: Values, a row for each of at least one run.
+        weight_P: Weights of the pairs, at least 0.
+        prompt_P: The same number for pairs with the same prompt, from 0 on.
+
+    Returns:
+        The estimate, without an error where fewer than two prompts have weight; None where no pair has any.
+
+    Source:
+        Degrees of freedom of a sum of variances: Satterthwaite (1946).
+    """
+    value_RP, weight_P = value_RP.double(), weight_P.double()
+    runs = len(value_RP)
+    value_RP = torch.where(weight_P > 0, value_RP, 0)
+    figure = clustered_mean(value_RP.mean(0) * weight_P, weight_P, prompt_P)
+    if figure is None:
+        return None
+    if figure.se is None:
+        return Estimate(figure.mean, None, 0.0)
+    prompts = float(prompt_P[weight_P > 0].unique().numel() - 1)
+    of_prompts, of_runs = figure.se**2, 0.0
+    if runs > 1:
+        mean_R = (value_RP * weight_P).sum(1) / weight_P.sum()
+        of_runs = mean_R.var(correction=1).item() / runs
+    total = of_prompts + of_runs
+    parts = of_prompts**2 / prompts + (of_runs**2 / (runs - 1) if runs > 1 else 0.0)
+    return Estimate(figure.mean, math.sqrt(total), total**2 / parts if parts else prompts)
+
+
+def critical(num_prompts: float, *, looks: int = 1) -> float:
     """How many of its standard errors a mean over so many prompts must be from 0 to be measurable.
 
     Args:
-        num_prompts: At least 2.
+        num_prompts: At least 2; one more than the degrees of freedom.
+        looks: Means that are looked at together (Bonferroni).
 
     Returns:
         The quantile of Student's t for `CONFIDENCE`: 1.96 for many prompts, 2.26 for ten, 4.2 for three.
 
     Source:
-        Cornish-Fisher expansion in 1/df (Abramowitz and Stegun, 26.7.5); 3 % too small at df = 2.
+        Cornish-Fisher expansion in 1/df (Abramowitz and Stegun, 26.7.5); 3 % too small at df = 2, and an
+        eighth there for five looks.
     """
-    df, z = num_prompts - 1, _Z
+    df, z = max(num_prompts - 1, 1.0), NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2 / looks)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -124,11 +184,17 @@ def critical(num_prompts: int) -> float:
     return z + correction
 
 
-def visible(change: Figure, num_prompts: int) -> float | None:
-    """The smallest change that pairs would have shown with probability `POWER`; None without an error."""
+def visible(change: Figure, num_prompts: float, *, looks: int = 1) -> float | None:
+    """The smallest change that pairs would have shown with probability `POWER`; None without an error.
+
+    Args:
+        change: With its error.
+        num_prompts: As for `critical`, like `looks`.
+        looks: Changes that are looked at together.
+    """
     if change.se is None or num_prompts < 2:
         return None
-    return (critical(num_prompts) + _Z_POWER) * change.se
+    return (critical(num_prompts, looks=looks) + _Z_POWER) * change.se
 
 
 def pairs_needed(effect: float, spread: float) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from orpo.engine.metrics import write_change, write_figure
 from orpo.errors import DataError
-from orpo.evaluation.per_pair import PairResults, matched, read_results
+from orpo.evaluation.per_pair import PairResults, matched, read_results, with_one_reference
 from orpo.evaluation.statistics import critical, pairs_needed, visible
 from orpo.run.directory import Run, RunDirectory, read_run
 from orpo.run.log import Figure, Figures, figures_from_json, figures_to_json, flat_name
@@ -119,8 +119,13 @@ _COUNTS, _FIGURES = ("num_pairs", "num_preferences", "num_prompts"), ("before", 
 
 
 def compare(before: PairResults, after: PairResults, objective: Objective) -> Change:
-    """What the pairs that both evaluations have in common say; there is at least one."""
+    """What the pairs that both evaluations have in common say; there is at least one.
+
+    An objective with a reference has the same one on both sides (`with_one_reference`).
+    """
     first, second = matched(before, after)
+    if objective.needs_reference:
+        first, second = with_one_reference(first, second)
     others = second.by_group()
     groups = {name: _change(one, others[name], objective, {}) for name, one in first.by_group().items()}
     return _change(first, second, objective, groups)
@@ -185,7 +190,7 @@ def _is_only_surer(change: Change) -> bool:
 
 def is_by_preference(change: Change, objective: Objective) -> bool:
     """Whether a run with this objective is to be judged by the preferences of these pairs."""
-    return objective.beta > 0 and change.num_preferences > 0
+    return objective.preference_weight > 0 and change.num_preferences > 0
 
 
 def sentence(kind: Kind, change: Change, words: Words, *, by_preference: bool) -> str:
@@ -211,7 +216,7 @@ def _nothing(change: Change, opening: str, pairs: str, figures: str) -> str:
         return f"No verdict: the figures contradict each other; {figures}."
     if _is_only_surer(change):
         loss = _by("odds_ratio_loss", change)
-        return f"Surer, but no better: {figures}; the odds-ratio loss changed by {loss}."
+        return f"Surer, but no better: {figures}; the preference loss changed by {loss}."
     seen = visible(odds, change.num_prompts)
     if seen is None:
         return f"No verdict: {pairs} cannot tell; {figures}."
@@ -379,11 +384,13 @@ def share_advice(objective: Objective, training: Figures) -> list[str]:
     odds, prompt = training.get("odds_share"), training.get("prompt_share")
     lines = []
     if odds is not None and 0 < odds.mean < LOW_ODDS_SHARE and objective.nll_weight > 0:
-        wanted = LOW_ODDS_SHARE / (1 - LOW_ODDS_SHARE)
-        beta = objective.beta * wanted * (1 - odds.mean) / odds.mean
+        factor = LOW_ODDS_SHARE / (1 - LOW_ODDS_SHARE) * (1 - odds.mean) / odds.mean
+        key, term, now, then = "beta", "odds-ratio term", objective.preference_weight, factor
+        if objective.compares != "odds":  # there beta is the scale, and the NLL has a weight
+            key, term, now, then = "nll_weight", "term that compares", objective.nll_weight, 1 / factor
         lines.append(
-            f"beta: {beta:.2g} (with {objective.beta:g} the odds-ratio term has {odds.mean:.0%} of the"
-            f" gradient; so it would have {LOW_ODDS_SHARE:.0%})"
+            f"{key}: {now * then:.2g} (with {now:g} the {term} has {odds.mean:.0%} of the gradient; so it"
+            f" would have {LOW_ODDS_SHARE:.0%})"
         )
     if prompt is not None and prompt.mean > 1 - LOW_ANSWER_SHARE and objective.nll_on == "full":
         lines.append(f"nll_on: response ({prompt.mean:.0%} of the NLL's tokens are prompt)")

@@ -39,6 +39,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     planned = run.environment.get("steps")
     of_planned = f" of {planned:,}" if isinstance(planned, int) and planned > run.last_step else ""
     facts = [("steps", f"{run.last_step:,}{of_planned}")]
+    if run.stages:
+        facts.append(("stages", ", ".join(f"{name} from step {step:,}" for step, name in run.stages)))
     trained = run.data.get("train", {}).get("rows", {}).get("kept")
     if trained:
         facts.append(("pairs trained on", f"{trained:,}"))

@@ -20,6 +20,8 @@ class Line:
     position: int
 
 
+METHODS = tuple(f"m{number}" for number in range(6))
+"""Colours of curves that stand side by side, each of a method of its own."""
 _WIDTH, _HEIGHT = 480, 280
 _TOP, _RIGHT, _BOTTOM = 10, 12, 44
 _CHARACTER = 7
@@ -37,6 +39,7 @@ def figure_html(
     *,
     percent: bool = False,
     across: str = "optimizer step",
+    marks: Sequence[int] = (),
 ) -> str:
     """A figure with its title, legend and caption; nothing where there is no curve.
 
@@ -47,17 +50,18 @@ def figure_html(
         legend: The keys, as HTML.
         percent: Whether values are shares.
         across: What the points go along.
+        marks: Steps after which another stage begins.
     """
     if not any(math.isfinite(value) for line in lines for _, value, _ in line.points):
         return ""
     keys = f'<div class="legend">{"".join(legend)}</div>' if legend else ""
     return (
-        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent, across)}"
+        f"<figure><h3>{escape(title)}</h3>{keys}{_svg(title, lines, percent, across, marks)}"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _svg(title: str, lines: Sequence[Line], percent: bool, across: str) -> str:
+def _svg(title: str, lines: Sequence[Line], percent: bool, across: str, marks: Sequence[int]) -> str:
     steps = [float(step) for line in lines for step, value, _ in line.points if math.isfinite(value)]
     values = [edge for line in lines for _, low, high in _bands(line.points) for edge in (low, high)]
     x_low, x_high = _widened(min(steps), max(steps), 0.02)
@@ -84,6 +88,9 @@ def _svg(title: str, lines: Sequence[Line], percent: bool, across: str) -> str:
     parts.append(
         f'<text x="{(left + right) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>'
     )
+    for step in marks:
+        if x_low <= step <= x_high:
+            parts.append(f'<path d="M{x(step):.1f} {_TOP}V{bottom}" stroke="var(--muted)" opacity="0.5"/>')
     for line in lines:
         parts += _curve([(x(step), y(value)) for step, value, _ in _finite(line.points)], line)
         edges = [(x(step), y(low), y(high)) for step, low, high in _bands(line.points) if low < high]

@@ -170,7 +170,7 @@ def _verdict(shown: Shown, evidence: Sequence[Evidence]) -> str:
         verdict = replace(verdict, kind=kind, sentence=said, advice=())
     advice = "".join(f"<li>{escape(line)}</li>" for line in verdict.advice)
     tries = f'<p class="caption">Try:</p><ul>{advice}</ul>' if advice else ""
-    said = f"<p>{escape(_typeset(verdict.sentence))}</p>{tries}"
+    said = f"<p>{escape(typeset(verdict.sentence))}</p>{tries}"
     return f'<section id="verdict" class="{verdict.kind}">{said}</section>'
 
 
@@ -213,7 +213,7 @@ def _table(evidence: Evidence, run: Run) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = "".join(
         f'<tr><th scope="row">{escape(_title(name))}</th>'
-        + "".join(f"<td>{_figure_html(name, figures.get(name))}</td>" for _, figures in evidence.columns)
+        + "".join(f"<td>{figure_as_html(name, figures.get(name))}</td>" for _, figures in evidence.columns)
         + (f"<td>{_change_html(name, change.get(name))}</td>" if change else "")
         + "</tr>"
         for name in in_order(evidence.columns[-1][1])
@@ -251,7 +251,7 @@ def _groups(evidence: Evidence) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{one.num_pairs:,}</td>'
         + "".join(
-            f"<td>{_figure_html(metric, one.before.get(metric))}</td>"
+            f"<td>{figure_as_html(metric, one.before.get(metric))}</td>"
             f"<td>{_change_html(metric, one.change.get(metric))}</td>"
             for metric in ("accuracy", "log_odds_ratio")
         )
@@ -276,11 +276,11 @@ def _tile(name: str, evidence: Evidence) -> str:
     change = evidence.change.change.get(name) if evidence.change else _difference(name, evidence)
     changed = ""
     if change is not None:
-        text = _typeset(str(write_change(name, change)))
+        text = typeset(str(write_change(name, change)))
         changed = f'<span class="{_colour(name, change, evidence)}">{text}</span>'
     return (
         f'<div class="tile"><span class="label">{escape(_title(name))}</span>'
-        f'<span class="value">{_typeset(written.value)}{_error_html(written)}</span>{changed}'
+        f'<span class="value">{typeset(written.value)}{_error_html(written)}</span>{changed}'
         f'<span class="n">{_number(evidence)}</span></div>'
     )
 
@@ -306,9 +306,10 @@ def _title(name: str) -> str:
     return title[:1].upper() + title[1:]
 
 
-def _figure_html(name: str, figure: Figure | None) -> str:
+def figure_as_html(name: str, figure: Figure | None) -> str:
+    """A figure with its error and its unit in small type."""
     written = write_figure(name, figure)
-    return _typeset(written.value) + _error_html(written)
+    return typeset(written.value) + _error_html(written)
 
 
 def _error_html(written: Written) -> str:
@@ -318,10 +319,10 @@ def _error_html(written: Written) -> str:
 
 def _change_html(name: str, change: Figure | None) -> str:
     written = write_change(name, change)
-    return _typeset(written.value) + _error_html(written)
+    return typeset(written.value) + _error_html(written)
 
 
-def _typeset(number: str) -> str:
+def typeset(number: str) -> str:
     """With a minus sign before digits instead of a hyphen, and a dash for nothing."""
     return "\N{EN DASH}" if number == "-" else re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", number)
 
@@ -334,7 +335,9 @@ def _curves(run: Run, others: list[Run]) -> str:
     drawn = "".join(figures)
     if not drawn:
         return ""
-    return f'<section id="curves"><h2>Curves</h2><div class="figures">{drawn}</div></section>'
+    names = ", ".join(f"{name} from step {step:,}" for step, name in run.stages)
+    stages = f'<p class="caption">Lines mark where a stage begins: {escape(names)}.</p>' if names else ""
+    return f'<section id="curves"><h2>Curves</h2>{stages}<div class="figures">{drawn}</div></section>'
 
 
 def _logprob_figure(run: Run, others: list[Run], set_name: str) -> str:
@@ -348,7 +351,7 @@ def _logprob_figure(run: Run, others: list[Run], set_name: str) -> str:
                 name = f"{one.name}, {side}" if others else side
                 legend.append(_legend(name, side, position))
     caption = "Mean log-prob of a token of the held-out answers; the band is one standard error."
-    return figure_html("Chosen and rejected answers", caption, lines, legend)
+    return figure_html("Chosen and rejected answers", caption, lines, legend, marks=_marks(run))
 
 
 def _held_out_figure(name: str, run: Run, others: list[Run], set_name: str) -> str:
@@ -361,7 +364,9 @@ def _held_out_figure(name: str, run: Run, others: list[Run], set_name: str) -> s
             legend.append(_legend(one.name, "run" if position == 0 else "other", position))
     metric = metric_named(name)
     percent = metric.unit == "share"
-    return figure_html(_title(name), metric.caption, lines, legend if others else [], percent=percent)
+    return figure_html(
+        _title(name), metric.caption, lines, legend if others else [], percent=percent, marks=_marks(run)
+    )
 
 
 def _training_figure(name: str, run: Run, others: list[Run]) -> str:
@@ -378,7 +383,12 @@ def _training_figure(name: str, run: Run, others: list[Run]) -> str:
     caption = f"{metric.caption} Measured while training.{several}"
     percent = metric.unit == "share"
     title = "Training loss" if name == "loss" else _title(name)
-    return figure_html(title, caption, lines, legend if others else [], percent=percent)
+    return figure_html(title, caption, lines, legend if others else [], percent=percent, marks=_marks(run))
+
+
+def _marks(run: Run) -> list[int]:
+    """The steps after which a stage other than the first begins."""
+    return [step - 1 for step, _ in run.stages[1:]]
 
 
 def _held_out_series(run: Run, name: str, set_name: str) -> Points:

@@ -25,8 +25,10 @@ _EVALUATION = "eval-{}.json"
 _EVALUATED_PAIRS = "eval-{}.jsonl"
 _SUITE = "suite-{}.json"
 _STEP_RESULTS = "pairs-step-{}.jsonl"
+_REFERENCE = "reference-{}.npy"
 _RESULTS = (
     _EVALUATION.format("*"), _EVALUATED_PAIRS.format("*"), _SUITE.format("*"), _STEP_RESULTS.format("*"),
+    _REFERENCE.format("*"),
 )  # fmt: skip
 _MODEL = (
     MODEL_CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
@@ -100,6 +102,11 @@ class RunDirectory:
         return self.path / "train.log"
 
     @property
+    def cost(self) -> Path:
+        """What training took of a process of its own, where it was measured."""
+        return self.path / "cost.json"
+
+    @property
     def demo_result(self) -> Path:
         """The figures of a demo's table."""
         return self.path / "demo.json"
@@ -129,6 +136,10 @@ class RunDirectory:
     def step_results(self, step: int) -> Path:
         """What the run's evaluation at a step found, pair by pair."""
         return self.path / _STEP_RESULTS.format(step)
+
+    def reference(self, name: str) -> Path:
+        """What DPO's reference says of the pairs of one set."""
+        return self.path / _REFERENCE.format(name)
 
     def steps_with_results(self) -> list[int]:
         """The steps whose evaluation is kept pair by pair, in order."""
@@ -249,6 +260,11 @@ class Run:
     def last_step(self) -> int:
         """Optimizer steps made so far."""
         return max((record.step for record in self.records), default=0)
+
+    @property
+    def stages(self) -> list[tuple[int, str]]:
+        """First step of each stage, counted from 1, and the name of its objective; empty without stages."""
+        return [(record.step + 1, record.stage) for record in self.records if record.kind == "stage"]
 
     def training_means(self) -> dict[str, Figure]:
         """What was measured while training, averaged over the log's lines, each with the steps it covers."""

@@ -19,7 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_NAME = ".lock"
+LOCK = ".lock"
+"""The file that is locked."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[Path] = set()
 
@@ -34,7 +35,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         RunError: Another process trains there, or the folder cannot be written.
     """
-    path = folder.resolve() / _NAME
+    path = folder.resolve() / LOCK
     if path in _held:
         yield
         return

@@ -2,11 +2,13 @@
 
     {"step": 10, "kind": "train", "epoch": 0.5, "seconds": 3.1, "metrics": {"loss": 2.3, "accuracy": 0.5}}
     {"step": 10, "kind": "eval", "set": "hh", "num_pairs": 9, ..., "metrics": {"nll": {"mean": 2, "se": 0.1}}}
+    {"step": 20, "kind": "stage", "stage": "simpo", ...}
     {"step": 40, "kind": "saved", "model_step": 30, ...}
 
 A training record covers the steps since the last one. An evaluation record is one evaluation of one set, so a
-set may have any name. A saved record says whose step's weights the run directory holds. Only dashboards see
-flat names (`eval_hh_accuracy`), which `flat_name` makes and nothing takes apart.
+set may have any name. A stage record is written where another objective begins, of a run that has several; a
+saved record says whose step's weights the run directory holds. Only dashboards see flat names
+(`eval_hh_accuracy`), which `flat_name` makes and nothing takes apart.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any, Literal, get_args
 from orpo.errors import DataError
 from orpo.run.disk import cannot_write, replace_text
 
-Kind = Literal["train", "eval", "saved"]
+Kind = Literal["train", "eval", "stage", "saved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,11 @@ class Record:
 
     Attributes:
         step: Optimizer steps made when it was written.
-        kind: `train`, `eval` or `saved`.
+        kind: `train`, `eval`, `stage` or `saved`.
         metrics: Figures by metric; standard errors in evaluations only.
         set: Name of the evaluation set; the only one of a run is named "".
         num_pairs: Pairs scored; None in other records.
+        stage: In a stage record, the name of the objective that begins after this step.
         model_step: In a saved record, the step whose weights were saved.
         epoch: Passes over the training data so far.
         seconds: Since the run began.
@@ -90,6 +93,7 @@ class Record:
     metrics: Figures = field(default_factory=dict)
     set: str = ""
     num_pairs: int | None = None
+    stage: str = ""
     model_step: int | None = None
     epoch: float = 0.0
     seconds: float = 0.0
@@ -99,6 +103,8 @@ class Record:
         line: dict[str, Any] = {"step": self.step, "kind": self.kind}
         if self.kind == "eval":
             line |= {"set": self.set, "num_pairs": self.num_pairs}
+        if self.kind == "stage":
+            line["stage"] = self.stage
         if self.kind == "saved":
             line["model_step"] = self.model_step
         line |= {"epoch": round(self.epoch, 6), "seconds": round(self.seconds, 3)}

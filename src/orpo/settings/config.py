@@ -7,17 +7,20 @@ of what is minimised. Reading a recipe: `orpo.settings.recipe`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import bisect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from orpo.errors import ConfigError
 from orpo.settings.facts import Facts, TrlDefault, setting
 from orpo.settings.inherited import INHERITED
 
-ObjectiveName = Literal["orpo", "response", "llamafactory", "tempered", "simpo", "cpo_simpo"]
-Compares = Literal["odds", "logprobs"]
+ObjectiveName = Literal[
+    "orpo", "sft", "tempered_odds", "simpo", "cpo_simpo", "cpo", "dpo", "response", "llamafactory"
+]
+Compares = Literal["odds", "means", "sums", "ratios"]
 NllOn = Literal["full", "response", "assistant"]
 NllReduction = Literal["token", "pair"]
 TextRows = Literal["chat", "plain"]
@@ -26,39 +29,60 @@ LayoutName = Literal["shared", "packed", "padded"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimised: `nll_weight * NLL + beta * L` (design of the objective: docs/objective.md).
+    """What is minimised: `nll_weight * NLL + preference_weight * L` (docs/objective.md has the equations).
 
     Attributes:
-        beta: Weight of the term that compares; ORPO's lambda, at least 0; 0 is supervised fine-tuning.
+        preference_weight: Weight of the term L that compares, ORPO's lambda, at least 0; 0 is supervised
+            fine-tuning.
         nll_weight: Weight of the NLL term, at least 0; 0 trains on the comparison alone.
-        odds_scale: Factor on the difference inside the sigmoid; 1 in ORPO, SimPO's beta.
-        compares: `odds` of the two answers, or their mean `logprobs` (SimPO).
-        target_margin: What the scaled difference has to exceed; SimPO's gamma.
+        compares: What of the two answers: `odds` (ORPO), `means` (mean log-probs, SimPO), `sums` (log-probs,
+            CPO), `ratios` (log-probs over those of a reference model, DPO).
+        scale: Factor on the difference inside the sigmoid: 1 in ORPO, the beta of all others.
+        margin: What the scaled difference has to exceed; SimPO's gamma.
+        label_smoothing: Share of the pairs taken to be labelled the wrong way round, in [0, 0.5).
         nll_on: Tokens in the NLL: `full` prompt and chosen answer, `response` the last answer alone,
             `assistant` every assistant turn of the chosen side.
         nll_reduction: `token` divides the NLL by the tokens of the whole optimizer step; `pair` takes each
             pair's token mean first and divides by the pairs.
     """
 
-    beta: float = 0.1
+    preference_weight: float = 0.1
     nll_weight: float = 1.0
-    odds_scale: float = 1.0
     compares: Compares = "odds"
-    target_margin: float = 0.0
+    scale: float = 1.0
+    margin: float = 0.0
+    label_smoothing: float = 0.0
     nll_on: NllOn = "full"
     nll_reduction: NllReduction = "token"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss of a pair depends on what a reference model says of it."""
+        return self.compares == "ratios" and self.preference_weight > 0
 
 
 PRESETS: dict[ObjectiveName, Objective] = {
     "orpo": Objective(),
+    "sft": Objective(preference_weight=0.0),
+    "tempered_odds": Objective(preference_weight=1.0, nll_weight=0.0, scale=0.5),
+    "simpo": Objective(preference_weight=1.0, nll_weight=0.0, compares="means", scale=2.0, margin=1.0),
+    "cpo_simpo": Objective(preference_weight=1.0, compares="means", scale=2.0, margin=1.0, nll_on="response"),
+    "cpo": Objective(preference_weight=1.0, compares="sums", scale=0.1, nll_on="response"),
+    "dpo": Objective(preference_weight=1.0, nll_weight=0.0, compares="ratios", scale=0.1),
     "response": Objective(nll_on="response"),
     "llamafactory": Objective(nll_on="response", nll_reduction="pair"),
-    "tempered": Objective(nll_weight=0.0, odds_scale=0.5),
-    "simpo": Objective(beta=1.0, nll_weight=0.0, odds_scale=2.0, compares="logprobs", target_margin=1.0),
-    "cpo_simpo": Objective(
-        beta=1.0, odds_scale=2.0, compares="logprobs", target_margin=1.0, nll_on="response"
-    ),
 }
+_WEIGHED = {"beta": "preference_weight", "odds_scale": "scale"}
+"""Settings of ORPO's family, whose beta weighs the term; elsewhere it is the scale, as in the papers."""
+_SCALED = {"beta": "scale"}
+_WITH_MARGIN = {"beta": "scale", "simpo_gamma": "margin"}
+_OF_SETTINGS: dict[ObjectiveName, dict[str, str]] = {
+    **dict.fromkeys(["orpo", "response", "llamafactory"], _WEIGHED),
+    **dict.fromkeys(["tempered_odds", "cpo", "dpo"], _SCALED),
+    **dict.fromkeys(["simpo", "cpo_simpo"], _WITH_MARGIN),
+    "sft": {},
+}
+"""Objective -> setting -> the part of it that the setting is."""
 
 
 @dataclass
@@ -206,29 +230,47 @@ class OrpoSettings:
     )
     # Objective
     objective: ObjectiveName = setting(
-        "orpo", "Named set of the seven settings below.", resume="derived", evaluation=True
+        "orpo",
+        "What is minimised: a named set of the settings below (docs/objective.md).",
+        resume="derived",
+        evaluation=True,
     )
     beta: float | None = setting(
         None,
-        "Weight of the odds-ratio term, or of what else compares the answers (0.1 in `orpo`).",
+        "As in the paper of the objective: the weight of ORPO's odds-ratio term (0.1), or the scale inside "
+        "the sigmoid (tempered_odds 0.5, simpo and cpo_simpo 2, cpo and dpo 0.1).",
         at_least=0,
         evaluation=True,
-        trl=TrlDefault(0.1, "unset: the value of the preset named by `objective`, 0.1 for the default one"),
+        trl=TrlDefault(0.1, "unset: the value that `objective` has, 0.1 for the default one"),
     )
-    nll_weight: float | None = setting(None, "Weight of the NLL term (1).", at_least=0, evaluation=True)
-    odds_scale: float | None = setting(
-        None, "Scale of the difference inside the sigmoid (1).", above=0, evaluation=True
-    )
-    compares: Compares | None = setting(
+    nll_weight: float | None = setting(
         None,
-        "What of the two answers is compared: odds, or mean log-probs as in SimPO (odds).",
+        "Weight of the NLL term (orpo, sft, cpo_simpo and cpo 1, where TRL says cpo_alpha; simpo, "
+        "tempered_odds and dpo 0).",
+        at_least=0,
         evaluation=True,
     )
-    target_margin: float | None = setting(
-        None, "What the scaled difference has to exceed, as in SimPO (0).", at_least=0, evaluation=True
+    odds_scale: float | None = setting(
+        None, "Scale of the log odds ratio inside the sigmoid of ORPO (1).", above=0, evaluation=True
+    )
+    simpo_gamma: float | None = setting(
+        None, "Target reward margin of simpo and cpo_simpo (1).", at_least=0, evaluation=True
+    )
+    label_smoothing: float | None = setting(
+        None,
+        "Share of the pairs taken to be labelled the wrong way round, in [0, 0.5) (0).",
+        at_least=0,
+        below=0.5,
+        evaluation=True,
     )
     nll_on: NllOn | None = setting(None, "Tokens in the NLL (full).", evaluation=True)
     nll_reduction: NllReduction | None = setting(None, "How the NLL is averaged (token).", evaluation=True)
+    stages: list[dict[str, Any]] | None = setting(
+        None,
+        "Several objectives one after the other in one run, in place of `objective`: a list of the settings "
+        "of each and its share of the steps, [{objective: sft, share: 0.1}, {objective: tempered_odds}].",
+        evaluation=True,
+    )
     # Engine
     tokens_per_micro_batch: int | None = setting(
         None,
@@ -286,42 +328,192 @@ OWN: dict[str, Facts] = {f.name: f.metadata["help"] for f in fields(OrpoSettings
 FACTS: dict[str, Facts] = OWN | {name: inherited.facts for name, inherited in INHERITED.items()}
 """Setting -> facts; a setting of `TrainingArguments` that is not here has none that are not the default."""
 
-_OBJECTIVE_KEYS = tuple(f.name for f in fields(Objective))
-
 
 def settings_where(holds: Callable[[Facts], bool]) -> set[str]:
     """Names of the settings whose facts are so."""
     return {name for name, facts in FACTS.items() if holds(facts)}
 
 
-def inherited_by_evaluation(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that `orpo eval` takes over."""
+def inherited_by_evaluation(recipe: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of a run that `orpo eval` takes over.
+
+    Args:
+        recipe: Of the run.
+        given: Names of settings that take the place of the run's: another objective has settings of its own.
+    """
     names = settings_where(lambda facts: facts.evaluation)
+    if not {"objective", "stages"}.isdisjoint(given):
+        names -= _ALL_PARTS | {"objective", "stages"}
     return {name: value for name, value in recipe.items() if name in names and value is not None}
 
 
 def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
-    """The preset named by `settings.objective`, with every explicit key put over it.
+    """The preset named by `settings.objective`, with every explicit key put over it; of stages the last one.
 
     Returns:
         The objective, and one line for each explicit key that differs from a preset other than `orpo`.
 
     Raises:
-        ConfigError: The preset is unknown, or nothing would be trained.
+        ConfigError: The preset is unknown or has no such setting, or nothing would be trained.
     """
-    if settings.objective not in PRESETS:
-        raise ConfigError(f"objective: {settings.objective!r} is not one of {', '.join(PRESETS)}")
-    preset = PRESETS[settings.objective]
-    explicit = {key: value for key in _OBJECTIVE_KEYS if (value := getattr(settings, key)) is not None}
+    if settings.stages is not None:
+        return resolve_stages(settings)[-1].objective, []
+    name = settings.objective
+    if name not in PRESETS:
+        raise ConfigError(f"objective: {name!r} is not one of {', '.join(PRESETS)}")
+    preset, parts = PRESETS[name], _parts(name)
+    for key in _ALL_PARTS - parts.keys():
+        if getattr(settings, key):
+            having = ", ".join(other for other in PRESETS if key in _parts(other))
+            raise ConfigError(f"{key}: {getattr(settings, key)}: objective {name} has none; {having} do")
+    explicit = {key: value for key in parts if (value := getattr(settings, key)) is not None}
     notices = [
-        f"{key}: {value} beats {getattr(preset, key)}, the value in objective: {settings.objective}"
+        f"{key}: {value} beats {getattr(preset, parts[key])}, the value in objective: {name}"
         for key, value in explicit.items()
-        if settings.objective != "orpo" and value != getattr(preset, key)
+        if name != "orpo" and value != getattr(preset, parts[key])
     ]
-    objective = replace(preset, **explicit)
-    if objective.beta == 0 and objective.nll_weight == 0:
+    objective = replace(preset, **{parts[key]: value for key, value in explicit.items()})
+    if objective.scale == 0:
+        raise ConfigError(f"beta: 0 would leave nothing of the comparison in objective: {name}; raise it")
+    if objective.preference_weight == 0 and objective.nll_weight == 0:
         raise ConfigError("beta and nll_weight are both 0: nothing would be trained; raise one of them")
     return objective, notices
+
+
+def objective_keys(settings: OrpoSettings) -> dict[str, Any]:
+    """The settings that make up the objective, each with the value in effect; none where there are stages."""
+    if settings.stages is not None:
+        return {}
+    objective, _ = resolve_objective(settings)
+    return {key: getattr(objective, part) for key, part in _parts(settings.objective).items()}
+
+
+class Stage(NamedTuple):
+    """A part of a run.
+
+    Attributes:
+        name: Of its objective.
+        objective: What it minimises.
+        share: Of the run's steps, above 0.
+    """
+
+    name: str
+    objective: Objective
+    share: float
+
+
+def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
+    """The stages of a run, in order: one with all its steps where `settings.stages` is not set.
+
+    The objective's settings beside `stages` hold in every stage whose objective has them, unless it says
+    otherwise.
+
+    Raises:
+        ConfigError: A stage cannot be read or trained, or their shares do not make a run.
+    """
+    if settings.stages is None:
+        return (Stage(settings.objective, resolve_objective(settings)[0], 1.0),)
+    if settings.objective != "orpo":
+        raise ConfigError(f"objective: {settings.objective}: name it in stages, which are set too")
+    if not settings.stages:
+        raise ConfigError("stages: there is none in the list; leave it out, or name one")
+    stages, shares = [], []
+    for number, entry in enumerate(settings.stages, start=1):
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"stages: stage {number} is {entry!r}; {_STAGE_HAS}, as {{objective: sft}}")
+        unknown = entry.keys() - _ALL_PARTS - {"objective", "share"}
+        if unknown:
+            raise ConfigError(f"stages: stage {number} has {', '.join(sorted(unknown))}; {_STAGE_HAS}")
+        name = entry.get("objective", "orpo")
+        beside = {key: getattr(settings, key) for key in (_parts(name) if name in PRESETS else ())}
+        own = {key: value for key, value in entry.items() if key != "share"}
+        try:
+            _check_types(own)
+            stage = OrpoSettings(**(beside | own))
+            stages.append((name, resolve_objective(stage)[0]))
+        except ConfigError as error:
+            raise ConfigError(f"stages: stage {number}: {error}") from None
+        shares.append(entry.get("share"))
+    used = {key for name, _ in stages for key in _parts(name)}
+    if unused := sorted(key for key in _ALL_PARTS - used if getattr(settings, key)):
+        raise ConfigError(f"{unused[0]}: {getattr(settings, unused[0])}: no objective in stages has it")
+    if sum(objective.needs_reference for _, objective in stages) > 1:
+        raise ConfigError(
+            "stages: dpo is there more than once; a run keeps one reference, the model as that stage"
+            " begins, so train the later one as a run of its own"
+        )
+    return tuple(Stage(*one, share) for one, share in zip(stages, _whole_run(shares), strict=True))
+
+
+def _check_types(stage: Mapping[str, Any]) -> None:
+    """Check the values of a stage, whose types nothing has converted."""
+    words = {"objective": ObjectiveName, "nll_on": NllOn, "nll_reduction": NllReduction}
+    for key, value in stage.items():
+        OWN[key].check(key, value)
+        if key in words and value not in get_args(words[key]):
+            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(get_args(words[key]))}")
+        if key not in words and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"{key}: {value!r} is no number")
+
+
+_STAGE_HAS = "it has an objective, its settings and a share"
+
+
+def _whole_run(shares: Sequence[Any]) -> list[float]:
+    """The shares with the one that is left open filled in."""
+    given = [share for share in shares if share is not None]
+    if not all(type(share) in (int, float) and 0 < share <= 1 for share in given):
+        raise ConfigError(f"stages: shares are {given}; each is above 0 and at most 1")
+    left = 1 - sum(given)
+    num_open = len(shares) - len(given)
+    if num_open > 1 or (num_open == 1 and left <= 1e-9) or (num_open == 0 and abs(left) > 1e-9):
+        raise ConfigError(
+            f"stages: shares {given} of {len(shares)} stages; they add up to 1, and one may be left open"
+        )
+    return [left if share is None else float(share) for share in shares]
+
+
+class Schedule:
+    """Which stage each optimizer step of a run belongs to.
+
+    Attributes:
+        stages: In order.
+        starts: The first step of each, counted from 0.
+        reference_start: That of the stage that needs a reference model; None where none does.
+    """
+
+    def __init__(self, stages: Sequence[Stage], num_steps: int) -> None:
+        """Divide `num_steps` steps, at least one for each stage.
+
+        Raises:
+            ConfigError: There are fewer steps than stages.
+        """
+        if num_steps < len(stages):
+            raise ConfigError(f"stages: {len(stages)} stages cannot share {num_steps} steps")
+        self.stages = tuple(stages)
+        starts, share = [0], 0.0
+        for number, stage in enumerate(stages[:-1], start=1):
+            share += stage.share
+            start = max(round(share * num_steps), starts[-1] + 1)
+            starts.append(min(start, num_steps - len(stages) + number))
+        self.starts = tuple(starts)
+        needing = [
+            start for start, stage in zip(starts, stages, strict=True) if stage.objective.needs_reference
+        ]
+        self.reference_start = needing[0] if needing else None
+
+    def at(self, step: int) -> Stage:
+        """The stage of a step, counted from 0."""
+        return self.stages[bisect.bisect_right(self.starts, step) - 1]
+
+
+def _parts(name: ObjectiveName) -> dict[str, str]:
+    """Setting -> the part of an objective that it is, for those that the objective of this name has."""
+    smoothed = {"label_smoothing": "label_smoothing"} if _OF_SETTINGS[name] else {}
+    return _OF_SETTINGS[name] | smoothed | {key: key for key in ("nll_weight", "nll_on", "nll_reduction")}
+
+
+_ALL_PARTS = frozenset(key for name in PRESETS for key in _parts(name))
 
 
 def check_settings(settings: OrpoSettings) -> None:
@@ -346,8 +538,23 @@ def check_settings(settings: OrpoSettings) -> None:
         raise ConfigError(
             "quantized weights cannot be trained; add use_peft: true, or drop load_in_4bit/8bit"
         )
+    _check_reference(settings)
     if settings.streaming and getattr(settings, "max_steps", 1) <= 0:
         raise ConfigError(_NO_LENGTH)
+
+
+def _check_reference(settings: OrpoSettings) -> None:
+    """What cannot work with a reference model."""
+    *_, last = stages = [stage.objective.needs_reference for stage in resolve_stages(settings)]
+    if settings.streaming and any(stages):
+        raise ConfigError("streaming: objective dpo scores all pairs once before its steps; read them whole")
+    if settings.stages and getattr(settings, "ignore_data_skip", False):
+        raise ConfigError("ignore_data_skip: a resumed run would begin with its first stage; leave it out")
+    if last and not stages[0] and getattr(settings, "lr_scheduler_type", None) == "reduce_lr_on_plateau":
+        raise ConfigError(
+            "lr_scheduler_type: reduce_lr_on_plateau needs a loss at each evaluation, and that of dpo is not"
+            " known before its stage begins; choose another schedule"
+        )
 
 
 def _check_date(text: str | None) -> None:

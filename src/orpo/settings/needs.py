@@ -13,8 +13,12 @@ _TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml",
 _EXAMPLES = {"model_name_or_path": "a hub name or folder", "dataset_name": "a hub name or file"}
 
 
-def check_needs(settings: Mapping[str, Any]) -> None:
+def check_needs(settings: Mapping[str, Any], *, launched: bool = False) -> None:
     """Stop before anything heavy where something that a run needs is missing.
+
+    Args:
+        settings: Of the recipe.
+        launched: Whether this process will start those that train.
 
     Raises:
         ConfigError: No model, no data, a package that is not installed, one process where several are needed,
@@ -31,10 +35,11 @@ def check_needs(settings: Mapping[str, Any]) -> None:
             "WORLD_SIZE asks for several processes, but MASTER_ADDR does not say where they meet; start them"
             " with torchrun, or unset WORLD_SIZE"
         )
-    if settings.get("fsdp") and not settings.get("dry_run") and "RANK" not in os.environ:
+    alone = not launched and "RANK" not in os.environ
+    if settings.get("fsdp") and not settings.get("dry_run") and alone:
         raise ConfigError(
-            "fsdp shards a model over several processes, and this is one; start it with"
-            " `torchrun --nproc_per_node N -m orpo train ...`, or write --fsdp '' to train in one process"
+            "fsdp shards a model over several processes, and this is one; write --launch N to start N of"
+            " them, or --fsdp '' to train in one process"
         )
     if settings.get("push_to_hub"):
         _check_hub(settings)

@@ -59,7 +59,7 @@ _LENGTHS = "a prompt that does not fit loses its oldest turns, a response is nev
 _KERNELS = "the engine has its own kernels"
 _QUANTIZED = "the base under QLoRA is quantized twice, as NF4"
 _NLL = "nll_on says which tokens the NLL is over: full, response or assistant"
-_REFERENCE = "ORPO has no reference and no reward model"
+_REWARDS = "there is no reward model, and no second copy of the model for a reference"
 _OTHER_LOSS = "it belongs to another loss"
 _PLACED = "the model is loaded onto the device that trains it"
 _TRACKER = "name the tracker in report_to, and set it up by its own environment variables (env: in a recipe)"
@@ -82,10 +82,8 @@ NO_EFFECT = {
         ["double_quantization", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"], _QUANTIZED
     ),
     **dict.fromkeys(["train_on_inputs", "train_on_prompt", "mask_history", "loss_scale"], _NLL),
-    **dict.fromkeys(["ref_model", "ref_model_adapters", "ref_model_quantization_bit"], _REFERENCE),
-    **dict.fromkeys(["reward_model", "reward_model_adapters", "ref_adapter", "ref_adapters"], _REFERENCE),
-    **dict.fromkeys(["pref_ftx", "rpo_alpha", "cpo_alpha", "dpo_label_smoothing"], _OTHER_LOSS),
-    **dict.fromkeys(["desirable_weight", "undesirable_weight", "ld_alpha", "dpo_beta"], _OTHER_LOSS),
+    **dict.fromkeys(["reward_model", "reward_model_adapters", "ref_model_quantization_bit"], _REWARDS),
+    **dict.fromkeys(["desirable_weight", "undesirable_weight", "ld_alpha"], _OTHER_LOSS),
     **dict.fromkeys(["device_map", "max_memory", "gpu_memory_limit", "low_cpu_mem_usage"], _PLACED),
     **dict.fromkeys(["lora_on_cpu", "gpu_memory_utilization"], _PLACED),
     **dict.fromkeys(["use_wandb", "use_tensorboard", "use_mlflow", "use_swanlab"], _TRACKER),
@@ -147,7 +145,7 @@ REFUSED = {
 _NO_EFFECT_BY_PREFIX = {
     **dict.fromkeys(["wandb_", "mlflow_", "comet_", "swanlab_"], _TRACKER),
     **dict.fromkeys(["unsloth_", "liger_", "flash_attn_"], _KERNELS),
-    **dict.fromkeys(["kto_", "simpo_", "ppo_", "grpo_"], _OTHER_LOSS),
+    **dict.fromkeys(["kto_", "ppo_", "grpo_"], _OTHER_LOSS),
     "sample_packing_": PACKED,
 }
 _REFUSED_BY_PREFIX = {
@@ -208,32 +206,6 @@ def _tuner(key: str, value: Any, written: Written) -> Translation:
         raise ValueError(f"{key}: {value} is not trained here; lora, qlora and full are")
     entries = {"use_peft": kind != "full"} | ({"load_in_4bit": True} if kind == "qlora" else {})
     return entries, written_as(entries) + "; what the recipe leaves open keeps the defaults of orpo"
-
-
-def _loss(key: str, value: Any, written: Written) -> Translation:
-    if is_off(value) or str(value).lower() == "orpo":
-        return {}, "no effect: ORPO is what is trained"
-    if str(value).lower() == "simpo":
-        raise ValueError(
-            f"{key}: {value} is written objective: simpo here (cpo_simpo with an NLL), with odds_scale for"
-            " its beta and target_margin for its gamma"
-        )
-    raise ValueError(f"{key}: {value} is not trained here; remove the key to train with ORPO on these pairs")
-
-
-def _preference_loss(key: str, value: Any, written: Written) -> Translation:
-    if str(value).lower() != "orpo":
-        return _loss(key, value, written)
-    entries = {"objective": "llamafactory"}
-    return entries, written_as(entries) + ", LLaMA-Factory's ORPO; objective: orpo is the paper's"
-
-
-def _stage(key: str, value: Any, written: Written) -> Translation:
-    if is_off(value) or str(value).lower() in ("dpo", "orpo"):
-        return {}, "no effect: ORPO trains on pairs in a single stage"
-    raise ValueError(
-        f"{key}: {value} is not a stage here: ORPO trains on pairs, in a single one; remove the key"
-    )
 
 
 def _held_out(key: str, value: Any, written: Written) -> Translation:
@@ -405,7 +377,6 @@ def _template_text(key: str, value: Any, written: Written) -> Translation:
 
 TRANSLATED: dict[str, Callable[[str, Any, Written], Translation]] = {
     **dict.fromkeys(["adapter", "finetuning_type", "train_type", "tuner_type", "sft_type"], _tuner),
-    **dict.fromkeys(["rl", "rlhf_type", "loss_type"], _loss),
     **dict.fromkeys(["val_set_size", "val_size", "split_dataset_ratio", "test_split_size"], _held_out),
     **dict.fromkeys(["dataset_test_ratio"], _held_out),
     **dict.fromkeys(["quantization_bit", "quant_bits"], _bits),
@@ -417,8 +388,6 @@ TRANSLATED: dict[str, Callable[[str, Any, Written], Translation]] = {
     **dict.fromkeys(["evals_per_epoch", "saves_per_epoch"], _per_epoch),
     **dict.fromkeys(["bf16", "fp16"], _or_auto),
     **dict.fromkeys(["gradient_checkpointing", "use_gradient_checkpointing"], _checkpointing),
-    "pref_loss": _preference_loss,
-    "stage": _stage,
     "additional_target": _saved_modules,
     "adapters": _adapters,
     "use_hf": _hub,

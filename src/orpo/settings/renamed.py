@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from orpo.errors import ConfigError
-from orpo.settings import other_tools
+from orpo.settings import foreign_objective, other_tools
 from orpo.settings.foreign_data import EVALUATION, TRAINING, evaluation_data, training_data
 from orpo.settings.other_tools import PACKED
 
@@ -63,7 +63,7 @@ NO_EFFECT = other_tools.NO_EFFECT | {
     "remove_unused_columns": "columns that are not needed are never read",
     "label_names": "the loss is computed inside the model's call, from no label column",
     "average_tokens_across_devices": "the loss is always divided by the counts of the whole step",
-    "precompute_ref_log_probs": "ORPO has no reference model",
+    "precompute_ref_log_probs": "what the reference says is always computed once, before training",
     "logging_dir": "TensorBoard writes under output_dir/runs; the variable TENSORBOARD_LOGGING_DIR moves it",
     "overwrite_output_dir": "a run is resumed where it stopped; name another output_dir for a fresh one",
     "save_safetensors": "weights are always saved as safetensors",
@@ -90,6 +90,12 @@ NO_EFFECT = other_tools.NO_EFFECT | {
 }
 
 _DATA = dict.fromkeys(TRAINING, training_data) | dict.fromkeys(EVALUATION, evaluation_data)
+_OBJECTIVE = (
+    dict.fromkeys(foreign_objective.NAMES, foreign_objective.objective_named)
+    | dict.fromkeys(foreign_objective.WEIGHTS, foreign_objective.nll_weight)
+    | dict.fromkeys(foreign_objective.OF_DPO, foreign_objective.of_dpo)
+    | dict.fromkeys(foreign_objective.REFERENCE, foreign_objective.reference)
+)
 _SEVERAL = {*_DATA, "target_modules", "lora_target", "adapters"}
 """Names whose values may be several words on the command line, next to those that RENAMED maps to a list."""
 ONE_THING = (
@@ -123,6 +129,8 @@ def current_entries(
         return _TRANSLATED[key](value)
     if key in _DATA:
         return _DATA[key](key, value, written)
+    if key in _OBJECTIVE:
+        return _OBJECTIVE[key](key, value, written)
     if key in RENAMED:
         return {RENAMED[key]: value}, f"now called {RENAMED[key]}"
     if key in NO_EFFECT:
@@ -132,7 +140,7 @@ def current_entries(
 
 def understood_names() -> set[str]:
     """Every name that is not a setting and is understood all the same."""
-    tables: list[Collection[str]] = [RENAMED, NO_EFFECT, _TRANSLATED, _DATA]
+    tables: list[Collection[str]] = [RENAMED, NO_EFFECT, _TRANSLATED, _DATA, _OBJECTIVE]
     return set().union(*tables, other_tools.TRANSLATED, other_tools.REFUSED)
 
 

@@ -118,7 +118,7 @@ def run_suites(  # noqa: PLR0913 - one argument for each option of the command
     for name in names:
         if not _address(name):
             model_folder(name)  # a name that is wrong is said before anything takes time
-    shared = {} if _address(model) else inherited_by_evaluation(run_recipe(model))
+    shared = {} if _address(model) else inherited_by_evaluation(run_recipe(model), settings)
     measured = []
     for name in names:
         subject = _subject(name, settings, shared | settings, endpoint, batch_size)

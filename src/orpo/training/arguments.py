@@ -26,6 +26,7 @@ from orpo.settings.config import (
     Objective,
     OrpoSettings,
     check_settings,
+    objective_keys,
     resolve_objective,
     settings_where,
 )
@@ -62,8 +63,8 @@ class _Arguments(OrpoSettings, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        objective, notices = resolve_objective(self)
-        for key, value in dataclasses.asdict(objective).items():
+        _, notices = resolve_objective(self)
+        for key, value in objective_keys(self).items():
             setattr(self, key, value)
         self.notices: list[str] = notices + [
             f"{key} has no effect: {NO_EFFECT[key]}"
@@ -82,8 +83,8 @@ class _Arguments(OrpoSettings, TrainingArguments):
         check_settings(self)
         with raised_as(ConfigError, "these settings cannot be used"):
             super().__post_init__()
-        if self.deepspeed:  # which clips at 1.0 where its own file says nothing
-            self.hf_deepspeed_config.config.setdefault("gradient_clipping", self.max_grad_norm)
+        if self.deepspeed_plugin is not None:  # DeepSpeed clips at 1.0 where its own file says nothing
+            self.deepspeed_plugin.deepspeed_config.setdefault("gradient_clipping", self.max_grad_norm)
 
     @property
     def objective_settings(self) -> Objective:

@@ -93,7 +93,8 @@ class InterruptibleTrainer(Trainer):
             metrics = {}
         finally:
             self._evaluating = False
-        if makes_up and metrics and super()._determine_best_metric(metrics, trial):
+        chooses = makes_up and metrics and self.can_choose(metrics)
+        if chooses and super()._determine_best_metric(metrics, trial):
             self.state.best_model_checkpoint = str(self.recorder.run.checkpoint(self.state.global_step))
         if self.received_signal():
             self.stop()
@@ -103,8 +104,13 @@ class InterruptibleTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether these metrics are the best ones; what a signal asks to save is saved anyway."""
-        is_best = not self.evaluation_waits and super()._determine_best_metric(metrics, trial)
+        chooses = not self.evaluation_waits and self.can_choose(metrics)
+        is_best = chooses and super()._determine_best_metric(metrics, trial)
         return bool(is_best or self.stopped_by is not None)
+
+    def can_choose(self, metrics: dict[str, float]) -> bool:
+        """Whether an evaluation may be the best one."""
+        return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them; settings that were changed by force take the place of the checkpoint's."""

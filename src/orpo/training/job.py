@@ -60,12 +60,13 @@ class Outcome:
     verdict: Verdict | None = None
 
 
-def train(settings: Mapping[str, Any]) -> Outcome:
+def train(settings: Mapping[str, Any], *, page: bool = True) -> Outcome:
     """Check all that can be checked, then train; the same call again resumes an interrupted run.
 
     Args:
         settings: Of a recipe, by key (`load_recipe("recipe.yaml").settings`); `model_name_or_path` and
             `dataset_name` are needed, `output_dir` is `runs/orpo` by default.
+        page: Whether to write the report; `orpo report` can do it later.
 
     Raises:
         OrpoError: Settings, model or data cannot be trained with, or the run cannot continue.
@@ -89,14 +90,15 @@ def train(settings: Mapping[str, Any]) -> Outcome:
     folder = Path(str(config.output_dir))
     if first_rank_decides(config, lambda: is_finished(config)):
         say(f"{folder} already holds a finished run of this recipe; set another output_dir to train again")
-        if config.process_index == 0 and not (config.dry_run or RunDirectory(folder).page.exists()):
+        has_page = RunDirectory(folder).page.exists() or not page
+        if config.process_index == 0 and not (config.dry_run or has_page):
             write_report(folder)
         return _outcome("was finished", config)
     if config.dry_run:
         return _dry_run(config, folder)
     with ExitStack() as stack:
         checkpoint = first_rank_decides(config, lambda: _take_directory(stack, config))
-        return _train(_checked_trainer(config), folder, checkpoint)
+        return _train(_checked_trainer(config), folder, checkpoint, page)
 
 
 def _checked_trainer(config: ORPOConfig) -> ORPOTrainer:
@@ -127,7 +129,7 @@ def _take_directory(stack: ExitStack, config: ORPOConfig) -> str | None:
     return _checkpoint(config)
 
 
-def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcome:
+def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None, page: bool) -> Outcome:
     """Train from where the run is, save, and write the page."""
     if checkpoint:
         say(f"resuming from {checkpoint}")
@@ -143,7 +145,7 @@ def _train(trainer: ORPOTrainer, folder: Path, checkpoint: str | None) -> Outcom
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return Outcome("trained", folder)
-    return replace(_outcome("trained", trainer.args), page=write_report(folder))
+    return replace(_outcome("trained", trainer.args), page=write_report(folder) if page else None)
 
 
 def _outcome(ending: Ending, config: ORPOConfig) -> Outcome:
@@ -153,6 +155,14 @@ def _outcome(ending: Ending, config: ORPOConfig) -> Outcome:
     verdict = judge_run(folder, run)
     failed = verdict.kind == "worse" and config.fail_if_worse
     return Outcome(ending, folder, WORSE if failed else 0, run=run, verdict=verdict)
+
+
+def finished_status(settings: Mapping[str, Any]) -> int:
+    """Exit status of a finished run as its folder tells, for a launcher whose processes have ended."""
+    run = RunDirectory(Path(str(settings["output_dir"])))
+    if not run.finished.exists() or settings.get("fail_if_worse") is False:
+        return 0
+    return WORSE if judge_run(run.path, read_run(run.path)).kind == "worse" else 0
 
 
 def _ask_for_samples(trainer: ORPOTrainer) -> None:

@@ -58,10 +58,15 @@ class PairLog(TrainerCallback):
                 self._run.step_results(step).unlink()
 
 
+def choosing_metric(args: Any) -> str:
+    """The flat name of the metric that chooses the checkpoint."""
+    chooser = str(args.metric_for_best_model)
+    return chooser if chooser.startswith(flat_name("")) else flat_name(chooser)
+
+
 def best_trained_step(args: Any, state: Any) -> int | None:
     """The best evaluation after step 0, by the metric that chooses the checkpoint; the first of equals."""
-    chooser = str(args.metric_for_best_model)
-    name = chooser if chooser.startswith(flat_name("")) else flat_name(chooser)
+    name = choosing_metric(args)
     sign = -1 if args.greater_is_better else 1
     scored = [
         (sign * line[name], line["step"]) for line in state.log_history if name in line and line["step"]

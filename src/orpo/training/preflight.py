@@ -60,16 +60,22 @@ def check_optimization(trainer: ORPOTrainer) -> None:
 def summary(trainer: ORPOTrainer) -> list[str]:
     """What is about to be trained, on what, and for how long; a line each."""
     config: Any = trainer.args
-    objective = ", ".join(f"{name} {value}" for name, value in asdict(config.objective_settings).items())
     precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "float32"
     return [
         f"model      {_model_summary(trainer)}",
         *_data_summary(trainer),
-        f"objective  {objective}",
+        *_objective_summary(trainer),
         f"steps      {_steps_summary(trainer)}",
         f"machine    {config.world_size} x {config.device.type}, {precision}",
         f"output     {config.output_dir}",
     ]
+
+
+def _objective_summary(trainer: ORPOTrainer) -> Iterator[str]:
+    for number, (name, objective, _) in enumerate(trainer.schedule.stages):
+        of_stage = f", from step {trainer.schedule.starts[number] + 1:,}" if trainer.args.stages else ""
+        values = ", ".join(f"{key} {value}" for key, value in asdict(objective).items())
+        yield f"objective  {name}{of_stage}: {values}"
 
 
 def _model_summary(trainer: ORPOTrainer) -> str:

@@ -80,6 +80,14 @@ class Recorder(TrainerCallback):
             )
         )
 
+    def stage_began(self, step: int, epoch: float, stage: str) -> None:
+        """Record which objective begins after a step, once, however often the run stops there."""
+        if self._writes and not any(
+            record.kind == "stage" and record.step == step for record in read_records(self.run.log)
+        ):
+            record = Record(step=step, kind="stage", epoch=epoch, seconds=self._seconds, stage=stage)
+            append_record(self.run.log, record)
+
     def saved(self, step: int, epoch: float, model_step: int) -> None:
         """Record that the run directory holds the weights of `model_step`."""
         self._append(
@@ -113,8 +121,21 @@ def peak_memory(device: torch.device) -> float:
     """Most memory that this process has held so far, in GiB: on its GPU where it has one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_resident() / 2**30
+
+
+def peak_resident() -> int:
+    """Most bytes that this process has had in memory so far.
+
+    Linux starts the count of `getrusage` at the peak of the process that started this one, so its own is read
+    from /proc.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def environment(args: Any) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.dataset import TokenizedDataset
@@ -32,6 +31,7 @@ from orpo.run.checkpoints import earlier_recipe
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
+from orpo.training.interruptible import changed
 
 
 def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
@@ -51,9 +51,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
         before = earlier_recipe(Path(str(args.output_dir))).get("template_date")
         args.template_date = str(before or date.today())
     if args.n_gpu > 1:
-        args.notices.append(
-            f"one of {args.n_gpu} GPUs is used; start with torchrun --nproc_per_node {args.n_gpu} for all"
-        )
+        args.notices.append(f"one of {args.n_gpu} GPUs is used; write --launch {args.n_gpu} for all")
         args._n_gpu = 1
     if args.auto_find_batch_size:
         args.notices.append(
@@ -73,7 +71,8 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
         return None
     if model is None or isinstance(model, str):
         args.model_name_or_path = model or args.model_name_or_path
-        with _loaded_whole(args):
+        # Whole, whatever DeepSpeed is going to do: it is checked and probed first.
+        with changed(hf_deepspeed, _hf_deepspeed_config_weak_ref=None):
             model = load_model(args)
     else:
         _refuse_loading_settings(model, args)
@@ -89,22 +88,6 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ModelError("no weight of the model is trained; load its adapter with is_trainable=True")
     return model
-
-
-@contextmanager
-def _loaded_whole(args: ORPOConfig) -> Iterator[None]:
-    """Keep transformers from cutting a model for ZeRO-3 while it is loaded: it is checked and probed first.
-
-    DeepSpeed cuts it when training begins.
-    """
-    if args.hf_deepspeed_config is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
@@ -273,7 +256,8 @@ def settle_evaluation(args: ORPOConfig, set_names: Sequence[str], *, has_own_met
 def _settle_best(args: ORPOConfig, set_names: Sequence[str], has_own_metrics: bool) -> None:
     """Check the metric that checkpoints are chosen by, and fill in which way it gets better."""
     chosen_by = str(args.metric_for_best_model)
-    known = {flat_name(metric.name, name): metric for name in set_names for metric in evaluated_metrics()}
+    metrics = [metric for metric in evaluated_metrics() if metric.is_of(args.objective_settings)]
+    known = {flat_name(metric.name, name): metric for name in set_names for metric in metrics}
     metric = known.get(chosen_by) or known.get(flat_name(chosen_by))
     if metric is None:
         if not has_own_metrics:

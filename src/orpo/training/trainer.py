@@ -7,7 +7,8 @@ over examples, keep a run resumable, and stop before a loss that is not a number
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,18 @@ from orpo.engine.steps import (
     Step,
     StepDataset,
     StepStream,
+    build_step,
     split_batches,
     step_loader,
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
 from orpo.errors import ConfigError, DataError, RunError, first_line, raised_as
 from orpo.evaluation.per_pair import PairResults
+from orpo.pairs import TokenizedPair
 from orpo.run.card import write_model_card
 from orpo.run.checkpoints import (
     checkpoint_problem,
+    checkpoint_step,
     last_checkpoint,
     read_state,
     remove_unfinished,
@@ -76,13 +80,14 @@ from orpo.run.finished import mark_finished
 from orpo.run.lock import check_output_dir, held
 from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.run.repair import put_damaged_aside
-from orpo.settings.config import Objective
+from orpo.settings.config import Objective, Schedule, Stage, resolve_stages
 from orpo.training.arguments import ORPOConfig
-from orpo.training.cadence import settle_cadence
+from orpo.training.cadence import number_of_steps, settle_cadence
 from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
-from orpo.training.pair_log import PairLog
+from orpo.training.pair_log import PairLog, choosing_metric
 from orpo.training.progress import Progress, Stopwatch
 from orpo.training.recorder import Recorder, peak_memory
+from orpo.training.reference import Reference
 from orpo.training.resolve import (
     add_template_tokens,
     check_model,
@@ -117,7 +122,8 @@ class ORPOTrainer(InterruptibleTrainer):
     """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
 
     Attributes:
-        objective: What is minimised.
+        objective: What is minimised; of several stages in the last one, by which the run is evaluated.
+        schedule: What is minimised in each step.
         pairs_per_step: Pairs of one optimizer step, over all ranks.
         stopped_by: Name of the signal that ended `train` early, or None.
     """
@@ -129,6 +135,7 @@ class ORPOTrainer(InterruptibleTrainer):
     objective: Objective
     _prepared: tuple[nn.Module, Preparation] | None = None
     _tokens_per_micro_batch = 0
+    _stage: Stage | None = None
     _evaluated_set: str | None = None  # its name, while an evaluation runs
     _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
 
@@ -188,6 +195,7 @@ class ORPOTrainer(InterruptibleTrainer):
         keep_template(data.template, tokenizer, loaded)
         self.objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
+        self.schedule = _schedule(args, data.train_pairs)
         self._recipe = args.recipe()
         self._identity = run_identity(args, data.train_pairs, loaded)
         self.forced = []
@@ -223,6 +231,7 @@ class ORPOTrainer(InterruptibleTrainer):
             self.remove_callback(printer)
         self.add_callback(_EpochOrder())
         self.add_callback(StopBetweenSteps(self))
+        self.add_callback(_StageEnds(self.schedule))
         recorder = Recorder(
             str(self.args.output_dir), self._recipe, data.to_json(), writes=self.is_world_process_zero()
         )
@@ -271,6 +280,7 @@ class ORPOTrainer(InterruptibleTrainer):
                     self.args.device,
                     checkpointing=bool(self.args.gradient_checkpointing),
                     num_shards=self.args.world_size if self.is_fsdp_enabled else 1,
+                    optim=str(getattr(self.args.optim, "value", self.args.optim)),
                 )
             )
 
@@ -279,7 +289,6 @@ class ORPOTrainer(InterruptibleTrainer):
         with self.accelerator.autocast():  # so that the probe meets the precision and the kernels of training
             return prepare_model(
                 self.model,
-                self.objective,
                 layout=self.args.layout,
                 logits_memory_mib=self.args.logits_memory_mib,
                 longest=self._longest_side(),
@@ -288,10 +297,8 @@ class ORPOTrainer(InterruptibleTrainer):
 
     def _longest_side(self) -> int | None:
         """Tokens of the longest side there can be; None where nothing bounds it."""
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        tokenized = [
-            pairs for pairs in (self.train_dataset, *sets.values()) if isinstance(pairs, TokenizedDataset)
-        ]
+        sets = (self.train_dataset, *self._evaluation_sets())
+        tokenized = [pairs for pairs in sets if isinstance(pairs, TokenizedDataset)]
         sides = [pairs.longest for pairs in tokenized]
         return None if self.args.max_length is None else max([self.args.max_length, *sides])
 
@@ -312,6 +319,7 @@ class ORPOTrainer(InterruptibleTrainer):
             rank=self.args.process_index // self.get_tp_size(),
             num_ranks=self._num_ranks,
             score_rejected=True if evaluating else None,
+            schedule=None if evaluating else self.schedule,
         )
 
     @property
@@ -383,6 +391,52 @@ class ORPOTrainer(InterruptibleTrainer):
         """The same, for `predict`."""
         return self.get_eval_dataloader(test_dataset)
 
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """What the reference of DPO says of the run's pairs, where there is one."""
+        return Reference(self.args, self.schedule.reference_start)
+
+    def _evaluation_sets(self) -> list[Any]:
+        return list(
+            self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        )
+
+    def _ask_reference(self, step: int) -> None:
+        """Have the model as it is before a stage that needs a reference score every set, once it is there.
+
+        Args:
+            step: Optimizer steps that the model has made.
+        """
+        if not self.reference.is_due(step):
+            return
+        if step > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "stages: dpo after another stage needs the whole model on each rank, which fsdp and deepspeed"
+                " have not; train it as a run of its own"
+            )
+        self._preparation()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # of optimizers whose weights while training are not those of the model
+        settings = self._batch_settings(evaluating=True)
+
+        def score_pairs(pairs: Sequence[TokenizedPair]) -> PairScores:
+            step = build_step(pairs, range(len(pairs)), settings)
+            return self._score_steps([step], len(pairs), self.model)
+
+        with _shown(self.args), self.stopwatch.paused(), self._on_its_device():
+            self.reference.ask(self.model, [self.train_dataset, *self._evaluation_sets()], score_pairs)
+
+    @contextlib.contextmanager
+    def _on_its_device(self) -> Iterator[None]:
+        """With the model where it computes; one that is to be sharded is on the CPU until then."""
+        home = self.model.device
+        if home == self.args.device:
+            yield
+            return
+        self.model.to(self.args.device)
+        yield
+        self.model.to(home)
+
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs behind a loader, whose items are steps."""
         steps = dataloader.dataset
@@ -405,6 +459,8 @@ class ORPOTrainer(InterruptibleTrainer):
             The step's loss as the Trainer expects it: its mean over the ranks is the loss.
         """
         step: Step = inputs["step"]
+        self._begin_stage()
+        self.window.objective = step.objective
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -412,6 +468,17 @@ class ORPOTrainer(InterruptibleTrainer):
         loss = torch.stack(losses).sum()
         self.window.add_step(loss - self._router_loss, step.num_tokens, self._num_ranks, self._router_loss)
         return loss * self._num_ranks
+
+    def _begin_stage(self) -> None:
+        """Ask the reference of the stage that this step is of; say which it is, where it is another one."""
+        step, stages = self.state.global_step, self.schedule.stages
+        self._ask_reference(step)
+        stage = self.schedule.at(step)
+        if len(stages) > 1 and stage is not self._stage:
+            say(f"step {step + 1}: stage {stages.index(stage) + 1} of {len(stages)}, {stage.name}")
+            if step in self.schedule.starts:
+                self.recorder.stage_began(step, self.state.epoch or 0.0, stage.name)
+        self._stage = stage
 
     def _run_batches(self, model: nn.Module, step: Step) -> list[Tensor]:
         """Run all micro-batches; where one does not fit into memory, start again with each split in two."""
@@ -451,7 +518,9 @@ class ORPOTrainer(InterruptibleTrainer):
     ) -> None:
         """Forward and backward of one micro-batch, whose share of the step's loss is noted."""
         with self.compute_loss_context_manager():
-            output = model(batch=batch.to(self.args.device, non_blocking=True), denominators=denominators)
+            batch = self.reference.attached(batch, self.train_dataset)
+            batch = batch.to(self.args.device, non_blocking=True)
+            output = model(batch=batch, denominators=denominators)
         self._last_losses.append(output.loss.detach())
         if last and self._uses_deepspeed:  # its optimizer steps within the last backward
             finite = torch.isfinite(torch.stack(self._last_losses)).all()
@@ -471,9 +540,13 @@ class ORPOTrainer(InterruptibleTrainer):
 
     @contextlib.contextmanager
     def _syncing(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Let ranks exchange gradients in the last micro-batch of a step only."""
+        """Let ranks exchange gradients in the last micro-batch of a step only, unless weights are sharded.
+
+        A rank that shards its weights and did not exchange would hold the gradients of all weights, whole.
+        """
         self.accelerator.gradient_state._set_sync_gradients(last)
-        with contextlib.nullcontext() if last or self._uses_deepspeed else self.accelerator.no_sync(model):
+        every = last or self._uses_deepspeed or self.is_fsdp_enabled
+        with contextlib.nullcontext() if every else self.accelerator.no_sync(model):
             yield
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -521,7 +594,7 @@ class ORPOTrainer(InterruptibleTrainer):
         if of_training:
             figures = {name: Figure(value) for name, value in logs.items() if is_number(value)}
             self.recorder.trained(self.state.global_step, self.state.epoch or 0.0, figures)
-            logs |= trl_names(logs, self.objective.beta)
+            logs |= trl_names(logs, self.window.objective)
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------------------------ evaluation
@@ -558,11 +631,17 @@ class ORPOTrainer(InterruptibleTrainer):
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
         """Evaluate while training; what is there at step 0 may turn out to be the best checkpoint."""
+        self._ask_reference(self.state.global_step)
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if self.state.global_step == 0 and self.args.load_best_model_at_end:
+        chooses = self.args.load_best_model_at_end and self.can_choose(metrics)
+        if self.state.global_step == 0 and chooses:
             self._determine_best_metric(metrics=metrics, trial=trial)
             self._save_checkpoint(self.model_wrapped, trial)
         return metrics
+
+    def can_choose(self, metrics: dict[str, float]) -> bool:
+        """Whether an evaluation may be the best one: not where that depends on a reference yet to come."""
+        return not self.reference.is_awaited or choosing_metric(self.args) in metrics
 
     def _evaluate_set(self, name: str, rows: Any, prefix: str) -> dict[str, float]:
         self._evaluated_set = name
@@ -583,7 +662,7 @@ class ORPOTrainer(InterruptibleTrainer):
         with self.stopwatch.paused():
             scores = self._score(dataloader)
         pairs: Any = dataloader.dataset
-        results = PairResults.of(scores, pairs.pairs)
+        results = PairResults.of(self.reference.beside(scores, pairs.pairs), pairs.pairs)
         figures = dict(results.figures(self.objective))
         ours = {name: figure.mean for name, figure in figures.items()}
         chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
@@ -599,7 +678,7 @@ class ORPOTrainer(InterruptibleTrainer):
             if self._evaluated_set in self._own_sets:
                 self._pair_log.evaluated(self.args, self.state, self._evaluated_set, results)
         named = {f"{metric_key_prefix}_{name}": value for name, value in custom.items()}
-        for name, value in trl_names(ours, self.objective.beta).items():
+        for name, value in trl_names(ours, self.objective).items():
             named.setdefault(f"{metric_key_prefix}_{name}", value)
         return EvalLoopOutput(
             predictions=predictions,
@@ -630,8 +709,6 @@ class ORPOTrainer(InterruptibleTrainer):
     def _score(self, dataloader: DataLoader[Any]) -> PairScores:
         """Scores of all pairs of a loader, in the order of the data, the same on every rank."""
         self.callback_handler.eval_dataloader = dataloader
-        copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
-
         total = self.num_examples(dataloader)
 
         def advance(num_pairs: int) -> None:
@@ -639,14 +716,21 @@ class ORPOTrainer(InterruptibleTrainer):
             self._progress.scored(num_pairs * self._num_ranks, total)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
+        steps = (item["step"] for item in dataloader)
+        return self._score_steps(steps, total, self._model_for_evaluation(), advance)
+
+    def _score_steps(
+        self, steps: Iterable[Step], total: int, model: Any, progress: Callable[[int], None] | None = None
+    ) -> PairScores:
+        copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
         return score(
-            self._model_for_evaluation(),
-            (item["step"] for item in dataloader),
+            model,
+            steps,
             total,
             device=self.args.device,
             precision=self.accelerator.autocast,
             reduce=lambda table: self._reduce(table) / copies,
-            progress=advance,
+            progress=progress,
         )
 
     def _model_for_evaluation(self) -> Any:
@@ -703,6 +787,11 @@ class ORPOTrainer(InterruptibleTrainer):
                     "tokens_per_micro_batch", self._tokens_per_micro_batch
                 )
             settings["eval_on_start"] = self.evaluation_waits
+        step = checkpoint_step(checkpoint or Path())
+        sets = [self.train_dataset, *self._evaluation_sets()]
+        self.reference.restore(state.get("reference", ""), step, sets)
+        self._ask_reference(0)
+        self._stage = None
         with self.stop_signal.caught(), changed(self.args, **settings):
             self.stopwatch.restart(state.get("window_seconds", 0.0))
             try:
@@ -769,6 +858,7 @@ class ORPOTrainer(InterruptibleTrainer):
                         "window": window,
                         "window_seconds": self.stopwatch.seconds,
                         "run": self._identity,
+                        "reference": self.reference.name_at(self.state.global_step),
                         "recipe": self._recipe,
                         "tokens_per_micro_batch": self._tokens_per_micro_batch,
                         "evaluation_waits": self.evaluation_waits,
@@ -857,6 +947,23 @@ class _EpochOrder(TrainerCallback):
         steps = kwargs["train_dataloader"].dataset
         if isinstance(steps, StepDataset):
             steps.set_epoch(state.global_step // len(steps))
+
+
+class _StageEnds(TrainerCallback):
+    """Asks for a line of the log where a stage ends, so that none is of two objectives."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.starts = schedule.starts
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.logging_strategy != IntervalStrategy.NO and state.global_step in self.starts:
+            control.should_log = True
+
+
+def _schedule(args: ORPOConfig, pairs: Any) -> Schedule:
+    """What is minimised in each step; one that may train nothing has a single stage at most."""
+    steps = number_of_steps(args, pairs, args.pairs_per_step)
+    return Schedule(resolve_stages(args), steps if args.stages else max(steps, 1))
 
 
 def _item(value: Any) -> Any:

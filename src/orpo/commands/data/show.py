@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or recipe.settings.get("model_name_or_path")
     if not model:
         raise ConfigError("no model is named, and a pair has the tokens of one; add --model M")
-    given = inherited_by_evaluation(run_recipe(model)) | recipe.settings
+    given = inherited_by_evaluation(run_recipe(model), recipe.settings) | recipe.settings
     check_recipe(given)
     settings = OrpoSettings.from_recipe(given)
     objective, _ = resolve_objective(settings)
@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         row = read_row(found, settings, tokenizer, stop_tokens=saved_stop_token_ids(folder))
     nll = [nll_ranges(pair, objective) if objective.nll_weight > 0 else [] for pair in row.pairs]
     pairs = zip(row.pairs, nll, strict=True)
-    layouts = [lay_out(pair, tokenizer, ranges, odds=objective.beta > 0) for pair, ranges in pairs]
+    layouts = [
+        lay_out(pair, tokenizer, ranges, odds=objective.preference_weight > 0) for pair, ranges in pairs
+    ]
     _draw(row, layouts, args.html)
     return 0
 

@@ -1,0 +1,276 @@
+"""From a recipe and a cluster to a plan: what a rank holds, what a run computes, its hours and its cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orpo.engine.memory import MAX_TOKENS, MAX_TOKENS_ON_CPU, default_logits_memory_mib, token_budget
+from orpo.engine.planning import pair_cost, plan_epoch, plan_step
+from orpo.errors import ConfigError
+from orpo.plan.lengths import PairLengths
+from orpo.plan.machine import RESERVE_GIB, Cluster
+from orpo.plan.memory import Memory, Setup, Sharding, checkpoint_bytes, memory_of, states
+from orpo.plan.on_paper import PaperModel, paper_model
+from orpo.plan.work import Work, work_of
+from orpo.settings.config import Objective, OrpoSettings, resolve_objective
+from orpo.settings.schema import known_settings
+from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations
+
+STEPS_TRIED = 8
+"""Optimizer steps whose micro-batches are laid out."""
+GIB = 2**30
+DEFAULT_OPTIMIZER = "adamw_torch_fused"
+"""What `TrainingArguments` takes where a recipe names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run on paper.
+
+    Attributes:
+        model: The model.
+        cluster: Where it would run.
+        setup: Sharding, optimizer, precision.
+        lengths: Of its pairs.
+        work: Of an average pair.
+        memory: Of each rank.
+        pairs_per_step: Pairs of a step, over all ranks.
+        steps: Optimizer steps of the run.
+        budget: Most tokens of a micro-batch.
+        micro_batches: Of a rank in a step, on average.
+        largest: Tokens of the largest micro-batch that was laid out.
+        balance: Mean work of the ranks of a step over the largest, in (0, 1].
+        num_evaluations: Evaluations of the held-out pairs.
+        step_seconds: Seconds of a step.
+        talk_bytes: Bytes that each rank sends in a step.
+        hours: Of the whole run, evaluations included.
+    """
+
+    model: PaperModel
+    cluster: Cluster
+    setup: Setup
+    lengths: PairLengths
+    work: Work
+    memory: Memory
+    pairs_per_step: int
+    steps: int
+    budget: int
+    micro_batches: float
+    largest: float
+    balance: float
+    num_evaluations: int
+    step_seconds: float
+    talk_bytes: float
+    hours: float
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that tensors may take."""
+        return (self.cluster.gpu.memory_gib - RESERVE_GIB * (not self.setup.on_cpu)) * GIB
+
+    @property
+    def fits(self) -> bool:
+        """Whether a rank's peak fits into its GPU."""
+        return self.memory.peak <= self.room
+
+    @property
+    def cost(self) -> float:
+        """Dollars."""
+        return self.hours * self.cluster.ranks * self.cluster.gpu.price
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of the run's training."""
+        return self.work.training * self.pairs_per_step * self.steps
+
+    @property
+    def checkpoint(self) -> float:
+        """Bytes of a checkpoint."""
+        return checkpoint_bytes(self.model, self.setup)
+
+
+def make_plan(
+    settings: Mapping[str, Any], where: Cluster, lengths: PairLengths, *, on_cpu: bool = False
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        settings: Of its recipe, by key.
+        where: The cluster.
+        lengths: Of its pairs.
+        on_cpu: Whether the ranks are CPUs, whose attention goes by segments.
+
+    Raises:
+        OrpoError: The settings cannot be planned, or there is no configuration of the model.
+    """
+    own = OrpoSettings.from_recipe(settings)
+    half = _computes_in_bf16(settings, where)
+    model = paper_model(own, has_bf16=where.gpu.has_bf16, autocast=half, by_kernel=half and not on_cpu)
+    return lay_out(settings, model, where, lengths, on_cpu=on_cpu)
+
+
+def lay_out(
+    settings: Mapping[str, Any],
+    model: PaperModel,
+    where: Cluster,
+    lengths: PairLengths,
+    *,
+    on_cpu: bool = False,
+) -> Plan:
+    """Plan a run of a model that is on paper already; arguments as those of `make_plan`."""
+    own = OrpoSettings.from_recipe(settings)
+    objective, _ = resolve_objective(own)
+    get = _Settings(settings)
+    setup = Setup(
+        ranks=where.ranks,
+        sharding=_sharding(settings, where.ranks),
+        optim=str(settings.get("optim") or DEFAULT_OPTIMIZER),
+        checkpointing=bool(get("gradient_checkpointing")),
+        half=_computes_in_bf16(settings, where),
+        logits_memory_mib=own.logits_memory_mib or default_logits_memory_mib(on_cpu=on_cpu),
+        on_cpu=on_cpu,
+    )
+    pairs_per_step = (
+        int(get("per_device_train_batch_size")) * int(get("gradient_accumulation_steps")) * where.ranks
+    )
+    budget = own.tokens_per_micro_batch or _budget(model, setup, where)
+    laid = _laid_out(lengths, objective, pairs_per_step, where.ranks, budget)
+    work = work_of(model, lengths.tokens, objective, checkpointing=setup.checkpointing)
+    memory = memory_of(model, setup, laid.largest, laid.micro_batches)
+    in_epoch = math.ceil(lengths.num_pairs / pairs_per_step)
+    most = int(get("max_steps"))
+    steps = most if most > 0 else math.ceil(in_epoch * float(get("num_train_epochs")))
+    talk = _talk_bytes(model, setup, laid.micro_batches)
+    rate = where.gpu.tflops * 1e12 * where.mfu
+    compute = work.training * pairs_per_step / where.ranks / laid.balance / rate
+    step_seconds = max(compute, talk / where.bandwidth)
+    number = _num_evaluations(settings, lengths, work, pairs_per_step, steps, where.ranks)
+    evaluation = work.forward * lengths.num_held_out / where.ranks / rate
+    return Plan(
+        model=model,
+        cluster=where,
+        setup=setup,
+        lengths=lengths,
+        work=work,
+        memory=memory,
+        pairs_per_step=pairs_per_step,
+        steps=steps,
+        budget=budget,
+        micro_batches=laid.micro_batches,
+        largest=laid.largest,
+        balance=laid.balance,
+        num_evaluations=number,
+        step_seconds=step_seconds,
+        talk_bytes=talk,
+        hours=(steps * step_seconds + number * evaluation) / 3600,
+    )
+
+
+class _Settings:
+    """Settings of a recipe, with the defaults of those it leaves out."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given = given
+
+    def __call__(self, name: str) -> Any:
+        value = self.given.get(name)
+        return known_settings()[name].default if value is None else value
+
+
+def _computes_in_bf16(settings: Mapping[str, Any], where: Cluster) -> bool:
+    asked = settings.get("bf16")
+    return where.gpu.has_bf16 and not settings.get("fp16") if asked is None else bool(asked)
+
+
+def _sharding(settings: Mapping[str, Any], ranks: int) -> Sharding:
+    """What is cut over the ranks."""
+    deepspeed = settings.get("deepspeed")
+    if ranks == 1:
+        return "none"
+    if deepspeed:
+        stage = _deepspeed_stage(deepspeed)
+        return "zero1" if stage <= 1 else "zero2" if stage == 2 else "zero3"
+    return "fsdp" if settings.get("fsdp") else "ddp"
+
+
+def _deepspeed_stage(config: Any) -> int:
+    if isinstance(config, str) and not config.lstrip().startswith("{"):
+        path = Path(config)
+        if not path.is_file():
+            raise ConfigError(f"deepspeed: {config} is no file; name a JSON file of DeepSpeed's settings")
+        config = path.read_text(encoding="utf-8")
+    found = json.loads(config) if isinstance(config, str) else config
+    return int(found.get("zero_optimization", {}).get("stage", 0))
+
+
+def _budget(model: PaperModel, setup: Setup, where: Cluster) -> int:
+    """The tokens of a micro-batch that training would choose: engine/memory.py, with what is free there."""
+    weights, gradients, state = states(model, setup)
+    fixed = 0.0 if setup.cut > 1 else model.footprint.whatever_tokens(checkpointing=setup.checkpointing)
+    room = where.gpu.memory_gib * GIB - weights - gradients - state - fixed
+    per_token = model.footprint.per_token(checkpointing=setup.checkpointing)
+    return token_budget(room, per_token, MAX_TOKENS_ON_CPU if setup.on_cpu else MAX_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    micro_batches: float
+    largest: float
+    balance: float
+
+
+def _laid_out(
+    lengths: PairLengths, objective: Objective, pairs_per_step: int, ranks: int, budget: int
+) -> _Layout:
+    """Micro-batches as training lays them out, of a few steps."""
+    tokens = lengths.tokens.copy()
+    if objective.preference_weight == 0:
+        tokens[:, 2] = 0
+    if pairs_per_step > len(tokens):  # means stand for more pairs than were drawn
+        tokens = np.tile(tokens, (math.ceil(pairs_per_step / len(tokens)), 1))
+    numbers, balances, largest = [], [], 0.0
+    for step in plan_epoch(len(tokens), pairs_per_step, seed=0, epoch=0)[:STEPS_TRIED]:
+        here = tokens[step]
+        cost, read = pair_cost(here), here.sum(1)
+        ranked = plan_step(here, num_ranks=ranks, tokens_per_micro_batch=budget)
+        of_ranks = [sum(cost[i] for b in batches if not b.empty for i in b.pairs) for batches in ranked]
+        numbers.append(len(ranked[0]))
+        balances.append(sum(of_ranks) / ranks / max(of_ranks))
+        largest = max([largest, *(sum(read[i] for i in b.pairs) for batches in ranked for b in batches)])
+    return _Layout(float(np.mean(numbers)), float(largest), float(np.mean(balances)))
+
+
+def _talk_bytes(model: PaperModel, setup: Setup, micro_batches: float) -> float:
+    """Bytes that a rank sends in a step: gradients once, and weights wherever these are cut."""
+    if setup.ranks == 1:
+        return 0.0
+    part = (setup.ranks - 1) / setup.ranks
+    size = 2.0 if setup.half else 4.0
+    gradients = model.trained_bytes if setup.sharding in ("ddp", "none") else size * model.trained
+    if setup.cut == 1:
+        return 2 * part * gradients
+    weights = min(size * model.num_weights, model.weight_bytes)
+    return part * micro_batches * (2 * weights + gradients)
+
+
+def _num_evaluations(
+    settings: Mapping[str, Any], lengths: PairLengths, work: Work, pairs_per_step: int, steps: int, ranks: int
+) -> int:
+    """Evaluations of a run: as often as its settings say, or as training/cadence.py settles it."""
+    if not lengths.num_held_out or settings.get("eval_strategy") == "no":
+        return 0
+    every = settings.get("eval_steps") or settings.get("save_steps")
+    if settings.get("eval_strategy") == "epoch" or settings.get("save_strategy") == "epoch":
+        return 1 + math.ceil(float(settings.get("num_train_epochs") or 3))
+    if every:
+        return 1 + math.ceil(1 / every if every < 1 else steps / every)
+    trained = work.tokens * pairs_per_step * steps
+    scored = work.tokens * lengths.num_held_out * SCORING
+    return 1 + evaluations(trained, scored, CHECKPOINT_ON_GPU * ranks, on_start=True)

@@ -1,0 +1,84 @@
+"""What a run computes: tokens with each prompt counted once, and the operations of its matrix products.
+
+One multiplication and addition are two operations. A backward takes as many for the inputs of a product and,
+where its matrix is trained, as many again; gradient checkpointing runs the layers forward once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from orpo.plan.on_paper import PaperModel
+from orpo.settings.config import Objective
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an average pair costs.
+
+    Attributes:
+        tokens: Tokens that the layers read, the prompt's once for both sides.
+        separate_tokens: The same where each side brings its prompt, as in other trainers.
+        scored: Tokens whose logits are made.
+        forward: Operations of a forward pass.
+        training: Operations of forward and backward, with what checkpointing computes again.
+    """
+
+    tokens: float
+    separate_tokens: float
+    scored: float
+    forward: float
+    training: float
+
+
+def work_of(model: PaperModel, tokens: Int64, objective: Objective, *, checkpointing: bool) -> Work:
+    """Work of an average pair.
+
+    Args:
+        model: On paper.
+        tokens: (prompt, chosen, rejected) tokens of pairs. Shape [n, 3].
+        objective: Decides which tokens are scored, and whether rejected sides are run.
+        checkpointing: Whether layers are run forward twice.
+    """
+    prompt, chosen, rejected = tokens.T.astype(float)
+    if objective.preference_weight == 0:
+        rejected = np.zeros_like(rejected)
+    read = float((prompt + chosen + rejected).mean())
+    separate = float((prompt * (1 + (rejected > 0)) + chosen + rejected).mean())
+    context = 0.0 if objective.nll_on == "response" or objective.nll_weight == 0 else prompt - 1
+    scored = float((context + chosen + rejected).mean())
+    products, trained = 2 * model.products * read, 2 * model.trained_products * read
+    attention = 4 * model.attention * attended(model, prompt, chosen, rejected)
+    head = 2.0 * model.vocabulary * model.hidden * scored
+    layers = products + attention
+    backward = products + trained + 2 * attention
+    again = layers - 2 * model.not_again * read
+    return Work(
+        tokens=read,
+        separate_tokens=separate,
+        scored=scored,
+        forward=layers + head,
+        training=layers + checkpointing * again + backward + head * (2 + model.head_trained),
+    )
+
+
+def attended(model: PaperModel, prompt: object, chosen: object, rejected: object) -> float:
+    """Mean number of (query, key) pairs of a pair in a layer, sliding windows counted."""
+    p, c, r = (np.asarray(one, dtype=float) for one in (prompt, chosen, rejected))
+    window, share = model.window
+
+    def causal(length: npt.NDArray[np.float64], most: float) -> npt.NDArray[np.float64]:
+        inside = np.minimum(length, most)
+        below: npt.NDArray[np.float64] = inside * (inside + 1) / 2 + (length - inside) * inside
+        return below
+
+    def pairs(most: float) -> float:
+        return float((causal(p + c, most) + causal(p + r, most) - causal(p, most)).mean())
+
+    full = pairs(np.inf)
+    return full if window is None else share * pairs(window) + (1 - share) * full

@@ -1,0 +1,412 @@
+"""`orpo plan`: what it counts equals what is there; it plans every recipe; its advice makes a run fit."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import orpo
+from orpo.cli import main
+from orpo.engine.footprint import Footprint, measure_footprint
+from orpo.engine.head import Denominators
+from orpo.engine.memory import default_tokens_per_micro_batch, head_bytes, optimizer_bytes, token_budget
+from orpo.engine.model import prepare_model
+from orpo.engine.packing import pack
+from orpo.errors import ConfigError, ModelError
+from orpo.pairs import TokenizedPair
+from orpo.plan import plan as planning
+from orpo.plan.advice import cheapest_changes
+from orpo.plan.lengths import PairLengths, drawn_lengths, read_lengths
+from orpo.plan.lines import plan_json, plan_lines
+from orpo.plan.machine import GPUS, cluster
+from orpo.plan.memory import Setup, memory_of, states
+from orpo.plan.on_paper import NF4_BYTES, paper_model
+from orpo.plan.plan import lay_out, make_plan
+from orpo.plan.work import attended, work_of
+from orpo.settings.config import Objective, OrpoSettings
+from orpo.settings.recipe import load_recipe
+from orpo.settings.shipped import shipped
+
+GIB = 2**30
+PUBLISHED = {
+    "allenai/Olmo-3-1025-7B": 7_298_011_136,
+    "facebook/opt-125m": 125_239_296,
+    "facebook/opt-350m": 331_196_416,
+    "facebook/opt-1.3b": 1_315_758_080,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "HuggingFaceTB/SmolLM3-3B-Base": 3_075_098_624,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "microsoft/phi-2": 2_779_683_840,
+    "mistral-community/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "Qwen/Qwen3-4B-Base": 4_022_468_096,
+    "Qwen/Qwen3-8B-Base": 8_190_735_360,
+}
+"""Weights of public models, as their pages state them."""
+UF = "149/304/304"
+
+
+@cache
+def paper(name, **settings):
+    return paper_model(
+        OrpoSettings(model_name_or_path=name, **settings), has_bf16=True, autocast=True, by_kernel=True
+    )
+
+
+@pytest.fixture
+def on_paper(monkeypatch):
+    """Each model is put on paper once for all tests: it takes a third of a second."""
+
+    def once(settings, *, has_bf16, autocast, by_kernel):
+        asked = {key: getattr(settings, key) for key in ("use_peft", "load_in_4bit", "lora_r", "dtype")}
+        return paper(settings.model_name_or_path, **asked)
+
+    monkeypatch.setattr(planning, "paper_model", once)
+
+
+def lengths(recipe, pairs=2000, means=UF):
+    return drawn_lengths(means, pairs, recipe)
+
+
+# ------------------------------------------------------------------------------------------ the recipes
+
+
+@pytest.mark.parametrize(
+    "recipe", [one for one in shipped() if "/" not in one.name], ids=lambda one: one.name
+)
+def test_every_recipe_resolves_and_plans(recipe, tmp_path, on_paper):
+    path = tmp_path / f"{recipe.name}.yaml"
+    path.write_text(recipe.text)
+    settings = load_recipe(path).settings
+    plan = make_plan(settings, cluster("h100-80", 8, 4), lengths(settings))
+    assert plan.fits and plan.hours > 0, plan_lines(plan, [])
+    known = PUBLISHED.get(settings["model_name_or_path"])
+    if known is not None and not settings.get("use_peft"):
+        assert plan.model.num_weights == known
+    assert recipe.title.endswith((".", "'.")) and "# Source: " in recipe.text
+    keys = [line.split(":")[0] for line in recipe.text.splitlines() if line and line[0] not in "# -"]
+    assert set(keys) == set(settings), "a key twice, or a notice"
+
+
+# ------------------------------------------------------------------------------------------ on paper
+
+
+def test_a_layer_keeps_what_its_formulas_say():
+    """Of Llama in float32, by hand: both norms, queries, keys, values, attention by segments, SwiGLU."""
+    hidden, wide, heads, layers = 64, 192, 4, 3
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads,
+    )  # fmt: skip
+    footprint = measure_footprint(LlamaForCausalLM(config))
+    norm = 3 * hidden + 1  # input, normalised input, output; one over the root mean square
+    copied = (
+        3 / 5
+    )  # keys and values of prompt and rejected answer, put next to each other: 8 of 20 tokens, and 4
+    attention = 3 * hidden + hidden + heads + hidden + 2 * copied * hidden
+    of_layer = 2 * norm + attention + 4 * wide
+    of_end = norm - hidden  # the output is the head's
+    rotary = 2 * hidden / heads
+    expected = 4 * (layers * of_layer + of_end + rotary)
+    assert footprint.layers == pytest.approx(expected, rel=0.01)
+    assert (footprint.widest, footprint.inputs, footprint.num_layers) == (4 * wide, 4 * hidden, layers)
+    assert footprint.fixed == pytest.approx(0, abs=1)
+
+
+def test_measuring_leaves_a_model_as_it_was():
+    model = tiny_models.build("Llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    implementation = model.config._attn_implementation
+    measure_footprint(model)
+    assert [module.training for module in model.modules()] == before
+    assert model.config._attn_implementation == implementation
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "OPT"])
+def test_a_model_on_paper_keeps_what_the_real_one_keeps(name, tmp_path):
+    """From its last layer, on fake tensors; rotary tables, which layers share, count for each."""
+    model = tiny_models.build(name)
+    model.save_pretrained(tmp_path)
+    found = paper_model(
+        OrpoSettings(model_name_or_path=str(tmp_path)), has_bf16=False, autocast=False, by_kernel=False
+    )
+    real = measure_footprint(model)
+    assert found.footprint.layers == pytest.approx(real.layers, rel=0.06)
+    assert found.num_weights == sum(weight.numel() for weight in model.parameters())
+    assert found.layers == model.config.num_hidden_layers
+
+
+def test_adapters_and_quantized_weights_on_paper():
+    """41,943,040 is what PEFT counts for rank 16 on every linear layer of Mistral-7B."""
+    lora, qlora = (paper("mistralai/Mistral-7B-v0.1", use_peft=True, load_in_4bit=q) for q in (False, True))
+    assert lora.trained == qlora.trained == 41_943_040
+    whole = PUBLISHED[lora.name]
+    assert lora.num_weights == whole + lora.trained and not lora.head_trained
+    assert lora.weight_bytes == 2 * whole + 4 * lora.trained
+    in_layers = sum(32 * 4096 * wide for wide in (4096, 1024, 1024, 4096, 14336, 14336, 14336))
+    assert qlora.weight_bytes == pytest.approx(lora.weight_bytes - (2 - NF4_BYTES) * in_layers)
+    assert qlora.footprint.layers == lora.footprint.layers
+
+
+def test_experts_count_for_the_tokens_they_get():
+    mixtral = paper("mistral-community/Mixtral-8x22B-v0.1")
+    attention = 6144 * (6144 + 1024 + 1024 + 6144)
+    experts = 3 * 6144 * 16384
+    assert mixtral.products == pytest.approx(56 * (attention + 2 * experts + 8 * 6144), rel=1e-3)
+    assert mixtral.layer_weights == pytest.approx(attention + 8 * experts, rel=1e-3)
+
+
+def test_a_name_without_a_configuration_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no configuration could be read"):
+        paper_model(
+            OrpoSettings(model_name_or_path=str(tmp_path)), has_bf16=True, autocast=True, by_kernel=True
+        )
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def setup(**changes):
+    plain = Setup(1, "none", "adamw_torch_fused", False, True, 1024)
+    return replace(plain, **changes)
+
+
+def test_states_of_a_rank_are_what_each_way_of_sharding_leaves():
+    model = paper("mistralai/Mistral-7B-v0.1")
+    weights = float(model.num_weights)
+    assert states(model, setup()) == (4 * weights, 4 * weights, 8 * weights)
+    assert states(model, setup(ranks=8, sharding="ddp")) == (4 * weights, 8 * weights, 8 * weights)
+    assert states(model, setup(ranks=8, sharding="fsdp")) == (weights / 2, weights / 2, weights)
+    zero2 = states(model, setup(ranks=8, sharding="zero2"))
+    assert zero2 == pytest.approx((2 * weights, 2 * weights / 8, 12 * weights / 8))
+    assert states(model, setup(ranks=8, sharding="zero3"))[0] == pytest.approx(2 * weights / 8)
+    assert states(model, setup(optim="adamw_bnb_8bit"))[2] == 2 * weights
+    assert states(model, setup(optim="paged_adamw_8bit"))[2] == 0, "it may leave the GPU"
+
+
+def test_peaks_of_a_step():
+    """By hand, with layers that keep nothing: what is there when the head runs, and when backward ends."""
+    model = replace(paper("mistralai/Mistral-7B-v0.1"), footprint=Footprint(0.0, 32, 0.0, 0.0))
+    weights, matrix = 4.0 * model.num_weights, 4.0 * 32000 * 4096
+    head = 4 * (100 * 32000 + 100 * 4096) + matrix
+    one = memory_of(model, setup(), 100, 1)
+    assert one.head == head and one.peak == weights + 2 * weights + weights
+    several = memory_of(model, setup(), 100, 2)
+    assert several.peak == max(4 * weights + matrix, 4 * weights + head)
+    tied = memory_of(replace(model, tied=True), setup(), 100, 1)
+    assert tied.peak == 4 * weights + matrix
+    kept = replace(model, footprint=Footprint(32e6, 32, 1e5, 1e5))
+    plain, checked = (memory_of(kept, setup(checkpointing=c), 100, 1).activations for c in (False, True))
+    assert plain == pytest.approx(100 * (32e6 + 3.3e5)) and checked == pytest.approx(
+        100 * (3.2e6 + 1e6 + 3.3e5)
+    )
+
+
+def test_training_and_planning_choose_the_same_micro_batches(monkeypatch):
+    """One owner: the default budget of a run, and the one that is planned for the memory it then has."""
+    from orpo.engine import memory
+
+    model = tiny_models.build("Llama")
+    footprint = measure_footprint(model)
+    weights = sum(weight.numel() for weight in model.parameters())
+    room = 1500 * 2 * footprint.per_token()
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(room + 12 * weights))
+    assert default_tokens_per_micro_batch(model, torch.device("cpu")) == 1280
+    assert token_budget(room, footprint.per_token(), 2048) == 1280
+    assert token_budget(1e15, 1.0, 2048) == 2048 and token_budget(0, 1.0, 2048) == 1024
+
+
+def test_optimizers_by_name():
+    sizes = {"adamw_torch": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "lion_8bit": 1, "x": 8}
+    assert {name: optimizer_bytes(name) for name in sizes} == sizes
+
+
+# ------------------------------------------------------------------------------------------ work
+
+
+PAIRS = [TokenizedPair([1] * p, [2] * c, [3] * r) for p, c, r in ((5, 9, 4), (11, 3, 8), (2, 6, 6))]
+TOKENS = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in PAIRS])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
+    """Attention apart, since the counter knows no causal one; nor does it know products added in place."""
+    model = tiny_models.build("Llama", num_hidden_layers=6).train()
+    model.save_pretrained(tmp_path)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    prepare_model(model, layout="shared", probe=False)
+    with FlopCounterMode(display=False) as counter:
+        batch = pack(PAIRS, Objective())
+        model(batch=batch, denominators=Denominators(10.0, 3.0)).loss.backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(flops for operation, flops in counted.items() if "mm" in str(operation))
+    settings = OrpoSettings(model_name_or_path=str(tmp_path))
+    described = paper_model(settings, has_bf16=False, autocast=False, by_kernel=False)
+    work = work_of(replace(described, attention=0), TOKENS, Objective(), checkpointing=checkpointing)
+    of_matrix = 2 * tiny_models.VOCAB * described.hidden * work.scored
+    assert len(PAIRS) * (work.training - of_matrix) == pytest.approx(products, rel=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 4, 7, 100])
+def test_attended_pairs_are_those_of_a_mask(window):
+    def visible(queries, keys):
+        offset = keys - queries
+        return sum(
+            1
+            for q in range(queries)
+            for k in range(keys)
+            if k <= q + offset and (window is None or q + offset - k < window)
+        )
+
+    expected = np.mean([visible(p + c, p + c) + visible(r, p + r) for p, c, r in TOKENS])
+    described = replace(paper("mistralai/Mistral-7B-v0.1"), window=(window, 1.0 if window else 0.0))
+    assert attended(described, *TOKENS.T) == pytest.approx(expected)
+
+
+def test_sharing_and_the_objective_decide_what_is_computed():
+    model = paper("mistralai/Mistral-7B-v0.1")
+    whole = work_of(model, TOKENS, Objective(), checkpointing=False)
+    assert whole.tokens == TOKENS.sum() / 3
+    assert whole.separate_tokens == whole.tokens + TOKENS[:, 0].mean()
+    assert whole.scored == whole.tokens - 1
+    answers = work_of(model, TOKENS, Objective(nll_on="response"), checkpointing=False)
+    assert answers.scored == TOKENS[:, 1:].sum() / 3
+    chosen = work_of(model, TOKENS, Objective(preference_weight=0.0), checkpointing=False)
+    assert chosen.tokens == TOKENS[:, :2].sum() / 3
+
+
+# ------------------------------------------------------------------------------------------ the plan
+
+
+FULL = {"model_name_or_path": "mistralai/Mistral-7B-v0.1", "per_device_train_batch_size": 8}
+
+
+def plan_of(settings, *where, pairs=2000, **options):
+    return make_plan(settings, cluster(*where, **options), lengths(settings, pairs))
+
+
+def test_steps_hours_and_cost_follow_from_pairs_and_rates(on_paper):
+    plan = plan_of(FULL | {"num_train_epochs": 2, "eval_strategy": "no"}, "h100-80", 8)
+    assert (plan.pairs_per_step, plan.steps, plan.num_evaluations) == (64, 64, 0)
+    rate = 8 * 989e12 * 0.4 * plan.balance
+    assert plan.step_seconds == pytest.approx(64 * plan.work.training / rate)
+    assert plan.hours == pytest.approx(64 * plan.step_seconds / 3600)
+    assert plan.cost == pytest.approx(plan.hours * 8 * GPUS["h100-80"].price)
+    slow = plan_of(FULL | {"num_train_epochs": 2, "eval_strategy": "no"}, "h100-80", 8, mfu=0.2, price=10.0)
+    assert slow.hours == pytest.approx(2 * plan.hours) and slow.cost == pytest.approx(8 * plan.cost)
+
+
+def test_what_ranks_send(on_paper):
+    """A ring sends each number twice but for one rank's share; cut weights are gathered twice."""
+    weights = PUBLISHED["mistralai/Mistral-7B-v0.1"]
+    assert plan_of(FULL, "h100-80").talk_bytes == 0
+    assert plan_of(FULL, "h100-80", 4).talk_bytes == pytest.approx(2 * 3 / 4 * 4 * weights)
+    cut = plan_of(FULL | {"fsdp": "full_shard auto_wrap", "tokens_per_micro_batch": 10**6}, "h100-80", 4)
+    assert cut.micro_batches == 1 and cut.talk_bytes == pytest.approx(3 / 4 * 3 * 2 * weights)
+    assert cut.cluster.bandwidth == 450e9 and cluster("h100-80", 8, 4).bandwidth == 8 * 50e9
+    network = plan_of(FULL | {"fsdp": "full_shard auto_wrap"}, "a10-24", 1, 8)
+    assert network.step_seconds == pytest.approx(network.talk_bytes / 3e9), (
+        "the network is slower than the GPU"
+    )
+
+
+def test_advice_makes_a_run_fit_and_is_the_cheapest(on_paper):
+    plan = plan_of(FULL, "h100-80", 8)
+    assert not plan.fits and plan.setup.sharding == "ddp"
+    kept, *other = cheapest_changes(FULL, plan)
+    assert kept.words == "--fsdp 'full_shard auto_wrap'" and kept.plan.fits and kept.same_model
+    assert all(change.plan.fits and change.plan.cost < kept.plan.cost for change in other)
+    assert plan_lines(plan, [kept])[-1].startswith("try --fsdp")
+    alone = plan_of(FULL, "rtx4090-24")
+    wider, adapter = cheapest_changes(FULL, alone)
+    assert wider.plan.cluster.ranks == 8 and "--gpus 8 --nodes 1" in wider.words
+    assert "--use_peft" in adapter.words and not adapter.same_model
+
+
+def test_deepspeed_settings_say_what_is_cut(on_paper, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert plan_of(FULL | {"deepspeed": str(file)}, "h100-80", 8).setup.sharding == "zero2"
+    with pytest.raises(ConfigError, match=r"none\.json is no file"):
+        plan_of(FULL | {"deepspeed": "none.json"}, "h100-80", 8)
+
+
+def test_lengths_around_means():
+    found = lengths({"max_length": 600}, 100_000)
+    assert found.tokens.shape == (4096, 3) and found.num_pairs == 95_000 and found.num_held_out == 5000
+    assert (found.tokens[:, 0] + found.tokens[:, 1:].max(1)).max() <= 601
+    free = lengths({"max_length": None, "eval_strategy": "no"}, 100_000)
+    assert free.tokens.mean(0) == pytest.approx([149, 304, 304], rel=0.03) and free.num_pairs == 100_000
+
+
+def test_lengths_of_real_data(tmp_path):
+    model = files("orpo") / "demo" / "model"
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": "yes " * n, "rejected": "no " * (n % 3 + 1)} for n in range(1, 41)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    found = read_lengths({"model_name_or_path": str(model), "dataset_name": str(data), "eval_strategy": "no"})
+    assert isinstance(found, PairLengths) and found.num_pairs == 40 and found.num_held_out == 0
+    assert found.tokens[-1, 1] > found.tokens[0, 1] > 0
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_prints_a_plan(capsys, on_paper):
+    words = ["--model_name_or_path", FULL["model_name_or_path"], "--pairs", "7000", "--lengths", UF]
+    assert main(["plan", *words, "--gpu", "h100-80", "--gpus", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "does not fit" in shown and "\ntry --fsdp" in shown and "7.24 billion weights" in shown
+    assert main(["plan", *words, "--gpu", "b200-180", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["num_weights"] == PUBLISHED[FULL["model_name_or_path"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpu", "h1000"], "--gpu h1000: unknown; one of"),
+        (["--gpus", "0"], "--gpus 0: at least 1"),
+        (["--mfu", "40"], "--mfu 40: a share"),
+        (["--price", "-1"], "--price -1"),
+        (["--pairs", "7"], "write both"),
+        (["--pairs", "7", "--lengths", "1/2"], "three means"),
+        (["--pairs", "0", "--lengths", "1/2/3"], "--pairs 0"),
+        (["--model_name_or_path", ""], "model_name_or_path is not set"),
+        (["--streaming", "--max_steps", "3", "--dataset_name", "x"], "streaming: the data has no end"),
+    ],
+)
+def test_mistakes_are_one_line(words, says, capsys):
+    assert main(["plan", "--model_name_or_path", "facebook/opt-125m", *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_python_plans_as_the_command_does(capsys, on_paper):
+    planned = orpo.plan_run(FULL, "h100-80", gpus=8, pairs=7000, lengths=UF)
+    words = [word for key, value in FULL.items() for word in (f"--{key}", str(value))]
+    main(["plan", *words, "--gpus", "8", "--pairs", "7000", "--lengths", UF])
+    assert capsys.readouterr().out.splitlines() == planned.lines()
+
+
+def test_json_has_every_part(on_paper):
+    plan = plan_of(FULL, "h100-80", 8)
+    found = plan_json(plan, cheapest_changes(FULL, plan))
+    assert set(found["bytes"]) == set(plan.memory.__slots__) and not found["fits"]
+    assert lay_out(FULL, plan.model, plan.cluster, plan.lengths) == plan
+    assert head_bytes(1, 1, 1, chunk_tokens=1, trained=False) == 8
