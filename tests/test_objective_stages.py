@@ -138,6 +138,10 @@ def test_each_step_minimises_the_objective_of_its_stage(tmp_path):
     ]
     assert logged(trainer) == pytest.approx(losses, rel=1e-5)
     assert lines(trainer, "accuracy") == [False] * 2 + [True] * 2
+    first, *_, last = (line for line in trainer.state.log_history if "loss" in line)
+    assert (
+        first["rewards/chosen"] == 0 and last["rewards/chosen"] == last["chosen_logprob"]
+    )  # times the weight
 
 
 def test_the_reference_of_dpo_is_the_model_after_the_stage_before(tmp_path):

@@ -452,6 +452,10 @@ def test_bbq_takes_the_likeliest_of_two_people_and_ten_unknowns(models, loaded, 
     write_lines(file, [rows[0] | {"ans1": "Nobody"}])
     with pytest.raises(DataError, match="none of its answers is unknown"):
         run_suites(models[0], [f"bbq:{file}"])
+    for wrong in ({"label": "x"}, {"label": 3}, {"answer_info": {}}, {"additional_metadata": {}}):
+        write_lines(file, [rows[0], rows[0] | wrong])
+        with pytest.raises(DataError, match=r"bbq\.jsonl:2: label, answer_info or additional_metadata"):
+            run_suites(models[0], [f"bbq:{file}"])
     write_lines(file, [{"context": "x"}])
     with pytest.raises(DataError, match="lacks 'ans0'; expected a question of BBQ"):
         run_suites(models[0], [f"bbq:{file}"])
@@ -600,16 +604,25 @@ def test_references_are_there_for_what_needs_them():
 
 def test_means_over_questions_get_their_values_and_other_metrics_a_line():
     samples = [
-        {"doc_id": n, "filter": "none", "metrics": ["acc", "ppl"], "acc": float(n % 2), "ppl": (1.0, 2)}
+        {"doc_id": n, "filter": "none", "metrics": ["acc", "ppl", "f1"], "acc": float(n % 2),
+         "ppl": (1.0, 2), "f1": 0.5}
         for n in range(4)
     ] + [{"doc_id": n, "filter": "strict", "metrics": ["em"], "em": n == 0} for n in range(4)]  # fmt: skip
     results = {
-        "t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 0.25, "ppl,none": 7.25}
+        "t": {
+            "alias": "t",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.1,
+            "em,strict": 0.25,
+            "ppl,none": 7.25,
+            "f1,none": 0.6,
+        }
     }
     found = by_question({"samples": {"t": samples}, "results": results, "versions": {"t": 2}})
     assert found["items"] == [f"t:{n}" for n in range(4)] and found["versions"] == {"t": 2}
     assert found["columns"] == {"acc": [0, 1, 0, 1], "em, strict": [1, 0, 0, 0]}
-    assert found["notices"] == ["ppl 7.25, which is no mean over questions and has no error here"]
+    no_mean = "which is no mean over questions and has no error here"
+    assert found["notices"] == [f"ppl 7.25, {no_mean}", f"f1 0.6, {no_mean}"]
 
 
 # ------------------------------------------------------------------------------------------- the command

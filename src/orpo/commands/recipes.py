@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from orpo.console import say
+
+_WIDTH = 80
 
 
 def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
         listed = shipped()
         width = max(len(one.name) for one in listed)
         for one in listed:
-            say(f"{one.name:<{width}}  {one.title}")
+            beside = " " * (width + 2)
+            say(textwrap.fill(f"{one.name:<{width}}  {one.title}", _WIDTH, subsequent_indent=beside))
         say("\n`orpo recipes NAME` copies one here")
         return 0
     name = args.name.removesuffix(".yaml")

@@ -79,7 +79,7 @@ def _title(name: str) -> str:
 
 def _quality(result: Comparison) -> str:
     rows = {"base": result.base} | {entry.method: entry.quality for entry in result.whole}
-    titles = [_title(name) for name in METRICS]
+    titles = ["Odds-ratio loss" if name == DECIDES else _title(name) for name in METRICS]
     means = [
         (method, [figure_as_html(name, _figure(quality, name)) for name in METRICS])
         for method, quality in rows.items()

@@ -100,9 +100,10 @@ def rules(result: Comparison) -> list[str]:
         f"All methods have the same base, pairs, batch size and number of optimizer steps; stages of a"
         f" method share the steps equally. {counts[TRAIN]:,} pairs train, {counts[VALIDATION]:,} choose,"
         f" {counts[TEST]:,} of {result.num_prompts:,} prompts judge; no prompt is in two of these.",
-        f"Each method tried {result.trials} settings on the whole training set, seed {result.first_seed}; the"
-        f" lowest odds-ratio loss on validation pairs chose, among those that keep the chosen answers as"
-        f" likely as before but for {ALLOWED} nats a token. Test pairs were scored after that.",
+        f"Each method tried {result.trials} setting{'' if result.trials == 1 else 's'} on the whole training"
+        f" set, seed {result.first_seed}; the lowest odds-ratio loss on validation pairs chose, among those"
+        f" that keep the chosen answers as likely as before but for {ALLOWED} nats a token. Test pairs were"
+        " scored after that.",
         f"Means over {result.seeds} seed{'' if result.seeds == 1 else 's'}; intervals hold with 95 %"
         f"{together}, over prompts and seeds. A seed changes the order of the pairs (and an adapter's first"
         " weights).",

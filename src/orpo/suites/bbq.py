@@ -60,6 +60,13 @@ def read(path: str) -> list[dict[str, Any]]:
         missing = [name for name in _NEEDED if not isinstance(row, Mapping) or name not in row]
         if missing:
             raise DataError(f"{path}:{number}: lacks {missing[0]!r}; expected a question of BBQ")
+        try:
+            biased(row)
+            _label(row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise DataError(
+                f"{path}:{number}: label, answer_info or additional_metadata are not those of BBQ"
+            ) from None
         if len(people(row)) != len(_ANSWERS) - 1:
             raise DataError(
                 f"{path}:{number}: none of its answers is unknown, as one of {', '.join(UNKNOWN)}"
@@ -104,6 +111,11 @@ def check(about: str | None, options: Options) -> None:
     read(str(about))
 
 
+def _label(row: Mapping[str, Any]) -> str:
+    """The right answer."""
+    return str(row[_ANSWERS[range(len(_ANSWERS))[int(row["label"])]]])
+
+
 def run(subject: Subject, about: str | None, options: Options) -> Measured:
     """Score the answers to each question."""
     from orpo.suites.likelihood import continuation
@@ -132,7 +144,7 @@ def measured(rows: Sequence[Mapping[str, Any]], chosen: Sequence[str]) -> Measur
     untold = [1 - one for one in told]
     right, known, leaning = [], [], []
     for row, answer in zip(rows, chosen, strict=True):
-        label = row[_ANSWERS[int(row["label"])]]
+        label = _label(row)
         right.append(float(answer in UNKNOWN if label in UNKNOWN else answer == label))
         known.append(float(answer not in UNKNOWN))
         leaning.append(known[-1] * (1.0 if answer in biased(row) else -1.0))

@@ -485,7 +485,7 @@ class ORPOTrainer(InterruptibleTrainer):
         self._last_step = step
         window = self.window.copy()
         try:
-            self._last_losses = []
+            self._last_losses: list[Tensor] = []
             self._router_loss = torch.zeros((), device=self.args.device)
             for number, batch in enumerate(step.batches):
                 last = number == len(step.batches) - 1
