@@ -278,7 +278,7 @@ def _products(model: PreTrainedModel, head: Tensor) -> Iterator[tuple[int, tuple
     for weight in experts.values():
         yield id(weight), (weight, min(1.0, chosen / len(weight)))
     for module in model.modules():
-        matrix = getattr(module, "weight", None)
+        matrix: Any = getattr(module, "weight", None)
         multiplies = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         if multiplies and isinstance(matrix, Tensor) and matrix is not head:
             yield id(matrix), (matrix, 1.0)
