@@ -46,9 +46,9 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--trials", type=int, default=4, metavar="N", help=trials)
     test = "test pairs (default: the test split of a folder, else 20 %% of the prompts)"
     parser.add_argument("--test", metavar="F", help=test)
-    answers = "test prompts that each method answers, for repetition and ends (default 0)"
-    parser.add_argument("--answers", type=int, default=0, metavar="N", help=answers)
-    jobs = "trainings at a time, each in a process of its own (default 1)"
+    answers = "test prompts that each method answers, for repetition and ends (default 32)"
+    parser.add_argument("--answers", type=int, default=32, metavar="N", help=answers)
+    jobs = "trainings at a time, each in a process of its own (default 1; 0: in this process)"
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     parser.add_argument("--split_seed", "--split-seed", type=int, default=0, metavar="N", help="of the split")
     parser.set_defaults(run=run, takes_settings=True)

@@ -117,7 +117,7 @@ def _change(quality: Quality, name: str) -> str:
     interval = ""
     if bounds is not None:
         low, high = (typeset(write_change(name, Figure(bound)).value) for bound in bounds)
-        interval = f"<small> {low} to {high}</small>"
+        interval = f"<br><small>{low} to {high}</small>"
     colour = {"better": "up", "worse": "down"}.get(quality.kind(name), "flat")
     unit = f" {written.unit}" if written.unit else ""
     return f'<span class="{colour}">{typeset(written.value)}{unit}</span>{interval}'

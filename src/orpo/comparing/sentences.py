@@ -9,7 +9,8 @@ from orpo.comparing.choosing import ALLOWED
 from orpo.comparing.methods import MODELS_HELD
 from orpo.comparing.quality import JUDGED, Quality
 from orpo.comparing.result import COSTS, Comparison, Entry
-from orpo.comparing.splits import TEST, TRAIN, VALIDATION
+from orpo.comparing.splits import TEST, VALIDATION
+from orpo.curation.parting import TRAIN
 from orpo.engine.metrics import metric_named, write_change
 from orpo.evaluation.statistics import visible
 from orpo.run.log import Figure

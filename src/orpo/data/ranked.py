@@ -310,6 +310,6 @@ def _index_of_best(row: Row, answers: Sequence[Any]) -> tuple[str, int] | None:
         if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < len(answers):
             last = len(answers) - 1
             raise BadRow(name, f"is {value}; expected the index of an answer, from 0 to {last}")
-        if _is_index(value, answers):
+        if value is not None and _is_index(value, answers):
             return name, int(value)
     return None

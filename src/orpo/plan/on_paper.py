@@ -278,10 +278,10 @@ def _products(model: PreTrainedModel, head: Tensor) -> Iterator[tuple[int, tuple
     for weight in experts.values():
         yield id(weight), (weight, min(1.0, chosen / len(weight)))
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        matrix: Any = getattr(module, "weight", None)
         multiplies = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if multiplies and isinstance(weight, Tensor) and weight is not head:
-            yield id(weight), (weight, 1.0)
+        if multiplies and isinstance(matrix, Tensor) and matrix is not head:
+            yield id(matrix), (matrix, 1.0)
 
 
 def _experts_on_paper(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ def _num_evaluations(
     """Evaluations of a run: as often as its settings say, or as training/cadence.py settles it."""
     if not lengths.num_held_out or settings.get("eval_strategy") == "no":
         return 0
-    every = settings.get("eval_steps") or settings.get("save_steps")
+    every = float(settings.get("eval_steps") or settings.get("save_steps") or 0)
     if settings.get("eval_strategy") == "epoch" or settings.get("save_strategy") == "epoch":
         return 1 + math.ceil(float(settings.get("num_train_epochs") or 3))
     if every:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -198,7 +198,7 @@ class ORPOConfig(_Arguments):
     """
 
     __signature__ = inspect.signature(_Arguments)
-    __dataclass_fields__ = _Fields()  # type: ignore[assignment]
+    __dataclass_fields__: ClassVar[Any] = _Fields()
 
     def __init__(self, *args: Any, **given: Any) -> None:
         known = [f.name for f in dataclasses.fields(_Arguments)]

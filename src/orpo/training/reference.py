@@ -178,7 +178,8 @@ def _identity(model: nn.Module, *, without_adapter: bool) -> str:
                 " fsdp_config: {cpu_ram_efficient_loading: false}"
             )
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        bytes_of = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(bytes_of.data)
     return digest.hexdigest()
 
 
