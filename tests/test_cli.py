@@ -110,7 +110,7 @@ def test_a_typing_error_in_a_recipe_is_answered_in_under_a_second(tmp_path):
         ),
         (
             ["--model_name_or_path", "x", "--dataset_name", "y", "--fsdp", "full_shard"],
-            "fsdp shards a model over several processes, and this is one; start it with `torchrun",
+            "fsdp shards a model over several processes, and this is one; write --launch N to start",
         ),
     ],
 )
