@@ -1,6 +1,7 @@
 """The shape of the package: folders in one order, no cycles, one owner for each fact, light things light."""
 
 import ast
+import functools
 import graphlib
 import os
 import re
@@ -52,6 +53,16 @@ LIGHT = ("errors", "pairs", "console", "html_page", "settings", "run", "cli", "c
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "matplotlib", "trl"}
 
 
+@functools.cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(_text(path))
+
+
 def name_of(path: Path) -> str:
     """`src/orpo/engine/head.py` -> `orpo.engine.head`."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -79,7 +90,7 @@ def imported(tree: ast.AST, *, top_only: bool = False) -> set[str]:
 
 
 def runtime_tree(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = _tree(path)
     tree.body = [
         node
         for node in tree.body
@@ -117,7 +128,7 @@ def test_folders_import_in_one_order(path):
 def test_modules_are_imported_by_their_full_names():
     """The other rules read these names: a relative or a computed import would pass them by."""
     for path in MODULES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = _tree(path)
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level], path
         computed = {"importlib.import_module", "importlib"} & imported(tree)
         assert not computed or path == PACKAGE / "__init__.py", ids(path)
@@ -162,7 +173,7 @@ def test_importing_the_light_modules_loads_nothing_heavy():
 
 @pytest.mark.parametrize("path", MODULES, ids=ids)
 def test_every_module_opens_with_what_it_is_for(path):
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    docstring = ast.get_docstring(_tree(path))
     assert docstring
     assert docstring[0].isupper() or docstring[0] in "`"
 
@@ -175,7 +186,7 @@ def test_no_module_is_a_drawer_for_odds_and_ends():
 def test_no_negative_hundred_marks_a_token():
     """But in the columns that other code asks a pair for."""
     for path in (path for path in MODULES if path.name != "pairs.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(_tree(path)):
             is_negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
             assert not (
                 is_negative and isinstance(node.operand, ast.Constant) and node.operand.value == 100
@@ -185,7 +196,7 @@ def test_no_negative_hundred_marks_a_token():
 @cache
 def texts(path: Path) -> list[str]:
     """The text constants of a module, parts of f-strings included, docstrings not."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = _tree(path)
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     return [
         node.value
@@ -229,13 +240,13 @@ def test_no_command_imports_another():
 def test_commands_are_short():
     for path in MODULES:
         if folder_of(name_of(path)) == "commands":
-            assert len(path.read_text(encoding="utf-8").splitlines()) <= 125, ids(path)
+            assert len(_text(path).splitlines()) <= 125, ids(path)
 
 
 def test_nothing_reads_the_source_of_this_package():
     """The recipe reader parses the source of transformers, and no other module parses any."""
     for path in MODULES:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
         assert "__file__" not in text, ids(path)
         assert "inspect.getsource" not in text, ids(path)
         assert name_of(path) == "orpo.settings.schema" or "ast.parse" not in text, ids(path)
@@ -244,7 +255,7 @@ def test_nothing_reads_the_source_of_this_package():
 def test_one_function_writes_figures_with_their_errors():
     for path in MODULES:
         if name_of(path) != "orpo.engine.metrics":
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree = _tree(path)
             joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
             parts = [part for text in joined for part in zip(text.values, text.values[1:], strict=False)]
             written = [
@@ -260,17 +271,17 @@ def test_a_row_is_a_line_of_data_and_no_micro_batch():
     lines_of_data = "the stream has no row that can train"
     for path in MODULES:
         if folder_of(name_of(path)) == "engine":
-            text = path.read_text(encoding="utf-8").replace(lines_of_data, "")
+            text = _text(path).replace(lines_of_data, "")
             assert not re.findall(r".*(?:(?<![A-Za-z])rows?(?![a-z])|Row|ROW).*", text), ids(path)
 
 
 def test_words_of_a_dialect_do_not_come_back():
     for path in MODULES:
-        assert not re.findall(r".*\b(?:mend|anew|alike).*", path.read_text(encoding="utf-8")), ids(path)
+        assert not re.findall(r"\b(?:mend|anew|alike)", _text(path)), ids(path)
 
 
 def test_no_function_is_longer_than_the_longest_was():
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(_tree(path)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < LONGEST, f"{ids(path)}: {node.name}"

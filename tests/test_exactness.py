@@ -240,9 +240,9 @@ def test_under_torch_compile_new_lengths_are_not_compiled_again(tmp_path):
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     trainer = tiny_trainer(
-        tmp_path, train=random_pairs(32), max_steps=4, per_device_train_batch_size=8,
-        tokens_per_micro_batch=60, torch_compile=True, torch_compile_backend="eager",
-        arguments={"callbacks": [Count()]},
+        tmp_path, model=build_tiny("Llama", num_hidden_layers=1), train=random_pairs(16), max_steps=4,
+        per_device_train_batch_size=4, tokens_per_micro_batch=60, torch_compile=True,
+        torch_compile_backend="eager", arguments={"callbacks": [Count()]},
     )  # fmt: skip
     trainer.train()
     assert graphs[0] > 0

@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import os
 import random
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -452,16 +450,14 @@ def test_what_the_data_says_runs_nowhere():
     assert attack in page.text
 
 
-def test_the_command_writes_page_and_json(planted, tmp_path):
+def test_the_command_writes_page_and_json(planted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "new" / "out"
     words = ["data", "inspect", planted / "data/train.jsonl", "--out", out]
-    done = subprocess.run(
-        [sys.executable, "-m", "orpo", *map(str, words)],
-        capture_output=True, text=True, timeout=110, env=os.environ | {"COLUMNS": "80"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"page        {out / 'inspect.html'}"
-    assert "What you should know before training\n1  " in done.stdout
+    assert cli.main([str(word) for word in words]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"page        {out / 'inspect.html'}"
+    assert "What you should know before training\n1  " in printed
     assert json.loads((out / "inspect.json").read_text())["pairs"] == 211
 
 

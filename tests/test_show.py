@@ -1,10 +1,7 @@
 """A row as it is shown: every token, with what the NLL and the odds are over, and nothing hidden."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -391,21 +388,19 @@ def test_the_first_pair_in_short_keeps_both_ends_and_fits(width):
 # ------------------------------------------------------------------------------------------------ command
 
 
-def test_the_command_prints_a_pair_of_the_demo_and_writes_its_page(tmp_path):
+def test_the_command_prints_a_pair_of_the_demo_and_writes_its_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     page = tmp_path / "row.html"
     words = ["data", "show", DEMO / "data/politeness/train.jsonl", "--row", "train.jsonl:1"]
     words += ["--model", DEMO / "model", "--html", page, "--nll_on", "response"]
-    done = subprocess.run(
-        [sys.executable, "-m", "orpo", *map(str, words)],
-        capture_output=True, text=True, timeout=110, env=os.environ | {"COLUMNS": "80"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("row         train.jsonl:1\nformat      standard (")
-    assert "note        texts are read as a user turn and an answer" in done.stdout
-    assert "prompt: 29 tokens\nnot trained «<|startoftext|>»«<|user|>»Rewrite the following" in done.stdout
-    assert "NLL + odds  The fact is that he was late.«<|end|>»" in done.stdout
-    assert "odds        Face it, he was late.«<|end|>»" in done.stdout
-    *lines, last = done.stdout.splitlines()
+    assert cli.main([str(word) for word in words]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("row         train.jsonl:1\nformat      standard (")
+    assert "note        texts are read as a user turn and an answer" in printed
+    assert "prompt: 29 tokens\nnot trained «<|startoftext|>»«<|user|>»Rewrite the following" in printed
+    assert "NLL + odds  The fact is that he was late.«<|end|>»" in printed
+    assert "odds        Face it, he was late.«<|end|>»" in printed
+    *lines, last = printed.splitlines()
     assert max(map(cell_len, lines)) <= 80
     assert last == f"page        {page}"
     assert "Face it" in "".join(_Page(page.read_text(encoding="utf-8")).text)
