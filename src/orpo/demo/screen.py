@@ -195,8 +195,8 @@ def results(
     table.add_row("seconds of training", *(f"{t.seconds:.0f}" if t else "" for t in took.values()))
     console.print(Padding(table, (1, 0, 0, 0)))
     console.print(
-        "± one standard error over test prompts; differences within two of them may be chance. The last two "
-        f"are of answers to {answers.number} test prompts.",
+        "± one standard error over test prompts; differences within two of them may be chance. How answers "
+        f"end and repeat was seen on {answers.number} test prompts.",
         style="dim",
     )
     console.print(Padding(picture(figures, console.width), (1, 0)))
