@@ -231,6 +231,7 @@ def test_a_router_loss_that_a_model_lacks_is_said_and_others_are_reported_apart(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_under_torch_compile_new_lengths_are_not_compiled_again(tmp_path):
     torch._dynamo.reset()
     graphs = []

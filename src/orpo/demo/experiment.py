@@ -84,9 +84,9 @@ EXPERIMENTS: dict[DataName, Experiment] = {
 """What `--data` runs; the dialogues of `harmless` are four times as long."""
 
 FAST: dict[str, Any] = {
-    "max_steps": 8,
+    "max_steps": 6,
     "num_evaluations": 2,
-    "num_test": 48,
+    "num_test": 24,
     "num_asked": 4,
     "answer_tokens": 24,
 }
