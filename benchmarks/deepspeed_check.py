@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tied embeddings": {"model": {"tie_word_embeddings": True}},
     "checkpointing": {"gradient_checkpointing": True},
     "clipped at 0.5": {"max_grad_norm": 0.5},
-    "LoRA": {"use_peft": True, "lora_r": 4},
+    "LoRA": {"lora": True},
     "by name": {"by_name": True},
     "resumed": {"save_strategy": "steps", "save_steps": 2, "resumed": True},
     "not finite": {"learning_rate": 1e30},
@@ -39,6 +39,7 @@ def train(case: str, stage: int, folder: Path) -> dict[str, Any] | None:
     """Train one case; the first rank's losses, evaluation and file of weights."""
     import tiny_models
     import torch
+    from peft import LoraConfig
     from tiny_tokenizer import tiny_tokenizer
     from tiny_training import logged, random_pairs, tiny_trainer
 
@@ -46,13 +47,17 @@ def train(case: str, stage: int, folder: Path) -> dict[str, Any] | None:
 
     settings = dict(CASES[case])
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    model = tiny_models.build("Llama", **settings.pop("model", {}))
+    model, again = (tiny_models.build("Llama", **settings.get("model", {})) for _ in range(2))
+    settings.pop("model", None)
     if settings.pop("by_name", False):
         base = folder / f"base-{os.environ.get('RANK', 0)}"
         model.save_pretrained(base)
         tiny_tokenizer().save_pretrained(base)
         model = str(base)
     resumed = settings.pop("resumed", False)
+    if settings.pop("lora", False):
+        adapter = LoraConfig(r=4, init_lora_weights="gaussian", target_modules="all-linear")
+        settings["arguments"] = {"peft_config": adapter}
     if stage:
         settings["deepspeed"] = {
             "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
@@ -70,7 +75,7 @@ def train(case: str, stage: int, folder: Path) -> dict[str, Any] | None:
 
     if resumed and stage:
         make(max_steps=2).train()
-        model = tiny_models.build("Llama")
+        model = again  # made before ZeRO-3 was asked for, which would cut it
     trainer = make()
     try:
         trainer.train()
@@ -138,7 +143,7 @@ def main() -> int:
 def _said(case: str, stage: int, one: tuple[Path, Any], other: tuple[Path, Any]) -> bool:
     (folder, ours), (reference, plain) = other, one
     if "stopped" in ours or "stopped" in plain:
-        same = ours.get("stopped", "")[:60] == plain.get("stopped", "")[:60]
+        same = ours.get("stopped", "")[:46] == plain.get("stopped", "")[:46]
         good = same and "no weight was changed" in ours["stopped"]
         print(f"| {case} | {stage} | {ours.get('stopped')} | | {'' if good else 'NO'} |", flush=True)
         return good

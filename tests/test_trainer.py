@@ -747,6 +747,13 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path):
         tiny_trainer(tmp_path, model=frozen)
 
 
+def test_a_model_that_zero_3_has_cut_is_refused_in_one_line(tmp_path):
+    model = tiny_models.build("Llama")
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(ModelError, match=r"ZeRO-3 has cut it already.*pass its name, or load it first"):
+        tiny_trainer(tmp_path, model=model)
+
+
 def test_missing_parts_are_named(tmp_path):
     with pytest.raises(DataError, match="train_dataset"):
         ORPOTrainer(tiny_models.build("Llama"), tiny_config(tmp_path), processing_class=tiny_tokenizer())

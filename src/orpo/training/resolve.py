@@ -76,6 +76,11 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
             model = load_model(args)
     else:
         _refuse_loading_settings(model, args)
+        if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+            raise ModelError(
+                "the model was loaded after its ORPOConfig, so ZeRO-3 has cut it already, before it could be"
+                " checked; pass its name, or load it first"
+            )
     args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
     check_model(model, args)
     if peft_config is not None:
