@@ -1,6 +1,7 @@
 """One thread, no logs, and hypothesis without a database or a clock: the same run every time."""
 
 import gc
+import os
 import signal
 
 import hypothesis
@@ -27,3 +28,11 @@ def _frozen():
     """Leave what is there out of garbage collection, which each training asks for: a fifth of the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def lazy_disk():
+    """Waiting for the disk is most of a tiny checkpoint's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield

@@ -20,16 +20,10 @@ from orpo.evaluation.preferences import evaluate
 from orpo.run.directory import RunDirectory, read_run
 from orpo.training.trainer import ORPOTrainer
 
+pytestmark = pytest.mark.usefixtures("lazy_disk")
+
 CLOCKS = ("seconds", "cpu_seconds", "step_seconds", "peak_gib", "sessions")
 PLAN = {"methods": ["orpo", "sft+dpo"], "seeds": 1, "trials": 1, "jobs": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def lazy_disk():
-    """Waiting for the disk is most of a tiny checkpoint's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 @pytest.fixture(scope="module")

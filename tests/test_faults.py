@@ -42,15 +42,10 @@ from orpo.run.public import is_secret_name, public, without_secrets
 from orpo.settings.schema import known_settings
 from orpo.training.stopping import StopSignal
 
+pytestmark = pytest.mark.usefixtures("lazy_disk")
+
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
 STEPS = ["--max_steps", "8", "--save_steps", "4", "--load_best_model_at_end", "false"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def lazy_disk():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 @pytest.fixture(scope="module")

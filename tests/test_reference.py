@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -19,14 +18,9 @@ from orpo.settings.config import PRESETS, OrpoSettings, check_settings
 from orpo.training import reference as kept
 from orpo.training.reference import as_reference
 
+pytestmark = pytest.mark.usefixtures("lazy_disk")
+
 DPO = {"objective": "dpo", "beta": 0.5}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def lazy_disk():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -27,16 +27,10 @@ from orpo.run.checkpoints import (
 from orpo.training.resuming import check_changes
 from orpo.training.stopping import StopSignal
 
+pytestmark = pytest.mark.usefixtures("lazy_disk")
+
 CLOCKS = ("seconds", "tokens_per_second", "peak_memory")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "optim": "adamw_torch"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def lazy_disk():
-    """Waiting for the disk is most of a tiny checkpoint's time; one test looks at what is waited for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 class StopAt(TrainerCallback):
