@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from orpo.console import say, say_item
+from orpo.console import say_item
 from orpo.errors import ConfigError
 
 _EPILOG = """examples:
@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(overrides=args.settings)
     os.environ.update(recipe.environment)
-    for notice in recipe.notices:
-        say(notice)
+    recipe.say_notices()
     names, sizes = _names(args.methods), _numbers(args.sizes)
     from rich.console import Console
 

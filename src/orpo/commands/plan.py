@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 
-from orpo.console import say
-
 _EPILOG = """examples:
   orpo plan recipe.yaml --gpu h100-80 --gpus 8
   orpo plan recipe.yaml --gpu h100-80 --gpus 8 --nodes 4 --pairs 7000 --lengths 700/300/300
@@ -46,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.settings.recipe import load_recipe
 
     recipe = load_recipe(overrides=args.settings)
-    for notice in recipe.notices:
-        say(notice, error=True)
+    recipe.say_notices(error=True)
     from orpo.plan.job import plan_run
 
     planned = plan_run(

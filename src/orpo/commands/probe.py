@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo.console import say, say_item
+from orpo.console import say_item
 
 if TYPE_CHECKING:
     from orpo.comparing.probe import Probe
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(overrides=args.settings)
     os.environ.update(recipe.environment)
-    for notice in recipe.notices:
-        say(notice)
+    recipe.say_notices()
     from rich.console import Console
 
     from orpo.comparing.probe import probe

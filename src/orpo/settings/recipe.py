@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_origin
 
 import yaml
 
+from orpo.console import say
 from orpo.errors import ConfigError, raised_as
 from orpo.run.directory import RunDirectory
 from orpo.settings.renamed import (
@@ -54,6 +55,11 @@ class Recipe:
     notices: tuple[str, ...] = ()
     name: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def say_notices(self, *, error: bool = False) -> None:
+        """Print them; with `error` beside a command's output, which is another thing."""
+        for notice in self.notices:
+            say(notice, error=error)
 
 
 _TYPED = "command line"

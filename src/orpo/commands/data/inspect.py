@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.settings.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, overrides=[*args.settings, "--dataset_name", args.data])
-    for notice in recipe.notices:
-        say(notice, error=True)
+    recipe.say_notices(error=True)
     if args.out is not None:
         _make(args.out)
     from orpo.curation.inspection import inspect_data

@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.settings.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, overrides=args.settings)
-    for notice in recipe.notices:
-        say(notice, error=True)
+    recipe.say_notices(error=True)
     check_recipe(recipe.settings)
     from orpo.curation.prepare import PrepareOptions, prepare_data
     from orpo.data.stages import following

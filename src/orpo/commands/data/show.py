@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo.console import LongWork, say
+from orpo.console import LongWork
 from orpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.settings.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, overrides=[*args.settings, "--dataset_name", args.data])
-    for notice in recipe.notices:
-        say(notice, error=True)
+    recipe.say_notices(error=True)
     model = args.model or recipe.settings.get("model_name_or_path")
     if not model:
         raise ConfigError("no model is named, and a pair has the tokens of one; add --model M")
