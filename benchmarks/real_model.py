@@ -12,6 +12,7 @@ Pairs are those of the demo: politeness (AI-written) and harmless (people's). A 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +46,9 @@ ADAPTED: Mapping[str, Mapping[str, Any]] = {
     "lora": {"use_peft": True, "learning_rate": 2e-4},
     "full": {"learning_rate": 2e-5},
 }
-SIZES: Mapping[DataName, tuple[int, ...]] = {"politeness": (250,), "harmless": ()}
+CELLS: tuple[tuple[DataName, str], ...] = (
+    ("politeness", "lora"), ("politeness", "full"), ("harmless", "lora"), ("harmless", "full"),
+)  # fmt: skip
 
 
 def weights() -> Path:
@@ -60,14 +63,23 @@ def weights() -> Path:
     return Path(found.submodule_search_locations[0]) / WEIGHTS
 
 
-def recipe(data: DataName, adapted: str) -> dict[str, Any]:
+def training_pairs(data: DataName, most: int, folder: Path) -> Path:
+    """A file of the demo's first training pairs, at most so many; they are in random order there."""
+    rows = Experiment(data=data).rows("train")[:most]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{data}-{most}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def recipe(data: DataName, adapted: str, train: Path) -> dict[str, Any]:
     """The recipe of a cell."""
     pairs = Experiment(data=data)
     return {
         **COMMON,
         **ADAPTED[adapted],
         "model_name_or_path": str(weights()),
-        "dataset_name": str(pairs.split("train")),
+        "dataset_name": str(train),
         "eval_dataset_name": str(pairs.split("validation")),
         "data_format": FORMATS[data],
     }
@@ -80,29 +92,31 @@ def main() -> None:
         "--only", help="a cell: politeness-lora, politeness-full, harmless-lora, harmless-full"
     )
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--answers", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=384, help="training pairs of a cell, at most")
+    parser.add_argument("--held-out", type=int, default=64, help="validation pairs of a cell, at most")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="smaller training sets, too")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--answers", type=int, default=16)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
     args = parser.parse_args()
     given = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in args.set)}
     console = Console(highlight=False)
-    for data, sizes in SIZES.items():
-        for adapted in ADAPTED:
-            if args.only not in (None, f"{data}-{adapted}"):
-                continue
-            options = Options(
-                methods=args.methods.split(","), seeds=args.seeds, trials=args.trials, jobs=args.jobs,
-                answers=args.answers, sizes=sizes,
-                split=SplitOptions(test=str(Experiment(data=data).split("test"))),
-            )  # fmt: skip
-            with watching(console) as watcher:
-                result = compare(
-                    recipe(data, adapted) | given, args.out / f"{data}-{adapted}", options, watcher=watcher
-                )
-            show(console, result)
+    for data, adapted in CELLS:
+        if args.only not in (None, f"{data}-{adapted}"):
+            continue
+        pairs = Experiment(data=data)
+        options = Options(
+            methods=args.methods.split(","), seeds=args.seeds, trials=args.trials, jobs=args.jobs,
+            answers=args.answers, answer_tokens=64, sizes=args.sizes,
+            split=SplitOptions(test=str(pairs.split("test")), most_validation=args.held_out),
+        )  # fmt: skip
+        cell = recipe(data, adapted, training_pairs(data, args.pairs, args.out))
+        with watching(console) as watcher:
+            result = compare(cell | given, args.out / f"{data}-{adapted}", options, watcher=watcher)
+        show(console, result)
 
 
 if __name__ == "__main__":

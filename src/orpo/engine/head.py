@@ -245,7 +245,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sweep = _Sweep(hidden_ND, head, batch)
         grads = _Gradients.for_inputs(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad)
-        for group in whole_pairs(batch, head.chunk_tokens):
+        for group in _groups(batch, head.chunk_tokens):
             pieces = list(_pieces(group, head.max_chunk_tokens))
             chunk: _Chunk | None = None
             for piece in pieces:
@@ -269,6 +269,13 @@ class _FusedLoss(torch.autograd.Function):
         return (*grads.scaled(grad_outputs[0]), None, None, None)
 
 
+def _groups(batch: PackedBatch, chunk_tokens: int) -> Iterator[slice]:
+    """Cut the scored tokens into slices whose slopes are known as soon as their log-probabilities are."""
+    if batch.objective.preference_weight == 0:
+        return _pieces(slice(0, len(batch.target_T)), chunk_tokens)
+    return whole_pairs(batch, chunk_tokens)
+
+
 def whole_pairs(batch: PackedBatch, chunk_tokens: int) -> Iterator[slice]:
     """Cut the scored tokens into slices of whole pairs that fit a chunk, an overlong pair alone in its slice.
 
@@ -285,18 +292,26 @@ def whole_pairs(batch: PackedBatch, chunk_tokens: int) -> Iterator[slice]:
 
 
 def _pieces(at: slice, chunk_tokens: int) -> Iterator[slice]:
-    for start in range(at.start, at.stop, chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, at.stop))
+    """Cut a slice into as few as possible of at most `chunk_tokens`, equally long but for one token: a product
+    of few tokens takes as long to read the vocabulary matrix as one of many."""
+    tokens = at.stop - at.start
+    count = -(-tokens // chunk_tokens)
+    for index in range(count):
+        yield slice(at.start + tokens * index // count, at.start + tokens * (index + 1) // count)
 
 
 @dataclass(slots=True)
 class _Gradients:
-    """Gradients of the loss in the head's inputs, float32 while they add up; None where not needed."""
+    """Gradients of the loss in the head's inputs, float32 while they add up; None where not needed.
+
+    That of the vocabulary matrix is as large as the matrix: its memory is first written by the first product.
+    """
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
     dtypes: tuple[torch.dtype | None, ...]
+    is_weight_blank: bool = True
 
     @classmethod
     def for_inputs(
@@ -304,16 +319,35 @@ class _Gradients:
     ) -> "_Gradients":
         inputs = (hidden_ND, weight_VD, bias_V)
         grads = [
-            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
-            if t is not None and need
-            else None
-            for t, need in zip(inputs, needed[:3], strict=True)
+            make(t, dtype=torch.promote_types(t.dtype, torch.float32)) if t is not None and need else None
+            for t, need, make in zip(
+                inputs, needed[:3], (torch.zeros_like, torch.empty_like, torch.zeros_like), strict=True
+            )
         ]
         return cls(grads[0], grads[1], grads[2], tuple(None if t is None else t.dtype for t in inputs))
 
+    def add_to_weight(self, slope_VT: Tensor, hidden_TD: Tensor) -> None:
+        """Add slope_VT @ hidden_TD to the gradient of the vocabulary matrix, where that is needed."""
+        if self.weight_VD is None:
+            return
+        if slope_VT.dtype == self.weight_VD.dtype:
+            # with a beta of 0, what lies in the memory is not read
+            self.weight_VD.addmm_(slope_VT, hidden_TD, beta=0 if self.is_weight_blank else 1)
+        else:
+            if self.is_weight_blank:
+                self.weight_VD.zero_()
+            self.weight_VD += product(slope_VT, hidden_TD, self.weight_VD.dtype)
+        self.is_weight_blank = False
+
     def scaled(self, factor: Tensor) -> Iterator[Tensor | None]:
+        """The gradients times a factor, in the dtypes of what they belong to; they are used up."""
+        if self.weight_VD is not None and self.is_weight_blank:
+            self.weight_VD.zero_()
+        is_one = factor.device.type == "cpu" and factor.item() == 1  # elsewhere, asking costs a wait
         for grad, dtype in zip((self.hidden_ND, self.weight_VD, self.bias_V), self.dtypes, strict=True):
-            yield None if grad is None else grad.mul_(factor.to(grad.dtype)).to(dtype)
+            if grad is not None and not is_one:
+                grad.mul_(factor.to(grad.dtype))
+            yield None if grad is None else grad.to(dtype)
 
 
 class _Sweep:
@@ -329,12 +363,27 @@ class _Sweep:
         self.batch = batch
         self.compiled = hidden_ND.is_cuda and self.precise == torch.float32
         self.logprob_T = torch.empty(len(batch.target_T), dtype=self.precise, device=hidden_ND.device)
+        self.workspace_TV: Tensor | None = None
+
+    def _logits(self, at: slice) -> Tensor:
+        """Logits of the scored tokens `at`. On a CPU each chunk takes the memory of the one before: the
+        kernel gives fresh pages slowly enough to halve the rate of the product."""
+        hidden_TD, weight_DV = self.hidden_ND[self.batch.source_T[at]], self.weight_VD.T
+        with torch.autocast(self.hidden_ND.device.type, enabled=False):
+            if self.hidden_ND.device.type != "cpu" or self.dtype != self.precise:
+                return product(hidden_TD, weight_DV, self.precise).to(self.precise)
+            if self.workspace_TV is None or len(self.workspace_TV) < len(hidden_TD):
+                self.workspace_TV = None  # before the next is made
+                most = max(len(hidden_TD), min(self.head.chunk_tokens, len(self.batch.target_T)))
+                self.workspace_TV = hidden_TD.new_empty(most, weight_DV.shape[1])
+            return torch.mm(hidden_TD, weight_DV, out=self.workspace_TV[: len(hidden_TD)])
 
     def forward(self, at: slice) -> "_Chunk":
-        """Fill in the log-probabilities of the scored tokens `at`; return what their gradients need."""
-        with torch.autocast(self.hidden_ND.device.type, enabled=False):
-            logits_TV = product(self.hidden_ND[self.batch.source_T[at]], self.weight_VD.T, self.precise)
-            logits_TV = logits_TV.to(self.precise)
+        """Fill in the log-probabilities of the scored tokens `at`; return what their gradients need.
+
+        The chunk before must not be used any more.
+        """
+        logits_TV = self._logits(at)
         if self.bias_V is not None:
             logits_TV += self.bias_V
         if self.head.scale != 1:
@@ -377,10 +426,7 @@ class _Sweep:
                 grads.hidden_ND.index_add_(0, source_T, grad_TD.to(grads.hidden_ND.dtype))
             if grads.weight_VD is not None:
                 hidden_TD = (self.hidden_ND[source_T].to(self.precise) * -slope_T1).to(self.dtype)
-                if self.dtype == grads.weight_VD.dtype:
-                    grads.weight_VD.addmm_(grad_TV.T, hidden_TD)
-                else:
-                    grads.weight_VD += product(grad_TV.T, hidden_TD, grads.weight_VD.dtype)
+                grads.add_to_weight(grad_TV.T, hidden_TD)
 
 
 class _Chunk(NamedTuple):
