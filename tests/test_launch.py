@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -164,10 +166,53 @@ def test_a_kubernetes_job_has_a_place_to_meet_and_replaces_evicted_pods(tmp_path
     assert ignored["action"] == "Ignore"
 
 
-def test_a_ray_script_starts_a_process_for_each_gpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("status", "starts_again"), [(0, False), (2, False), (3, False), (1, True), (143, True)]
+)
+def test_a_ray_script_starts_a_process_for_each_gpu_and_again_what_was_cut_off(
+    tmp_path, monkeypatch, status, starts_again
+):
+    """Ray itself is a stand-in here; `benchmarks/distributed_check.py --engines ray` runs it."""
     script = written(tmp_path, monkeypatch, "ray", "--gpus", "4", "--nodes", "3")
-    compile(script, "job", "exec")
-    assert "num_workers=12" in script and 'main(["train", "My recipe.yaml", "--beta", "0.2"])' in script
+    assert "num_workers=12" in script
+    calls = []
+    context = SimpleNamespace(
+        get_world_rank=lambda: 5,
+        get_local_rank=lambda: 1,
+        get_world_size=lambda: 12,
+        get_local_world_size=lambda: 4,
+    )
+    ray_train = ModuleType("ray.train")
+    ray_train.get_context = lambda: context
+    ray_train.FailureConfig = ray_train.RunConfig = ray_train.ScalingConfig = dict
+    torch_trainer = ModuleType("ray.train.torch")
+
+    class TorchTrainer:
+        def __init__(self, function, **settings):
+            self.function = function
+
+        def fit(self):
+            return SimpleNamespace(return_value=self.function())
+
+    torch_trainer.TorchTrainer = TorchTrainer
+    ray = ModuleType("ray")
+    ray.train = ray_train
+    for module in (ray, ray_train, torch_trainer):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("orpo.cli.main", lambda words: calls.append((words, os.environ["RANK"])) or status)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    names = {"__name__": "job"}
+    exec(compile(script, "job", "exec"), names)
+    if starts_again:
+        with pytest.raises(SystemExit):
+            names["train_here"]()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            exec(compile(script, "job", "exec"), {"__name__": "__main__"})
+        assert ended.value.code == status
+    assert calls == [(["train", "My recipe.yaml", "--beta", "0.2"], "5")]
+    assert os.environ["WORLD_SIZE"] == "12" and os.environ["LOCAL_WORLD_SIZE"] == "4"
 
 
 @pytest.mark.parametrize(

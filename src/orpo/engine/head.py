@@ -292,8 +292,10 @@ def whole_pairs(batch: PackedBatch, chunk_tokens: int) -> Iterator[slice]:
 
 
 def _pieces(at: slice, chunk_tokens: int) -> Iterator[slice]:
-    """Cut a slice into as few as possible of at most `chunk_tokens`, equally long but for one token: a product
-    of few tokens takes as long to read the vocabulary matrix as one of many."""
+    """Cut a slice into as few as possible of at most `chunk_tokens`, equally long but for one token.
+
+    A product of few tokens takes as long to read the vocabulary matrix as one of many.
+    """
     tokens = at.stop - at.start
     count = -(-tokens // chunk_tokens)
     for index in range(count):

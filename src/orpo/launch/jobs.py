@@ -180,7 +180,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 
-def train_here() -> None:
+def train_here() -> int:
     """One process of the run."""
     from ray import train
 
@@ -192,16 +192,18 @@ def train_here() -> None:
     os.environ["WORLD_SIZE"] = str(context.get_world_size())
     os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
     status = main({arguments})
-    if status:
-        raise SystemExit(status)
+    if status not in (0, 2, 3):
+        raise SystemExit(status)  # Ray starts the processes again, and the run resumes
+    return status  # 2: a mistake in recipe or data, which another start would make again
 
 
 if __name__ == "__main__":
-    TorchTrainer(
+    result = TorchTrainer(
         train_here,
         scaling_config=ScalingConfig(num_workers={job.gpus * job.nodes}, use_gpu=True),
         run_config=RunConfig(name="{job.name}", failure_config=FailureConfig(max_failures=100)),
     ).fit()
+    raise SystemExit(result.return_value)  # the first process's; Ray 2.60
 '''
 
 
