@@ -196,9 +196,7 @@ def main() -> int:
             plain = run(case, "one", start / "one")
             for engine in args.engines:
                 ours = run(case, engine, start / engine)
-                is_good = (
-                    plain and ours and is_same(case, engine, (start / "one", plain), (start / engine, ours))
-                )
+                is_good = plain and ours and is_same(case, engine, ours, plain, start)
                 failed += not is_good
     return int(failed > 0)
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tiny_training import logged, on_ranks, random_pairs, tiny_trainer, weights
 from transformers import TrainerCallback
 
-from orpo.errors import RunError
+from orpo.errors import ConfigError, RunError
 from orpo.pairs import TokenizedPair
 from orpo.run.checkpoints import last_checkpoint
 
@@ -185,6 +185,54 @@ class _SignalOne(TrainerCallback):
 
 
 SAVING = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 100, "max_steps": 6}
+
+
+def test_sharded_ranks_share_the_reference_of_dpo_after_another_stage(tmp_path):
+    """Each has a part of the model that is the reference; its name is made from all parts."""
+    stages = [{"objective": "sft", "share": 0.5}, {"objective": "dpo", "beta": 0.5}]
+    settings = {"stages": stages, "evaluation": random_pairs(7, seed=1), "learning_rate": 0.1}
+
+    def compared(folder, batch, **more):
+        if more:
+            _as_if_on_gpus()
+        trainer = tiny_trainer(
+            folder, eval_strategy="no", per_device_train_batch_size=batch, **settings, **more
+        )
+        trainer.train()
+        return logged(trainer), trainer.evaluate()["eval_loss"], trainer.reference._identity
+
+    cut = {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    }
+    losses, eval_loss, name = compared(tmp_path / "one", 4)
+    ranks = on_ranks(lambda: compared(tmp_path / "two", 2, **cut))
+    for rank in ranks:
+        assert rank[:2] == (pytest.approx(losses, rel=1e-5), pytest.approx(eval_loss, rel=1e-5))
+    assert ranks[0][2] == ranks[1][2] != name
+
+
+@pytest.mark.parametrize("kind", ["context", "tensor"])
+def test_rows_and_layers_are_not_divided_over_ranks(tmp_path, kind):
+    """transformers takes both, and would train each rank on rows of its own, or wait for ever."""
+    from accelerate.parallelism_config import ParallelismConfig
+
+    def refused():
+        _as_if_on_gpus()
+        wrapped = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        settings = {
+            "context": {
+                "parallelism_config": ParallelismConfig(cp_size=2),
+                "fsdp": "full_shard auto_wrap",
+                "fsdp_config": wrapped,
+            },
+            "tensor": {"parallelism_config": ParallelismConfig(tp_size=2)},
+        }[kind]
+        with pytest.raises(ConfigError, match=f"{kind} parallelism over 2 processes: not supported"):
+            tiny_trainer(tmp_path, **settings)
+        return True
+
+    assert on_ranks(refused) == [True, True]
 
 
 def stopped(folder, steps):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset
@@ -143,23 +144,34 @@ class Reference:
 def as_reference(model: nn.Module) -> Iterator[str]:
     """The model before training within the block, and a name made from its weights.
 
-    An adapter that does nothing yet is turned off, so that neither its random part nor its cost counts.
+    An adapter that does nothing yet is turned off, so that neither its random part nor its cost counts. All
+    ranks call this together where each has a part of the weights.
     """
-    fresh = _has_fresh_adapter(model)
+    parts = list(_own_parts(model))
+    fresh = _has_fresh_adapter(parts)
     with model.disable_adapter() if fresh else contextlib.nullcontext():  # type: ignore[operator]
-        yield _identity(model, without_adapter=fresh)
+        yield _identity(model, parts, without_adapter=fresh)
 
 
-def _has_fresh_adapter(model: nn.Module) -> bool:
+def _own_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of weights and buffers: what this rank has of them where FSDP or ZeRO-3 has cut them."""
+    cut = {
+        name: weight.ds_tensor for name, weight in model.named_parameters() if hasattr(weight, "ds_tensor")
+    }
+    for name, weight in model.state_dict().items():
+        if isinstance(weight, Tensor):
+            part = cut.get(name, weight)
+            yield name, part.to_local() if isinstance(part, DTensor) else part
+
+
+def _has_fresh_adapter(parts: Iterable[tuple[str, Tensor]]) -> bool:
     """Whether there is a LoRA adapter, all of whose second factors are still zero."""
-    factors = [
-        weight for name, weight in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name
-    ]
-    return bool(factors) and not any(bool(weight.any()) for weight in factors)
+    factors = [part for name, part in parts if "lora_B" in name or "lora_embedding_B" in name]
+    return bool(factors) and not any(_of_all_ranks(any(bool(part.any()) for part in factors)))
 
 
-def _identity(model: nn.Module, *, without_adapter: bool) -> str:
-    """A name made from all weights and the configuration.
+def _identity(model: nn.Module, parts: Iterable[tuple[str, Tensor]], *, without_adapter: bool) -> str:
+    """A name made from all weights and the configuration, the same on all ranks.
 
     Raises:
         ConfigError: This process does not have the weights.
@@ -169,18 +181,30 @@ def _identity(model: nn.Module, *, without_adapter: bool) -> str:
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in model.state_dict().items():
-        if not isinstance(weight, Tensor) or (without_adapter and "lora_" in name):
+    for name, part in parts:
+        if without_adapter and "lora_" in name:
             continue
-        if weight.is_meta:
+        if part.is_meta:
             raise ConfigError(
                 "objective dpo: this rank does not have the model's weights; set"
                 " fsdp_config: {cpu_ram_efficient_loading: false}"
             )
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        bytes_of = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+        bytes_of = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(bytes_of.data)
-    return digest.hexdigest()
+    digests = _of_all_ranks(digest.hexdigest())
+    if len(set(digests)) == 1:
+        return digests[0]
+    return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    """What each rank has; of one process, its own."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def reference_logprobs(pairs: TokenizedDataset, path: Path, score: Score, args: ORPOConfig) -> Tensor:

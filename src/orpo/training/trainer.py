@@ -214,6 +214,7 @@ class ORPOTrainer(InterruptibleTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
+        self._check_parallelism()
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
         self.recorder = self._add_callbacks(data)
@@ -225,6 +226,19 @@ class ORPOTrainer(InterruptibleTrainer):
             say(line)
 
     # ------------------------------------------------------------------------------------ setting up
+
+    def _check_parallelism(self) -> None:
+        """Each process trains on rows of its own; one whose weights or tokens are elsewhere would not."""
+        sizes = {
+            "tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size(),
+        }  # fmt: skip
+        for kind, size in sizes.items():
+            if size > 1:
+                raise ConfigError(
+                    f"{kind} parallelism over {size} processes: not supported, each process trains on rows of"
+                    " its own; fsdp or deepspeed divide the weights, gradient_checkpointing and"
+                    " tokens_per_micro_batch make long rows fit"
+                )
 
     def _add_callbacks(self, data: TrainingData) -> Recorder:
         for printer in (ProgressCallback, PrinterCallback):
@@ -316,16 +330,11 @@ class ORPOTrainer(InterruptibleTrainer):
             objective=self.objective,
             layout=layout,
             tokens_per_micro_batch=self._tokens_per_micro_batch,
-            rank=self.args.process_index // self.get_tp_size(),
-            num_ranks=self._num_ranks,
+            rank=self.args.process_index,
+            num_ranks=self.args.world_size,
             score_rejected=True if evaluating else None,
             schedule=None if evaluating else self.schedule,
         )
-
-    @property
-    def _num_ranks(self) -> int:
-        """Processes that see different pairs."""
-        return max(1, int(self.args.world_size) // int(self.get_tp_size()))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A loader of optimizer steps, not passed through `accelerator.prepare`: it is rank-aware already."""
@@ -371,7 +380,9 @@ class ORPOTrainer(InterruptibleTrainer):
             raise DataError("there is no eval_dataset to evaluate on")
         settings = self._batch_settings(evaluating=True)
         return step_loader(
-            StepDataset(pairs, settings, pairs_per_step=EVALUATION_BLOCK * self._num_ranks, shuffle=False)
+            StepDataset(
+                pairs, settings, pairs_per_step=EVALUATION_BLOCK * self.args.world_size, shuffle=False
+            )
         )
 
     def _read(self, rows: Any) -> TokenizedDataset:
@@ -409,19 +420,15 @@ class ORPOTrainer(InterruptibleTrainer):
         """
         if not self.reference.is_due(step):
             return
-        if step > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ConfigError(
-                "stages: dpo after another stage needs the whole model on each rank, which fsdp and deepspeed"
-                " have not; train it as a run of its own"
-            )
         self._preparation()
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()  # of optimizers whose weights while training are not those of the model
         settings = self._batch_settings(evaluating=True)
+        model = self._model_for_evaluation() if self.accelerator._models else self.model
 
         def score_pairs(pairs: Sequence[TokenizedPair]) -> PairScores:
             step = build_step(pairs, range(len(pairs)), settings)
-            return self._score_steps([step], len(pairs), self.model)
+            return self._score_steps([step], len(pairs), model)
 
         with _shown(self.args), self.stopwatch.paused(), self._on_its_device():
             self.reference.ask(self.model, [self.train_dataset, *self._evaluation_sets()], score_pairs)
@@ -466,8 +473,10 @@ class ORPOTrainer(InterruptibleTrainer):
             self.optimizer.train()
         losses = self._run_batches(model, step)
         loss = torch.stack(losses).sum()
-        self.window.add_step(loss - self._router_loss, step.num_tokens, self._num_ranks, self._router_loss)
-        return loss * self._num_ranks
+        self.window.add_step(
+            loss - self._router_loss, step.num_tokens, self.args.world_size, self._router_loss
+        )
+        return loss * self.args.world_size
 
     def _begin_stage(self) -> None:
         """Ask the reference of the stage that this step is of; say which it is, where it is another one."""
@@ -526,7 +535,7 @@ class ORPOTrainer(InterruptibleTrainer):
             finite = torch.isfinite(torch.stack(self._last_losses)).all()
             self._check_finite(self._reduce(finite.float()) == self.args.world_size)
         # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
-        scaled = output.loss * self._num_ranks
+        scaled = output.loss * self.args.world_size
         deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
         self.accelerator.backward(scaled, **deepspeed)
         if not batch.empty:
@@ -713,7 +722,7 @@ class ORPOTrainer(InterruptibleTrainer):
 
         def advance(num_pairs: int) -> None:
             self.cut_off()
-            self._progress.scored(num_pairs * self._num_ranks, total)
+            self._progress.scored(num_pairs * self.args.world_size, total)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         steps = (item["step"] for item in dataloader)
@@ -722,14 +731,13 @@ class ORPOTrainer(InterruptibleTrainer):
     def _score_steps(
         self, steps: Iterable[Step], total: int, model: Any, progress: Callable[[int], None] | None = None
     ) -> PairScores:
-        copies = self.args.world_size // self._num_ranks  # tensor parallel ranks see the same pairs
         return score(
             model,
             steps,
             total,
             device=self.args.device,
             precision=self.accelerator.autocast,
-            reduce=lambda table: self._reduce(table) / copies,
+            reduce=self._reduce,
             progress=progress,
         )
 
