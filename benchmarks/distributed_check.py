@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Case -> what differs from the plain one."""
 LIMIT = 1e-5
+BASE = "base"
 
 
 def engine_settings(engine: str) -> dict[str, Any]:
@@ -71,7 +72,6 @@ def train(case: str, engine: str, folder: Path) -> dict[str, Any]:
     import tiny_models
     import torch
     from peft import LoraConfig
-    from tiny_tokenizer import tiny_tokenizer
     from tiny_training import logged, random_pairs, tiny_trainer
 
     from orpo.errors import RunError
@@ -81,10 +81,7 @@ def train(case: str, engine: str, folder: Path) -> dict[str, Any]:
     shape = settings.pop("model", {})
     model: Any = tiny_models.build("Llama", **shape)
     if settings.pop("by_name", False):
-        base = folder / f"base-{os.environ.get('RANK', 0)}"
-        model.save_pretrained(base)
-        tiny_tokenizer().save_pretrained(base)
-        model = str(base)
+        model = str(folder / BASE)
     if settings.pop("lora", False):
         adapter = LoraConfig(r=4, init_lora_weights="gaussian", target_modules="all-linear")
         settings["arguments"] = {"peft_config": adapter}
@@ -158,9 +155,20 @@ def difference(folder: Path, other: Path) -> float:
     return max(float((ours[key] - theirs[key]).abs().max()) for key in theirs)
 
 
+def write_base(folder: Path) -> None:
+    """Write the model of a case that loads one by name."""
+    import tiny_models
+    from tiny_tokenizer import tiny_tokenizer
+
+    tiny_models.build("Llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
 def run(case: str, engine: str, folder: Path) -> dict[str, Any] | None:
     """Train one case in processes of its own; None, and a line, where they fail."""
     folder.mkdir()
+    if CASES[case].get("by_name"):
+        write_base(folder / BASE)
     words = [__file__, "--one-case", case, engine, str(folder)]
     several = engine not in ("one", "ray")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if several else []

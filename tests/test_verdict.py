@@ -379,6 +379,9 @@ LONG_PROMPTS = [
 """All begin with the same 60 of 101 tokens, 100 of which are predicted."""
 
 
+HALF = tiny_models.build("Llama").half()
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -399,6 +402,8 @@ LONG_PROMPTS = [
             "83% of the NLL's tokens are prompt, 49% an opening",
         ),
         ({"train": LONG_PROMPTS, "nll_on": "response"}, None),
+        ({"model": HALF}, "weights that are trained are float16"),
+        ({"model": HALF, "optim": "sgd", "learning_rate": 1.0}, None),
     ],
 )
 def test_cautions(tmp_path, settings, expected):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.trainer_utils import IntervalStrategy
 
 from orpo.data.dataset import TokenizedDataset
@@ -33,6 +34,7 @@ MOSTLY = 0.5
 def cautions(trainer: ORPOTrainer) -> list[str]:
     """Lines to print before training."""
     found = (
+        _precision(trainer),
         _rate(trainer),
         _warmup(trainer),
         _training_pairs(trainer),
@@ -40,6 +42,17 @@ def cautions(trainer: ORPOTrainer) -> list[str]:
         _prompts(trainer),
     )
     return [f"warning    {line}" for lines in found for line in lines]
+
+
+def _precision(trainer: ORPOTrainer) -> Iterator[str]:
+    args: Any = trainer.args
+    if "adam" not in str(getattr(args.optim, "value", args.optim)):
+        return
+    if any(weight.requires_grad and weight.dtype == torch.float16 for weight in trainer.model.parameters()):
+        yield (
+            "weights that are trained are float16, where Adam's squares of small gradients are 0 and a step"
+            " can be infinite; dtype: float32 and fp16: true compute in float16 without that"
+        )
 
 
 def _rate(trainer: ORPOTrainer) -> Iterator[str]:
