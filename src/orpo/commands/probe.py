@@ -28,7 +28,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--out", default="runs/probe", metavar="DIR", help=out)
     share = "most of the run's tokens to read, held-out ones included (default 0.02)"
     parser.add_argument("--share", type=float, default=0.02, metavar="S", help=share)
-    trials = "settings to try, the recipe's own included (default 7)"
+    trials = "settings to try, the recipe's own included; Optuna chooses those after 7 (default 7)"
     parser.add_argument("--trials", type=int, default=7, metavar="N", help=trials)
     factor = "between neighbouring values (default 3)"
     parser.add_argument("--factor", type=float, default=3.0, metavar="F", help=factor)

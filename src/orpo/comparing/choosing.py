@@ -93,6 +93,24 @@ class Chosen:
         return {"chosen": dict(self.choice), "trials": [trial.to_json() for trial in self.trials]}
 
 
+def value_of(result: PairResults | None, before: PairResults) -> tuple[float, float] | None:
+    """What the rule makes small in a setting, and how far it is beyond what the rule allows.
+
+    Args:
+        result: What validation pairs say of it; None where its training failed.
+        before: The same of the base.
+    """
+    if result is None:
+        return None
+    means = estimates([result])
+    return means[DECIDES].mean, _floor(before) - means[GUARDS].mean
+
+
+def _floor(before: PairResults) -> float:
+    """How likely the chosen answers have to stay: a mean log-probability."""
+    return estimates([before])[GUARDS].mean - ALLOWED
+
+
 def choose(
     choices: Sequence[Choice],
     results: Sequence[PairResults | None],
@@ -111,7 +129,7 @@ def choose(
         The choice; None where all have failed.
     """
     means: list[dict[str, Estimate]] = [{} if one is None else estimates([one]) for one in results]
-    floor = estimates([before])[GUARDS].mean - ALLOWED
+    floor = _floor(before)
     keeps = [bool(one) and one[GUARDS].mean >= floor for one in means]
     trained = [number for number, one in enumerate(means) if one]
     if not trained:

@@ -14,15 +14,17 @@ from typing import Any
 
 from orpo.comparing.arms import Arm, Maker
 from orpo.comparing.budget import Budget, budget_of, tokens_of
-from orpo.comparing.choosing import DECIDES, Chosen, choose
+from orpo.comparing.choosing import DECIDES, Chosen, choose, value_of
 from orpo.comparing.cost import cost_of
-from orpo.comparing.methods import FACTOR, Choice, candidates, method_of, recipe_choice
+from orpo.comparing.methods import FACTOR, Choice, method_of, recipe_choice
 from orpo.comparing.plan import DATA, RUNS, absolute, has_begun, settle_plan, usable
 from orpo.comparing.pool import Watcher, run_all
 from orpo.comparing.quality import base_results, validation_results
+from orpo.comparing.search import Value, search
 from orpo.comparing.splits import VALIDATION, SplitOptions, settle_splits
 from orpo.engine.metrics import write_change
 from orpo.errors import ConfigError, RunError
+from orpo.evaluation.per_pair import PairResults
 from orpo.evaluation.statistics import pairs_needed
 from orpo.run.directory import write_json
 from orpo.run.lock import held
@@ -50,6 +52,7 @@ class Probe:
         budget: What it was allowed.
         tokens: That it read, held-out ones included.
         num_pairs: Held-out pairs with both answers.
+        sampler: What has chosen the settings: `grid`, or `optuna` with its version.
     """
 
     folder: Path
@@ -58,6 +61,7 @@ class Probe:
     budget: Budget
     tokens: float
     num_pairs: int
+    sampler: str = "grid"
 
     @property
     def path(self) -> Path:
@@ -126,6 +130,7 @@ class Probe:
             "run_tokens": round(self.budget.run_tokens),
             "steps": self.budget.steps,
             "held_out_pairs": self.num_pairs,
+            "sampler": self.sampler,
             "sentences": self.sentences(),
         } | self.chosen.to_json()
 
@@ -146,7 +151,8 @@ def probe(
         recipe: Settings by key; `model_name_or_path` and `dataset_name` are needed.
         out: Folder to write, or to go on with.
         share: Of the run's tokens that may be read, in (0, 1].
-        trials: Settings that are tried, at least 2; the recipe's own is one of them.
+        trials: Settings that are tried, at least 2; the recipe's own is one of them. Of more than 7, Optuna
+            chooses the later ones where it is installed.
         factor: Between neighbouring values, above 1.
         jobs: Trainings at a time, each a process of its own; 0: one after the other in this process.
         watcher: Is told how trainings go.
@@ -175,19 +181,33 @@ def probe(
         maker = Maker(short, splits, reading, folder / RUNS)
         method = method_of(recipe)
         rate = float(known_settings()["learning_rate"].default)
-        tried = candidates(recipe_choice(recipe, method, rate=rate), trials, factor)
         seed = int(recipe.get("seed") or 0)
-        arms = [maker.arm(method, choice, splits.sizes[-1], seed) for choice in tried]
-        failures = run_all(arms, at_once=jobs, watcher=watcher)
-        return _result(method, arms, failures, budget, maker)
+        arms: list[Arm] = []
+        failures: dict[Path, str] = {}
+
+        def values(choices: Sequence[Choice]) -> list[Value | None]:
+            made = [maker.arm(method, choice, splits.sizes[-1], seed) for choice in choices]
+            arms.extend(made)
+            failures.update(run_all(made, at_once=jobs, watcher=watcher))
+            before = base_results(folder, maker, VALIDATION)
+            return [value_of(one, before) for one in _results(made, failures, maker)]
+
+        start = recipe_choice(recipe, method, rate=rate)
+        sampler = search(start, trials, factor, values, at_once=jobs, seed=seed)
+        return _result(method, arms, failures, budget, maker, sampler)
+
+
+def _results(arms: Sequence[Arm], failures: Mapping[Path, str], maker: Maker) -> list[PairResults | None]:
+    pairs = maker.splits.path(VALIDATION)
+    return [None if arm.folder in failures else validation_results(arm.folder, pairs) for arm in arms]
 
 
 def _result(
-    method: str, arms: Sequence[Arm], failures: Mapping[Path, str], budget: Budget, maker: Maker
+    method: str, arms: Sequence[Arm], failures: Mapping[Path, str], budget: Budget, maker: Maker, sampler: str
 ) -> Probe:
     folder, pairs = maker.folder.parent, maker.splits.path(VALIDATION)
     before = base_results(folder, maker, VALIDATION)
-    results = [None if arm.folder in failures else validation_results(arm.folder, pairs) for arm in arms]
+    results = _results(arms, failures, maker)
     reasons = [failures.get(arm.folder, "") for arm in arms]
     chosen = choose([arm.choice for arm in arms], results, before, reasons)
     if chosen is None:
@@ -201,6 +221,7 @@ def _result(
         budget=budget,
         tokens=sum(cost_of(arm).tokens for arm in made) + held_out,
         num_pairs=before.num_preferences,
+        sampler=sampler,
     )
     write_json(found.path, found.to_json())
     return found
