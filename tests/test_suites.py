@@ -21,8 +21,10 @@ from answer_server import answer_server
 from tiny_tokenizer import tiny_tokenizer
 
 import orpo
-from orpo import cli, run_suites
+from orpo import cli, run_suites, write_report
+from orpo.engine.metrics import write_change_with_unit, write_with_unit
 from orpo.errors import ConfigError, DataError
+from orpo.html_page import typeset
 from orpo.judging.llm_judge import judge_prompt
 from orpo.suites import bbq, crows_pairs, ifeval, mt_bench, rewardbench
 from orpo.suites.likelihood import continuation, log_likelihoods
@@ -333,6 +335,18 @@ def test_crows_pairs_counts_the_likelier_sentence_of_two_models_and_saves(models
     assert found.path.name == "suite-crows_pairs.json" and str(found.path).startswith(models[1])
     assert saved["compared_with"]["model"] == models[0] and saved["metrics"]["difference"]["n"] == 8
     assert saved["compared_with"]["change"]["difference"]["mean"] == pytest.approx(change)
+    page = write_report(models[1]).read_text(encoding="utf-8")
+    section = page[page.index('id="suites"') : page.index("</section>", page.index('id="suites"'))]
+    assert "<h3>crows_pairs</h3>" in section and "<th>Change</th>" in section
+    for name, value in found.metrics.items():
+        row = section[section.index(f'<th scope="row">{name}</th>') :].split("</tr>")[0]
+        assert f"<td>{value.n}</td>" in row
+        unit = found.measured.unit(name)
+        for written in (
+            write_with_unit(value.figure, unit),
+            write_change_with_unit(found.changes[name].figure, unit),
+        ):
+            assert f"<td>{typeset(str(written))}</td>" in row
 
 
 def test_the_shipped_sentences_are_all_of_crows_pairs_and_other_files_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 
@@ -30,3 +31,8 @@ def html_page(title: str, css: str, body: str) -> str:
 </body>
 </html>
 """
+
+
+def typeset(number: str) -> str:
+    """With a minus sign before digits instead of a hyphen, and a dash for nothing."""
+    return "\N{EN DASH}" if number == "-" else re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", number)

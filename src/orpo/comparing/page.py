@@ -15,9 +15,9 @@ from orpo.comparing.result import COSTS, Comparison, Entry
 from orpo.comparing.screen import SHOWN, write_choice
 from orpo.comparing.sentences import rules, sentences
 from orpo.engine.metrics import metric_named, write_change, write_figure
-from orpo.html_page import html_page
+from orpo.html_page import html_page, typeset
 from orpo.report.figures import METHODS, Line, Points, figure_html
-from orpo.report.page import figure_as_html, typeset
+from orpo.report.page import figure_as_html
 from orpo.run.directory import read_run
 from orpo.run.disk import replace_text
 from orpo.run.log import Figure

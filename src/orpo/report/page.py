@@ -7,7 +7,6 @@ network and can be mailed. What the run directory lacks, the page leaves out.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -19,12 +18,13 @@ from typing import Any
 from orpo.console import say
 from orpo.engine.metrics import Written, in_order, metric_named, write_change, write_figure
 from orpo.evaluation.verdict import Change, judge_run, run_objective, said_of
-from orpo.html_page import html_page
+from orpo.html_page import html_page, typeset
 from orpo.report.answers import samples_section
 from orpo.report.contrast import differing_settings, obstacles, same_held_out_pairs
 from orpo.report.details import data_section, environment_section, settings_section, training_section
 from orpo.report.evidence import Evidence, Shown, collect
 from orpo.report.figures import Line, Points, figure_html
+from orpo.report.suites import suites_section
 from orpo.run.directory import Run, RunDirectory, read_json, read_run, write_json
 from orpo.run.disk import replace_text
 from orpo.run.log import Figure, Figures, figures_from_json, figures_to_json
@@ -92,6 +92,7 @@ def _for_others(run: Run) -> Run:
         data=public(run.data),
         environment=public(run.environment),
         saved_evaluations=public(run.saved_evaluations),
+        suites=public(run.suites),
     )
 
 
@@ -120,6 +121,7 @@ def _page(run_dir: Path, asked: Mapping[str, Any], where: Path) -> str:
         _verdict(shown, evidence),
         _overview(run, evidence),
         _comparability(run, others, same_pairs),
+        suites_section(run.suites),
         _curves(run, list(others.values())),
         training_section(run),
         samples_section(run.samples),
@@ -320,11 +322,6 @@ def _error_html(written: Written) -> str:
 def _change_html(name: str, change: Figure | None) -> str:
     written = write_change(name, change)
     return typeset(written.value) + _error_html(written)
-
-
-def typeset(number: str) -> str:
-    """With a minus sign before digits instead of a hyphen, and a dash for nothing."""
-    return "\N{EN DASH}" if number == "-" else re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", number)
 
 
 def _curves(run: Run, others: list[Run]) -> str:

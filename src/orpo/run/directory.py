@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,7 @@ class Run:
         environment: Versions and hardware.
         samples: Answers to held-out prompts.
         saved_evaluations: By name, what `orpo eval` has found.
+        suites: What its suites have found, each as `SuiteResult.to_json` writes it.
     """
 
     name: str
@@ -224,6 +225,7 @@ class Run:
     environment: dict[str, Any]
     samples: Samples
     saved_evaluations: dict[str, dict[str, Any]]
+    suites: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def shared_prompts(self) -> int:
@@ -316,6 +318,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         environment=read_json(run.environment, {}),
         samples=read_json(run.samples, []),
         saved_evaluations=run.read_evaluations(),
+        suites=[read_json(path, {}) for path in sorted(run.path.glob(_SUITE.format("*")))],
     )
 
 

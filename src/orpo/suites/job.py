@@ -58,18 +58,17 @@ class SuiteResult:
         found = {
             "suite": self.suite,
             "model": self.model,
-            "metrics": _to_json(self.metrics),
+            "metrics": self._to_json(self.metrics),
             "settings": dict(self.measured.settings),
             "notices": list(self.measured.notices),
         }
         if self.before is None:
             return found
-        other = {"model": self.first, "metrics": _to_json(self.before.values())}
-        return found | {"compared_with": other | {"change": _to_json(self.changes)}}
+        other = {"model": self.first, "metrics": self._to_json(self.before.values())}
+        return found | {"compared_with": other | {"change": self._to_json(self.changes)}}
 
-
-def _to_json(values: Mapping[str, Value]) -> dict[str, Any]:
-    return {name: value.to_json() for name, value in values.items()}
+    def _to_json(self, values: Mapping[str, Value]) -> dict[str, Any]:
+        return {name: value.to_json() | {"unit": self.measured.unit(name)} for name, value in values.items()}
 
 
 def run_suites(  # noqa: PLR0913 - one argument for each option of the command

@@ -65,6 +65,15 @@ class Measured:
     notices: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def whole(self, name: str) -> str:
+        """The metric of all items whose metric of a group `name` is; of others the name itself."""
+        whole = name.partition(" (")[0]
+        return whole if whole in self.columns else name
+
+    def unit(self, name: str) -> str:
+        """The unit of a metric."""
+        return self.columns[name if name in self.columns else self.whole(name)].unit
+
     def values(self) -> dict[str, Value]:
         """Each metric; one that no item has is left out."""
         import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 
 from orpo.engine.metrics import write_change_with_unit, write_with_unit
 from orpo.suites.job import SuiteResult
@@ -21,14 +20,16 @@ def lines(result: SuiteResult) -> list[str]:
     models = result.model if before is None else f"{result.first} (first), {result.model} (second)"
     rows = [["", "mean", "n"] if before is None else ["", "first", "second", "change", "n"]]
     changes, order = result.changes, list(columns)
-    for name, value in sorted(result.metrics.items(), key=lambda one: order.index(_whole(one[0], order))):
+    for name, value in sorted(
+        result.metrics.items(), key=lambda one: order.index(result.measured.whole(one[0]))
+    ):
         unit = columns[name].unit
         cells = [_written(value, unit)]
         if before is not None:
             change = changes.get(name)
             moved = write_change_with_unit(None if change is None else change.figure, unit)
             cells = [_written(before.get(name), unit), *cells, str(moved)]
-        whole = _whole(name, order)
+        whole = result.measured.whole(name)
         title = name if whole == name else f"  {name[len(whole) + 2 : -1]}"
         rows.append([title, *cells, f"{value.n:,}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -41,12 +42,6 @@ def lines(result: SuiteResult) -> list[str]:
     ]
     saved = [f"saved as {result.path}"] if result.path is not None else []
     return [*textwrap.wrap(f"{result.suite}: {models}", _WIDTH), *table, *saved]
-
-
-def _whole(name: str, names: Sequence[str]) -> str:
-    """The metric of all items whose metric of a group `name` is; of others the name itself."""
-    whole = name.partition(" (")[0]
-    return whole if whole in names else name
 
 
 def _written(value: Value | None, unit: str) -> str:
