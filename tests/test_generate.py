@@ -25,6 +25,7 @@ import orpo
 from orpo import cli
 from orpo.data.refusals import refuses
 from orpo.errors import ConfigError, DataError, ModelError, RunError
+from orpo.evaluation import answer_options
 from orpo.evaluation.answer_summary import repetition
 from orpo.evaluation.decoding import Decoding, decode
 from orpo.evaluation.endpoint import Endpoint
@@ -474,3 +475,16 @@ def test_repetition_is_the_share_of_runs_of_three_words_that_came_before():
 )
 def test_refusals_are_told_by_their_beginning(text, expected):
     assert refuses(text) is expected
+
+
+def test_the_time_left_is_that_of_what_is_missing_at_the_rate_so_far(monkeypatch, capsys):
+    """Answers come a batch at a time, and those that were there before took no time."""
+    clock = [100.0]
+    monkeypatch.setattr(answer_options.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(answer_options.sys.stderr, "isatty", lambda: False, raising=False)
+    with answer_options.progress() as progress:
+        for seconds, done in ((0, 8), (40, 12), (40, 12), (41, 12), (100, 20), (130, 28)):
+            clock[0] = 100.0 + seconds
+            progress(done, 28)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["12 of 28 answers, 0:02:40 left", "20 of 28 answers, 0:01:06 left"]

@@ -103,39 +103,48 @@ def progress(what: str = "answers") -> Iterator[Callable[[int, int], None]]:
     Args:
         what: Is made.
     """
+    left = _TimeLeft()
     if not sys.stderr.isatty():
-        yield _Lines(what)
+        yield _Lines(what, left)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task("", total=None, left="")
+        yield lambda done, total: bar.update(task, completed=done, total=total, left=left(done, total))
+
+
+class _TimeLeft:
+    """How long the rest takes at the rate since the start: answers come a batch at a time."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, int] | None = None
+
+    def __call__(self, done: int, total: int) -> str:
+        """`0:01:20 left`; nothing before the first answer."""
+        now = time.monotonic()
+        self._began = self._began or (now, done)
+        began, first = self._began
+        if done == first:
+            return ""
+        seconds = int((now - began) / (done - first) * (total - done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
 class _Lines:
     """Says every half minute how far the work is."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, left: _TimeLeft) -> None:
         self._what = what
-        self._began: tuple[float, int] | None = None
+        self._left = left
         self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        self._began = self._began or (now, done)
+        now, left = time.monotonic(), self._left(done, total)
         if now - self._said < _SECONDS_BETWEEN_LINES or done >= total:
             return
         self._said = now
-        began, first = self._began
-        seconds = int((now - began) / max(done - first, 1) * (total - done))
-        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-        print(f"{done:,} of {total:,} {self._what}, {left} left", file=sys.stderr, flush=True)
+        far = f"{done:,} of {total:,} {self._what}"
+        print(f"{far}, {left}" if left else far, file=sys.stderr, flush=True)
