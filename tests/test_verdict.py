@@ -253,6 +253,18 @@ def test_what_is_kept_survives_an_interruption(tmp_path):
     assert cut.change.after["margin"].mean == pytest.approx(figures["margin"].mean)
 
 
+@pytest.mark.parametrize(
+    ("rate", "peft", "higher"), [(1e-9, False, "5e-06"), (1e-9, True, "0.0002"), (1e-6, False, "1e-05")]
+)
+def test_a_run_that_hardly_moved_is_told_a_rate_that_moves_models(tmp_path, rate, peft, higher):
+    """Ten times a useless rate may be as useless."""
+    settings = {"evaluation": random_pairs(12, seed=7), "max_steps": 1, **EACH_STEP}
+    model = tmp_path / "base"
+    tiny_models.build("Llama").save_pretrained(model)
+    tiny_trainer(tmp_path, model=str(model), **settings, learning_rate=rate, use_peft=peft).train()
+    assert judge_run(tmp_path).advice[0].startswith(f"learning_rate: {higher} (at {rate:g} the model hardly")
+
+
 def test_without_held_out_pairs_the_verdict_says_how_to_hold_out(tmp_path):
     tiny_trainer(tmp_path, max_steps=1).train()
     found = judge_run(tmp_path)

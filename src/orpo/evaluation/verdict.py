@@ -22,6 +22,7 @@ from orpo.evaluation.statistics import critical, pairs_needed, visible
 from orpo.run.directory import Run, RunDirectory, read_run
 from orpo.run.log import Figure, Figures, figures_from_json, figures_to_json, flat_name
 from orpo.settings.config import Objective, OrpoSettings, resolve_objective
+from orpo.settings.schema import known_settings
 
 Kind = Literal["learned", "nothing", "worse", "unknown"]
 """What became of a run; `unknown` where no held-out pairs were scored before and after."""
@@ -40,6 +41,8 @@ FEW_PROMPTS = 10
 """With fewer prompts than this an accuracy is too coarse to have an error."""
 LOW_ODDS_SHARE, LOW_ANSWER_SHARE = 0.25, 0.5
 """Share of the odds-ratio term in the gradient, and of answers in the NLL, below which a setting is named."""
+USUAL_ADAPTER_RATE = 2e-4
+"""Learning rate that LoRA is usually trained with; the default is one for all weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,11 +375,19 @@ def _advice(kind: Kind, change: Change, objective: Objective, run: Run) -> list[
     if kind != "nothing":
         return lines
     if _hardly_moved(change):
-        return [f"learning_rate: {rate * 10:.1g} (at {rate:g} the model hardly moved)"] if rate else []
+        higher = max(10 * (rate or 0), _usual_rate(run.recipe))
+        return [f"learning_rate: {higher:.1g} (at {rate:g} the model hardly moved)"] if rate else []
     lines += share_advice(objective, run.training_means())
     if change.pairs_needed is not None and change.direction("log_odds_ratio") == 0:
         lines.append(f"more held-out pairs (about {_round(change.pairs_needed)}), or more pairs to train on")
     return lines
+
+
+def _usual_rate(recipe: Mapping[str, Any]) -> float:
+    """A learning rate to begin with: an adapter's is higher than that of all weights."""
+    if recipe.get("use_peft"):
+        return USUAL_ADAPTER_RATE
+    return float(known_settings()["learning_rate"].default)
 
 
 def share_advice(objective: Objective, training: Figures) -> list[str]:
