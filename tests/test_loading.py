@@ -361,11 +361,16 @@ def test_quantisation_asks_for_its_library_in_one_line(folder, bits, monkeypatch
 
 
 def test_qlora_trains_the_adapter_alone(tmp_path):
-    pytest.importorskip("bitsandbytes")
     wide = tiny_models.build("Llama", hidden_size=64, intermediate_size=128)  # 4 bits come in blocks of 64
+    with (
+        torch.no_grad()
+    ):  # two times the largest code in a byte: as numbers of the float type it is stored in, NaN
+        wide.model.layers[0].mlp.up_proj.weight.fill_(0.01)
     wide.save_pretrained(tmp_path / "wide")
     model = load(str(tmp_path / "wide"), use_peft=True, load_in_4bit=True)
     assert model.get_base_model().is_loaded_in_4bit
+    packed = model.get_base_model().model.layers[0].mlp.up_proj.weight
+    assert packed.dtype.is_floating_point and packed.isnan().all()
     assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
     before = torch.cat([w.detach().flatten() for w in model.parameters() if w.requires_grad])
     trainer = tiny_trainer(tmp_path, model=model, max_steps=2)

@@ -17,6 +17,7 @@ def add_parser(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Write the model of a run as one folder: adapter merged, weights in the dtype of the "
         "base, tokenizer, template, stop tokens, model card. Whatever is written is loaded by another "
         "process and compared with the run; what does not agree is refused.",
+        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="RUN", help="run directory, model or adapter folder, or hub name")
     parser.add_argument("--output_dir", "--output-dir", metavar="DIR", help="default: RUN-export")

@@ -226,12 +226,16 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
 
 
 def _refuse_not_finite(model: torch.nn.Module, name: str) -> None:
-    """Refuse weights that are NaN or infinite; those on no device, or of no float type, pass."""
+    """Refuse weights that are NaN or infinite; those on no device, or of no float type, pass.
+
+    So do weights of 4 bits: two of them in each byte, stored as numbers of a float type that mean nothing.
+    """
     bad = [
         weight_name
         for weight_name, weight in model.named_parameters()
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         and weight.device.type != "meta"
+        and not hasattr(weight, "quant_state")
         and not _is_finite(weight.detach())
     ]
     if bad:
