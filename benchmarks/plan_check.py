@@ -131,15 +131,24 @@ def run(name: str) -> dict[str, float]:
     case = CASES[name]
     pairs, folder = pairs_of(case), tempfile.mkdtemp()
 
-    def make(config: Any) -> str:
-        """A folder with a model of random weights."""
+    by_name = case.settings.get("load_in_4bit", False)
+
+    def make(config: Any) -> Any:
+        """A model of random weights; in a folder, where it is packed when it is loaded."""
         torch.manual_seed(0)
-        made = tempfile.mkdtemp()
-        AutoModelForCausalLM.from_config(config).float().save_pretrained(made)
+        made = AutoModelForCausalLM.from_config(config).float()
+        if by_name:
+            made.save_pretrained(place := tempfile.mkdtemp())
+            return place
         return made
 
-    def train(model: str, clock: _Times) -> None:
+    def train(model: Any, clock: _Times) -> None:
         settings = settings_of(case)
+        if not by_name and settings.pop("use_peft", False):
+            from orpo.engine.adapters import add_adapter, lora_config
+
+            config = lora_config(ORPOConfig(folder, lora_r=settings.pop("lora_r"), use_peft=True))
+            model = add_adapter(model, config)
         args = ORPOConfig(folder, disable_tqdm=True, use_cpu=True, logging_steps=1, **settings)
         tokenizer = number_tokenizer(8192)
         trainer = ORPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer, callbacks=[clock])
@@ -149,10 +158,10 @@ def run(name: str) -> dict[str, float]:
     nano |= {"num_key_value_heads": 1, "intermediate_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 64}
     nano["vocab_size"] = 8192
     train(make(type(case.config)(**nano)), _Times())
-    model = make(case.config)
+    model = make(case.config) if by_name else None
     _reset_peak()
     base, clock = _memory("VmRSS"), _Times()
-    train(model, clock)
+    train(model or make(case.config), clock)
     peak = _memory("VmHWM") - base
     return {"MiB": peak, "seconds": statistics.median(clock.steps[1:]), "rate": clock.rate}
 

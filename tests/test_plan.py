@@ -201,14 +201,19 @@ def test_peaks_of_a_step():
     model = replace(paper("mistralai/Mistral-7B-v0.1"), footprint=Footprint(0.0, 32, 0.0, 0.0))
     weights, matrix = 4.0 * model.num_weights, 4.0 * 32000 * 4096
     head = 4 * (100 * 32000 + 100 * 4096) + matrix
-    one = memory_of(model, setup(), 100, 1)
+    one = memory_of(model, setup(), 100)
     assert one.head == head and one.peak == weights + 2 * weights + weights
-    several = memory_of(model, setup(), 100, 2)
-    assert several.peak == max(4 * weights + matrix, 4 * weights + head)
-    tied = memory_of(replace(model, tied=True), setup(), 100, 1)
+    several = memory_of(model, setup(), 100, later=90)
+    smaller = 4 * (90 * 32000 + 90 * 4096) + matrix
+    assert several.peak == 4 * weights + max(matrix, smaller) and several.head == head
+    together = memory_of(model, setup(on_cpu=True), 2000, longest=700)  # logits of 128 MiB hold 1,048 tokens
+    assert together.head == 4 * (700 * 32000 + 2000 * 4096) + matrix
+    alone = memory_of(model, setup(on_cpu=True), 2000, longest=100)
+    assert alone.head == 4 * (256 * 32000 + 2000 * 4096) + matrix
+    tied = memory_of(replace(model, tied=True), setup(), 100)
     assert tied.peak == 4 * weights + matrix
     kept = replace(model, footprint=Footprint(32e6, 32, 1e5, 1e5))
-    plain, checked = (memory_of(kept, setup(checkpointing=c), 100, 1).activations for c in (False, True))
+    plain, checked = (memory_of(kept, setup(checkpointing=c), 100).activations for c in (False, True))
     assert plain == pytest.approx(100 * (32e6 + 3.3e5)) and checked == pytest.approx(
         100 * (3.2e6 + 1e6 + 3.3e5)
     )

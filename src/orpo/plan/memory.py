@@ -93,42 +93,54 @@ def states(model: PaperModel, setup: Setup) -> tuple[float, float, float]:
     return weights, gradients, 0.0 if setup.optim.startswith("paged") and not setup.on_cpu else state
 
 
-def memory_of(model: PaperModel, setup: Setup, num_tokens: float, num_batches: float) -> Memory:
+def memory_of(
+    model: PaperModel, setup: Setup, num_tokens: float, *, later: float = 0.0, longest: float = 0.0
+) -> Memory:
     """Memory of one rank in a step.
 
     Args:
         model: On paper.
         setup: What else decides.
-        num_tokens: Of its largest micro-batch.
-        num_batches: Micro-batches of a step; from the second on, gradients are there from the start.
+        num_tokens: Of the first micro-batch of a step, which has the longest pairs.
+        later: Of the largest of the others, which find gradients there already; 0 where there is one alone.
+        longest: Tokens of the longest pair's two answers, whose logits are made together where they fit; 0
+            where pairs are not compared.
     """
     weights, gradients, state = states(model, setup)
-    usual, _ = chunk_sizes(model.vocabulary, setup.logits_memory_mib * 2**20, on_cpu=setup.on_cpu)
-    chunk = min(usual, num_tokens)
-    head = head_bytes(
-        num_tokens, model.hidden, model.vocabulary, chunk_tokens=int(chunk), trained=model.head_trained
-    )
+    usual, most = chunk_sizes(model.vocabulary, setup.logits_memory_mib * 2**20, on_cpu=setup.on_cpu)
     matrix = 4.0 * model.vocabulary * model.hidden * model.head_trained
     footprint = model.footprint
-    kept = footprint.kept(checkpointing=setup.checkpointing) * num_tokens
-    workspace = footprint.workspace(checkpointing=setup.checkpointing) * num_tokens
     casts = 0.0 if setup.cut > 1 else footprint.whatever_tokens(checkpointing=setup.checkpointing)
     whole = setup.half and model.trained == model.num_weights  # autocast keeps its casts while forward runs
     casts_at_head = footprint.fixed if whole and setup.cut == 1 else casts
     gathered = _gathered(model, setup)
     held = weights + state + gathered
-    before = gradients if num_batches > 1 else gradients / 2 if setup.sharding == "ddp" else 0.0
-    at_head = held + before + kept + casts_at_head + head
-    at_backward = held + before + kept + casts + workspace + head - 4.0 * chunk * model.vocabulary
-    at_end = held + gradients + matrix * ((num_batches > 1) + model.tied)
+
+    def batch(tokens: float, before: float) -> tuple[float, float, float]:
+        """Activations, head and peak of a micro-batch that finds `before` bytes of gradients."""
+        chunk = min(max(usual, min(most, longest)), tokens)
+        head = head_bytes(
+            tokens, model.hidden, model.vocabulary, chunk_tokens=int(chunk), trained=model.head_trained
+        )
+        kept = footprint.kept(checkpointing=setup.checkpointing) * tokens
+        workspace = footprint.workspace(checkpointing=setup.checkpointing) * tokens
+        at_head = held + before + kept + casts_at_head + head
+        at_backward = held + before + kept + casts + workspace + head - 4.0 * chunk * model.vocabulary
+        return kept + casts + workspace, head, max(at_head, at_backward)
+
+    batches = [batch(num_tokens, gradients / 2 if setup.sharding == "ddp" else 0.0)]
+    if later:
+        batches.append(batch(later, gradients))
+    at_end = held + gradients + matrix * ((later > 0) + model.tied)
+    activations, head, _ = max(batches)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=state,
-        activations=kept + casts + workspace,
+        activations=activations,
         head=head,
         gathered=gathered,
-        peak=max(at_head, at_backward, at_end),
+        peak=max(at_end, *(peak for _, _, peak in batches)),
     )
 
 

@@ -143,7 +143,7 @@ def lay_out(
     budget = own.tokens_per_micro_batch or _budget(model, setup, where)
     laid = _laid_out(lengths, objective, pairs_per_step, where.ranks, budget)
     work = work_of(model, lengths.tokens, objective, checkpointing=setup.checkpointing)
-    memory = memory_of(model, setup, laid.largest, laid.micro_batches)
+    memory = memory_of(model, setup, laid.first, later=laid.later, longest=laid.longest)
     in_epoch = math.ceil(lengths.num_pairs / pairs_per_step)
     most = int(get("max_steps"))
     steps = most if most > 0 else math.ceil(in_epoch * float(get("num_train_epochs")))
@@ -164,7 +164,7 @@ def lay_out(
         steps=steps,
         budget=budget,
         micro_batches=laid.micro_batches,
-        largest=laid.largest,
+        largest=max(laid.first, laid.later),
         balance=laid.balance,
         num_evaluations=number,
         step_seconds=step_seconds,
@@ -221,8 +221,12 @@ def _budget(model: PaperModel, setup: Setup, where: Cluster) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
+    """Micro-batches of a step; tokens of the first, of the largest other one, of the longest two answers."""
+
     micro_batches: float
-    largest: float
+    first: float
+    later: float
+    longest: float
     balance: float
 
 
@@ -235,7 +239,7 @@ def _laid_out(
         tokens[:, 2] = 0
     if pairs_per_step > len(tokens):  # means stand for more pairs than were drawn
         tokens = np.tile(tokens, (math.ceil(pairs_per_step / len(tokens)), 1))
-    numbers, balances, largest = [], [], 0.0
+    numbers, balances, first, later, longest = [], [], 0, 0, 0
     for step in plan_epoch(len(tokens), pairs_per_step, seed=0, epoch=0)[:STEPS_TRIED]:
         here = tokens[step]
         cost, read = pair_cost(here), here.sum(1)
@@ -243,8 +247,12 @@ def _laid_out(
         of_ranks = [sum(cost[i] for b in batches if not b.empty for i in b.pairs) for batches in ranked]
         numbers.append(len(ranked[0]))
         balances.append(sum(of_ranks) / ranks / max(of_ranks))
-        largest = max([largest, *(sum(read[i] for i in b.pairs) for batches in ranked for b in batches)])
-    return _Layout(float(np.mean(numbers)), float(largest), float(np.mean(balances)))
+        if objective.preference_weight > 0:
+            longest = max(longest, int(here[:, 1:].sum(1).max()))
+        sizes = [[int(sum(read[i] for i in b.pairs)) for b in batches] for batches in ranked]
+        first = max(first, *(of_rank[0] for of_rank in sizes))
+        later = max([later, *(size for of_rank in sizes for size in of_rank[1:])])
+    return _Layout(float(np.mean(numbers)), first, later, longest, float(np.mean(balances)))
 
 
 def _talk_bytes(model: PaperModel, setup: Setup, micro_batches: float) -> float:
