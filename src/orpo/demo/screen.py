@@ -23,7 +23,7 @@ from orpo.run.log import Figures
 
 if TYPE_CHECKING:
     from orpo.comparing.asking import Answers
-    from orpo.demo.study import Training, Verdict
+    from orpo.demo.study import Examined, Training
 
 CHOSEN, REJECTED = "green", "dark_orange"
 _ROWS = {
@@ -171,7 +171,7 @@ def _glance(figures: Figures) -> str:
 
 def results(
     console: Console,
-    verdicts: Mapping[str, Verdict],
+    verdicts: Mapping[str, Examined],
     trainings: Mapping[str, Training],
     answers: Answers,
 ) -> None:
@@ -261,7 +261,7 @@ def reading(figures: Mapping[str, Figures], trainings: Mapping[str, Training]) -
     ]
 
 
-def samples(console: Console, prompts: Sequence[str], verdicts: Mapping[str, Verdict]) -> None:
+def samples(console: Console, prompts: Sequence[str], verdicts: Mapping[str, Examined]) -> None:
     """The prompts, and the answers side by side."""
     console.print()
     console.rule("[bold]answers to test prompts[/]", align="left")

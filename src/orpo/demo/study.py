@@ -156,7 +156,7 @@ class _Clock(TrainerCallback):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Examined:
     """What held-out pairs say of a model.
 
     Attributes:
@@ -174,7 +174,7 @@ class Verdict:
         """Those of the pairs, then how often answers end and repeat themselves."""
         return dict(self.figures) | (dict(answer_figures(self.replies)) if self.replies else {})
 
-    def answers_against(self, other: Verdict) -> Answers:
+    def answers_against(self, other: Examined) -> Answers:
         """How its answers differ from another model's."""
         return compared(self.replies, other.replies)
 
@@ -210,7 +210,7 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.tokenized)
 
-    def examine(self, folder: Path, *, answering: bool = True) -> Verdict:
+    def examine(self, folder: Path, *, answering: bool = True) -> Examined:
         """Load a model, score the pairs, and let it answer the prompts."""
         model = load_trained(str(folder), OrpoSettings(dtype="float32"))
         layout = prepare_model(model).layout
@@ -218,7 +218,7 @@ class HeldOut:
             model, self.tokenized, BatchSettings(self.objective, layout, TOKENS_PER_MICRO_BATCH)
         )
         chat = ChatModel(folder.name, model, load_tokenizer(str(folder)), self.tokenized.chat_template)
-        return Verdict(found.figures, found.results, self._answers(LocalModel(chat)) if answering else ())
+        return Examined(found.figures, found.results, self._answers(LocalModel(chat)) if answering else ())
 
     def _answers(self, model: LocalModel) -> list[Reply]:
         """The likeliest answer to each prompt."""
@@ -243,7 +243,7 @@ def write_results(
     folder: Path,
     experiment: Experiment,
     held_out: HeldOut,
-    verdicts: Mapping[str, Verdict],
+    verdicts: Mapping[str, Examined],
     trainings: Mapping[str, Training],
 ) -> None:
     """Write the samples (for the page), the test pairs (to score with) and the figures of the table."""
