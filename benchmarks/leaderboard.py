@@ -26,7 +26,7 @@ import numpy as np
 
 from orpo.judging.alpaca_eval import read_control, score_of
 from orpo.judging.length_control import length_controlled
-from orpo.judging.win_rate import Judgement, win_rate
+from orpo.judging.win_rate import Ruling, win_rate
 
 EXACT = 1e-9
 """Points of a win rate, in percent, that floating-point sums may differ by."""
@@ -46,10 +46,10 @@ def by_model(path: Path) -> dict[str, list[dict[str, str]]]:
     return rows
 
 
-def verdicts(rows: list[dict[str, str]]) -> list[Judgement]:
+def verdicts(rows: list[dict[str, str]]) -> list[Ruling]:
     """Preferences as verdicts."""
     return [
-        Judgement(
+        Ruling(
             row["example"],
             score_of(float(row["preference"])),
             (int(row["length_baseline"]), int(row["length_model"])),

@@ -23,7 +23,7 @@ from orpo.judging.alpaca_eval import read_annotations, read_control
 from orpo.judging.job import judge
 from orpo.judging.length_control import Control, length_controlled
 from orpo.judging.llm_judge import verdict_of
-from orpo.judging.win_rate import Judgement, win_rate
+from orpo.judging.win_rate import Ruling, win_rate
 from orpo.settings.config import OrpoSettings
 
 
@@ -112,7 +112,7 @@ def test_an_interval_treats_prompts_as_what_was_drawn():
 def test_no_verdict_is_no_win_rate():
     with pytest.raises(DataError, match="no verdict"):
         win_rate([])
-    single = win_rate([Judgement("p", 1.0, (1, 2))])
+    single = win_rate([Ruling("p", 1.0, (1, 2))])
     assert single.rate.mean == 1 and single.rate.se is None and single.interval is None
 
 

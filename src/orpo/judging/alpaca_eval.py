@@ -17,7 +17,7 @@ import numpy as np
 
 from orpo.errors import ConfigError, DataError
 from orpo.judging.length_control import Control, Gamed
-from orpo.judging.win_rate import Judgement
+from orpo.judging.win_rate import Ruling
 
 _DRAW = 1.5
 _NEEDED = ("preference", "output_1", "output_2", "generator_1", "generator_2")
@@ -38,7 +38,7 @@ class Annotations:
 
     first: str
     second: str
-    verdicts: Sequence[Judgement]
+    verdicts: Sequence[Ruling]
     index: Sequence[int]
     failures: Sequence[tuple[str, str]]
 
@@ -78,7 +78,7 @@ def read_annotations(path: str | Path) -> Annotations:
         except (TypeError, ValueError) as error:
             failures.append((where, str(error)))
             continue
-        verdicts.append(Judgement(str(number), score, (len(str(row["output_1"])), len(str(row["output_2"])))))
+        verdicts.append(Ruling(str(number), score, (len(str(row["output_1"])), len(str(row["output_2"])))))
         index.append(number)
     if not verdicts:
         raise DataError(f"{path}: none of its {len(rows)} rows has a preference")

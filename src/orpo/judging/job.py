@@ -18,7 +18,7 @@ from orpo.judging.contests import Contest, read_contests
 from orpo.judging.length_control import Control, length_controlled
 from orpo.judging.llm_judge import BOTH, CAREFUL, Shown, show
 from orpo.judging.reward_model import RewardModel
-from orpo.judging.win_rate import Judgement, WinRate, win_rate
+from orpo.judging.win_rate import Ruling, WinRate, win_rate
 from orpo.run.directory import write_json_lines
 from orpo.settings.config import OrpoSettings, check_recipe
 
@@ -159,7 +159,7 @@ def _by_annotations(path: str, difficulty: Any, gamed: Any) -> Judgement:
     return Judgement(first=read.first, second=read.second, by=by, win=win, failures=read.failures)
 
 
-def _controlled(verdicts: Sequence[Judgement], control: Control | None = None) -> Any:
+def _controlled(verdicts: Sequence[Ruling], control: Control | None = None) -> Any:
     """The length-controlled rate; None without scikit-learn."""
     try:
         return length_controlled(
@@ -204,7 +204,7 @@ def _counted(
         if len(given) > 1:
             agreed.append(len(set(given)) == 1)
         verdicts.append(
-            Judgement(contest.prompt, sum(given) / len(given), (len(contest.first), len(contest.second)))
+            Ruling(contest.prompt, sum(given) / len(given), (len(contest.first), len(contest.second)))
         )
     if not verdicts:
         source, reason = failed[0]

@@ -19,7 +19,7 @@ from orpo.run.log import Figure
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Ruling:
     """What a judge says of two answers to one prompt.
 
     Attributes:
@@ -77,7 +77,7 @@ class WinRate:
         }
 
 
-def win_rate(verdicts: Sequence[Judgement], length_controlled: LengthControlled | None = None) -> WinRate:
+def win_rate(verdicts: Sequence[Ruling], length_controlled: LengthControlled | None = None) -> WinRate:
     """Count verdicts.
 
     Args:
