@@ -32,6 +32,14 @@ HEADS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_not_a_number():
+    """What is read before it is written shows: torch then fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def inputs(batch, *, bias=False, dtype=torch.float64, hidden=HIDDEN, vocab=VOCAB, requires_grad=True):
     """Hidden states, vocabulary matrix and bias."""
     generator = torch.Generator().manual_seed(0)
@@ -411,6 +419,34 @@ def test_a_frozen_vocabulary_matrix_costs_no_gradient_memory():  # peers 34
     weight = 4 * 2000 * 4
     trained, frozen = measure(4, 2, (1, 1)), measure(4, 2, (1, 1), frozen=True)
     assert trained.peak - frozen.peak >= weight
+
+
+def test_sft_takes_no_more_chunks_than_its_tokens_need():
+    """Nothing waits for a whole pair there, and a product of few tokens costs as much as one of many."""
+    batch = pack(mixed_pairs(), Objective(preference_weight=0.0))
+    tensors = inputs(batch)
+    sizes = []
+    plain = torch.mm
+
+    def counted(left, right, **more):
+        sizes.append(len(left))
+        return plain(left, right, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", counted)
+        score(tensors, batch, (5, 9), Objective(preference_weight=0.0))
+    tokens = len(batch.target_T)
+    assert sum(sizes) == tokens and len(sizes) == -(-tokens // 5) and max(sizes) - min(sizes) <= 1
+
+
+def test_a_loss_that_is_scaled_scales_its_gradients():
+    """As gradient scaling and averages over ranks do; a factor of 1 is the usual one, and skipped."""
+    batch = pack(mixed_pairs(), OBJECTIVE)
+    tensors = inputs(batch, bias=True)
+    once = gradients(score(tensors, batch)[0], tensors)
+    for factor in (1.0, -3.0):
+        scaled = gradients(factor * score(tensors, batch)[0], tensors)
+        torch.testing.assert_close(scaled, tuple(factor * one for one in once))
 
 
 def test_denominators_divide_the_two_terms():
