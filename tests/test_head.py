@@ -249,6 +249,15 @@ def test_an_empty_row_has_zero_loss_and_zero_gradients():
     assert all(gradient.abs().max() == 0 for gradient in gradients(loss, tensors))
 
 
+def test_a_row_that_scores_nothing_has_zero_gradients():
+    batch = pack(mixed_pairs(), OBJECTIVE)
+    tensors = inputs(batch, bias=True)
+    names = ("target_T", "source_T", "pair_T", "role_T", "nll_weight_T")
+    nothing = replace(batch, response_lengths=(), **{name: getattr(batch, name)[:0] for name in names})
+    loss, _ = score(tensors, nothing)
+    assert all(gradient.abs().max() == 0 for gradient in gradients(loss, tensors))
+
+
 @pytest.mark.parametrize("pairs", [0.0, 4.0])
 def test_a_row_without_preferences_trains_the_nll_alone(pairs):
     batch = pack([TokenizedPair([1, 2], [3, 4], []), TokenizedPair([5], [6], [])], OBJECTIVE)
