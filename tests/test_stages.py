@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -12,10 +13,28 @@ from tiny_tokenizer import tiny_tokenizer
 
 from orpo.console import LongWork
 from orpo.data.dataset import tokenize_pairs
+from orpo.data.forked import forked
 from orpo.data.preferences import read_preferences
 from orpo.data.stages import following, report
 
 ROWS = [{"prompt": f"Q{i}", "chosen": "a", "rejected": "b"} for i in range(1300)]
+
+
+def test_workers_end_although_this_process_only_notes_that_it_is_to_stop():
+    """A run does that on SIGTERM, which is how a pool ends its workers, for which it then waits."""
+    noted = []
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.append("stop"))
+    try:
+        began = time.monotonic()
+        with forked(2) as pool:
+            pool.apply_async(time.sleep, (20,))
+            assert pool.apply(abs, (-1,)) == 1
+            time.sleep(0.2)
+        assert time.monotonic() - began < 10
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert noted == ["stop"], "this process keeps its own handler"
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])

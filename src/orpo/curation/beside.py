@@ -6,14 +6,13 @@ fork is not safe, or there is one core, the same work is done here, when its res
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from orpo.data.forked import forked
 
 T = TypeVar("T")
 Start = Callable[..., Callable[[], Any]]
@@ -26,13 +25,5 @@ def second_process() -> Iterator[Start]:
     if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
         yield lambda work, *given: lambda: work(*given)
         return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        pool = multiprocessing.get_context("fork").Pool(1, _leave_signals)
-    with pool:
+    with forked(1) as pool:
         yield lambda work, *given: pool.apply_async(work, given).get
-
-
-def _leave_signals() -> None:
-    """Leave Ctrl-C to the process that waits; it ends this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,11 +11,9 @@ import gc
 import hashlib
 import json
 import marshal
-import multiprocessing
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ import numpy.typing as npt
 
 from orpo.console import say
 from orpo.data.counts import RowCounts
+from orpo.data.forked import forked
 from orpo.data.preferences import PreferenceSet
 from orpo.data.stages import report
 from orpo.data.tokenize import BATCH, PairArrays, PairTokenizer
@@ -292,13 +291,11 @@ def _encode_all(
     thaws = gc.get_freeze_count() == 0
     gc.freeze()  # a collection in a worker would write to, and so copy, every page that it inherits
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            with multiprocessing.get_context("fork").Pool(num_proc) as pool:
-                parts = pool.imap(_encode_inherited, bounds)
-                if meanwhile is not None:
-                    meanwhile()
-                return list(_reported(parts, len(pairs)))
+        with forked(num_proc) as pool:
+            parts = pool.imap(_encode_inherited, bounds)
+            if meanwhile is not None:
+                meanwhile()
+            return list(_reported(parts, len(pairs)))
     finally:
         if thaws:
             gc.unfreeze()

@@ -214,7 +214,6 @@ class ORPOTrainer(InterruptibleTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-        self._check_parallelism()
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
         self.recorder = self._add_callbacks(data)
@@ -227,8 +226,12 @@ class ORPOTrainer(InterruptibleTrainer):
 
     # ------------------------------------------------------------------------------------ setting up
 
-    def _check_parallelism(self) -> None:
-        """Each process trains on rows of its own; one whose weights or tokens are elsewhere would not."""
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; refuse one that divides rows or layers over processes.
+
+        Each process trains on rows of its own; one that has a part of them would not.
+        """
+        super().create_accelerator_and_postprocess()
         sizes = {
             "tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size(),
         }  # fmt: skip
