@@ -192,7 +192,7 @@ def _identity(model: nn.Module, parts: Iterable[tuple[str, Tensor]], *, without_
         digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
         bytes_of = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(bytes_of.data)
-    digests = _of_all_ranks(digest.hexdigest())
+    digests: list[str] = _of_all_ranks(digest.hexdigest())
     if len(set(digests)) == 1:
         return digests[0]
     return xxhash.xxh3_128("".join(digests).encode()).hexdigest()

@@ -479,7 +479,7 @@ class ORPOTrainer(InterruptibleTrainer):
         self.window.add_step(
             loss - self._router_loss, step.num_tokens, self.args.world_size, self._router_loss
         )
-        return loss * self.args.world_size
+        return loss * int(self.args.world_size)
 
     def _begin_stage(self) -> None:
         """Ask the reference of the stage that this step is of; say which it is, where it is another one."""
