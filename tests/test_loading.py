@@ -360,7 +360,18 @@ def test_quantisation_asks_for_its_library_in_one_line(folder, bits, monkeypatch
     assert "\n" not in str(error.value)
 
 
+def test_weights_packed_into_a_float_type_are_no_numbers():
+    """Every byte of 4-bit weights is two codes; bitsandbytes itself is not imported, which takes seconds."""
+    model = tiny_models.build("Llama")
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="1 of its tensors hold values that are not finite"):
+        loading._refuse_not_finite(model, "m")
+    model.model.layers[0].mlp.up_proj.weight.quant_state = object()
+    loading._refuse_not_finite(model, "m")
+
+
 def test_qlora_trains_the_adapter_alone(tmp_path):
+    pytest.importorskip("bitsandbytes")
     wide = tiny_models.build("Llama", hidden_size=64, intermediate_size=128)  # 4 bits come in blocks of 64
     with (
         torch.no_grad()
