@@ -64,7 +64,8 @@ def test_overridden_hooks_are_these():
         "log": "the window's numbers",
         "call_model_init": "checks the model it gives",
         "save_model": "model card, no bars",
-        "create_accelerator_and_postprocess", "create_model_card": "ours",
+        "create_accelerator_and_postprocess": "refuses rows and layers divided over ranks",
+        "create_model_card": "ours",
     }
     private = {
         "_evaluate": "what is there before the first step may be the best checkpoint",
