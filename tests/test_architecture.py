@@ -90,15 +90,14 @@ def imported(tree: ast.AST, *, top_only: bool = False) -> set[str]:
 
 
 def runtime_tree(path: Path) -> ast.Module:
-    tree = _tree(path)
-    tree.body = [
+    body = [
         node
-        for node in tree.body
+        for node in _tree(path).body
         if not (
             isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         )
     ]
-    return tree
+    return ast.Module(body, type_ignores=[])
 
 
 NAMES = {name_of(path): path for path in MODULES}
