@@ -117,19 +117,15 @@ def train_and_write(case: str, engine: str, folder: Path) -> None:
 
 
 def train_on_ray(case: str, folder: Path) -> None:
-    """Train one case on two workers of Ray Train, set up as the script of `orpo launch --on ray` does."""
+    """Train one case on two workers of Ray Train, set up as by the script of `orpo launch --on ray`."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     def worker() -> None:
-        from ray import train as ray_train
+        from orpo.launch.ranks import adopt_ray
 
-        context = ray_train.get_context()
-        os.environ["RANK"] = str(context.get_world_rank())
-        os.environ["LOCAL_RANK"] = str(context.get_local_rank())
-        os.environ["WORLD_SIZE"] = str(context.get_world_size())
-        os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+        adopt_ray()
         sys.path[:0] = [str(Path(__file__).parent), str(TESTS)]
         import distributed_check
 

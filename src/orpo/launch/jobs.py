@@ -174,23 +174,16 @@ Ray Train sets up the processes (ranks, the place where they meet); `orpo train`
 The run directory has to be on storage that all nodes share, so that a run that is started again resumes.
 """
 
-import os
-
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 
 def train_here() -> int:
     """One process of the run."""
-    from ray import train
-
     from orpo.cli import main
+    from orpo.launch.ranks import adopt_ray
 
-    context = train.get_context()
-    os.environ["RANK"] = str(context.get_world_rank())
-    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
-    os.environ["WORLD_SIZE"] = str(context.get_world_size())
-    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+    adopt_ray()
     status = main({arguments})
     if status not in (0, 2, 3):
         raise SystemExit(status)  # Ray starts the processes again, and the run resumes

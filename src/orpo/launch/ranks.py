@@ -1,4 +1,4 @@
-"""Which of several processes this one is: what `srun` says, in the words that torchrun uses."""
+"""Which of several processes this one is: what `srun` or Ray Train says, in the words that torchrun uses."""
 
 from __future__ import annotations
 
@@ -30,6 +30,17 @@ def adopt_srun(environment: MutableMapping[str, str] = os.environ) -> bool:
     environment.setdefault("MASTER_ADDR", first_node(nodes))
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + job % _PORTS))
     return True
+
+
+def adopt_ray() -> None:
+    """Set `RANK` and its like in a worker of Ray Train, which has set where they meet."""
+    from ray.train import get_context
+
+    context = get_context()
+    os.environ["RANK"] = str(context.get_world_rank())
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    os.environ["WORLD_SIZE"] = str(context.get_world_size())
+    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
 
 
 def _tasks_here(environment: Mapping[str, str]) -> str:

@@ -44,9 +44,13 @@ def cautions(trainer: ORPOTrainer) -> list[str]:
     return [f"warning    {line}" for lines in found for line in lines]
 
 
+def _is_adam(trainer: ORPOTrainer) -> bool:
+    optim: Any = trainer.args.optim
+    return "adam" in str(getattr(optim, "value", optim))
+
+
 def _precision(trainer: ORPOTrainer) -> Iterator[str]:
-    args: Any = trainer.args
-    if "adam" not in str(getattr(args.optim, "value", args.optim)):
+    if not _is_adam(trainer):
         return
     if any(weight.requires_grad and weight.dtype == torch.float16 for weight in trainer.model.parameters()):
         yield (
@@ -57,7 +61,7 @@ def _precision(trainer: ORPOTrainer) -> Iterator[str]:
 
 def _rate(trainer: ORPOTrainer) -> Iterator[str]:
     args: Any = trainer.args
-    if "adam" not in str(getattr(args.optim, "value", args.optim)):
+    if not _is_adam(trainer):
         return  # the rates of other optimizers are of another size
     is_adapter = hasattr(trainer.model, "peft_config")
     small = trainer.model.num_parameters() < SMALL_MODEL

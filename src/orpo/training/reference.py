@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -167,7 +168,7 @@ def _own_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _has_fresh_adapter(parts: Iterable[tuple[str, Tensor]]) -> bool:
     """Whether there is a LoRA adapter, all of whose second factors are still zero."""
     factors = [part for name, part in parts if "lora_B" in name or "lora_embedding_B" in name]
-    return bool(factors) and not any(_of_all_ranks(any(bool(part.any()) for part in factors)))
+    return bool(factors) and not any(gather_object([any(bool(part.any()) for part in factors)]))
 
 
 def _identity(model: nn.Module, parts: Iterable[tuple[str, Tensor]], *, without_adapter: bool) -> str:
@@ -192,19 +193,10 @@ def _identity(model: nn.Module, parts: Iterable[tuple[str, Tensor]], *, without_
         digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
         bytes_of = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(bytes_of.data)
-    digests: list[str] = _of_all_ranks(digest.hexdigest())
+    digests: list[str] = gather_object([digest.hexdigest()])
     if len(set(digests)) == 1:
         return digests[0]
     return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    """What each rank has; of one process, its own."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
 
 
 def reference_logprobs(pairs: TokenizedDataset, path: Path, score: Score, args: ORPOConfig) -> Tensor:
