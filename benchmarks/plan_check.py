@@ -7,7 +7,7 @@ what was resident before the model was made; a nano model is trained before that
 loaded and warm. Under glibc blocks from 64 KiB on are mapped (`MALLOC_MMAP_THRESHOLD_`), so that what is
 freed is given back. Time is CPU time of a step, one thread. The plan is made from the configuration and the
 lengths; its rate is that of matrix products, timed before each step, times one share (mfu), which is taken
-from the first case. So the first case's time says nothing, and the other seven are predictions.
+from the first case. So the first case's time says nothing, and the others are predictions.
 
 QLoRA needs bitsandbytes (`pip install 'orpo[quant]'`), which computes in 4 bits on a CPU too; it is left out,
 with a line, where that is not installed.

@@ -29,6 +29,8 @@ def test_workers_end_although_this_process_only_notes_that_it_is_to_stop():
         with forked(2) as pool:
             pool.apply_async(time.sleep, (20,))
             assert pool.apply(abs, (-1,)) == 1
+            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # as sent to a whole job
+                assert pool.apply(signal.getsignal, (number,)) == signal.SIG_IGN
             time.sleep(0.2)
         assert time.monotonic() - began < 10
         os.kill(os.getpid(), signal.SIGTERM)

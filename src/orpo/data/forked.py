@@ -1,7 +1,8 @@
 """Worker processes that are forked, so that they have what this process has read without being sent it.
 
-A fork inherits signal handlers too. One that only notes that a run is to stop would keep a worker alive when
-its pool ends it, and the pool would wait for ever: workers leave signals to the process that forked them.
+A fork inherits signal handlers too. Workers leave signals to the process that forked them: a worker that they
+end would take its task with it, for which its pool waits for ever. But SIGTERM, by which the pool itself ends
+workers, has to end them, though this process may only note that it is to stop.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.pool import Pool
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_LEFT = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @contextmanager
 def forked(number: int) -> Iterator[Pool]:
     """So many workers, which end with the block."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until workers have handlers of their own
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until workers have their handlers
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
@@ -31,8 +32,7 @@ def forked(number: int) -> Iterator[Pool]:
 
 
 def _leave_signals() -> None:
-    """Leave Ctrl-C to the process that waits; it ends this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for one in _ENDING:
-        signal.signal(one, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    for one in _LEFT:
+        signal.signal(one, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -329,9 +329,8 @@ class _Gradients:
         return cls(grads[0], grads[1], grads[2], tuple(None if t is None else t.dtype for t in inputs))
 
     def add_to_weight(self, slope_VT: Tensor, hidden_TD: Tensor) -> None:
-        """Add slope_VT @ hidden_TD to the gradient of the vocabulary matrix, where that is needed."""
-        if self.weight_VD is None:
-            return
+        """Add slope_VT @ hidden_TD to the gradient of the vocabulary matrix, which is needed."""
+        assert self.weight_VD is not None
         if slope_VT.dtype == self.weight_VD.dtype:
             # with a beta of 0, what lies in the memory is not read
             self.weight_VD.addmm_(slope_VT, hidden_TD, beta=0 if self.is_weight_blank else 1)
@@ -368,8 +367,7 @@ class _Sweep:
         self.workspace_TV: Tensor | None = None
 
     def _logits(self, at: slice) -> Tensor:
-        """Logits of the scored tokens `at`. On a CPU each chunk takes the memory of the one before: the
-        kernel gives fresh pages slowly enough to halve the rate of the product."""
+        """Logits of the scored tokens `at`, on a CPU in the memory of the chunk before."""
         hidden_TD, weight_DV = self.hidden_ND[self.batch.source_T[at]], self.weight_VD.T
         with torch.autocast(self.hidden_ND.device.type, enabled=False):
             if self.hidden_ND.device.type != "cpu" or self.dtype != self.precise:

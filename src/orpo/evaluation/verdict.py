@@ -375,8 +375,10 @@ def _advice(kind: Kind, change: Change, objective: Objective, run: Run) -> list[
     if kind != "nothing":
         return lines
     if _hardly_moved(change):
-        higher = max(10 * (rate or 0), _usual_rate(run.recipe))
-        return [f"learning_rate: {higher:.1g} (at {rate:g} the model hardly moved)"] if rate else []
+        if not rate:
+            return []
+        higher = max(10 * rate, _usual_rate(run.recipe))
+        return [f"learning_rate: {higher:.1g} (at {rate:g} the model hardly moved)"]
     lines += share_advice(objective, run.training_means())
     if change.pairs_needed is not None and change.direction("log_odds_ratio") == 0:
         lines.append(f"more held-out pairs (about {_round(change.pairs_needed)}), or more pairs to train on")
