@@ -134,8 +134,8 @@ def write_table(results: dict[str, dict[str, str]]) -> None:
         "Every causal family of transformers, tiny and random, compared with each response alone through the",
         "plain model: loss and every gradient. Written by `python benchmarks/exactness.py`, with",
         f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}, on a CPU.",
-        "`shares` stores once what pairs have in common; `falls back` is exact too, slower, and said at the start;",
-        "`not built` says that the tiny configuration does not fit, nothing about the family.",
+        "`shares` stores once what pairs have in common; `falls back` is exact too, slower, and said at the",
+        "start; `not built` says that the tiny configuration does not fit, nothing about the family.",
         "",
     ]
     for name in CASES:

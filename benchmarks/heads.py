@@ -14,8 +14,8 @@ from workloads import SHAPES, make_pairs
 
 from orpo.engine.head import Denominators, Head, score_batch
 from orpo.engine.objective import log_odds
-from orpo.engine.packing import PackedBatch
-from orpo.engine.passes import Role, pack, pair_lengths
+from orpo.engine.packing import PackedBatch, Role, pack
+from orpo.engine.passes import pair_lengths
 from orpo.settings.config import Objective
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -2,15 +2,17 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import nll_targets
 from tiny_models import mixed_pairs
 from trees import num_tokens, paths_of_tokens
 
 from orpo.engine.packing import Role, Segment, find_sharing, pack
+from orpo.engine.planning import _cut, plan_step
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
@@ -152,15 +154,20 @@ def test_a_trunk_is_the_segment_that_stores_what_is_shared():
     assert tree == (Segment(5), Segment(2, 0, 3), Segment(2, 0, 3))
 
 
-@given(pairs=st.lists(tokenized_pairs(), min_size=1, max_size=6), with_rejected=st.booleans())
+@given(pairs=st.lists(tokenized_pairs(), min_size=1, max_size=6), share_from=st.integers(1, 4))
 @settings(max_examples=60)
-def test_what_pairs_share_is_found_in_the_order_in_which_they_share_the_most(pairs, with_rejected):
-    order, saved = find_sharing(pairs, with_rejected, 1)
-    assert sorted(order) == list(range(len(pairs)))
-    in_order = [pairs[i] for i in order]
-    alone = pack(pairs, Objective(), share_from=None, score_rejected=with_rejected).num_tokens
-    together = pack(in_order, Objective(), share_from=1, score_rejected=with_rejected).num_tokens
-    assert alone - together == sum(saved)
+def test_what_pairs_share_is_found_in_the_order_in_which_they_share_the_most(pairs, share_from):
+    assume(all(pair.chosen != pair.rejected for pair in pairs))
+    sharing = find_sharing(pairs, share_from)
+    assert sorted(sharing.order) == list(range(len(pairs)))
+    in_order = [pairs[i] for i in sharing.order]
+    lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
+    plan = plan_step(lengths, num_ranks=1, tokens_per_micro_batch=10**6, sharing=sharing)
+    assert len(plan[0]) == 1
+    units = _cut(range(len(pairs)), lengths.tolist(), sharing)
+    together = [[pairs[i] for i in unit.pairs] for unit in units]
+    stored = [pack(some, Objective(), share_from=share_from).num_tokens for some in together]
+    assert stored == [unit.tokens for unit in units]
     sides = [(*pair.prompt, *pair.chosen) for pair in in_order]
     for number, side in enumerate(sides):
         alike = [alike_from_start(side, other) for other in sides[:number]]

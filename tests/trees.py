@@ -14,7 +14,7 @@ TREES = {
     "four answers": (Segment(9), Segment(4, 0, 5), Segment(2, 0, 5), Segment(6, 0, 5)),
     "a common beginning": (Segment(12), Segment(3, 0, 8), Segment(7, 0, 6), Segment(2, 2, 9)),
     "a path of many segments": (Segment(4), Segment(3, 0, 4), Segment(5, 1, 7), Segment(1, 2, 12)),
-    "two trees that alternate": (
+    "trees that alternate": (
         Segment(4),
         Segment(3),
         Segment(2, 0, 3),

@@ -24,7 +24,8 @@ from orpo.engine.segments import Segments
 ON_PAPER = "orpo_on_paper"
 """Name of an attention that computes nothing and keeps what the kernel of a GPU keeps."""
 PAIRS = ((4, 8, 8), (8, 16, 16))
-"""Tokens of prompt, chosen and rejected of the two passes whose difference is taken: in the proportions of UltraFeedback's pairs."""
+"""Tokens of prompt, chosen and rejected of the two passes whose difference is taken: in the proportions of
+UltraFeedback's pairs."""
 LAYER_WORKSPACE = 3.3
 """Tensors as large as the largest kept that a layer's backward holds besides: of Llama's SwiGLU (LOG.md)."""
 

@@ -214,7 +214,7 @@ def pack(
 
     Args:
         pairs: At least one pair; every response has at least one token, every prompt too. In layout `shared`
-            a pair shares the beginning it has in common with the pair before, and sides that are there already.
+            a pair shares its beginning with the pair before it, and sides with any before it.
         objective: What is minimised.
         layout: `shared`, `packed` or `padded`.
         share_from: Fewest tokens that the beginnings of two pairs share; None: each pair is for itself.
@@ -347,25 +347,26 @@ def common(ids: np.ndarray, other: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def find_sharing(pairs: Sequence[TokenizedPair], with_rejected: bool, share_from: int) -> Sharing:
+def find_sharing(pairs: Sequence[TokenizedPair], share_from: int) -> Sharing:
     """The order in which `pairs` share the most when they are laid out in it, and what they share.
 
     In the order of their chosen sides as sequences of numbers, no earlier side has more in common with a
     side than the one before it.
     """
-    tree = _Tree(share_from)
-    sides = [np.concatenate([pair.prompt, pair.chosen]).astype(np.int64) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: sides[i].astype(">i8").tobytes())
-    saved: list[int] = []
-    for number in order:
-        pair, before = pairs[number], tree.size
-        first = tree.place_chosen(sides[number], len(pair.prompt))
-        if with_rejected and len(pair.rejected):
-            ids = np.concatenate([pair.prompt, pair.rejected]).astype(np.int64)
-            tree.place_rejected(ids, len(pair.prompt), first)
-        alone = len(sides[number]) + with_rejected * len(pair.rejected)
-        saved.append(alone - (tree.size - before))
-    return Sharing(order, saved)
+    chosen = [np.concatenate([pair.prompt, pair.chosen]).astype(">i8") for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: chosen[i].tobytes())
+    numbers: dict[tuple[int, bytes], int] = {}
+    alike, sides = [], []
+    for place, number in enumerate(order):
+        pair, prompt = pairs[number], len(pairs[number].prompt)
+        shared = min(common(chosen[number], chosen[order[place - 1]]), prompt) if place else 0
+        alike.append(shared if shared >= share_from else 0)
+        rejected = np.concatenate([pair.prompt, pair.rejected]).astype(">i8")
+        both = [
+            numbers.setdefault((prompt, ids.tobytes()), len(numbers)) for ids in (chosen[number], rejected)
+        ]
+        sides.append((both[0], both[1]))
+    return Sharing(order, alike, sides)
 
 
 def _pad(ids: list[np.ndarray], of_pair: list[tuple[_Side, _Side | None]]) -> _Layout:

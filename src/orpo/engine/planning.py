@@ -7,6 +7,7 @@ step, and pairs that share tokens in one micro-batch. Since the loss is divided 
 step, nothing within a step can change the gradient.
 """
 
+import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,11 +36,13 @@ class Sharing(NamedTuple):
 
     Attributes:
         order: The pairs, those that share one after the other.
-        saved: Tokens that each of them shares with those before it in that order.
+        alike: Tokens of the beginning that each of them shares with the one before it in that order.
+        sides: Numbers of the chosen and of the rejected side of each, the same for equal sides.
     """
 
     order: Sequence[int]
-    saved: Sequence[int]
+    alike: Sequence[int]
+    sides: Sequence[tuple[int, int]]
 
 
 def plan_epoch(
@@ -135,10 +138,9 @@ def plan_step(
     """
     tokens = pair_tokens(lengths, layout).tolist()
     cost = pair_cost(lengths, layout).tolist()
-    most = tokens_per_micro_batch
-    if num_ranks > 1:
-        most = min(most, -(-sum(tokens) // num_ranks))
-    units = _units(tokens, sharing or Sharing(range(len(tokens)), [0] * len(tokens)), most)
+    units = [_Unit((pair,), size) for pair, size in enumerate(tokens)]
+    if sharing is not None:
+        units = _units(lengths.tolist(), sharing, num_ranks, tokens_per_micro_batch)
     lines = pair_sizes(lengths, layout).tolist()
     sizes = [lines[unit.pairs[0]] if len(unit.pairs) == 1 else [unit.tokens, 1] for unit in units]
     costs = [sum(cost[i] - tokens[i] for i in unit.pairs) + unit.tokens for unit in units]
@@ -147,13 +149,11 @@ def plan_step(
     num_batches = max(map(len, ranks))
     even = [_even_out(batches, num_batches, [unit.tokens for unit in units]) for batches in ranks]
     spare = BatchPlan((tokens.index(min(tokens)),), empty=True)
-    return tuple(
-        tuple(
-            BatchPlan(tuple(i for unit in batch for i in units[unit].pairs)) if batch else spare
-            for batch in batches
-        )
-        for batches in even
-    )
+
+    def planned(batch: list[int]) -> BatchPlan:
+        return BatchPlan(tuple(pair for unit in batch for pair in units[unit].pairs)) if batch else spare
+
+    return tuple(tuple(map(planned, batches)) for batches in even)
 
 
 class _Unit(NamedTuple):
@@ -163,16 +163,46 @@ class _Unit(NamedTuple):
     tokens: int
 
 
-def _units(tokens: list[int], sharing: Sharing, most: int) -> list[_Unit]:
-    """Pairs that share something stay together as long as that is at most `most` tokens."""
+def _units(lengths: list[list[int]], sharing: Sharing, num_ranks: int, most: int) -> list[_Unit]:
+    """Pairs that share stay together, as far as ranks have equal work and `most` tokens hold them."""
+    whole = _cut(range(len(lengths)), lengths, sharing)
+    fair = sum(unit.tokens for unit in whole) / num_ranks
     units: list[_Unit] = []
-    for pair, saved in zip(sharing.order, sharing.saved, strict=True):
-        if saved and units[-1].tokens + tokens[pair] - saved <= most:
-            before = units.pop()
-            units.append(_Unit((*before.pairs, pair), before.tokens + tokens[pair] - saved))
-        else:
-            units.append(_Unit((pair,), tokens[pair]))
+    start = 0
+    for unit in whole:
+        places = range(start, start + len(unit.pairs))
+        start = places.stop
+        parts = min(max(1, round(unit.tokens / fair)), len(places))
+
+        def suffices(limit: int, places: range = places, parts: int = parts) -> bool:
+            return len(_cut(places, lengths, sharing, limit)) <= parts
+
+        even = bisect.bisect_left(range(unit.tokens), True, key=suffices)
+        units += _cut(places, lengths, sharing, min(even, most))
     return sorted(units)
+
+
+def _cut(
+    places: range, lengths: list[list[int]], sharing: Sharing, most: float = float("inf")
+) -> list[_Unit]:
+    """Cut pairs at these places of the order into units that share, of at most `most` tokens if not one."""
+    units: list[_Unit] = []
+    sides: set[int] = set()  # of the last unit
+    for place in places:
+        pair, of_pair = sharing.order[place], sharing.sides[place]
+        prompt, chosen, rejected = lengths[pair]
+        alone = prompt + chosen + rejected
+        more = rejected if of_pair[1] not in sides else 0
+        if of_pair[0] not in sides:
+            more += prompt + chosen - sharing.alike[place]
+        if units and more < alone and units[-1].tokens + more <= most:
+            before = units.pop()
+            units.append(_Unit((*before.pairs, pair), before.tokens + more))
+        else:
+            units.append(_Unit((pair,), alone))
+            sides = set()
+        sides.update(of_pair)
+    return units
 
 
 def _balance(cost: list[float], num_shares: int) -> list[list[int]]:

@@ -112,7 +112,7 @@ def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: B
         num_ranks=settings.num_ranks,
         tokens_per_micro_batch=settings.tokens_per_micro_batch,
         layout=settings.layout,
-        sharing=find_sharing(pairs, with_rejected, settings.share_from) if shares else None,
+        sharing=find_sharing(pairs, settings.share_from) if shares else None,
     )
     batches, batch_pairs = [], []
     for planned in plan[settings.rank]:
