@@ -7,6 +7,7 @@ included.
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -55,11 +56,11 @@ def main() -> None:
 
 def train(
     side: str, shape: str, data: str, pairs: int, per_step: int, dtype: str = "fp32",
-    checkpointing: bool = False, order: str = "random", objective: str = "orpo",
+    checkpointing: bool = False, order: str = "random", objective: str = "orpo", apart: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging.
 
-    The memory of TRL's reference model, which is there before training, counts as part of the peak.
+    With `apart`, ours has pairs share nothing with each other, as before it knew how. The memory of TRL's reference model, which is there before training, counts as part of the peak.
     """
     make = functools.partial(
         _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective
@@ -67,6 +68,9 @@ def train(
     make(TINY.build(), make_pairs("9/5/4", TINY.vocab, 4), 2).train()
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, pairs)
     trainer = make(model, workload, per_step)
+    if apart:
+        prepared = dataclasses.replace(trainer._preparation(), share_from=None)
+        trainer._preparation = lambda: prepared
     gemm = [gemm_rate(dtype, SHAPES[shape].hidden)]
     base = _memory("VmRSS")
     _reset_peak()
