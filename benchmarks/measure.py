@@ -60,7 +60,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging.
 
-    With `apart`, ours has pairs share nothing with each other, as before it knew how. The memory of TRL's reference model, which is there before training, counts as part of the peak.
+    With `apart`, ours has pairs share nothing with each other, as before it knew how. The memory of TRL's
+    reference model, which is there before training, counts as part of the peak.
     """
     make = functools.partial(
         _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective
