@@ -182,6 +182,11 @@ def _units(lengths: list[list[int]], sharing: Sharing, num_ranks: int, most: int
     return sorted(units)
 
 
+def stored_tokens(lengths: np.ndarray, sharing: Sharing) -> int:
+    """Tokens that the pairs of a step take in one micro-batch, what they share once. `lengths` is [n, 3]."""
+    return sum(unit.tokens for unit in _cut(range(len(lengths)), lengths.tolist(), sharing))
+
+
 def _cut(
     places: range, lengths: list[list[int]], sharing: Sharing, most: float = float("inf")
 ) -> list[_Unit]:
