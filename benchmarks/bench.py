@@ -128,11 +128,10 @@ _SIDES: list[Spec] = [
 
 
 SHARED: list[tuple[Spec, bool]] = [
-    ({**_WHOLE, "data": data, "per_step": per_step, "pairs": pairs, **side}, keep)
-    for data, per_step, pairs in (("ranked", 6, 12), ("all ranked", 6, 12), ("system", 8, 16), ("hh", 8, 64))
-    for keep in (True, False)
+    ({**_WHOLE, "data": data, "per_step": per_step, "pairs": pairs, **side}, True)
+    for data, per_step, pairs in (("ranked", 6, 24), ("all ranked", 6, 24), ("system", 8, 16), ("hh", 8, 64))
     for side in ({"side": "trl", "order": "random"}, {"side": "ours", "apart": True}, {"side": "ours"})
-    if not (data == "hh" and (side["side"] == "trl" or not keep))
+    if not (data == "hh" and side["side"] == "trl")
 ]
 """Data whose pairs share something, with and without sharing it, and plain pairs, which must not pay."""
 
