@@ -255,7 +255,8 @@ def _sharing_table(raw: Spec) -> list[str]:
     ]  # fmt: skip
     note = [
         "Llama h256 L6 V32000, one epoch, medians. `Each pair for itself` is the same build told to share "
-        "nothing between pairs; peaks are with the heap kept; HH-RLHF as it is has next to nothing to share.", "",
+        "nothing between pairs; peaks are with the heap kept; HH-RLHF as it is has next to nothing to "
+        "share.", "",
     ]  # fmt: skip
     return ["## Pairs that share tokens", "", *_made_by(raw, RAW_SHARING), *note, *table(header, rows),
             *_errors(raw)]  # fmt: skip
@@ -294,8 +295,8 @@ def _real_table(raw: Spec) -> list[str]:
     tested = next(iter(specs.values()))["test_pairs"] if specs else 0
     note = [
         f"SmolLM2-135M-Instruct, one epoch of 96 pairs of at most 256 tokens, 8 a step, the same token ids "
-        f"on both sides, float32; accuracy on {tested} pairs that were not trained on. Peaks are of whole runs "
-        "with the allocator's defaults, above the model and AdamW's moments.", "",
+        f"on both sides, float32; accuracy on {tested} pairs that were not trained on. Peaks are of whole "
+        "runs with the allocator's defaults, above the model and AdamW's moments.", "",
     ]  # fmt: skip
     return ["## A real model", "", *_made_by(raw, RAW_REAL), *note, *table(header, rows), *_errors(raw)]
 
