@@ -1,0 +1,103 @@
+"""The optimizer's step within the backward pass: a weight moves as soon as its gradient is complete.
+
+The gradient is freed at once, so that those of the whole model are never held together. The optimizer stays
+one, with its groups, its schedule and its state in the usual form: only the call is cut into one for each
+weight. What an ordinary step does to each weight by itself is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orpo.errors import ConfigError, RunError
+from orpo.training.arguments import ORPOConfig
+
+Norms = dict[Tensor, Tensor]
+"""Weight -> norm of the gradient with which it has moved."""
+
+
+def check_in_backward(args: ORPOConfig) -> None:
+    """Refuse what only a started process knows of; the rest is refused with the settings.
+
+    Raises:
+        ConfigError: There are several processes, or layers run a backward pass of their own.
+    """
+    if not args.optimizer_in_backward:
+        return
+    if args.world_size > 1:
+        raise ConfigError(
+            f"optimizer_in_backward: {args.world_size} processes add up their gradients after the backward"
+            " pass; leave it out, and cut weights over the processes with fsdp"
+        )
+    kwargs = args.gradient_checkpointing_kwargs
+    if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+        raise ConfigError(
+            "optimizer_in_backward: under use_reentrant each layer has a backward pass of its own, so that"
+            " nobody knows when a gradient is complete; leave use_reentrant out"
+        )
+
+
+def own_optimizers(args: ORPOConfig, optimizers: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The optimizer and schedule given; an optimizer that may need all gradients at once is refused.
+
+    Raises:
+        ConfigError: One is given with `optimizer_in_backward`.
+    """
+    if args.optimizer_in_backward and optimizers[0] is not None:
+        raise ConfigError(
+            f"optimizer_in_backward: whether the {type(optimizers[0]).__name__} given in `optimizers` can"
+            " take one weight at a time is not known; choose one by `optim`"
+        )
+    return optimizers
+
+
+@contextlib.contextmanager
+def stepping_in_backward(optimizer: Any, norms: Norms) -> Iterator[None]:
+    """Within it, a backward pass has the optimizer use up each gradient as soon as it is complete.
+
+    Gradients that micro-batches before have left behind are complete when this pass has added its own. A
+    weight that has no part in the pass keeps its gradient for the ordinary step.
+
+    Args:
+        optimizer: Takes one weight at a time: what it does to a weight depends on no other.
+        norms: Filled in, weight by weight.
+    """
+    groups = {weight: group for group in optimizer.param_groups for weight in group["params"]}
+
+    def step(weight: Tensor) -> None:
+        if weight in norms:
+            raise RunError(
+                "optimizer_in_backward: a gradient came in two parts, and the weight has moved with one of"
+                " them; go back to the last checkpoint, and leave optimizer_in_backward out for this model"
+            )
+        assert weight.grad is not None
+        norms[weight] = torch.linalg.vector_norm(weight.grad)
+        whole, optimizer.param_groups = optimizer.param_groups, [{**groups[weight], "params": [weight]}]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = whole
+        weight.grad = None
+
+    hooks = [weight.register_post_accumulate_grad_hook(step) for weight in groups]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gradient_norm(model: nn.Module, norms: Norms) -> Tensor:
+    """Norm over all gradients of a step: those used up, and those that are left for the ordinary step."""
+    left = {
+        weight: torch.linalg.vector_norm(weight.grad)
+        for weight in model.parameters()
+        if weight.grad is not None
+    }
+    found = norms | left
+    return torch.linalg.vector_norm(torch.stack([found[one] for one in model.parameters() if one in found]))
