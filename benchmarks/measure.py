@@ -55,15 +55,16 @@ def main() -> None:
 
 def train(
     side: str, shape: str, data: str, pairs: int, per_step: int, dtype: str = "fp32",
-    checkpointing: bool = False, order: str = "random", objective: str = "orpo",
+    checkpointing: bool = False, order: str = "random", objective: str = "orpo", in_backward: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging.
 
-    The memory of TRL's reference model, which is there before training, counts as part of the peak.
+    With `in_backward` there is no clipping, and AdamW steps in the backward pass; ours alone can. The memory of TRL's reference model, which is there before training, counts as part of the peak.
     """
     make = functools.partial(
-        _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective
-    )
+        _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective,
+        in_backward=in_backward,
+    )  # fmt: skip
     make(TINY.build(), make_pairs("9/5/4", TINY.vocab, 4), 2).train()
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, pairs)
     trainer = make(model, workload, per_step)
@@ -303,7 +304,7 @@ def _build(shape: str) -> PreTrainedModel:
 
 def _trainer(
     side: str, model: PreTrainedModel, pairs: list[TokenizedPair], per_step: int, dtype: str,
-    checkpointing: bool, order: str, objective: str = "orpo",
+    checkpointing: bool, order: str, objective: str = "orpo", in_backward: bool = False,
 ) -> Any:  # fmt: skip
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="bench-"), "per_device_train_batch_size": per_step,
@@ -317,6 +318,8 @@ def _trainer(
         from orpo.training.trainer import ORPOConfig, ORPOTrainer
 
         data = TokenizedDataset.from_pairs(pairs)
+        if in_backward:
+            common |= {"optimizer_in_backward": True, "max_grad_norm": 0.0}
         args = ORPOConfig(**common, eval_split=0.0, objective=objective)
         return ORPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     if order == "grouped":

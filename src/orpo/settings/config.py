@@ -593,6 +593,19 @@ def _check_in_backward(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"optimizer_in_backward: {key} {reason}")
 
 
+def check_processes(settings: OrpoSettings, number: int) -> None:
+    """Check what `number` processes cannot do together.
+
+    Raises:
+        ConfigError: A setting is for one process.
+    """
+    if settings.optimizer_in_backward and number > 1:
+        raise ConfigError(
+            f"optimizer_in_backward: {number} processes add up their gradients after the backward pass; leave"
+            " it out, fsdp cuts weights and gradients over the processes"
+        )
+
+
 def _check_date(text: str | None) -> None:
     try:
         date.fromisoformat(text or "2000-01-01")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo.errors import ConfigError, RunError
+from orpo.settings.config import check_processes
 from orpo.training.arguments import ORPOConfig
 
 Norms = dict[Tensor, Tensor]
@@ -27,15 +28,9 @@ def check_in_backward(args: ORPOConfig) -> None:
     Raises:
         ConfigError: There are several processes, or layers run a backward pass of their own.
     """
-    if not args.optimizer_in_backward:
-        return
-    if args.world_size > 1:
-        raise ConfigError(
-            f"optimizer_in_backward: {args.world_size} processes add up their gradients after the backward"
-            " pass; leave it out, and cut weights over the processes with fsdp"
-        )
+    check_processes(args, int(args.world_size))
     kwargs = args.gradient_checkpointing_kwargs
-    if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+    if args.optimizer_in_backward and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
         raise ConfigError(
             "optimizer_in_backward: under use_reentrant each layer has a backward pass of its own, so that"
             " nobody knows when a gradient is complete; leave use_reentrant out"
