@@ -59,7 +59,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging.
 
-    With `in_backward` there is no clipping, and AdamW steps in the backward pass; ours alone can. The memory of TRL's reference model, which is there before training, counts as part of the peak.
+    With `in_backward` AdamW steps in the backward pass, without clipping; ours alone can. The memory of TRL's
+    reference model, which is there before training, counts as part of the peak.
     """
     make = functools.partial(
         _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective,

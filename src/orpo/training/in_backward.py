@@ -8,6 +8,8 @@ weight. What an ordinary step does to each weight by itself is the same to the b
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,8 @@ from orpo.errors import ConfigError, RunError
 from orpo.settings.config import check_processes
 from orpo.training.arguments import ORPOConfig
 
+_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**20
+"""Of glibc's `mallopt`: blocks from so many bytes on are mapped one by one."""
 Norms = dict[Tensor, Tensor]
 """Weight -> norm of the gradient with which it has moved."""
 
@@ -49,6 +53,18 @@ def own_optimizers(args: ORPOConfig, optimizers: tuple[Any, Any]) -> tuple[Any, 
             " take one weight at a time is not known; choose one by `optim`"
         )
     return optimizers
+
+
+def give_back_what_is_freed() -> None:
+    """Have glibc map large blocks one by one, so that a gradient that is freed leaves the process.
+
+    It would keep them for later. But torch's blocks are aligned, and a gap between moments, just as large as
+    the gradient that was there, has no room for another one: the process ended up as large as with all of
+    them. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,13 @@ from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import Objective, Schedule, Stage, resolve_stages
 from orpo.training.arguments import ORPOConfig
 from orpo.training.cadence import number_of_steps, settle_cadence
-from orpo.training.in_backward import Norms, gradient_norm, own_optimizers, stepping_in_backward
+from orpo.training.in_backward import (
+    Norms,
+    give_back_what_is_freed,
+    gradient_norm,
+    own_optimizers,
+    stepping_in_backward,
+)
 from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
 from orpo.training.pair_log import PairLog, choosing_metric
 from orpo.training.progress import Progress, Stopwatch
@@ -805,6 +811,8 @@ class ORPOTrainer(InterruptibleTrainer):
         self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
         self.stopped_by = None
+        if self.args.optimizer_in_backward and self.args.device.type == "cpu":
+            give_back_what_is_freed()
         set_seed(self.args.seed)  # nothing done before, an evaluation or another run, may change this one
         settings: dict[str, Any] = {}
         state: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint)
