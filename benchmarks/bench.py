@@ -1,7 +1,7 @@
 """Measure ours against TRL 1.16 on this machine and write RESULTS.md; `--full` measures the grid.
 
 Every run is a process of its own (measure.py), one at a time, ours and TRL's taking turns. Raw numbers go to
-results.json, those of DPO and SFT to objectives.json, after each run: a second call resumes where the first
+results.json, those of DPO and SFT to objectives.json, those of pairs that share tokens to sharing.json, after each run: a second call resumes where the first
 stopped, `--fresh` starts again. Without `--full` the cells of the project's bar are measured, then measured
 again while the time budget lasts.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from heads import VARIANTS
-from report import RAW, RAW_OBJECTIVES, write_report
+from report import RAW, RAW_OBJECTIVES, RAW_SHARING, write_report
 
 FOLDER = Path(__file__).resolve().parent
 KEEP_HEAP = {
@@ -127,6 +127,16 @@ _SIDES: list[Spec] = [
 ]
 
 
+SHARED: list[tuple[Spec, bool]] = [
+    ({**_WHOLE, "data": data, "per_step": per_step, "pairs": pairs, **side}, keep)
+    for data, per_step, pairs in (("ranked", 6, 12), ("all ranked", 6, 12), ("system", 8, 16), ("hh", 8, 64))
+    for keep in (True, False)
+    for side in ({"side": "trl", "order": "random"}, {"side": "ours", "apart": True}, {"side": "ours"})
+    if not (data == "hh" and (side["side"] == "trl" or not keep))
+]
+"""Data whose pairs share something, with and without sharing it, and plain pairs, which must not pay for it."""
+
+
 def objectives(pairs: int) -> list[tuple[Spec, bool]]:
     """Whole `train()` loops of DPO and SFT: time with the heap kept, and the peak as the allocator has it."""
     return [({**_WHOLE, "pairs": pairs, **side}, keep) for keep in (True, False) for side in _SIDES]
@@ -231,11 +241,12 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="write RESULTS.md from the results there are")
     parser.add_argument("--objectives", action="store_true", help="DPO and SFT alone")
+    parser.add_argument("--sharing", action="store_true", help="pairs that share tokens alone")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of the epoch of DPO and SFT")
     arguments = parser.parse_args()
-    stores = {name: FOLDER / name for name in (RAW, RAW_OBJECTIVES)}
-    if arguments.objectives:
-        del stores[RAW]
+    stores = {name: FOLDER / name for name in (RAW, RAW_OBJECTIVES, RAW_SHARING)}
+    if arguments.objectives or arguments.sharing:
+        stores = {name: stores[name] for name in (RAW_OBJECTIVES if arguments.objectives else RAW_SHARING,)}
     for path in stores.values():
         if arguments.fresh:
             path.unlink(missing_ok=True)
@@ -244,9 +255,8 @@ def main() -> None:
             store = Store(path)
             if arguments.again:
                 store.runs = {key: runs for key, runs in store.runs.items() if arguments.again not in key}
-            store.add_missing(
-                objectives(arguments.pairs) if name == RAW_OBJECTIVES else _bar(arguments), arguments
-            )
+            runs = {RAW_OBJECTIVES: objectives(arguments.pairs), RAW_SHARING: SHARED}
+            store.add_missing(runs.get(name) or _bar(arguments), arguments)
         if arguments.full and not arguments.only:
             subprocess.run([sys.executable, str(FOLDER / "growth.py")], check=True)
     write_report(FOLDER / "RESULTS.md")

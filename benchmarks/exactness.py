@@ -49,11 +49,14 @@ same precision, both against the plain model in float32."""
 
 
 def pairs() -> list[TokenizedPair]:
-    """Pairs of unlike lengths."""
+    """Pairs of unlike lengths; two of one prompt and answer, one that begins like these."""
     draw = torch.Generator().manual_seed(0)
     lengths = [(7, 9, 4), (3, 5, 12), (11, 2, 6), (1, 1, 3)]
     ids = [[torch.randint(1, 97, (n,), generator=draw).tolist() for n in row] for row in lengths]
-    return [TokenizedPair(*row) for row in ids]
+    apart = [TokenizedPair(*row) for row in ids]
+    prompt, best, worse = ids[0]
+    ranked = [TokenizedPair(prompt, best, [5, 6]), TokenizedPair(prompt, worse, [5, 6])]
+    return [*apart, apart[0], *ranked, TokenizedPair([*prompt[:5], 8], [9, 7], [6])]
 
 
 def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
@@ -77,7 +80,8 @@ def run_case(family: str, dtype: torch.dtype, lora: bool) -> str:
         prepared = prepare_model(model)
     except OrpoError as error:
         return f"refused: {error}"
-    output = model(batch=pack(pairs(), OBJECTIVE, layout=prepared.layout)).loss
+    share_from = None if prepared.share_from is None else 1
+    output = model(batch=pack(pairs(), OBJECTIVE, layout=prepared.layout, share_from=share_from)).loss
     output.backward()
     losses, gradients = [output.item()], [flat_gradient(model)]
     for twin in (own, plain):
@@ -130,8 +134,8 @@ def write_table(results: dict[str, dict[str, str]]) -> None:
         "Every causal family of transformers, tiny and random, compared with each response alone through the",
         "plain model: loss and every gradient. Written by `python benchmarks/exactness.py`, with",
         f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}, on a CPU.",
-        "`shares` stores each prompt once; `falls back` is exact too, slower, and said at the start;",
-        "`not built` says that the tiny configuration does not fit, nothing about the family.",
+        "`shares` stores once what pairs have in common; `falls back` is exact too, slower, and said at the",
+        "start; `not built` says that the tiny configuration does not fit, nothing about the family.",
         "",
     ]
     for name in CASES:

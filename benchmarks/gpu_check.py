@@ -154,12 +154,12 @@ LAYERS = {
 def attention_cell(layer: str, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
     """Errors against float64, and seconds forward + backward, by the kernel and by segments."""
     heads, key_heads, size, window, softcap = LAYERS[layer]
-    runs = pack(make_pairs(*sizes.data["ultrafeedback"], 1000)[:16], OBJECTIVE).runs
-    num_tokens = sum(map(sum, runs))
+    tree = pack(make_pairs(*sizes.data["ultrafeedback"], 1000)[:16], OBJECTIVE).tree
+    num_tokens = sum(segment.tokens for segment in tree)
     torch.manual_seed(1)
     shapes = [(heads, num_tokens), (key_heads, num_tokens), (key_heads, num_tokens), (num_tokens, heads)]
     inputs = [torch.randn(1, *shape, size, device=sizes.device).to(dtype) for shape in shapes]
-    segments, options = Segments(runs), Options(window=window, softcap=softcap)
+    segments, options = Segments(tree), Options(window=window, softcap=softcap)
     case = Case(sizes.device, dtype, heads, key_heads, size, size, window is not None, softcap is not None)
 
     def by_segments(*heads: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from workloads import SHAPES, make_pairs
 from orpo.engine.head import Denominators, Head, score_batch
 from orpo.engine.objective import log_odds
 from orpo.engine.packing import PackedBatch, Role, pack
+from orpo.engine.passes import pair_lengths
 from orpo.settings.config import Objective
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -106,7 +107,7 @@ def _padded(batch: PackedBatch, head: Callable[..., Tensor]) -> Loss:
     sides = ([], [])  # type: tuple[list[Tensor], list[Tensor]]
     labels = ([], [])  # type: tuple[list[Tensor], list[Tensor]]
     ids_N, offset = batch.input_ids_BN[0], 0
-    for prompt, chosen, rejected in batch.runs:
+    for prompt, chosen, rejected in pair_lengths(batch.tree):
         for side, (start, length) in enumerate(
             ((offset + prompt, chosen), (offset + prompt + chosen, rejected))
         ):

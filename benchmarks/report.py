@@ -19,8 +19,9 @@ BARS = {
     ("h256", "long"): (3.0, 1.8),
 }
 """Required speed-up over TRL in random order and length-grouped, for a whole `train()`."""
-RAW, RAW_OBJECTIVES = "results.json", "objectives.json"
-"""Raw numbers of bench.py, and those of its runs of DPO and SFT, which may be of another machine."""
+RAW, RAW_OBJECTIVES, RAW_SHARING = "results.json", "objectives.json", "sharing.json"
+"""Raw numbers of bench.py, those of its runs of DPO and SFT, and of pairs that share tokens; each file may be
+of another machine."""
 OBJECTIVE_BARS = {("dpo", "random"): 5.5, ("sft", "random"): 4.0, ("sft", "packed"): 2.0}
 """Required speed-up over TRL's DPOTrainer and SFTTrainer, for a whole `train()`."""
 MEMORY_BARS = {("dpo", "random"): 15.0, ("sft", "random"): 15.0}
@@ -103,6 +104,8 @@ def write_report(path: Path) -> None:
         ]  # fmt: skip
     if (raw := _raw(path.with_name(RAW_OBJECTIVES))) is not None:
         lines += _objectives_table(raw)
+    if (raw := _raw(path.with_name(RAW_SHARING))) is not None:
+        lines += _sharing_table(raw)
     path.write_text("\n".join(map(wrapped, lines)).rstrip() + "\n")
 
 
@@ -219,6 +222,47 @@ def _objectives_table(raw: Spec) -> list[str]:
         "timed runs, which keep their heap. Packing fills sequences of 1,024 tokens, one a step.", "",
     ]  # fmt: skip
     return ["## DPO and SFT", "", *_made_by(raw, RAW_OBJECTIVES), *note, *table(header, rows), *_errors(raw)]
+
+
+SHARING_BARS = {"ranked": (2.2, 8.0), "all ranked": (2.2, 8.0), "system": (1.8, None), "hh": (0.99, None)}
+"""Required speed-up over the same build without sharing between pairs, and over TRL in random order."""
+
+
+def _sharing_table(raw: Spec) -> list[str]:
+    """Whole `train()` loops over pairs that share answers or a beginning."""
+    results, rows = Results(raw), []
+    for cell in results.cells("train"):
+        sides = {"ours": {"side": "ours", "apart": False}, "apart": {"side": "ours", "apart": True},
+                 "trl": {"side": "trl"}}  # fmt: skip
+        found = {name: results.find(task="train", **side, **cell) for name, side in sides.items()}
+        peaks = {name: results.find(False, task="train", **side, **cell) for name, side in sides.items()}
+        cpu = {name: median(runs, "cpu") for name, runs in found.items()}
+        peak = {name: median(runs, "peak_mib") for name, runs in peaks.items()}
+        bars = SHARING_BARS[cell["data"]]
+        rows.append([
+            SHARED_NAMES[cell["data"]], f"{cell['pairs']} / {cell['per_step']}",
+            *(show(cpu[name], ".1f") for name in sides),
+            _barred(ratio(cpu["apart"], cpu["ours"]), ".2f", bars[0]),
+            _barred(ratio(cpu["trl"], cpu["ours"]), ".1f", bars[1]),
+            " / ".join(show(peak[name], ",.0f") for name in sides),
+            " / ".join(str(len(runs)) for runs in found.values()),
+        ])  # fmt: skip
+    header = [
+        "data", "pairs / step", "ours, CPU s", "each pair for itself, CPU s", "TRL random, CPU s",
+        "faster than for itself (bar)", "faster than TRL (bar)", "peak MiB, in this order", "runs",
+    ]  # fmt: skip
+    note = [
+        "Llama h256 L6 V32000, one epoch, medians. `Each pair for itself` is the same build told to share "
+        "nothing between pairs; HH-RLHF as it is has next to nothing to share.", "",
+    ]  # fmt: skip
+    return ["## Pairs that share tokens", "", *_made_by(raw, RAW_SHARING), *note, *table(header, rows),
+            *_errors(raw)]  # fmt: skip
+
+
+SHARED_NAMES = {
+    "ranked": "four answers, best against each", "all ranked": "four answers, each against every worse one",
+    "system": "HH-RLHF, one system prompt of 500 tokens", "hh": "HH-RLHF as it is",
+}  # fmt: skip
 
 
 def _barred(value: float | None, form: str, bar: float | None) -> str:

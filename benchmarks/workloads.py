@@ -60,12 +60,17 @@ for _vocab in (8192, 32000, 64000, 151936):
 SYNTHETIC = {"uf": (149, 304, 304), "long": (615, 106, 104)}
 """Mean tokens of prompt, chosen, rejected; spread log-normally (sigma 0.6 in prompts, 0.5 in responses)."""
 
+SYSTEM_TOKENS = 500
+SHARING = ("ranked", "all ranked", "system")
+"""Data whose pairs share something: four answers of UltraFeedback's lengths to a prompt, the best against each
+(3 pairs) or each against every worse one (6), and HH-RLHF behind one system prompt of `SYSTEM_TOKENS`."""
+
 
 def make_pairs(data: str, vocab: int, num_pairs: int) -> list[TokenizedPair]:
     """`num_pairs` pairs of the data named, a function of the arguments alone. Every response ends with EOS.
 
     Args:
-        data: `hh`, a key of `SYNTHETIC`, or `P/C/R`: exact lengths.
+        data: `hh`, a key of `SYNTHETIC`, one of `SHARING`, or `P/C/R`: exact lengths.
         vocab: Ids are below it.
         num_pairs: How many.
     """
@@ -73,6 +78,8 @@ def make_pairs(data: str, vocab: int, num_pairs: int) -> list[TokenizedPair]:
     if data == "hh":
         pairs = _hh_pairs()
         return [pairs[i] for i in rng.permutation(len(pairs))[:num_pairs]]
+    if data in SHARING:
+        return _sharing_pairs(data, vocab, num_pairs)
     means = SYNTHETIC.get(data) or tuple(map(int, data.split("/")))
     sigmas = (0.6, 0.5, 0.5) if data in SYNTHETIC else (0.0, 0.0, 0.0)
 
@@ -87,6 +94,20 @@ def make_pairs(data: str, vocab: int, num_pairs: int) -> list[TokenizedPair]:
         )
         for _ in range(num_pairs)
     ]
+
+
+def _sharing_pairs(data: str, vocab: int, num_pairs: int) -> list[TokenizedPair]:
+    if data == "system":
+        system = np.random.default_rng(1).integers(FIRST_ID, vocab, SYSTEM_TOKENS).tolist()
+        pairs = make_pairs("hh", vocab, num_pairs)
+        return [TokenizedPair([*system, *pair.prompt], pair.chosen, pair.rejected) for pair in pairs]
+    drawn = make_pairs("uf", vocab, 2 * num_pairs)  # of two pairs in a row one prompt and all four answers
+    pairs = []
+    for one, two in zip(drawn[::2], drawn[1::2], strict=True):
+        answers = [one.chosen, one.rejected, two.chosen, two.rejected]
+        better = answers if data == "all ranked" else answers[:1]
+        pairs += [TokenizedPair(one.prompt, a, b) for n, a in enumerate(better) for b in answers[n + 1 :]]
+    return pairs[:num_pairs]
 
 
 def _hh_pairs() -> list[TokenizedPair]:

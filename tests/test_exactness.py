@@ -25,6 +25,12 @@ def pair(*lengths, seed=0):
 
 
 PAIRS = [pair(7, 9, 4), pair(3, 5, 12, seed=1), pair(11, 2, 6, seed=2)]
+PAIRS += [
+    TokenizedPair(PAIRS[2].prompt, PAIRS[2].chosen, [5, 6]),
+    TokenizedPair(PAIRS[2].prompt, [5, 6], PAIRS[2].rejected),
+    TokenizedPair([*PAIRS[2].prompt[:8], 3], [7], [9, 9, 9]),
+]
+"""Three apart; then two that share prompt and answers with the third, and one that begins like these."""
 
 
 def alone(model):
@@ -54,7 +60,8 @@ def assert_exact(plain, pairs, tolerance=2e-5, **settings):
     expected.backward()
     model = copy.deepcopy(plain)
     preparation = prepare_model(model, **settings)
-    loss = model(batch=pack(pairs, OBJECTIVE, layout=preparation.layout)).loss
+    share_from = None if preparation.share_from is None else 1
+    loss = model(batch=pack(pairs, OBJECTIVE, layout=preparation.layout, share_from=share_from)).loss
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     error = reference.worst_gradient_error(reference.gradients(model), reference.gradients(twin))

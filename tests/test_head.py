@@ -108,11 +108,34 @@ def gradients(loss, tensors):
     return torch.autograd.grad(loss, wanted)
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+def sharing_pairs():
+    """Three answers of one prompt, best against each; a prompt that begins alike; a later turn; one apart."""
+    prompt, best = [5, 6, 7], [8, 9, 10, 11]
+    return [
+        TokenizedPair(prompt, best, [12, 13]),
+        TokenizedPair(prompt, best, [14]),
+        TokenizedPair(prompt, [12, 13], [14]),
+        TokenizedPair([5, 6, 7, 15], [16], [17, 18, 19]),
+        TokenizedPair([*prompt, *best, 20], [21, 22], []),
+        TokenizedPair([30], [31], [32, 33, 34, 35]),
+    ]
+
+
+PACKED = {
+    "shared": {"pairs": mixed_pairs()},
+    "padded": {"pairs": mixed_pairs(), "layout": "padded"},
+    "tree": {"pairs": sharing_pairs(), "share_from": 1},
+    "tree, in another order": {"pairs": sharing_pairs()[::-2] + sharing_pairs()[::2], "share_from": 1},
+}
+
+
+@pytest.mark.parametrize("packed", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("chunk", CHUNKS, ids=str)
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_loss_logprobs_and_gradients_equal_full_logits(options, chunk, layout):  # peers 40
-    batch = pack(mixed_pairs(), OBJECTIVE, layout=layout)
+def test_loss_logprobs_and_gradients_equal_full_logits(options, chunk, packed):  # peers 40
+    pairs = packed["pairs"]
+    batch = pack(objective=OBJECTIVE, **packed)
+    assert (batch.distinct is None) == ("share_from" not in packed)
     options = dict(options)
     tensors = inputs(batch, bias=options.pop("bias", False))
     loss, sums = score(tensors, batch, chunk, **options)
@@ -126,7 +149,7 @@ def test_loss_logprobs_and_gradients_equal_full_logits(options, chunk, layout): 
         weight_T = batch.nll_weight_T[mine].double()
         torch.testing.assert_close(sums.nll_sum_P[number], -(weight_T * logprob_T[mine]).sum())
         assert sums.nll_weight_P[number].item() == pytest.approx(weight_T.sum().item())
-    assert sums.has_rejected_P.tolist() == [bool(pair.rejected) for pair in mixed_pairs()]
+    assert sums.has_rejected_P.tolist() == [bool(pair.rejected) for pair in pairs]
     for ours, exact in zip(gradients(3 * loss, tensors), gradients(3 * expected, tensors), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-12)
 
@@ -391,7 +414,7 @@ class MemoryPeak(TorchDispatchMode):
 def measure(num_pairs, side, chunk, *, frozen=False, train=True, softcap=None):
     """Peak over forward and backward, for a head with much more vocabulary than anything else."""
     pairs = [TokenizedPair([1] * side, [2] * side, [3] * side)] * num_pairs
-    batch = pack(pairs, OBJECTIVE)
+    batch = pack(pairs, OBJECTIVE, share_from=None)
     hidden_ND, weight_VD, _ = inputs(batch, dtype=torch.float32, hidden=4, vocab=2000)
     weight_VD.requires_grad_(not frozen)
     with MemoryPeak() as memory, torch.set_grad_enabled(train):

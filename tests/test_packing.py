@@ -2,14 +2,17 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import nll_targets
 from tiny_models import mixed_pairs
+from trees import num_tokens, paths_of_tokens
 
-from orpo.engine.packing import Role, pack
+from orpo.engine.packing import Role, Segment, find_sharing, pack
+from orpo.engine.planning import _cut, plan_step
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
@@ -57,16 +60,9 @@ def read_by(batch):
         kept = batch.attention_mask_BN.sum(1).tolist()
         return [tuple(line[: n + 1]) if n < k else None for line, k in zip(ids_BN, kept, strict=True)
                 for n in range(len(line))]  # fmt: skip
-    read, offset, (sequence,) = [], 0, ids_BN
-    for run in batch.runs:
-        own = sequence[offset : offset + sum(run)]
-        first = own[: run.prompt + run.chosen]
-        second = own[: run.prompt] + own[run.prompt + run.chosen :]
-        read += [tuple(first[: n + 1]) for n in range(len(first))]
-        read += [tuple(second[: run.prompt + n + 1]) for n in range(run.rejected)]
-        offset += sum(run)
-    assert offset == len(sequence)
-    return read
+    (sequence,) = ids_BN
+    assert num_tokens(batch.tree) == len(sequence)
+    return [tuple(sequence[n] for n in path) for path in paths_of_tokens(batch.tree)]
 
 
 def actual_scores(batch):
@@ -85,14 +81,16 @@ def actual_scores(batch):
 @settings(max_examples=20)
 def test_scored_tokens_are_those_of_the_twin(nll_on, nll_reduction, layout, pairs):  # peers 10, 15, 17, 28
     objective = Objective(nll_on=nll_on, nll_reduction=nll_reduction)
-    assert actual_scores(pack(pairs, objective, layout=layout)) == expected_scores(pairs, objective)
+    for share_from in (None, 1, 3) if layout == "shared" else (None,):
+        batch = pack(pairs, objective, layout=layout, share_from=share_from)
+        assert actual_scores(batch) == expected_scores(pairs, objective)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(pairs=st.lists(tokenized_pairs(), min_size=1, max_size=3))
 @settings(max_examples=20)
 def test_a_position_counts_the_tokens_read_before_it(layout, pairs):
-    batch = pack(pairs, Objective(), layout=layout)
+    batch = pack(pairs, Objective(), layout=layout, share_from=1)
     positions = batch.position_ids_BN.flatten().tolist()
     for position, read in zip(positions, read_by(batch), strict=True):
         assert read is None or position == len(read) - 1
@@ -100,12 +98,106 @@ def test_a_position_counts_the_tokens_read_before_it(layout, pairs):
 
 @given(pairs=st.lists(tokenized_pairs(), min_size=1, max_size=3))
 @settings(max_examples=20)
-def test_a_shared_micro_batch_stores_every_token_once(pairs):
-    batch = pack(pairs, Objective())
+def test_pairs_for_themselves_store_every_token_once(pairs):
+    batch = pack(pairs, Objective(), share_from=None)
     stored = [token for pair in pairs for token in (*pair.prompt, *pair.chosen, *pair.rejected)]
     assert batch.input_ids_BN.tolist() == [stored]
     assert batch.num_tokens == sum(map(len, pairs))
     assert batch.attention_mask_BN is None
+
+
+RANKED = ([1, 2, 3], [[4, 5], [6], [7, 8, 9], [6, 5]])
+"""A prompt and its answers, best first."""
+
+
+def ranked_pairs(prompt=RANKED[0], answers=RANKED[1]):
+    """Every answer against every worse one."""
+    return [TokenizedPair(prompt, a, b) for n, a in enumerate(answers) for b in answers[n + 1 :]]
+
+
+def test_answers_of_one_prompt_are_stored_once():
+    batch = pack(ranked_pairs(), Objective())
+    assert batch.input_ids_BN.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 6, 5]]
+    assert batch.tree == (Segment(5), Segment(1, 0, 3), Segment(3, 0, 3), Segment(2, 0, 3))
+    assert batch.position_ids_BN.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 5, 3, 4]]
+
+
+def test_an_answer_given_to_another_prompt_is_stored_again():
+    pairs = [
+        TokenizedPair([1, 2], [4], [5]),
+        TokenizedPair([1, 3], [4], [5]),
+        TokenizedPair([1], [2, 4], [5]),
+    ]
+    assert pack(pairs, Objective(), share_from=4).num_tokens == 12
+
+
+def test_beginnings_are_shared_from_a_number_of_tokens_on():
+    pairs = [TokenizedPair([1, 2, 3, 4, 5], [6], [7]), TokenizedPair([1, 2, 3, 8], [6], [7])]
+    assert pack(pairs, Objective(), share_from=3).tree[2:] == (Segment(2, 0, 3), Segment(1, 2, 4))
+    assert pack(pairs, Objective(), share_from=4).tree[2:] == (Segment(5), Segment(1, 2, 4))
+
+
+def test_a_later_turn_continues_the_answer_of_an_earlier_one():
+    pairs = [TokenizedPair([1, 2], [3, 4], [5]), TokenizedPair([1, 2, 3, 4, 6], [7], [8])]
+    batch = pack(pairs, Objective(), share_from=4)
+    assert batch.tree == (Segment(4), Segment(1, 0, 2), Segment(2, 0, 4), Segment(1, 2, 5))
+
+
+def test_the_beginning_of_an_answer_is_not_shared_with_another_answer():
+    pairs = [TokenizedPair([1, 2], [3, 4], []), TokenizedPair([1, 2], [3, 4, 5], [])]
+    assert pack(pairs, Objective(), share_from=1).tree == (Segment(4), Segment(3, 0, 2))
+
+
+def test_a_trunk_is_the_segment_that_stores_what_is_shared():
+    pairs = [TokenizedPair([1, 2, 3, *rest], [9], []) for rest in ([4], [5], [6])]
+    tree = pack(pairs, Objective(), share_from=3).tree
+    assert tree == (Segment(5), Segment(2, 0, 3), Segment(2, 0, 3))
+
+
+@given(pairs=st.lists(tokenized_pairs(), min_size=1, max_size=6), share_from=st.integers(1, 4))
+@settings(max_examples=60)
+def test_what_pairs_share_is_found_in_the_order_in_which_they_share_the_most(pairs, share_from):
+    assume(all(pair.chosen != pair.rejected for pair in pairs))
+    sharing = find_sharing(pairs, share_from)
+    assert sorted(sharing.order) == list(range(len(pairs)))
+    in_order = [pairs[i] for i in sharing.order]
+    lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
+    plan = plan_step(lengths, num_ranks=1, tokens_per_micro_batch=10**6, sharing=sharing)
+    assert len(plan[0]) == 1
+    units = _cut(range(len(pairs)), lengths.tolist(), sharing)
+    together = [[pairs[i] for i in unit.pairs] for unit in units]
+    stored = [pack(some, Objective(), share_from=share_from).num_tokens for some in together]
+    assert stored == [unit.tokens for unit in units]
+    sides = [(*pair.prompt, *pair.chosen) for pair in in_order]
+    for number, side in enumerate(sides):
+        alike = [alike_from_start(side, other) for other in sides[:number]]
+        assert max(alike, default=0) == (alike[-1] if alike else 0)
+
+
+def alike_from_start(side, other):
+    same = [a == b for a, b in zip(side, other, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+@given(pairs=st.lists(tokenized_pairs(), min_size=1, max_size=5))
+@settings(max_examples=60)
+def test_distinct_tokens_are_those_with_one_place_and_clusters_hold_all_of_theirs(pairs):
+    batch = pack(pairs, Objective(), share_from=1)
+    if batch.distinct is None:
+        return
+    first_U, of_T, clusters = batch.distinct.first_U, batch.distinct.of_T, batch.distinct.clusters
+    read = paths_of_tokens(batch.tree)
+    paths = [tuple(read[source]) for source in batch.source_T.tolist()]
+    keys = list(zip(paths, batch.target_T.tolist(), strict=True))
+    for of, key in zip(of_T.tolist(), keys, strict=True):
+        assert key == keys[first_U[of]]
+    assert (first_U.diff() > 0).all()
+    scored = distinct = 0
+    for more_scored, more in clusters:
+        own = of_T[scored : scored + more_scored]
+        assert (own.min().item(), own.max().item() + 1) == (distinct, distinct + more)
+        scored, distinct = scored + more_scored, distinct + more
+    assert scored == sum(map(sum, batch.response_lengths))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -221,11 +313,11 @@ def test_padding_is_on_the_right_hidden_and_never_a_source():
     assert mask.sum(1).max() == mask.shape[1]
 
 
-def test_packed_pairs_have_a_run_for_each_side():
+def test_packed_pairs_have_a_segment_for_each_side():
     pairs = mixed_pairs()
-    runs = pack(pairs, Objective(), layout="packed").runs
-    expected = [(len(p.prompt), len(side), 0) for p in pairs for side in (p.chosen, p.rejected) if side]
-    assert [tuple(run) for run in runs] == expected
+    tree = pack(pairs, Objective(), layout="packed").tree
+    expected = [Segment(len(p.prompt) + len(side)) for p in pairs for side in (p.chosen, p.rejected) if side]
+    assert list(tree) == expected
 
 
 def test_index_is_the_place_in_the_data_set():

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import mixed_pairs
 
-from orpo.engine.packing import pack
-from orpo.engine.planning import pair_cost, pair_tokens, plan_epoch, plan_step
+from orpo.engine.packing import find_sharing, pack
+from orpo.engine.planning import Sharing, pair_cost, pair_tokens, plan_epoch, plan_step
+from orpo.pairs import TokenizedPair
 from orpo.settings.config import Objective
 
 LAYOUTS = ["shared", "packed", "padded"]
@@ -172,6 +173,74 @@ def test_a_prompt_is_paid_twice_where_it_is_not_shared_and_once_without_a_reject
     assert pair_tokens(lengths, "shared").tolist() == [115, 110]
     assert pair_tokens(lengths, "packed").tolist() == [215, 110]
     assert pair_tokens(lengths, "padded").tolist() == [220, 110]
+
+
+@st.composite
+def sharing_steps(draw):
+    """Pairs of a step of which many begin alike or have an answer in common."""
+    prompts = [tuple(draw(st.lists(st.integers(0, 1), min_size=1, max_size=12))) for _ in range(3)]
+    answers = [(2,), (3, 4), (5, 6, 7), (3, 4, 8, 9, 10, 11)]
+    pairs = [
+        TokenizedPair(draw(st.sampled_from(prompts)), *draw(st.permutations(answers))[:2])
+        for _ in range(draw(st.integers(1, 20)))
+    ]
+    return pairs, draw(st.integers(1, 4)), draw(st.integers(10, 200))
+
+
+@given(sharing_steps())
+def test_pairs_that_share_are_planned_once_each_and_within_the_budget(step):
+    pairs, num_ranks, budget = step
+    sharing = find_sharing(pairs, 3)
+    lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
+    plan = plan_step(lengths, num_ranks=num_ranks, tokens_per_micro_batch=budget, sharing=sharing)
+    planned = [i for rank in plan for batch in rank if not batch.empty for i in batch.pairs]
+    assert sorted(planned) == list(range(len(pairs)))
+    assert len({len(rank) for rank in plan}) == 1
+    for batch in (batch for rank in plan for batch in rank if len(batch.pairs) > 1):
+        together = [pairs[i] for i in batch.pairs]
+        assert pack(together, Objective(), share_from=3).num_tokens <= budget
+
+
+def test_pairs_that_share_come_into_one_micro_batch():
+    lengths = np.array([[100, 10, 10]] * 12)
+    sharing = Sharing(
+        [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11],
+        [0, 100, 100] * 4,
+        [(4 * n, 4 * n + m) for n in range(4) for m in (1, 2, 3)],
+    )
+    plan = plan_step(lengths, num_ranks=1, tokens_per_micro_batch=300, sharing=sharing)
+    assert [batch.pairs for batch in plan[0]] == [(0, 4, 8, 1, 5, 9), (2, 6, 10, 3, 7, 11)]
+    two = plan_step(lengths, num_ranks=2, tokens_per_micro_batch=300, sharing=sharing)
+    assert [[batch.pairs for batch in rank] for rank in two] == [
+        [(0, 4, 8, 2, 6, 10)], [(1, 5, 9, 3, 7, 11)]
+    ]  # fmt: skip
+
+
+def test_what_all_pairs_of_a_step_share_is_dealt_evenly_to_the_ranks():
+    lengths, sharing = (
+        np.array([[520, 60, 70]] * 16),
+        Sharing(range(16), [0] + [500] * 15, [(2 * n, 2 * n + 1) for n in range(16)]),
+    )
+    plan = plan_step(lengths, num_ranks=4, tokens_per_micro_batch=4096, sharing=sharing)
+    assert [[len(batch.pairs) for batch in rank] for rank in plan] == [[4]] * 4
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 6))
+def test_pairs_of_a_prompt_come_together_and_others_where_they_would(prompts, per_step):
+    _, prompts = np.unique(prompts, return_inverse=True)
+    settings = {"seed": 3, "epoch": 1}
+    order = np.concatenate(plan_epoch(len(prompts), per_step, prompts=prompts, **settings))
+    assert sorted(order.tolist()) == list(range(len(prompts)))
+    runs = [list(same) for _, same in itertools.groupby(prompts[order].tolist())]
+    pieces = sum(-(-count // per_step) for count in np.bincount(prompts))
+    assert len(runs) <= pieces
+    plain = np.concatenate(plan_epoch(len(prompts), per_step, **settings))
+    alone = np.arange(len(prompts))
+    assert (
+        np.concatenate(plan_epoch(len(alone), per_step, prompts=alone, **settings)).tolist() == plain.tolist()
+    )
+    firsts = list(dict.fromkeys(prompts[order].tolist()))
+    assert firsts == list(dict.fromkeys(prompts[plain].tolist()))
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.booleans())

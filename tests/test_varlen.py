@@ -1,6 +1,6 @@
 """The GPU path of attention, on a CPU: layout, gather, the kernel's arguments, when it is taken.
 
-Torch's kernel runs on GPUs only. `torch_2_11` and `torch_2_12` stand in for it: the signatures of these
+Torch's kernel tree on GPUs only. `torch_2_11` and `torch_2_12` stand in for it: the signatures of these
 versions, with the arithmetic written out for any device.
 """
 
@@ -14,29 +14,25 @@ from hypothesis import strategies as st
 from test_attention import dense_attention
 from tiny_models import build, mixed_pairs
 from torch.nn.attention.varlen import varlen_attn
+from trees import num_tokens, trees
 
 from orpo.engine import attention
 from orpo.engine.attention import attend, attend_by_kernel, disagreement, relative_error
 from orpo.engine.model import prepare_model
-from orpo.engine.packing import Run, pack
+from orpo.engine.packing import Segment, pack, pair_segments
 from orpo.engine.segments import Options, Segments, attend_segments
 from orpo.engine.varlen import Case, VarlenKernel, gather_keys, kernel_layout
 from orpo.settings.config import Objective
 
 HEADS, SIZE = 4, 8
-MIXED = [Run(5, 4, 3), Run(4, 3, 0), Run(12, 10, 1), Run(1, 1, 9)]
+MIXED = (*pair_segments([(5, 4, 3), (4, 3, 0), (12, 10, 1), (1, 1, 9)]), Segment(3, 0, 6), Segment(4, 0, 2))
 CPU = torch.device("cpu")
 
-runs_strategy = st.lists(
-    st.builds(Run, st.integers(1, 9), st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=5
-)
 
-
-def heads(runs, num_key_heads=HEADS, dtype=torch.float64, size=SIZE):
+def heads(tree, num_key_heads=HEADS, dtype=torch.float64, size=SIZE):
     generator = torch.Generator().manual_seed(0)
-    num_tokens = sum(map(sum, runs))
     return [
-        torch.randn(1, count, num_tokens, size, generator=generator, dtype=torch.float64)
+        torch.randn(1, count, num_tokens(tree), size, generator=generator, dtype=torch.float64)
         .to(dtype)
         .requires_grad_()
         for count in (HEADS, num_key_heads, num_key_heads)
@@ -93,15 +89,15 @@ def anywhere(function):
     return VarlenKernel(function, anywhere=True)
 
 
-def attended_by(kernel, inputs, runs, **options):
-    return attend_by_kernel(kernel, *inputs, Segments(runs), Options(**options))
+def attended_by(kernel, inputs, tree, **options):
+    return attend_by_kernel(kernel, *inputs, Segments(tree), Options(**options))
 
 
 # Plan and gather
 
 
 def test_the_layout_puts_the_prompt_before_the_rejected_answer():
-    layout = kernel_layout([Run(2, 1, 2), Run(1, 2, 0), Run(1, 1, 1)], "cpu")
+    layout = kernel_layout(pair_segments([(2, 1, 2), (1, 2, 0), (1, 1, 1)]), "cpu")
     assert layout.query_starts.tolist() == [0, 3, 5, 8, 10, 11]
     assert layout.key_starts.tolist() == [0, 3, 7, 10, 12, 14]
     assert layout.gather_K.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9, 8, 10]
@@ -110,26 +106,26 @@ def test_the_layout_puts_the_prompt_before_the_rejected_answer():
 
 
 def test_keys_stay_where_they_are_without_rejected_answers():
-    layout = kernel_layout([Run(3, 4, 0), Run(1, 1, 0)], "cpu")
+    layout = kernel_layout(pair_segments([(3, 4, 0), (1, 1, 0)]), "cpu")
     keys = torch.randn(9, 2, 4)
     assert gather_keys(keys, layout) is keys
 
 
-@given(runs_strategy)
-def test_gather_and_its_gradient_are_those_of_an_index(runs):
-    layout = kernel_layout(runs, "cpu")
-    keys = torch.randn(sum(map(sum, runs)), 2, 3, dtype=torch.float64, requires_grad=True)
+@given(trees())
+def test_gather_and_its_gradient_are_those_of_an_index(tree):
+    layout = kernel_layout(tree, "cpu")
+    keys = torch.randn(num_tokens(tree), 2, 3, dtype=torch.float64, requires_grad=True)
     expected = keys if layout.gather_K is None else keys[layout.gather_K]
     assert_same(gather_keys(keys, layout), expected, [keys])
 
 
 def test_gradient_of_gather_is_exact_in_half_precision():
-    layout = kernel_layout([Run(40, 3, 5)], "cpu")
-    keys = torch.randn(48, 2, 4).bfloat16().requires_grad_()
+    layout = kernel_layout((*pair_segments([(40, 3, 5)]), Segment(2, 0, 30), Segment(1, 0, 30)), "cpu")
+    keys = torch.randn(51, 2, 4).bfloat16().requires_grad_()
     gathered = gather_keys(keys, layout)
     weight = torch.randn(gathered.shape).bfloat16()
     (grad,) = torch.autograd.grad(gathered, keys, weight)
-    exact = torch.zeros(48, 2, 4).index_add(0, layout.gather_K, weight.float())
+    exact = torch.zeros(51, 2, 4).index_add(0, layout.gather_K, weight.float())
     assert torch.equal(grad, exact.bfloat16())
 
 
@@ -143,14 +139,14 @@ def test_a_micro_batch_is_laid_out_once():
 
 @pytest.mark.parametrize("function", [torch_2_11, torch_2_12])
 @given(
-    runs_strategy,
+    trees(),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([{}, {"window": 4}, {"window": 1}, {"scale": 0.3}, {"scale": 0.5, "window": 3}]),
 )
-def test_a_row_by_the_kernel_equals_a_dense_mask(function, runs, num_key_heads, options):
-    inputs = heads(runs, num_key_heads)
-    attended = attended_by(anywhere(function), inputs, runs, **options)
-    assert_same(attended, dense_attention(*inputs, runs, **options), inputs)
+def test_a_row_by_the_kernel_equals_a_dense_mask(function, tree, num_key_heads, options):
+    inputs = heads(tree, num_key_heads)
+    attended = attended_by(anywhere(function), inputs, tree, **options)
+    assert_same(attended, dense_attention(*inputs, tree, **options), inputs)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 0.5}, {"scale": 0.2, "window": 200}])
@@ -166,7 +162,7 @@ def test_attend_is_the_same_by_kernel_and_by_segment(monkeypatch, options):
 
 def test_the_output_of_the_kernel_is_contiguous():
     output = attended_by(anywhere(torch_2_12), heads(MIXED), MIXED)
-    assert output.shape == (1, 53, HEADS, SIZE)
+    assert output.shape == (1, num_tokens(MIXED), HEADS, SIZE)
     assert output.is_contiguous()
 
 

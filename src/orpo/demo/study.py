@@ -213,10 +213,11 @@ class HeldOut:
     def examine(self, folder: Path, *, answering: bool = True) -> Examined:
         """Load a model, score the pairs, and let it answer the prompts."""
         model = load_trained(str(folder), OrpoSettings(dtype="float32"))
-        layout = prepare_model(model).layout
-        found = evaluate_pairs(
-            model, self.tokenized, BatchSettings(self.objective, layout, TOKENS_PER_MICRO_BATCH)
+        prepared = prepare_model(model)
+        batches = BatchSettings(
+            self.objective, prepared.layout, TOKENS_PER_MICRO_BATCH, share_from=prepared.share_from
         )
+        found = evaluate_pairs(model, self.tokenized, batches)
         chat = ChatModel(folder.name, model, load_tokenizer(str(folder)), self.tokenized.chat_template)
         return Examined(found.figures, found.results, self._answers(LocalModel(chat)) if answering else ())
 

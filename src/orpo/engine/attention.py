@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from orpo.console import say
-from orpo.engine.packing import Run
+from orpo.engine.packing import Segment, pair_segments
 from orpo.engine.precision import HALF, compute_dtype
 from orpo.engine.segments import Options, Segments, attend_segments
 from orpo.engine.varlen import Case, VarlenKernel
@@ -88,8 +88,9 @@ def _serves(kernel: VarlenKernel, case: Case) -> bool:
     return problem is None
 
 
-KNOWN_RUNS = (Run(5, 4, 3), Run(150, 41, 99), Run(1, 1, 1), Run(33, 64, 0), Run(2, 130, 7))
-"""Runs of the known problem: shorter and longer than a kernel's tile, with and without a rejected answer."""
+_PAIRS = pair_segments([(5, 4, 3), (150, 41, 99), (1, 1, 1), (33, 64, 0), (2, 130, 7)])
+KNOWN_TREE = (*_PAIRS, Segment(20, 2, 150), Segment(70, 2, 100), Segment(9, len(_PAIRS) + 1, 130))
+"""Segments of the known problem: shorter and longer than a kernel's tile, alone, and several on one trunk."""
 
 KNOWN_WINDOW = 37
 HALF_LIMIT, PRECISE_LIMIT = 2e-2, 2e-3
@@ -98,7 +99,7 @@ HALF_LIMIT, PRECISE_LIMIT = 2e-2, 2e-3
 
 def disagreement(kernel: VarlenKernel, case: Case) -> str | None:
     """What the kernel gets wrong on a known problem, in output or gradients; None if nothing."""
-    segments = Segments(KNOWN_RUNS)
+    segments = Segments(KNOWN_TREE)
     options = Options(1.5 * case.head_size**-0.5, KNOWN_WINDOW if case.windowed else None)
     by_segments = functools.partial(attend_segments, segments=segments, options=options)
     by_kernel = functools.partial(attend_by_kernel, kernel, segments=segments, options=options)
@@ -129,7 +130,7 @@ def _as_if_at_start(device: torch.device) -> Iterator[None]:
 def _known_inputs(case: Case) -> list[Tensor]:
     """Query, key, value and the gradient of the output, float64 numbers that the case's dtype can hold."""
     generator = torch.Generator().manual_seed(0)
-    num_tokens = sum(sum(run) for run in KNOWN_RUNS)
+    num_tokens = sum(segment.tokens for segment in KNOWN_TREE)
     shapes = (
         (case.heads, num_tokens, case.head_size), (case.key_heads, num_tokens, case.head_size),
         (case.key_heads, num_tokens, case.value_size), (num_tokens, case.heads, case.value_size),

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from orpo.engine.packing import Run
+from orpo.engine.packing import pair_segments
 from orpo.engine.precision import compute_dtype
 from orpo.engine.scorer import Scorer, attention_configs, base_model
 from orpo.engine.segments import Segments
 
 ON_PAPER = "orpo_on_paper"
 """Name of an attention that computes nothing and keeps what the kernel of a GPU keeps."""
-RUNS = (Run(4, 8, 8), Run(8, 16, 16))
-"""Of the two passes whose difference is taken: in the proportions of UltraFeedback's pairs."""
+PAIRS = ((4, 8, 8), (8, 16, 16))
+"""Tokens of prompt, chosen and rejected of the two passes whose difference is taken: in the proportions of
+UltraFeedback's pairs."""
 LAYER_WORKSPACE = 3.3
 """Tensors as large as the largest kept that a layer's backward holds besides: of Llama's SwiGLU (LOG.md)."""
 
@@ -79,8 +80,8 @@ def measure_footprint(model: nn.Module, *, by_kernel: bool | None = None) -> Foo
         Exception: Of any kind, where the family cannot run such tokens, for example on fake tensors.
     """
     inner = base_model(model)
-    few, more = (_kept(model, Scorer(inner, 1), run, by_kernel) for run in RUNS)
-    tokens = sum(RUNS[1]) - sum(RUNS[0])
+    few, more = (_kept(model, Scorer(inner, 1), pair, by_kernel) for pair in PAIRS)
+    tokens = sum(PAIRS[1]) - sum(PAIRS[0])
     slopes = {place: (more[place] - size) / tokens for place, size in few.items() if place in more}
     total = (sum(more.values()) - sum(few.values())) / tokens
     config = inner.config.get_text_config()
@@ -90,11 +91,13 @@ def measure_footprint(model: nn.Module, *, by_kernel: bool | None = None) -> Foo
         num_layers=config.num_hidden_layers,
         inputs=config.hidden_size * max(size, next(model.parameters()).dtype.itemsize),
         widest=max(slopes.values(), default=0.0),
-        fixed=max(0.0, sum(few.values()) - total * sum(RUNS[0])),
+        fixed=max(0.0, sum(few.values()) - total * sum(PAIRS[0])),
     )
 
 
-def _kept(model: nn.Module, scorer: Scorer, run: Run, by_kernel: bool | None) -> dict[int, int]:
+def _kept(
+    model: nn.Module, scorer: Scorer, lengths: tuple[int, int, int], by_kernel: bool | None
+) -> dict[int, int]:
     """Bytes of each tensor that autograd keeps, numbered in the order in which it first keeps them."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -105,8 +108,8 @@ def _kept(model: nn.Module, scorer: Scorer, run: Run, by_kernel: bool | None) ->
             storages.setdefault(storage._cdata, storage)  # held, so that no other gets its address
         return tensor
 
-    device, positions = next(model.parameters()).device, [*range(run.prompt + run.chosen)]
-    positions += range(run.prompt, run.prompt + run.rejected)
+    device, (prompt, chosen, rejected) = next(model.parameters()).device, lengths
+    positions = [*range(prompt + chosen), *range(prompt, prompt + rejected)]
     inputs = {
         "input_ids": torch.ones(1, len(positions), dtype=torch.long, device=device),
         "position_ids": torch.tensor([positions], device=device),
@@ -114,7 +117,7 @@ def _kept(model: nn.Module, scorer: Scorer, run: Run, by_kernel: bool | None) ->
         "use_cache": False,
     }
     kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with _as_trained(model, scorer, Segments((run,)), by_kernel), torch.enable_grad(), kept:
+    with _as_trained(model, scorer, Segments(pair_segments([lengths])), by_kernel), torch.enable_grad(), kept:
         scorer.backbone(**inputs)
     return {place: storage.nbytes() for place, storage in enumerate(storages.values())}
 

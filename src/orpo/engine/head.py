@@ -4,10 +4,11 @@ Only scored tokens meet the vocabulary matrix, a chunk at a time. Once the step'
 slope of the loss in each log-probability is known as soon as a chunk that holds whole pairs has its
 log-softmax, so the gradients of hidden states and vocabulary matrix are made in the same sweep: three matrix
 products per chunk, nothing recomputed. A pair that does not fit a chunk takes two sweeps, context tokens fit
-anywhere, and evaluation stops at the log-probabilities.
+anywhere, and evaluation stops at the log-probabilities. Where pairs share answers or prompts, each
+distinct prediction is made once: its slope is the sum of those of the scored tokens that it stands for.
 
-Shape suffixes: N = hidden states of a micro-batch, T = scored tokens, P = pairs, D = hidden size,
-V = vocabulary size, S = sides (chosen, rejected).
+Shape suffixes: N = hidden states of a micro-batch, T = scored tokens, U = distinct ones, P = pairs,
+D = hidden size, V = vocabulary size, S = sides (chosen, rejected).
 """
 
 from collections.abc import Iterator
@@ -136,9 +137,9 @@ def score_batch(
         loss, logprob_T = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, batch, denominators)
     else:
         sweep = _Sweep(hidden_ND, head, batch)
-        for piece in _pieces(slice(0, len(batch.target_T)), head.chunk_tokens):
+        for piece in _pieces(slice(0, len(sweep.target_U)), head.chunk_tokens):
             sweep.forward(piece)
-        logprob_T = sweep.logprob_T
+        logprob_T = sweep.of_scored(sweep.logprob_U)
         loss = _loss(logprob_T, batch, denominators)
     return loss, pair_scores(logprob_T, batch)
 
@@ -212,22 +213,21 @@ def _loss(logprob_T: Tensor, batch: PackedBatch, denominators: Denominators) -> 
     return loss + objective.preference_weight / max(denominators.pairs, 1) * compared
 
 
-def _loss_slopes(logprob_T: Tensor, batch: PackedBatch, denominators: Denominators, at: slice) -> Tensor:
-    """Derivative of `_loss` in the log-probabilities of the scored tokens `at`. [T].
-
-    These are whole pairs, or context tokens alone, for which no comparison is at stake here.
-    """
+def _loss_slopes(sweep: "_Sweep", batch: PackedBatch, denominators: Denominators, at: "Group") -> Tensor:
+    """Derivative of `_loss` in the log-probabilities of the distinct tokens of a group. [U]."""
     objective = batch.objective
-    slope_T = (
-        -objective.nll_weight / max(denominators.nll, _TINY) * batch.nll_weight_T[at].to(logprob_T.dtype)
-    )
-    if objective.preference_weight == 0:
-        return slope_T
-    mean_PS, count_PS = _response_means(logprob_T[at], batch, at)
+    slope_U = -objective.nll_weight / max(denominators.nll, _TINY) * sweep.nll_weight_U[at.distinct]
+    if objective.preference_weight == 0 or at.scored.start == at.scored.stop:
+        return slope_U
+    logprob_T = sweep.of_scored(sweep.logprob_U, at.scored)
+    mean_PS, count_PS = _response_means(logprob_T, batch, at.scored)
     slope_PS = torch.stack(preference_slopes(*_sides(mean_PS, count_PS, batch), objective), 1)
     share_PS = (count_PS[:, 1:] > 0) / count_PS.clamp_min(1)
     slope_PS = objective.preference_weight / max(denominators.pairs, 1) * slope_PS * share_PS
-    return slope_T + slope_PS.flatten()[_side(batch, at)]
+    slope_T = slope_PS.flatten()[_side(batch, at.scored)]
+    if batch.distinct is None:
+        return slope_U + slope_T
+    return slope_U.index_add(0, batch.distinct.of_T[at.scored] - at.distinct.start, slope_T)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -245,22 +245,23 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sweep = _Sweep(hidden_ND, head, batch)
         grads = _Gradients.for_inputs(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad)
-        for group in _groups(batch, head.chunk_tokens):
-            pieces = list(_pieces(group, head.max_chunk_tokens))
+        for group in _groups(batch, len(sweep.target_U), head.chunk_tokens):
+            pieces = list(_pieces(group.distinct, head.max_chunk_tokens))
             chunk: _Chunk | None = None
             for piece in pieces:
                 chunk = None  # before the next is made
                 chunk = sweep.forward(piece)
-            slope_T = _loss_slopes(sweep.logprob_T, batch, denominators, group)
+            slope_U = _loss_slopes(sweep, batch, denominators, group)
             for piece in pieces:
                 if chunk is None or len(pieces) > 1:  # a pair longer than a chunk: its logits are made again
                     chunk = None
                     chunk = sweep.forward(piece)
-                at = slice(piece.start - group.start, piece.stop - group.start)
-                sweep.backward(piece, chunk, slope_T[at], grads)
+                at = slice(piece.start - group.distinct.start, piece.stop - group.distinct.start)
+                sweep.backward(piece, chunk, slope_U[at], grads)
         ctx.grads = grads
-        ctx.mark_non_differentiable(sweep.logprob_T)
-        return _loss(sweep.logprob_T, batch, denominators), sweep.logprob_T
+        logprob_T = sweep.of_scored(sweep.logprob_U)
+        ctx.mark_non_differentiable(logprob_T)
+        return _loss(logprob_T, batch, denominators), logprob_T
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -269,26 +270,44 @@ class _FusedLoss(torch.autograd.Function):
         return (*grads.scaled(grad_outputs[0]), None, None, None)
 
 
-def _groups(batch: PackedBatch, chunk_tokens: int) -> Iterator[slice]:
-    """Cut the scored tokens into slices whose slopes are known as soon as their log-probabilities are."""
-    if batch.objective.preference_weight == 0:
-        return _pieces(slice(0, len(batch.target_T)), chunk_tokens)
-    return whole_pairs(batch, chunk_tokens)
+class Group(NamedTuple):
+    """Tokens whose slopes are known as soon as their log-probabilities are.
 
-
-def whole_pairs(batch: PackedBatch, chunk_tokens: int) -> Iterator[slice]:
-    """Cut the scored tokens into slices of whole pairs that fit a chunk, an overlong pair alone in its slice.
-
-    Context tokens come last and count as complete by themselves.
+    Attributes:
+        scored: Scored tokens of answers, of whole pairs.
+        distinct: The distinct tokens behind these, or others that only the NLL is over.
     """
-    start = stop = 0
-    for chosen, rejected in batch.response_lengths:
-        if stop > start and stop - start + chosen + rejected > chunk_tokens:
-            yield slice(start, stop)
-            start = stop
-        stop += chosen + rejected
-    yield slice(start, stop)
-    yield from _pieces(slice(stop, len(batch.target_T)), chunk_tokens)
+
+    scored: slice
+    distinct: slice
+
+
+_NONE = slice(0, 0)
+
+
+def _groups(batch: PackedBatch, distinct: int, chunk_tokens: int) -> Iterator[Group]:
+    """Cut the distinct tokens of a micro-batch into groups."""
+    if batch.objective.preference_weight == 0:
+        return (Group(_NONE, piece) for piece in _pieces(slice(0, distinct), chunk_tokens))
+    return whole_pairs(batch, distinct, chunk_tokens)
+
+
+def whole_pairs(batch: PackedBatch, distinct: int, chunk_tokens: int) -> Iterator[Group]:
+    """Cut the distinct tokens into groups of whole pairs that fit a chunk, a longer pair alone in its group.
+
+    Pairs that share predictions stay together. Context tokens come last and count as complete by themselves.
+    """
+    sums = [sum(lengths) for lengths in batch.response_lengths]
+    clusters = zip(sums, sums, strict=True) if batch.distinct is None else batch.distinct.clusters
+    scored, tokens = (0, 0), (0, 0)
+    for more_scored, more in clusters:
+        if tokens[1] > tokens[0] and tokens[1] - tokens[0] + more > chunk_tokens:
+            yield Group(slice(*scored), slice(*tokens))
+            scored, tokens = (scored[1], scored[1]), (tokens[1], tokens[1])
+        scored, tokens = (scored[0], scored[1] + more_scored), (tokens[0], tokens[1] + more)
+    yield Group(slice(*scored), slice(*tokens))
+    for piece in _pieces(slice(tokens[1], distinct), chunk_tokens):
+        yield Group(_NONE, piece)
 
 
 def _pieces(at: slice, chunk_tokens: int) -> Iterator[slice]:
@@ -363,23 +382,35 @@ class _Sweep:
         self.head = head
         self.batch = batch
         self.compiled = hidden_ND.is_cuda and self.precise == torch.float32
-        self.logprob_T = torch.empty(len(batch.target_T), dtype=self.precise, device=hidden_ND.device)
+        self.source_U, self.target_U = batch.source_T, batch.target_T
+        self.nll_weight_U = batch.nll_weight_T.to(self.precise)
+        if batch.distinct is not None:
+            first_U, of_T = batch.distinct.first_U, batch.distinct.of_T
+            self.source_U, self.target_U = batch.source_T[first_U], batch.target_T[first_U]
+            zero_U = self.nll_weight_U.new_zeros(len(first_U))
+            self.nll_weight_U = zero_U.index_add(0, of_T, self.nll_weight_U)
+        self.logprob_U = torch.empty(len(self.target_U), dtype=self.precise, device=hidden_ND.device)
         self.workspace_TV: Tensor | None = None
 
+    def of_scored(self, value_U: Tensor, at: slice = _ALL) -> Tensor:
+        """What distinct tokens have, for the scored tokens `at`. [U] -> [T]."""
+        distinct = self.batch.distinct
+        return value_U[at] if distinct is None else value_U[distinct.of_T[at]]
+
     def _logits(self, at: slice) -> Tensor:
-        """Logits of the scored tokens `at`, on a CPU in the memory of the chunk before."""
-        hidden_TD, weight_DV = self.hidden_ND[self.batch.source_T[at]], self.weight_VD.T
+        """Logits of the distinct tokens `at`, on a CPU in the memory of the chunk before."""
+        hidden_TD, weight_DV = self.hidden_ND[self.source_U[at]], self.weight_VD.T
         with torch.autocast(self.hidden_ND.device.type, enabled=False):
             if self.hidden_ND.device.type != "cpu" or self.dtype != self.precise:
                 return product(hidden_TD, weight_DV, self.precise).to(self.precise)
             if self.workspace_TV is None or len(self.workspace_TV) < len(hidden_TD):
                 self.workspace_TV = None  # before the next is made
-                most = max(len(hidden_TD), min(self.head.chunk_tokens, len(self.batch.target_T)))
+                most = max(len(hidden_TD), min(self.head.chunk_tokens, len(self.target_U)))
                 self.workspace_TV = hidden_TD.new_empty(most, weight_DV.shape[1])
             return torch.mm(hidden_TD, weight_DV, out=self.workspace_TV[: len(hidden_TD)])
 
     def forward(self, at: slice) -> "_Chunk":
-        """Fill in the log-probabilities of the scored tokens `at`; return what their gradients need.
+        """Fill in the log-probabilities of the distinct tokens `at`; return what their gradients need.
 
         The chunk before must not be used any more.
         """
@@ -393,25 +424,25 @@ class _Sweep:
             logits_TV.div_(self.head.softcap).tanh_()
             damping_TV = None if self.compiled else 1 - logits_TV.square()
             logits_TV.mul_(self.head.softcap)
-        target_T = self.batch.target_T[at]
+        target_T = self.target_U[at]
         if self.compiled:
-            self.logprob_T[at], logsumexp_T = token_logprobs(logits_TV, target_T)
+            self.logprob_U[at], logsumexp_T = token_logprobs(logits_TV, target_T)
             return _Chunk(logits_TV, logsumexp_T=logsumexp_T)
         on_cpu = logits_TV.device.type == "cpu"
         block = max(CPU_BLOCK_TOKENS, CPU_BLOCK // logits_TV.shape[1]) if on_cpu else len(logits_TV)
         blocks = zip(logits_TV.split(block), target_T[:, None].split(block), strict=True)
-        self.logprob_T[at] = torch.cat([softmax_minus_target(*each) for each in blocks])
+        self.logprob_U[at] = torch.cat([softmax_minus_target(*each) for each in blocks])
         return _Chunk(logits_TV, damping_TV=damping_TV)
 
     def backward(self, at: slice, chunk: "_Chunk", slope_T: Tensor, grads: _Gradients) -> None:
-        """Add the gradients that the scored tokens `at` cause; `chunk` is used up."""
-        source_T, target_T = self.batch.source_T[at], self.batch.target_T[at]
+        """Add the gradients that the distinct tokens `at` cause; `chunk` is used up."""
+        source_T, target_T = self.source_U[at], self.target_U[at]
         slope_T1 = (slope_T * self.head.scale)[:, None]
         # d logp / d logits = onehot - p; the sign and the slope go onto the smaller matrices below.
         if chunk.logsumexp_T is not None:
             dtype = self.dtype if grads.bias_V is None else self.precise
             grad_TV = logprob_slopes(
-                chunk.values_TV, chunk.logsumexp_T, self.logprob_T[at], target_T, self.head.softcap, dtype
+                chunk.values_TV, chunk.logsumexp_T, self.logprob_U[at], target_T, self.head.softcap, dtype
             )
         else:
             grad_TV = chunk.values_TV

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from orpo.engine.adapters import refuse_adapters
 from orpo.engine.memory import default_logits_memory_mib
+from orpo.engine.packing import SHARE_FROM
 from orpo.engine.probe import layout_problem, measure
 from orpo.engine.router import router_loss_of
 from orpo.engine.scorer import Scorer, base_model
@@ -26,6 +27,7 @@ class Preparation:
         attention: What attends, by name.
         logit_scale: The factor that the model has on its logits.
         router_loss: Whether training adds a router loss.
+        share_from: Fewest tokens that the beginnings of two pairs share; None: each pair is for itself.
     """
 
     layout: LayoutName
@@ -33,6 +35,7 @@ class Preparation:
     attention: str = SEGMENTS
     logit_scale: float = 1.0
     router_loss: bool = False
+    share_from: int | None = SHARE_FROM
 
 
 def prepare_model(
@@ -87,6 +90,7 @@ def prepare_model(
                 scorer.attention,
                 scorer.logit_scale,
                 scorer.router_loss is not None,
+                scorer.share_from,
             )
         problems.append(problem)
     raise ModelError(

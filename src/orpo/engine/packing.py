@@ -1,19 +1,21 @@
-"""Pack preference pairs into micro-batches in which each prompt is stored, and attended to, once.
+"""Pack preference pairs into micro-batches in which what they share is stored, and attended to, once.
 
-A micro-batch is what goes through the model in one forward and backward pass. A pair becomes one run of
-tokens, `prompt ++ chosen ++ rejected`, and a micro-batch is a list of such runs without padding. Both sides
-continue the same prompt: they share its positions and its attention, and never see each other
-(attention.py). What the loss reads is an explicit list of scored tokens, because the last prompt token
-predicts two targets, the first of each response, which a label aligned with the input could not say. Sharing
-the prefix follows https://arxiv.org/abs/2410.20305.
+A micro-batch is what goes through the model in one forward and backward pass. Its tokens form trees: a
+segment continues the beginning of an earlier one, sees that and itself, and nothing else (attention.py). Both
+sides of a pair continue one prompt; pairs share the answers that they have in common, as the pairs of a
+ranked list do, and long beginnings of their prompts, as a system prompt is. Nothing is padded. What the loss
+reads is an explicit list of scored tokens, because the last prompt token predicts the first token of each
+response, which a label aligned with the input could not say. Sharing the prefix of a pair follows
+https://arxiv.org/abs/2410.20305.
 
-Two slower layouts serve models that cannot share: `packed` (each side its own run) and `padded` (each side
-its own sequence, for models without a replaceable attention function).
+Two slower layouts serve models that cannot share: `packed` (each side its own segment) and `padded` (each
+side its own sequence, for models without a replaceable attention function).
 
-Shape suffixes: B = sequences (1 unless padded), N = tokens in a sequence, T = scored tokens, P = pairs.
+Shape suffixes: B = sequences (1 unless padded), N = tokens in a sequence, T = scored tokens, U = distinct
+ones, P = pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple, Self
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orpo.engine.planning import Sharing
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
 
@@ -34,12 +37,35 @@ class Role(IntEnum):
     REJECTED = 2
 
 
-class Run(NamedTuple):
-    """Tokens of one run: `prompt ++ chosen` is causal, `rejected` follows `prompt` unaware of `chosen`."""
+SHARE_FROM = 32
+"""Fewest tokens of a beginning that pairs share: a segment more costs attention some time (LOG.md)."""
 
-    prompt: int
-    chosen: int
-    rejected: int
+
+class Segment(NamedTuple):
+    """Tokens in a row, which continue the path of an earlier segment.
+
+    A path is all that the last token of a segment sees: the first `shared` tokens of its trunk's path, then
+    its own. Each of its own tokens sees the path as far as itself.
+
+    Attributes:
+        tokens: Its own tokens; at least 1.
+        trunk: Index of the segment whose path it continues; -1: none.
+        shared: Tokens of that path it continues; 0 without a trunk.
+    """
+
+    tokens: int
+    trunk: int = -1
+    shared: int = 0
+
+
+def pair_segments(lengths: Iterable[tuple[int, int, int]]) -> tuple[Segment, ...]:
+    """The segments of pairs that share nothing with each other, from tokens of prompt, chosen, rejected."""
+    tree: list[Segment] = []
+    for prompt, chosen, rejected in lengths:
+        tree.append(Segment(prompt + chosen))
+        if rejected:
+            tree.append(Segment(rejected, len(tree) - 1, prompt))
+    return tuple(tree)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +80,7 @@ class PackedBatch:
         input_ids_BN: Token ids.
         position_ids_BN: Positions; both sides of a pair continue their prompt's.
         attention_mask_BN: 1 for tokens, 0 for padding; None where nothing is padded.
-        runs: Its runs, in order; empty for the padded layout.
+        tree: Its segments, in the order of their tokens; empty for the padded layout.
         source_T: Index into the flattened [B * N] hidden states that predicts the target.
         target_T: Token id predicted.
         pair_T: Pair within this micro-batch, in [0, P).
@@ -68,12 +94,13 @@ class PackedBatch:
         empty: Whether it only keeps a rank in step with the others: it is computed and weighs nothing.
         reference_PS: For each pair, the mean log-probability of its (chosen, rejected) response by the
             reference model, where the objective has one.
+        distinct: Which scored tokens are the same one; None where pairs share none.
     """
 
     input_ids_BN: Tensor
     position_ids_BN: Tensor
     attention_mask_BN: Tensor | None
-    runs: tuple[Run, ...]
+    tree: tuple[Segment, ...]
     source_T: Tensor
     target_T: Tensor
     pair_T: Tensor
@@ -85,6 +112,7 @@ class PackedBatch:
     objective: Objective
     empty: bool = False
     reference_PS: Tensor | None = None
+    distinct: "Distinct | None" = None
 
     @property
     def num_pairs(self) -> int:
@@ -108,23 +136,40 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the micro-batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name in _TENSORS
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, **moved)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """Return the micro-batch in page-locked memory; the DataLoader calls this."""
-        pinned = {n: value.pin_memory() for n in _TENSORS if (value := getattr(self, n)) is not None}
-        return replace(self, **pinned)
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        named = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        distinct = self.distinct
+        if distinct is not None:
+            distinct = replace(distinct, first_U=change(distinct.first_U), of_T=change(distinct.of_T))
+        return replace(self, **{name: change(value) for name, value in named.items()}, distinct=distinct)
 
 
 _TENSORS = (
     "input_ids_BN", "position_ids_BN", "attention_mask_BN",
     "source_T", "target_T", "pair_T", "role_T", "nll_weight_T", "reference_PS",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Distinct:
+    """The distinct predictions behind scored tokens, in the order in which these first name them.
+
+    Attributes:
+        first_U: Index of a scored token that is this prediction.
+        of_T: Index of the prediction behind each scored token.
+        clusters: Consecutive pairs whose answers share predictions: how many scored tokens their answers
+            have, and how many distinct ones.
+    """
+
+    first_U: Tensor
+    of_T: Tensor
+    clusters: tuple[tuple[int, int], ...]
 
 
 def nll_ranges(pair: TokenizedPair, objective: Objective) -> list[tuple[int, int]]:
@@ -160,6 +205,7 @@ def pack(
     objective: Objective,
     *,
     layout: LayoutName = "shared",
+    share_from: int | None = SHARE_FROM,
     index: Sequence[int] | None = None,
     empty: bool = False,
     score_rejected: bool | None = None,
@@ -167,14 +213,17 @@ def pack(
     """Lay `pairs` out in one micro-batch, in the order given.
 
     Args:
-        pairs: At least one pair; every response has at least one token, every prompt too.
+        pairs: At least one pair; every response has at least one token, every prompt too. In layout `shared`
+            a pair shares its beginning with the pair before it, and sides with any before it.
         objective: What is minimised.
         layout: `shared`, `packed` or `padded`.
+        share_from: Fewest tokens that the beginnings of two pairs share; None: each pair is for itself.
         index: The pairs' indices in the data set; their order here by default.
         empty: Build a micro-batch that is computed but weighs nothing.
         score_rejected: Whether the rejected sides are run; by default, where the objective compares.
     """
-    sides = _lay_out(pairs, layout, not empty and runs_rejected(objective, score_rejected))
+    with_rejected = not empty and runs_rejected(objective, score_rejected)
+    sides = _lay_out(pairs, layout, with_rejected, share_from)
     scored = _ScoredTokens(objective, empty)
     for number, (pair, (chosen, rejected)) in enumerate(zip(pairs, sides.of_pair, strict=True)):
         scored.add(number, pair, chosen, rejected)
@@ -182,13 +231,14 @@ def pack(
         input_ids_BN=torch.from_numpy(sides.input_ids_BN),
         position_ids_BN=torch.from_numpy(sides.position_ids_BN),
         attention_mask_BN=None if sides.mask_BN is None else torch.from_numpy(sides.mask_BN),
-        runs=tuple(sides.runs),
+        tree=sides.tree,
         **scored.tensors(),
         response_lengths=tuple(scored.lengths),
         index=tuple(range(len(pairs)) if index is None else index),
         nll_weight=scored.nll_weight,
         objective=objective,
         empty=empty,
+        distinct=scored.distinct() if sides.pairs_share else None,
     )
 
 
@@ -196,49 +246,127 @@ class _Layout(NamedTuple):
     input_ids_BN: np.ndarray
     position_ids_BN: np.ndarray
     mask_BN: np.ndarray | None
-    runs: list[Run]
+    tree: tuple[Segment, ...]
     of_pair: list[tuple[_Side, _Side | None]]
+    pairs_share: bool = False
 
 
-def _lay_out(pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: bool) -> _Layout:
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    runs: list[Run] = []
+def _lay_out(
+    pairs: Sequence[TokenizedPair], layout: LayoutName, with_rejected: bool, share_from: int | None
+) -> _Layout:
+    tree = _Tree(share_from if layout == "shared" else None)
     of_pair: list[tuple[_Side, _Side | None]] = []
-    offset = 0
     for pair in pairs:
         prompt, chosen = np.asarray(pair.prompt, np.int64), np.asarray(pair.chosen, np.int64)
         rejected = np.asarray(pair.rejected if with_rejected else (), np.int64)
-        p, c, r = len(prompt), len(chosen), len(rejected)
-        side_ids = np.concatenate([prompt, chosen])
-        flat_index = np.arange(offset, offset + p + c)
-        first = _Side(side_ids, flat_index, p + pair.chosen_context)
+        p = len(prompt)
+        first_ids = np.concatenate([prompt, chosen])
+        first = tree.place_chosen(first_ids, p)
         second = None
-        ids.append(side_ids)
-        positions.append(np.arange(p + c))
-        if layout == "shared":
-            runs.append(Run(p, c, r))
-            offset += p + c
-            if r:
-                flat_index = np.concatenate([flat_index[:p], np.arange(offset, offset + r)])
-                ids.append(rejected)
-                positions.append(np.arange(p, p + r))
-                offset += r
-        else:
-            runs.append(Run(p, c, 0))
-            offset += p + c
-            if r:
-                flat_index = np.arange(offset, offset + p + r)
-                ids.append(np.concatenate([prompt, rejected]))
-                positions.append(np.arange(p + r))
-                runs.append(Run(p, r, 0))
-                offset += p + r
-        if r:
-            second = _Side(np.concatenate([prompt, rejected]), flat_index, p + pair.rejected_context)
-        of_pair.append((first, second))
+        if len(rejected):
+            ids = np.concatenate([prompt, rejected])
+            place = tree.place_rejected(ids, p, first) if layout == "shared" else tree.add(ids)
+            second = _Side(ids, tree.paths[place], p + pair.rejected_context)
+        of_pair.append((_Side(first_ids, tree.paths[first], p + pair.chosen_context), second))
     if layout == "padded":
-        return _pad(ids, of_pair)
-    return _Layout(np.concatenate(ids)[None], np.concatenate(positions)[None], None, runs, of_pair)
+        return _pad(tree.ids, of_pair)
+    positions = [np.arange(segment.shared, segment.shared + segment.tokens) for segment in tree.segments]
+    return _Layout(
+        np.concatenate(tree.ids)[None], np.concatenate(positions)[None], None, tuple(tree.segments), of_pair,
+        tree.pairs_share,
+    )  # fmt: skip
+
+
+class _Tree:
+    """Sides laid out one after the other, with what they share stored once.
+
+    Attributes:
+        segments: The segments so far.
+        ids: The own tokens of each.
+        paths: For each, the index of every token of its path among all tokens.
+        size: All tokens.
+        pairs_share: Whether two pairs share something.
+    """
+
+    def __init__(self, share_from: int | None) -> None:
+        self.segments: list[Segment] = []
+        self.ids: list[np.ndarray] = []
+        self.paths: list[np.ndarray] = []
+        self.pairs_share = False
+        self._share_from = share_from
+        self.size = 0
+        self._known: dict[tuple[int, bytes], int] = {}
+        self._last: tuple[int, np.ndarray] | None = None
+
+    def place_chosen(self, ids: np.ndarray, prompt: int) -> int:
+        """The segment at whose end the chosen side `ids` ends, its first `prompt` tokens the prompt."""
+        place = self._find(ids, prompt)
+        if place is None:
+            trunk, shared = -1, 0
+            if self._share_from is not None and self._last is not None:
+                trunk, before = self._last
+                shared = min(common(ids, before), prompt)
+                shared = shared if shared >= max(self._share_from, 1) else 0
+                self.pairs_share |= shared > 0
+            place = self._keep(ids, prompt, self.add(ids, trunk, shared))
+        self._last = place, ids
+        return place
+
+    def place_rejected(self, ids: np.ndarray, prompt: int, chosen: int) -> int:
+        """The same of the rejected side of the pair whose chosen side ends at `chosen`."""
+        place = self._find(ids, prompt)
+        return self._keep(ids, prompt, self.add(ids, chosen, prompt)) if place is None else place
+
+    def add(self, ids: np.ndarray, trunk: int = -1, shared: int = 0) -> int:
+        """Add a segment with the path `ids`, of which the first `shared` are those of the trunk's."""
+        while trunk >= 0 and shared <= self.segments[trunk].shared:
+            trunk = self.segments[trunk].trunk
+        own = np.arange(self.size, self.size + len(ids) - shared)
+        self.size += len(own)
+        self.segments.append(Segment(len(own), trunk, shared))
+        self.ids.append(ids[shared:])
+        self.paths.append(np.concatenate([self.paths[trunk][:shared], own]) if shared else own)
+        return len(self.segments) - 1
+
+    def _find(self, ids: np.ndarray, prompt: int) -> int | None:
+        """Where the same side stands already."""
+        place = None if self._share_from is None else self._known.get((prompt, ids.tobytes()))
+        self.pairs_share |= place is not None
+        return place
+
+    def _keep(self, ids: np.ndarray, prompt: int, place: int) -> int:
+        if self._share_from is not None:
+            self._known[prompt, ids.tobytes()] = place
+        return place
+
+
+def common(ids: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(ids), len(other))
+    differ = np.flatnonzero(ids[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+def find_sharing(pairs: Sequence[TokenizedPair], share_from: int) -> Sharing:
+    """The order in which `pairs` share the most when they are laid out in it, and what they share.
+
+    In the order of their chosen sides as sequences of numbers, no earlier side has more in common with a
+    side than the one before it.
+    """
+    chosen = [np.concatenate([pair.prompt, pair.chosen]).astype(">i8") for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: chosen[i].tobytes())
+    numbers: dict[tuple[int, bytes], int] = {}
+    alike, sides = [], []
+    for place, number in enumerate(order):
+        pair, prompt = pairs[number], len(pairs[number].prompt)
+        shared = min(common(chosen[number], chosen[order[place - 1]]), prompt) if place else 0
+        alike.append(shared if shared >= share_from else 0)
+        rejected = np.concatenate([pair.prompt, pair.rejected]).astype(">i8")
+        both = [
+            numbers.setdefault((prompt, ids.tobytes()), len(numbers)) for ids in (chosen[number], rejected)
+        ]
+        sides.append((both[0], both[1]))
+    return Sharing(order, alike, sides)
 
 
 def _pad(ids: list[np.ndarray], of_pair: list[tuple[_Side, _Side | None]]) -> _Layout:
@@ -259,7 +387,7 @@ def _pad(ids: list[np.ndarray], of_pair: list[tuple[_Side, _Side | None]]) -> _L
                 line += 1
         padded.append((sides[0], sides[1] if len(sides) > 1 else None))
     positions_BN = np.broadcast_to(np.arange(width), input_ids_BN.shape).copy()
-    return _Layout(input_ids_BN, positions_BN, mask_BN, [], padded)
+    return _Layout(input_ids_BN, positions_BN, mask_BN, (), padded)
 
 
 class _ScoredTokens:
@@ -304,6 +432,7 @@ class _ScoredTokens:
             np.full(n, number),
             np.full(n, int(role)),
             np.full(n, weight, np.float32),
+            side.flat_index[targets],
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -311,5 +440,26 @@ class _ScoredTokens:
         names = ("source_T", "target_T", "pair_T", "role_T", "nll_weight_T")
         return {
             name: torch.from_numpy(np.concatenate(column))
-            for name, column in zip(names, columns, strict=True)
+            for name, column in zip(names, columns, strict=False)
         }
+
+    def distinct(self) -> Distinct:
+        """Scored tokens are the same prediction where their targets are the same token of the micro-batch."""
+        places = np.concatenate([columns[-1] for columns in (*self._responses, *self._context)])
+        _, first, of_T = np.unique(places, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        number = np.empty_like(order)
+        number[order] = np.arange(len(order))
+        of_T = number[of_T]
+        clusters: list[tuple[int, int]] = []  # where the scored and the distinct tokens of each begin
+        start = seen = 0
+        for lengths in self.lengths:
+            mine = of_T[start : start + sum(lengths)]
+            clusters.append((start, seen))
+            while clusters[-1][1] > mine.min():
+                clusters.pop()
+            start, seen = start + sum(lengths), max(seen, int(mine.max()) + 1)
+        bounds = np.diff([*clusters, (start, seen)], axis=0).tolist()
+        return Distinct(
+            torch.from_numpy(first[order]), torch.from_numpy(of_T), tuple((t, u) for t, u in bounds)
+        )

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orpo.engine.packing import PackedBatch, Role, Run
+from orpo.engine.packing import PackedBatch, Role, Segment, pair_segments
+from orpo.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,13 @@ class Pass(NamedTuple):
         input_ids_BN: Token ids; one sequence unless padded.
         position_ids_BN: Their positions.
         attention_mask_BN: 1 for tokens, 0 for padding; None where nothing is padded.
-        runs: Its runs; empty for the padded layout.
+        tree: Its segments; empty for the padded layout.
     """
 
     input_ids_BN: Tensor
     position_ids_BN: Tensor
     attention_mask_BN: Tensor | None
-    runs: tuple[Run, ...]
+    tree: tuple[Segment, ...]
 
 
 def split_passes(batch: PackedBatch, limits: PassLimits) -> tuple[list[Pass], PackedBatch]:
@@ -56,7 +57,7 @@ def split_passes(batch: PackedBatch, limits: PassLimits) -> tuple[list[Pass], Pa
         The passes, and the micro-batch with `source_T` indexing the hidden states of all passes, one after
         the other and flattened. A micro-batch that may stay whole is returned as it is.
     """
-    whole = Pass(batch.input_ids_BN, batch.position_ids_BN, batch.attention_mask_BN, batch.runs)
+    whole = Pass(batch.input_ids_BN, batch.position_ids_BN, batch.attention_mask_BN, batch.tree)
     if limits == PassLimits():
         return [whole], batch
     groups = list(_groups(batch, limits))
@@ -66,7 +67,7 @@ def split_passes(batch: PackedBatch, limits: PassLimits) -> tuple[list[Pass], Pa
     placed: list[tuple[_Part, Tensor]] = []
     start = 0
     for parts in groups:
-        width = 0 if batch.runs else max(len(part.tokens) for part in parts)
+        width = 0 if batch.tree else max(len(part.tokens) for part in parts)
         for part in parts:
             placed.append((part, torch.arange(start, start + len(part.tokens))))
             start += width or len(part.tokens)
@@ -91,26 +92,26 @@ def _sources(batch: PackedBatch, placed: Sequence[tuple["_Part", Tensor]]) -> Te
 
 
 class _Part(NamedTuple):
-    """Tokens that stay together: a run, one side of a run, or a line of the padded layout.
+    """Tokens that stay together: a pair, one side of a pair, or a line of the padded layout.
 
     Attributes:
         tokens: Their indices in the flattened micro-batch.
-        run: Their run, or None for a line.
+        lengths: Tokens of prompt, chosen and rejected, as the pass sees them, or None for a line.
         longest: Tokens of its longest side.
         copied: For a rejected side that brings a copy of its prompt, the length of that prompt.
     """
 
     tokens: Tensor
-    run: Run | None
+    lengths: tuple[int, int, int] | None
     longest: int
     copied: int | None = None
 
 
 def _groups(batch: PackedBatch, limits: PassLimits) -> Iterator[list[_Part]]:
     """The parts of each pass."""
-    parts = list(_parts(batch, limits) if batch.runs else _lines(batch))
+    parts = list(_parts(batch, limits) if batch.tree else _lines(batch))
     switch = limits.switch or max(part.longest for part in parts)
-    most = limits.tokens if batch.runs else None  # every line counts from its own first token
+    most = limits.tokens if batch.tree else None  # every line counts from its own first token
     beyond = [part for part in parts if part.longest > switch]
     yield from _fill([part for part in parts if part.longest <= switch], most)
     yield from ([part] for part in beyond) if limits.alone else _fill(beyond, most)
@@ -130,9 +131,9 @@ def _fill(parts: Sequence[_Part], most: int | None) -> Iterator[list[_Part]]:
 
 
 def _parts(batch: PackedBatch, limits: PassLimits) -> Iterator[_Part]:
-    """The runs of a micro-batch, those in two whose sides do not belong in one pass."""
+    """The pairs of a micro-batch, those in two whose sides do not belong in one pass."""
     offset = 0
-    for prompt, chosen, rejected in batch.runs:
+    for prompt, chosen, rejected in pair_lengths(batch.tree):
         end = prompt + chosen + rejected
         tokens = torch.arange(offset, offset + end)
         sides = (prompt + chosen, prompt + rejected if rejected else 0)
@@ -140,12 +141,32 @@ def _parts(batch: PackedBatch, limits: PassLimits) -> Iterator[_Part]:
         splits = beyond[0] != beyond[1] or (limits.alone and beyond[0])
         splits |= limits.tokens is not None and end > limits.tokens
         if rejected and splits:
-            yield _Part(tokens[: prompt + chosen], Run(prompt, chosen, 0), sides[0])
+            yield _Part(tokens[: prompt + chosen], (prompt, chosen, 0), sides[0])
             own = torch.cat([tokens[:prompt], tokens[prompt + chosen :]])
-            yield _Part(own, Run(prompt, rejected, 0), sides[1], copied=prompt)
+            yield _Part(own, (prompt, rejected, 0), sides[1], copied=prompt)
         else:
-            yield _Part(tokens, Run(prompt, chosen, rejected), max(sides))
+            yield _Part(tokens, (prompt, chosen, rejected), max(sides))
         offset += end
+
+
+def pair_lengths(tree: Sequence[Segment]) -> Iterator[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected; of a side alone, its length and two zeros.
+
+    Raises:
+        ModelError: Pairs share something: what one pass does to a token may not be what another's would.
+    """
+    for number, (tokens, trunk, _) in enumerate(tree):
+        follower = tree[number + 1] if number + 1 < len(tree) else None
+        if trunk < 0:
+            if follower is not None and follower.trunk == number:
+                yield follower.shared, tokens - follower.shared, follower.tokens
+            else:
+                yield tokens, 0, 0
+        elif trunk != number - 1 or tree[trunk].trunk >= 0:
+            raise ModelError(
+                "pairs of a batch share tokens, and the model counts the length of a pass; pass "
+                "share_from=None to pack()"
+            )
 
 
 def _lines(batch: PackedBatch) -> Iterator[_Part]:
@@ -162,8 +183,8 @@ def _take(batch: PackedBatch, parts: Sequence[_Part], width: int) -> Pass:
     ids, positions = batch.input_ids_BN.flatten(), batch.position_ids_BN.flatten()
     if not width:
         tokens = torch.cat([part.tokens for part in parts]).to(device)
-        runs = tuple(part.run for part in parts if part.run is not None)
-        return Pass(ids[tokens][None], positions[tokens][None], None, runs)
+        tree = pair_segments(part.lengths for part in parts if part.lengths is not None)
+        return Pass(ids[tokens][None], positions[tokens][None], None, tree)
     first = torch.stack([part.tokens[0] for part in parts]).to(device)
     length = torch.tensor([len(part.tokens) for part in parts], device=device)
     column = torch.arange(width, device=device)

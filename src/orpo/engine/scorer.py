@@ -20,8 +20,8 @@ from transformers.utils.generic import ModelOutput
 from orpo.engine.attention import attend
 from orpo.engine.head import Denominators, PairScores, score_batch
 from orpo.engine.lengths import mask_chunk, mask_window, pass_limits, reset_dynamic_rope
-from orpo.engine.packing import PackedBatch
-from orpo.engine.passes import Pass, split_passes
+from orpo.engine.packing import SHARE_FROM, PackedBatch
+from orpo.engine.passes import Pass, PassLimits, split_passes
 from orpo.engine.router import RouterLoss
 from orpo.engine.segments import SEGMENTS, Segments
 from orpo.engine.vocabulary import backbone_of, head_of
@@ -113,6 +113,11 @@ class Scorer:
         self.longest: int | None = None
         self.attention = SEGMENTS
 
+    @property
+    def share_from(self) -> int | None:
+        """What `pack` is to be told: pairs share nothing where the length of a pass changes its tokens."""
+        return SHARE_FROM if self.limits == PassLimits() else None
+
     def install(self) -> None:
         """Give the model a `forward` that takes a micro-batch."""
         scorer = self
@@ -178,7 +183,7 @@ class Scorer:
     @_eager
     def _enter(self, each: Pass) -> tuple[Segments, dict[str, Any]]:
         """What the backbone reads in a pass besides ids; its layers attend by our segments from here."""
-        segments = Segments(each.runs)
+        segments = Segments(each.tree)
         inputs: dict[str, Any] = {"attention_mask": each.attention_mask_BN, "use_cache": False}
         if self.router_loss is not None:
             inputs["output_router_logits"] = True
@@ -220,8 +225,8 @@ class Scorer:
 
     def _check_layout(self, batch: PackedBatch) -> None:
         """A micro-batch that the model cannot follow would be scored wrongly, in silence."""
-        shares = any(run.rejected for run in batch.runs)
-        found: LayoutName = "padded" if not batch.runs else "shared" if shares else "packed"
+        shares = any(segment.shared for segment in batch.tree)
+        found: LayoutName = "padded" if not batch.tree else "shared" if shares else "packed"
         if found != self.layout and (found, self.layout) != ("packed", "shared"):
             raise ModelError(
                 f"the batch has layout `{found}`, {type(self.model).__name__} was prepared for "

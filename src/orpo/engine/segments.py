@@ -1,11 +1,12 @@
 """The attention segments of a micro-batch, and attention one segment at a time: exact on any device.
 
-A run `prompt ++ chosen ++ rejected` needs two attention segments: the queries of prompt and chosen over their
-own keys, and the queries of rejected over the keys of prompt and rejected. Both are causal with the last
-query aligned to the last key, so no [N, N] mask exists, and no floating-point operation is spent on tokens
-that may not see each other. Where a GPU has a kernel for whole micro-batches, attention.py takes that.
+The queries of a segment attend to the keys of its path: of a pair, prompt and chosen to themselves, rejected
+to prompt and itself. Each is causal with the last query aligned to the last key, so no [N, N] mask exists,
+and no floating-point operation is spent on tokens that may not see each other. Where a GPU has a kernel for
+whole micro-batches, attention.py takes that.
 
-Shape suffixes: H = heads, N = tokens of a micro-batch, Q/K = queries/keys of one segment, D = size of a head.
+Shape suffixes: H = heads, N = tokens of a micro-batch, S = those of one segment, Q/K = its queries/keys,
+D = size of a head.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo.engine.packing import Run
+from orpo.engine.packing import Segment
 from orpo.engine.varlen import KernelLayout, kernel_layout
 
 SEGMENTS = "segments"
@@ -28,14 +29,14 @@ class Segments:
     """The segments of one micro-batch, and what its layers share: masks, a layout, a count of their calls.
 
     Attributes:
-        runs: The runs of the micro-batch, in order.
+        tree: The segments, in order.
         num_calls: Attention layers that have used these segments; a model that attends some other way leaves
             it 0.
         windows: Sliding windows that these layers asked for; None for none.
         backend: What served the last of these layers.
     """
 
-    runs: Sequence[Run]
+    tree: Sequence[Segment]
     num_calls: int = 0
     windows: set[int | None] = field(default_factory=set)
     backend: str = SEGMENTS
@@ -44,16 +45,16 @@ class Segments:
 
     def lengths(self) -> list[int]:
         """Queries of each segment, in order; they add up to N."""
-        return [n for run in self.runs for n in (run.prompt + run.chosen, run.rejected) if n]
+        return [segment.tokens for segment in self.tree]
 
     def longest(self) -> int:
         """Keys of the longest segment."""
-        return max(run.prompt + max(run.chosen, run.rejected) for run in self.runs)
+        return max(segment.shared + segment.tokens for segment in self.tree)
 
     def for_kernel(self, device: torch.device) -> KernelLayout:
         """What a kernel for whole micro-batches reads."""
         if self._layout is None or self._layout.query_starts.device != device:
-            self._layout = kernel_layout(self.runs, device)
+            self._layout = kernel_layout(self.tree, device)
         return self._layout
 
     def mask(self, num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
@@ -101,18 +102,16 @@ def attend_segments(
 ) -> Tensor:
     """Attention, one call per segment. [1, H, N, D] over [1, H / groups, N, D] -> [1, N, H, D]."""
     lengths = segments.lengths()
-    parts = iter(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    paths: list[tuple[Tensor, Tensor]] = []
     outputs = []
-    for run in segments.runs:
-        query_A, key_A, value_A = next(parts)
-        mask = segments.mask(query_A.shape[2], key_A.shape[2], options.window, query)
-        outputs.append(_attend_segment(query_A, key_A, value_A, mask, options))
-        if run.rejected:
-            query_B, key_B, value_B = next(parts)
-            key_B = torch.cat([key_A[:, :, : run.prompt], key_B], dim=2)
-            value_B = torch.cat([value_A[:, :, : run.prompt], value_B], dim=2)
-            mask = segments.mask(query_B.shape[2], key_B.shape[2], options.window, query)
-            outputs.append(_attend_segment(query_B, key_B, value_B, mask, options))
+    for (_, trunk, shared), (query_S, key_S, value_S) in zip(segments.tree, parts, strict=True):
+        if shared:
+            key_S = torch.cat([paths[trunk][0][:, :, :shared], key_S], dim=2)
+            value_S = torch.cat([paths[trunk][1][:, :, :shared], value_S], dim=2)
+        paths.append((key_S, value_S))
+        mask = segments.mask(query_S.shape[2], key_S.shape[2], options.window, query)
+        outputs.append(_attend_segment(query_S, key_S, value_S, mask, options))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 

@@ -9,14 +9,14 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from orpo.engine.head import Denominators
-from orpo.engine.packing import PackedBatch, num_nll_tokens, pack, runs_rejected
+from orpo.engine.packing import SHARE_FROM, PackedBatch, find_sharing, num_nll_tokens, pack, runs_rejected
 from orpo.engine.planning import plan_epoch, plan_step
 from orpo.errors import DataError
 from orpo.pairs import TokenizedPair
@@ -37,6 +37,7 @@ class BatchSettings:
         rank: This process, in [0, num_ranks).
         num_ranks: Processes that share a step.
         score_rejected: Whether rejected sides are run; None: where the objective compares.
+        share_from: Fewest tokens that the beginnings of two pairs share; None: each pair is for itself.
         schedule: What is minimised in each step of a run.
     """
 
@@ -46,11 +47,24 @@ class BatchSettings:
     rank: int = 0
     num_ranks: int = 1
     score_rejected: bool | None = None
+    share_from: int | None = SHARE_FROM
     schedule: Schedule | None = None
 
     def at(self, step: int) -> "BatchSettings":
         """Those of a step of the run, counted from 0."""
         return self if self.schedule is None else replace(self, objective=self.schedule.at(step).objective)
+
+    def pack(self, pairs: Sequence[TokenizedPair], index: Sequence[int], *, empty: bool) -> PackedBatch:
+        """Lay pairs out in a micro-batch."""
+        return pack(
+            pairs,
+            self.objective,
+            layout=self.layout,
+            share_from=self.share_from,
+            index=index,
+            empty=empty,
+            score_rejected=self.score_rejected,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +106,18 @@ def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: B
     """
     with_rejected = runs_rejected(settings.objective, settings.score_rejected)
     lengths = np.array([(len(p.prompt), len(p.chosen), with_rejected * len(p.rejected)) for p in pairs])
+    shares = settings.layout == "shared" and settings.share_from is not None
     plan = plan_step(
         lengths,
         num_ranks=settings.num_ranks,
         tokens_per_micro_batch=settings.tokens_per_micro_batch,
         layout=settings.layout,
+        sharing=find_sharing(pairs, settings.share_from) if shares else None,
     )
     batches, batch_pairs = [], []
     for planned in plan[settings.rank]:
         batch_pairs.append(tuple(pairs[i] for i in planned.pairs))
-        batches.append(
-            pack(
-                batch_pairs[-1],
-                settings.objective,
-                layout=settings.layout,
-                index=[index[i] for i in planned.pairs],
-                empty=planned.empty,
-                score_rejected=settings.score_rejected,
-            )
-        )
+        batches.append(settings.pack(batch_pairs[-1], [index[i] for i in planned.pairs], empty=planned.empty))
     return Step(tuple(batches), tuple(batch_pairs), step_denominators(pairs, settings.objective))
 
 
@@ -120,19 +127,12 @@ def split_batches(step: Step, settings: BatchSettings) -> Step | None:
         return None
     batches, batch_pairs = [], []
     for batch, pairs in zip(step.batches, step.pairs, strict=True):
-        for half in (slice(0, None, 2), slice(1, None, 2)):
+        middle = -(-len(pairs) // 2)
+        for half in (slice(middle), slice(middle, None)):
             if pairs[half]:
                 batch_pairs.append(pairs[half])
-                batches.append(
-                    pack(
-                        pairs[half],
-                        batch.objective,
-                        layout=settings.layout,
-                        index=batch.index[half],
-                        empty=batch.empty,
-                        score_rejected=settings.score_rejected,
-                    )
-                )
+                own = replace(settings, objective=batch.objective)
+                batches.append(own.pack(pairs[half], batch.index[half], empty=batch.empty))
     return Step(tuple(batches), tuple(batch_pairs), step.denominators)
 
 
@@ -147,7 +147,18 @@ def step_denominators(pairs: Iterable[TokenizedPair], objective: Objective) -> D
 
 
 class StepDataset(Dataset[Step]):
-    """The steps of one epoch, over pairs that can be indexed."""
+    """The steps of one epoch, over pairs that can be indexed.
+
+    Args:
+        pairs: The pairs.
+        settings: How they become micro-batches.
+        pairs_per_step: Pairs of a step, over all ranks.
+        seed: Of the order.
+        shuffle: Whether each epoch has an order of its own.
+        drop_last: Leave out what is too little for a step.
+        prompts: The same number, from 0 on, for pairs of the same prompt, which come together then; None:
+            any order. Shape [pairs].
+    """
 
     def __init__(
         self,
@@ -158,12 +169,14 @@ class StepDataset(Dataset[Step]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        prompts: np.ndarray | None = None,
     ) -> None:
         self.pairs = pairs
         self.settings = settings
         self._plan = functools.partial(
-            plan_epoch, len(pairs), pairs_per_step, seed=seed, shuffle=shuffle, drop_last=drop_last
-        )
+            plan_epoch, len(pairs), pairs_per_step, seed=seed, shuffle=shuffle, drop_last=drop_last,
+            prompts=prompts,
+        )  # fmt: skip
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -188,7 +201,8 @@ class StepStream(IterableDataset[Step]):
         settings: How pairs become micro-batches.
         pairs_per_step: Pairs of a step, over all ranks.
         seed: Of the order.
-        shuffle_buffer: Pairs held back to draw the next one from; 1 keeps the order.
+        shuffle_buffer: Prompts held back to draw the next one from, with the pairs of each that follow each
+            other; 1 keeps the order.
     """
 
     def __init__(
@@ -214,29 +228,36 @@ class StepStream(IterableDataset[Step]):
 
     def _pairs(self) -> Iterator[TokenizedPair]:
         for epoch in itertools.count():
-            pair = None
-            for pair in shuffled(
-                self.stream(), self.shuffle_buffer, np.random.default_rng((self.seed, epoch))
-            ):
-                yield pair
-            if pair is None:
+            prompts = by_prompt(self.stream(), self.pairs_per_step)
+            pairs = None
+            for pairs in shuffled(prompts, self.shuffle_buffer, np.random.default_rng((self.seed, epoch))):
+                yield from pairs
+            if pairs is None:
                 raise DataError("the stream has no row that can train")
 
 
-def shuffled(
-    pairs: Iterable[TokenizedPair], buffer_size: int, generator: np.random.Generator
-) -> Iterator[TokenizedPair]:
-    """Yield each pair once, in an order drawn from a buffer of the next `buffer_size` ones."""
-    buffer: list[TokenizedPair] = []
-    for pair in pairs:
-        buffer.append(pair)
+def by_prompt(pairs: Iterable[TokenizedPair], most: int) -> Iterator[list[TokenizedPair]]:
+    """Put pairs of one prompt that follow each other together, at most `most` of them."""
+    for _, same in itertools.groupby(pairs, lambda pair: list(pair.prompt)):
+        while some := list(itertools.islice(same, most)):
+            yield some
+
+
+_Item = TypeVar("_Item")
+
+
+def shuffled(items: Iterable[_Item], buffer_size: int, generator: np.random.Generator) -> Iterator[_Item]:
+    """Yield each item once, in an order drawn from a buffer of the next `buffer_size` ones."""
+    buffer: list[_Item] = []
+    for item in items:
+        buffer.append(item)
         if len(buffer) >= buffer_size:
             yield _draw(buffer, generator)
     while buffer:
         yield _draw(buffer, generator)
 
 
-def _draw(buffer: list[TokenizedPair], generator: np.random.Generator) -> TokenizedPair:
+def _draw(buffer: list[_Item], generator: np.random.Generator) -> _Item:
     drawn = int(generator.integers(len(buffer)))
     buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
     return buffer.pop()

@@ -2,10 +2,10 @@
 
 The kernel reads flat lists of queries and keys, cut into sequences, and aligns the last query of a sequence
 with its last key. The queries of a micro-batch are already stored in the order of its segments (segments.py);
-one gather puts a prompt's keys before those of its rejected answer too. What gather and kernel need is laid
-out once per micro-batch, so no layer waits for the device. When the kernel is taken: attention.py.
+one gather puts the keys of each segment's path in a row. What gather and kernel need is laid out once per
+micro-batch, so no layer waits for the device. When the kernel is taken: attention.py.
 
-Shape suffixes: H = heads, N = tokens of a micro-batch, K = gathered keys, M = prompt tokens that two segments
+Shape suffixes: H = heads, N = tokens of a micro-batch, K = gathered keys, M = tokens that several segments
 read, D = size of a head.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
-from orpo.engine.packing import Run
+from orpo.engine.packing import Segment
 from orpo.engine.precision import HALF
 
 
@@ -34,9 +34,10 @@ class KernelLayout:
         max_queries: Queries of the longest segment.
         max_keys: Keys of the longest segment.
         gather_K: Index of the token behind each gathered key, or None where that is the identity.
-        first_N: Index of each token among the gathered keys, where it is read first.
-        prompt_M: Prompt tokens that a second segment reads.
-        again_M: Index of these among the gathered keys, where they are read again.
+        first_N: Index of each token among the gathered keys, where its own segment reads it.
+        shared_M: Tokens that other segments read too.
+        again: For each further reading, which of `shared_M` are read, no token twice, and where these are
+            among the gathered keys.
     """
 
     query_starts: Tensor
@@ -45,8 +46,8 @@ class KernelLayout:
     max_keys: int
     gather_K: Tensor | None
     first_N: Tensor
-    prompt_M: Tensor
-    again_M: Tensor
+    shared_M: Tensor
+    again: tuple[tuple[Tensor, Tensor], ...]
 
 
 class Case(NamedTuple):
@@ -63,32 +64,30 @@ class Case(NamedTuple):
     dropout: bool = False
 
 
-def kernel_layout(runs: Sequence[Run], device: torch.device | str) -> KernelLayout:
-    """Lay out the attention of a micro-batch of `runs`, which together have at least one token."""
-    queries, keys, gather, first, prompt, again = [], [], [], [], [], []
-    token = key = 0
-    for run in runs:
-        own = run.prompt + run.chosen
-        queries.append(own)
-        keys.append(own)
-        gather.append(np.arange(token, token + own))
-        first.append(np.arange(key, key + own))
-        key += own
-        if run.rejected:
-            queries.append(run.rejected)
-            keys.append(run.prompt + run.rejected)
-            prompt.append(np.arange(token, token + run.prompt))
-            again.append(np.arange(key, key + run.prompt))
-            gather += [prompt[-1], np.arange(token + own, token + own + run.rejected)]
-            first.append(np.arange(key + run.prompt, key + run.prompt + run.rejected))
-            key += run.prompt + run.rejected
-        token += own + run.rejected
-    starts = [np.cumsum([0, *queries]), np.cumsum([0, *keys])]
-    indices = [np.concatenate([np.arange(0), *parts]) for parts in (gather, first, prompt, again)]
-    query_starts, key_starts, gather_K, first_N, prompt_M, again_M = _to_device([*starts, *indices], device)
+def kernel_layout(tree: Sequence[Segment], device: torch.device | str) -> KernelLayout:
+    """Lay out the attention of a micro-batch with these segments, which together have at least one token."""
+    paths: list[np.ndarray] = []
+    token = 0
+    for own, trunk, shared in tree:
+        path = np.arange(token, token + own)
+        paths.append(np.concatenate([paths[trunk][:shared], path]) if shared else path)
+        token += own
+    gather = np.concatenate(paths)
+    shared = np.array([segment.shared for segment in tree])
+    keys = np.array([len(path) for path in paths])
+    is_own = np.arange(len(gather)) - np.repeat(np.cumsum(keys) - keys, keys) >= np.repeat(shared, keys)
+    again = np.flatnonzero(~is_own)
+    again = again[np.argsort(gather[again], kind="stable")]
+    shared_tokens, row, count = np.unique(gather[again], return_inverse=True, return_counts=True)
+    reading = np.arange(len(again)) - np.repeat(np.cumsum(count) - count, count)
+    further = [reading == number for number in range(max(count, default=0))]
+    starts = [np.cumsum([0, *(segment.tokens for segment in tree)]), np.cumsum([0, *keys])]
+    indices = [gather, np.flatnonzero(is_own), shared_tokens]
+    indices += [part[at] for at in further for part in (row, again)]
+    query_starts, key_starts, gather_K, first_N, shared_M, *pairs = _to_device([*starts, *indices], device)
     return KernelLayout(
-        query_starts.int(), key_starts.int(), max(queries), max(keys),
-        gather_K if prompt else None, first_N, prompt_M, again_M,
+        query_starts.int(), key_starts.int(), max(segment.tokens for segment in tree), int(keys.max()),
+        gather_K if len(again) else None, first_N, shared_M, tuple(zip(pairs[::2], pairs[1::2], strict=True)),
     )  # fmt: skip
 
 
@@ -102,9 +101,9 @@ def _to_device(arrays: Sequence[np.ndarray], device: torch.device | str) -> tupl
 
 
 class _Gather(torch.autograd.Function):
-    """Keys as stored [N, H, D] -> gathered keys [K, H, D]; backward adds up the two readings of a prompt.
+    """Keys as stored [N, H, D] -> gathered keys [K, H, D]; backward adds up all readings of a token.
 
-    The gradient of index_select would do so with atomic additions, slow in half precision.
+    The gradient of index_select would do so with atomic additions, slow in half precision, in any order.
     """
 
     @staticmethod
@@ -118,8 +117,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad_KHD: Tensor) -> tuple[Tensor, None]:
         layout: KernelLayout = ctx.layout
         grad_NHD = grad_KHD.index_select(0, layout.first_N)
-        both_MHD = grad_NHD.index_select(0, layout.prompt_M) + grad_KHD.index_select(0, layout.again_M)
-        return grad_NHD.index_copy_(0, layout.prompt_M, both_MHD), None
+        precise = torch.promote_types(grad_KHD.dtype, torch.float32)
+        sum_MHD = grad_NHD.index_select(0, layout.shared_M).to(precise)
+        for row, again in layout.again:
+            sum_MHD.index_add_(0, row, grad_KHD.index_select(0, again).to(precise))
+        return grad_NHD.index_copy_(0, layout.shared_M, sum_MHD.to(grad_KHD.dtype)), None
 
 
 def gather_keys(stored_NHD: Tensor, layout: KernelLayout) -> Tensor:

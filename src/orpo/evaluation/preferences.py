@@ -119,9 +119,7 @@ def score_pairs(
     progress: Callable[[int], None] | None = None,
 ) -> PairScores:
     """The scores of every pair, in the order of `pairs`, on the CPU. Arguments as for `evaluate_pairs`."""
-    both_sides = BatchSettings(
-        settings.objective, settings.layout, settings.tokens_per_micro_batch, score_rejected=True
-    )
+    both_sides = replace(settings, score_rejected=True)
     steps = StepDataset(pairs, both_sides, pairs_per_step=batch_size, shuffle=False)  # type: ignore[arg-type]
     training = model.training
     scores = score(
@@ -305,7 +303,8 @@ def _batch_settings(
     )
     device = next(model.parameters()).device
     budget = settings.tokens_per_micro_batch or default_tokens_per_micro_batch(model, device, trains=False)
-    return BatchSettings(objective, prepared.layout, budget), [*lines, *prepared.notices]
+    shares = prepared.share_from
+    return BatchSettings(objective, prepared.layout, budget, share_from=shares), [*lines, *prepared.notices]
 
 
 def _counting(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:

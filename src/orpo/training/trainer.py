@@ -39,7 +39,7 @@ from transformers.trainer_utils import (
 )
 
 from orpo.console import LongWork, say
-from orpo.data.dataset import TokenizedDataset
+from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
 from orpo.data.stages import following
 from orpo.data.token_ids import check_token_ids
@@ -337,10 +337,11 @@ class ORPOTrainer(InterruptibleTrainer):
     # ------------------------------------------------------------------------------------ data
 
     def _batch_settings(self, *, evaluating: bool) -> BatchSettings:
-        layout = self._preparation().layout
+        prepared = self._preparation()
         return BatchSettings(
             objective=self.objective,
-            layout=layout,
+            layout=prepared.layout,
+            share_from=prepared.share_from,
             tokens_per_micro_batch=self._tokens_per_micro_batch,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,
@@ -370,6 +371,7 @@ class ORPOTrainer(InterruptibleTrainer):
                 pairs_per_step=self.pairs_per_step,
                 seed=seed,
                 drop_last=self.args.dataloader_drop_last,
+                prompts=prompt_index(self.train_dataset),
             )
         return step_loader(
             steps,
