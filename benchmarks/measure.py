@@ -67,7 +67,7 @@ def train(
     """
     make = functools.partial(
         _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective,
-        in_backward=in_backward,
+        **({"optimizer_in_backward": True, "max_grad_norm": 0.0} if in_backward else {}),
     )  # fmt: skip
     make(TINY.build(), make_pairs("9/5/4", TINY.vocab, 4), 2).train()
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, pairs)
@@ -311,22 +311,20 @@ def _build(shape: str) -> PreTrainedModel:
 
 def _trainer(
     side: str, model: PreTrainedModel, pairs: list[TokenizedPair], per_step: int, dtype: str,
-    checkpointing: bool, order: str, objective: str = "orpo", in_backward: bool = False,
+    checkpointing: bool, order: str, objective: str = "orpo", **settings: Any,
 ) -> Any:  # fmt: skip
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="bench-"), "per_device_train_batch_size": per_step,
         "num_train_epochs": 1, "learning_rate": 1e-6, "max_length": 4096, "use_cpu": True,
         "bf16": dtype == "bf16", "gradient_checkpointing": checkpointing, "logging_steps": 10,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 0,
-    } | ({} if objective == "sft" else {"beta": BETA})  # fmt: skip
+    } | ({} if objective == "sft" else {"beta": BETA}) | settings  # fmt: skip
     tokenizer = number_tokenizer(model.config.vocab_size)
     if side == "ours":
         from orpo.data.dataset import TokenizedDataset
         from orpo.training.trainer import ORPOConfig, ORPOTrainer
 
         data = TokenizedDataset.from_pairs(pairs)
-        if in_backward:
-            common |= {"optimizer_in_backward": True, "max_grad_norm": 0.0}
         args = ORPOConfig(**common, eval_split=0.0, objective=objective)
         return ORPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     if order == "grouped":
