@@ -78,7 +78,12 @@ def stepping_in_backward(optimizer: Any, norms: Norms) -> Iterator[None]:
         optimizer: Takes one weight at a time: what it does to a weight depends on no other.
         norms: Filled in, weight by weight.
     """
-    groups = {weight: group for group in optimizer.param_groups for weight in group["params"]}
+    groups = {
+        weight: group
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if weight.requires_grad
+    }
 
     def step(weight: Tensor) -> None:
         if weight in norms:
@@ -111,4 +116,6 @@ def gradient_norm(model: nn.Module, norms: Norms) -> Tensor:
         if weight.grad is not None
     }
     found = norms | left
-    return torch.linalg.vector_norm(torch.stack([found[one] for one in model.parameters() if one in found]))
+    norms_of_weights = [found[weight] for weight in model.parameters() if weight in found]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms_of_weights))
+    return whole
