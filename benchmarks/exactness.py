@@ -42,7 +42,7 @@ CASES = {
     for lora in (False, True)
 }
 SECONDS = 60
-"""A family gets so long for a case; towers of full size do not."""
+"""CPU time that a family has for a case; towers of full size need more."""
 SLACK = {torch.float32: (2e-5, 2e-3), torch.bfloat16: (2e-2, 5e-2)}
 """How much larger the relative errors of loss and whole gradient may be than those of the plain model in the
 same precision, both against the plain model in float32."""
@@ -104,14 +104,14 @@ def measure(families: list[str], results: dict[str, dict[str, str]], again: bool
     def stop(*_: object) -> None:
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGPROF, stop)
     for family in families:
         done = {} if again else results.setdefault(family, {})
         results[family] = done
         for name, (dtype, lora) in CASES.items():
             if name in done:
                 continue
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 done[name] = run_case(family, dtype, lora)
             except BaseException as error:
@@ -119,7 +119,7 @@ def measure(families: list[str], results: dict[str, dict[str, str]], again: bool
                     raise
                 done[name] = f"error: {type(error).__name__}: {str(error).splitlines()[:1]}"
             finally:
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
             if done[name].startswith("not built") or "TimeoutError" in done[name]:
                 done |= dict.fromkeys(CASES, done[name])
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
