@@ -57,15 +57,18 @@ def main() -> None:
 def train(
     side: str, shape: str, data: str, pairs: int, per_step: int, dtype: str = "fp32",
     checkpointing: bool = False, order: str = "random", objective: str = "orpo", apart: bool = False,
+    in_backward: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging.
 
-    With `apart`, ours has pairs share nothing with each other, as before it knew how. The memory of TRL's
-    reference model, which is there before training, counts as part of the peak.
+    With `apart`, ours has pairs share nothing with each other, as before it knew how. With `in_backward`, its
+    AdamW steps in the backward pass, without clipping. The memory of TRL's reference model, which is there
+    before training, counts as part of the peak.
     """
     make = functools.partial(
-        _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective
-    )
+        _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective,
+        **({"optimizer_in_backward": True, "max_grad_norm": 0.0} if in_backward else {}),
+    )  # fmt: skip
     make(TINY.build(), make_pairs("9/5/4", TINY.vocab, 4), 2).train()
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, pairs)
     trainer = make(model, workload, per_step)

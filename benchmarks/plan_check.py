@@ -74,6 +74,10 @@ CASES = {
     "checkpointing": Case(llama(384, 6, 32000), "uf", {"gradient_checkpointing": True}),
     "large vocabulary": Case(llama(256, 6, 151936, tied=True), "uf", {}),
     "OPT-125M": Case(OPTConfig(dropout=0.0, pad_token_id=1, eos_token_id=2), "uf", {}),
+    "OPT-125M, step in backward": Case(
+        OPTConfig(dropout=0.0, pad_token_id=1, eos_token_id=2), "hh",
+        {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0.0},
+    ),
     "mixture": Case(
         MixtralConfig(
             vocab_size=32000, hidden_size=256, num_hidden_layers=4, intermediate_size=512,

@@ -11,6 +11,7 @@ from orpo.engine.packing import pair_segments
 from orpo.engine.segments import Segments
 
 HEADS, SIZE = 4, 8
+SINKS = torch.tensor([-2.0, 0.3, 1.5, 9.0], dtype=torch.float64).requires_grad_()
 OPTIONS = {
     "plain": {},
     "scale": {"scale": 0.3},
@@ -19,6 +20,9 @@ OPTIONS = {
     "window longer than the micro-batch": {"window": 100},
     "softcap": {"softcap": 0.7},
     "softcap, scale and window": {"softcap": 0.7, "scale": 0.5, "window": 3},
+    "sinks": {"sinks_H": SINKS},
+    "sinks, scale and window": {"sinks_H": SINKS, "scale": 0.5, "window": 3},
+    "sinks and softcap": {"sinks_H": SINKS, "softcap": 0.7},
 }
 
 
@@ -31,14 +35,18 @@ def visible(tree, window=None):
     return seen
 
 
-def dense_attention(query, key, value, tree, *, scale=None, window=None, softcap=None):
+def dense_attention(query, key, value, tree, *, scale=None, window=None, softcap=None, sinks_H=None):
+    """As the eager attention of transformers' gpt_oss has it: the sinks are one column more, then dropped."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     score = query @ key.transpose(2, 3) * (SIZE**-0.5 if scale is None else scale)
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
     score = score.masked_fill(~visible(tree, window), float("-inf"))
-    return (score.softmax(-1) @ value).transpose(1, 2)
+    if sinks_H is not None:
+        sinks = sinks_H.to(score.dtype).reshape(1, -1, 1, 1).expand(-1, -1, score.shape[2], -1)
+        score = torch.cat([score, sinks], -1)
+    return (score.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
 def heads(num_tokens, num_key_heads=HEADS, dtype=torch.float64, seed=0):
@@ -54,6 +62,7 @@ def assert_same_attention(tree, num_key_heads, options):
     ours = attend(*inputs, Segments(tree), **options)
     dense = dense_attention(*inputs, tree, **options)
     torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
+    inputs += [options["sinks_H"]] if "sinks_H" in options else []
     upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=ours.dtype)
     for mine, theirs in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(dense, inputs, upstream), strict=True

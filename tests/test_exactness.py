@@ -70,7 +70,8 @@ def assert_exact(plain, pairs, tolerance=2e-5, **settings):
 
 
 SHARE = ["llama", "qwen3_moe", "deepseek_v3", "gemma3_text", "gpt2", "hyperclovax", "phi3"]
-FALL_BACK = ["jamba", "minimax", "zamba2", "bamba", "falcon_h1", "olmo_hybrid", "phimoe", "gpt_oss"]
+SHARE += ["gpt_oss", "granite_swa", "mimo_v2_flash", "flint"]  # with sinks, in all layers or in some
+FALL_BACK = ["jamba", "minimax", "zamba2", "bamba", "falcon_h1", "olmo_hybrid", "phimoe"]
 
 
 @pytest.mark.parametrize("family", [*SHARE, *FALL_BACK])

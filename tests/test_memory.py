@@ -48,6 +48,8 @@ def test_half_of_what_gradients_and_moments_leave_goes_to_the_micro_batch(monkey
     assert budget(monkeypatch, model, states(model) + 2 * 4095 * each) == 3840  # a multiple of 256
     smaller = states(model) - 6 * sum(weight.numel() for weight in model.parameters())
     assert budget(monkeypatch, model, smaller + 2 * 4096.5 * each, optim="adamw_8bit") == 4096
+    freed = states(model) - 4 * sum(weight.numel() for weight in model.parameters())
+    assert budget(monkeypatch, model, freed + 2 * 4096.5 * each, in_backward=True) == 4096
     model.to(torch.bfloat16)
     assert per_token(model) < 0.7 * each
 

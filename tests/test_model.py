@@ -1,6 +1,7 @@
 """A prepared model scores packed pairs as it would score each response alone, and is otherwise unchanged."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -519,9 +520,14 @@ def test_the_probe_is_longer_than_the_sliding_window():
     assert prepare_model(model).layout == "padded"
 
 
-@pytest.mark.parametrize(("name", "reason"), [("GptOss", "needs s_aux"), ("GPTJ", "cannot be replaced")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("Llama", "needs position_bias"), ("GPTJ", "cannot be replaced")]
+)
 def test_without_a_probe_attention_that_we_do_not_know_is_refused_in_the_first_pass(name, reason):
     model = prepared(tiny_models.build(name))
+    if name == "Llama":
+        attention = model.model.layers[0].self_attn
+        attention.forward = functools.partial(attention.forward, position_bias=torch.zeros(1))
     with pytest.raises(ModelError, match=reason):
         model(batch=pack(PAIRS, OBJECTIVE))
 

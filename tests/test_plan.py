@@ -22,7 +22,7 @@ from orpo.engine.packing import pack
 from orpo.errors import ConfigError, ModelError
 from orpo.pairs import TokenizedPair
 from orpo.plan import plan as planning
-from orpo.plan.advice import cheapest_changes
+from orpo.plan.advice import _tried, cheapest_changes
 from orpo.plan.lengths import PairLengths, drawn_lengths, read_lengths
 from orpo.plan.lines import plan_json, plan_lines
 from orpo.plan.machine import GPUS, cluster
@@ -212,6 +212,13 @@ def test_peaks_of_a_step():
     assert alone.head == 4 * (256 * 32000 + 2000 * 4096) + matrix
     tied = memory_of(replace(model, tied=True), setup(), 100)
     assert tied.peak == 4 * weights + matrix
+    freed = setup(in_backward=True)
+    alone = memory_of(model, freed, 100)
+    assert alone.gradients == matrix and alone.peak == 3 * weights + head, (
+        "the head's peak, then one gradient"
+    )
+    assert memory_of(replace(model, tied=True), freed, 9).peak == 3 * weights + 2 * matrix
+    assert memory_of(model, freed, 100, later=90) == several, "micro-batches before leave their gradients"
     kept = replace(model, footprint=Footprint(32e6, 32, 1e5, 1e5))
     plain, checked = (memory_of(kept, setup(checkpointing=c), 100).activations for c in (False, True))
     assert plain == pytest.approx(100 * (32e6 + 3.3e5)) and checked == pytest.approx(
@@ -339,6 +346,24 @@ def test_advice_makes_a_run_fit_and_is_the_cheapest(on_paper):
     wider, adapter = cheapest_changes(FULL, alone)
     assert wider.plan.cluster.ranks == 8 and "--gpus 8 --nodes 1" in wider.words
     assert "--use_peft" in adapter.words and not adapter.same_model
+
+
+def test_a_step_within_the_backward_is_planned_and_advised_for_one_process(on_paper):
+    one = FULL | {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "bf16": False}
+    plan = plan_of(one, "h200-141")
+    freed = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
+    ours = plan_of(one | freed, "h200-141")
+    assert ours.micro_batches == 1 and ours.memory.peak < plan.memory.peak - 0.8 * plan.memory.gradients
+    assert ours.budget > plan.budget, "the memory of gradients is there for tokens"
+    with pytest.raises(ConfigError, match="optimizer_in_backward: 8 processes"):
+        plan_of(one | freed, "h100-80", 8)
+    tried = {change.words: change for change in _tried(one, plan)}
+    clipped = tried["--optimizer_in_backward --max_grad_norm 0"]
+    assert clipped.plan.setup.in_backward and not clipped.same_model
+    unclipped = {change.words: change for change in _tried(one | {"max_grad_norm": 0.0}, plan)}
+    assert unclipped["--optimizer_in_backward"].same_model
+    wider = [words for words in (c.words for c in _tried(one | freed, ours)) if words.startswith("--gpus")]
+    assert wider and all("--optimizer_in_backward false" in words for words in wider)
 
 
 def test_deepspeed_settings_say_what_is_cut(on_paper, tmp_path):

@@ -149,7 +149,11 @@ def test_a_row_by_the_kernel_equals_a_dense_mask(function, tree, num_key_heads, 
     assert_same(attended, dense_attention(*inputs, tree, **options), inputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 0.5}, {"scale": 0.2, "window": 200}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 5}, {"softcap": 0.5}, {"scale": 0.2, "window": 200}, {"sinks_H": torch.arange(4.0)}],
+    ids=str,
+)
 def test_attend_is_the_same_by_kernel_and_by_segment(monkeypatch, options):
     inputs = heads(MIXED, 2)
     by_segment, by_kernel = Segments(MIXED), Segments(MIXED)
@@ -157,7 +161,7 @@ def test_attend_is_the_same_by_kernel_and_by_segment(monkeypatch, options):
     monkeypatch.setattr(attention, "KERNEL", anywhere(torch_2_12))
     assert_same(attend(*inputs, by_kernel, **options), expected, inputs)
     assert by_segment.backend == "segments"
-    assert ("varlen_attn" in by_kernel.backend) == ("softcap" not in options)
+    assert ("varlen_attn" in by_kernel.backend) == options.keys().isdisjoint({"softcap", "sinks_H"})
 
 
 def test_the_output_of_the_kernel_is_contiguous():
@@ -218,6 +222,7 @@ def test_the_installed_torch_takes_the_arguments_it_is_given(num_key_heads):
         (Case(torch.device("cuda"), torch.bfloat16, 4, 4, 192, 128), "differ in size"),
         (Case(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64, softcap=True), "softcap"),
         (Case(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64, dropout=True), "dropout"),
+        (Case(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64, sinks=True), "sinks"),
     ],
 )
 def test_the_kernel_refuses_what_it_cannot_do(case, reason):

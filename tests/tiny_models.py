@@ -72,6 +72,7 @@ SHARING = {
     "StableLm": {},
     "SmolLM3": {},
     "Glm4": {"head_dim": 8},
+    "GptOss": {**_MIXTURE, "head_dim": 8, "sliding_window": WINDOW},
 }
 """Architectures whose micro-batches share prompts exactly."""
 
@@ -80,7 +81,6 @@ FALLING_BACK = {
     "GPTJ": {**_GPT, "rotary_dim": 4},
     "Falcon": {},
     "Bloom": {"n_layer": 2, "n_head": 4},
-    "GptOss": {**_MIXTURE, "head_dim": 8, "sliding_window": WINDOW},
 }
 """Architectures that cannot follow a packed micro-batch."""
 

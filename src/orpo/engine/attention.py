@@ -3,8 +3,8 @@
 The kernel is torch's own (varlen.py). Before a layer may use it, it solves a small known problem and is
 compared with segments in float64: GPUs and builds differ in what they support, versions in their arguments,
 and kernels of this kind have differed in how they align queries with keys. What it does not serve goes by
-segments (segments.py): everything without a GPU, float32, soft-capped scores, dropout, heads over 256 or of
-two sizes.
+segments (segments.py): everything without a GPU, float32, soft-capped scores, sinks, dropout, heads over 256
+or of two sizes.
 
 Shape suffixes: H = heads, N = tokens of a micro-batch, D = size of a head.
 """
@@ -26,7 +26,7 @@ from orpo.errors import first_line
 KERNEL = VarlenKernel()
 
 
-def attend(
+def attend(  # noqa: PLR0913 - all that a layer may ask
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -36,6 +36,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of a micro-batch.
 
@@ -48,16 +49,17 @@ def attend(
         window: Sliding window in tokens, a query's own included; None for none.
         softcap: Scores become softcap * tanh(score / softcap).
         dropout: Probability of dropping an attention weight.
+        sinks_H: A score for each head that takes a share of the weights and adds nothing to the output.
 
     Returns:
         [1, N, H, D], contiguous.
     """
     if window is not None and window >= segments.longest():
         window = None
-    options = Options(scale, window, softcap, dropout)
+    options = Options(scale, window, softcap, dropout, sinks_H)
     case = Case(
         query.device, compute_dtype(query.device, query.dtype), query.shape[1], key.shape[1], query.shape[3],
-        value.shape[3], window is not None, softcap is not None, dropout > 0,
+        value.shape[3], window is not None, softcap is not None, dropout > 0, sinks_H is not None,
     )  # fmt: skip
     if not _serves(KERNEL, case):
         return attend_segments(query, key, value, segments, options)

@@ -36,6 +36,7 @@ def default_tokens_per_micro_batch(
     checkpointing: bool = False,
     num_shards: int = 1,
     optim: str = "adamw_torch",
+    in_backward: bool = False,
 ) -> int:
     """Token budget of a micro-batch: what half of the memory left by gradients and moments has room for.
 
@@ -46,13 +47,15 @@ def default_tokens_per_micro_batch(
         checkpointing: Whether layers keep their inputs only.
         num_shards: Over how many devices weights and optimizer are yet to be cut.
         optim: Name of the optimizer.
+        in_backward: Whether it frees each gradient in the backward pass; a step that is one micro-batch then
+            holds none, and the other half of the memory is there for those of one that is not.
 
     Returns:
         A multiple of 256, at least 1024; at most 65536 on a CUDA device and 2048 elsewhere.
     """
     footprint = footprint_of(model)
     states = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) * trains
-    to_come = (GRADIENT_BYTES + optimizer_bytes(optim)) * states
+    to_come = (GRADIENT_BYTES * (not in_backward) + optimizer_bytes(optim)) * states
     if num_shards > 1:
         to_come = (to_come + sum(weight.nbytes for weight in model.parameters())) / num_shards
     room = free_memory(device) - to_come - footprint.whatever_tokens(checkpointing=checkpointing) * trains

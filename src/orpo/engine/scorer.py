@@ -324,6 +324,7 @@ def _segments_attention_forward(  # noqa: PLR0913 - the signature transformers c
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form transformers calls it: [1, H, N, D] in, [1, N, H, D] out."""
@@ -336,8 +337,9 @@ def _segments_attention_forward(  # noqa: PLR0913 - the signature transformers c
     segments.num_calls += 1
     segments.windows.add(sliding_window)
     output = attend(
-        query, key, value, segments, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout
-    )
+        query, key, value, segments,
+        scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout, sinks_H=s_aux,
+    )  # fmt: skip
     return output, None
 
 

@@ -89,12 +89,15 @@ class Options(NamedTuple):
         window: Sliding window in tokens, a query's own included; None for none.
         softcap: Scores become softcap * tanh(score / softcap); None for none.
         dropout: Probability of dropping an attention weight.
+        sinks_H: A score for each head that takes its share of the weights and adds nothing to the output;
+            None for none.
     """
 
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+    sinks_H: Tensor | None = None
 
 
 def attend_segments(
@@ -119,8 +122,8 @@ def _attend_segment(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
 ) -> Tensor:
     """One causal segment. [1, H, Q, D] over [1, H / groups, K, D] -> [1, H, Q, D]."""
-    scale, _, softcap, dropout = options
-    if softcap is None:
+    scale, _, softcap, dropout, sinks_H = options
+    if softcap is None and sinks_H is None:
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=mask is None, scale=scale,
             enable_gqa=key.shape[1] != query.shape[1],
@@ -128,9 +131,14 @@ def _attend_segment(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     score = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    score = softcap * torch.tanh(score / softcap)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
     if mask is None:
         mask = torch.full(score.shape[2:], float("-inf"), dtype=score.dtype, device=score.device).triu_(1)
+    score = score + mask
     precise = torch.promote_types(query.dtype, torch.float32)
-    weight = (score + mask).softmax(-1, dtype=precise).to(query.dtype)
+    if sinks_H is not None:
+        sink = sinks_H.to(precise).view(1, -1, 1, 1).expand(-1, -1, score.shape[2], -1)
+        score = torch.cat([score.to(precise), sink], -1)
+    weight = score.softmax(-1, dtype=precise)[..., : key.shape[2]].to(value.dtype)
     return F.dropout(weight, dropout) @ value

@@ -62,6 +62,7 @@ class Case(NamedTuple):
     windowed: bool = False
     softcap: bool = False
     dropout: bool = False
+    sinks: bool = False
 
 
 def kernel_layout(tree: Sequence[Segment], device: torch.device | str) -> KernelLayout:
@@ -155,7 +156,11 @@ class VarlenKernel:
     def refusal(self, case: Case) -> str | None:
         """Why the kernel cannot serve the case, or None."""
         size = case.head_size
-        reasons = {"it knows no softcap": case.softcap, "it knows no dropout": case.dropout}
+        reasons = {
+            "it knows no softcap": case.softcap,
+            "it knows no dropout": case.dropout,
+            "it knows no sinks": case.sinks,
+        }
         if not self.anywhere:
             reasons |= {
                 "it needs a CUDA device": case.device.type != "cuda",

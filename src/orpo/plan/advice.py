@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from orpo.plan.lengths import PairLengths
 from orpo.plan.machine import Cluster
-from orpo.plan.plan import Plan, lay_out, make_plan
+from orpo.plan.plan import DEFAULT_OPTIMIZER, Plan, lay_out, make_plan
+from orpo.settings.config import ONE_WEIGHT_AT_A_TIME
 
 MOST_RANKS = 1024
 LEAST_BUDGET = 1024
@@ -46,7 +47,7 @@ def _tried(settings: Mapping[str, Any], plan: Plan) -> Iterator[Change]:
     for changes, words in _same_model(settings, where):
         yield Change(words, lay_out(changes, plan.model, where, lengths, on_cpu=on_cpu), True)
     yield from _more_gpus(settings, plan)
-    for changes, words in _other_model(settings):
+    for changes, words in _other_model(settings, where):
         yield Change(words, _planned(changes, where, lengths, on_cpu), False)
 
 
@@ -61,6 +62,8 @@ def _same_model(settings: Mapping[str, Any], where: Cluster) -> Iterator[tuple[d
     ]
     if not settings.get("gradient_checkpointing"):
         single.append(({"gradient_checkpointing": True}, "--gradient_checkpointing"))
+    if settings.get("max_grad_norm") == 0 and _may_step_in_backward(settings, where):
+        single.append(({"optimizer_in_backward": True}, "--optimizer_in_backward"))
     if where.ranks > 1 and not settings.get("fsdp") and not settings.get("load_in_4bit"):
         shards = {"fsdp": "full_shard auto_wrap", "deepspeed": None}
         single.append((shards, "--fsdp 'full_shard auto_wrap'"))
@@ -72,6 +75,14 @@ def _same_model(settings: Mapping[str, Any], where: Cluster) -> Iterator[tuple[d
         yield changes, " ".join(words for _, words in picked)
 
 
+def _may_step_in_backward(settings: Mapping[str, Any], where: Cluster) -> bool:
+    """Whether the optimizer can step in the backward pass, does not yet, and would free something."""
+    known = str(settings.get("optim") or DEFAULT_OPTIMIZER) in ONE_WEIGHT_AT_A_TIME
+    on_or_small = settings.get("optimizer_in_backward") or settings.get("use_peft")
+    others = settings.get("fsdp") or settings.get("deepspeed") or settings.get("fp16")
+    return where.ranks == 1 and known and not on_or_small and not others
+
+
 def _more_gpus(settings: Mapping[str, Any], plan: Plan) -> Iterator[Change]:
     """Twice as many GPUs, and so on, with weights cut over them; pairs of a step as before, if possible."""
     where = plan.cluster
@@ -79,6 +90,7 @@ def _more_gpus(settings: Mapping[str, Any], plan: Plan) -> Iterator[Change]:
         "fsdp": "full_shard auto_wrap",
         "deepspeed": None,
         "gradient_checkpointing": True,
+        "optimizer_in_backward": False,
     }
     ranks = where.ranks * 2
     while ranks <= MOST_RANKS:
@@ -89,6 +101,7 @@ def _more_gpus(settings: Mapping[str, Any], plan: Plan) -> Iterator[Change]:
         planned = lay_out(changes, plan.model, wider, plan.lengths, on_cpu=plan.setup.on_cpu)
         words = f"--gpus {gpus} --nodes {wider.nodes} --fsdp 'full_shard auto_wrap' --gradient_checkpointing"
         words += f" --per_device_train_batch_size {each}"
+        words += " --optimizer_in_backward false" if settings.get("optimizer_in_backward") else ""
         if each * ranks != plan.pairs_per_step:
             words += f" ({each * ranks} pairs a step, not {plan.pairs_per_step})"
         yield Change(words, planned, True)
@@ -97,12 +110,15 @@ def _more_gpus(settings: Mapping[str, Any], plan: Plan) -> Iterator[Change]:
         ranks *= 2
 
 
-def _other_model(settings: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Settings that train another model: another optimizer, an adapter, an adapter on quantized weights."""
+def _other_model(settings: Mapping[str, Any], where: Cluster) -> Iterator[tuple[dict[str, Any], str]]:
+    """Settings that train another model: no clipping, another optimizer, an adapter, quantized weights."""
     checked = dict(settings) | {"gradient_checkpointing": True}
     also = "" if settings.get("gradient_checkpointing") else " --gradient_checkpointing"
+    if settings.get("max_grad_norm") != 0 and _may_step_in_backward(settings, where):
+        unclipped = checked | {"optimizer_in_backward": True, "max_grad_norm": 0.0}
+        yield unclipped, f"--optimizer_in_backward --max_grad_norm 0{also}"
     eight = {"optim": "adamw_bnb_8bit"}
-    if "8bit" not in str(settings.get("optim")):
+    if "8bit" not in str(settings.get("optim")) and not settings.get("optimizer_in_backward"):
         yield checked | eight, f"--optim adamw_bnb_8bit{also}"
     if not settings.get("use_peft"):
         yield dict(settings) | {"use_peft": True}, "--use_peft (with a learning rate of 5e-5 to 2e-4)"

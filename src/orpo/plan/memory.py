@@ -31,6 +31,7 @@ class Setup:
         half: Whether training computes in bfloat16.
         logits_memory_mib: Largest chunk of logits.
         on_cpu: Whether it runs on a CPU.
+        in_backward: Whether the optimizer frees each gradient in the backward pass.
     """
 
     ranks: int
@@ -40,6 +41,7 @@ class Setup:
     half: bool
     logits_memory_mib: int
     on_cpu: bool = False
+    in_backward: bool = False
 
     @property
     def cut(self) -> int:
@@ -53,7 +55,8 @@ class Memory:
 
     Attributes:
         weights: Weights, in the precision they are held in.
-        gradients: Gradients, with the buckets they are exchanged in.
+        gradients: Gradients, with the buckets they are exchanged in; of a step that frees each in the
+            backward pass, the largest one.
         optimizer: State of the optimizer.
         activations: What the layers keep for backward, and what their backward needs.
         head: Logits and gradients of the head.
@@ -131,6 +134,8 @@ def memory_of(
     batches = [batch(num_tokens, gradients / 2 if setup.sharding == "ddp" else 0.0)]
     if later:
         batches.append(batch(later, gradients))
+    if setup.in_backward and not later:  # no micro-batch before, whose gradients would be there
+        gradients = min(gradients, matrix)
     at_end = held + gradients + matrix * ((later > 0) + model.tied)
     activations, head, _ = max(batches)
     return Memory(

@@ -19,7 +19,7 @@ from orpo.plan.machine import RESERVE_GIB, Cluster
 from orpo.plan.memory import Memory, Setup, Sharding, checkpoint_bytes, memory_of, states
 from orpo.plan.on_paper import PaperModel, paper_model
 from orpo.plan.work import Work, work_of
-from orpo.settings.config import Objective, OrpoSettings, resolve_objective
+from orpo.settings.config import Objective, OrpoSettings, check_processes, resolve_objective
 from orpo.settings.schema import known_settings
 from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations
 
@@ -126,6 +126,7 @@ def lay_out(
 ) -> Plan:
     """Plan a run of a model that is on paper already; arguments as those of `make_plan`."""
     own = OrpoSettings.from_recipe(settings)
+    check_processes(own, where.ranks)
     objective, _ = resolve_objective(own)
     get = _Settings(settings)
     setup = Setup(
@@ -136,6 +137,7 @@ def lay_out(
         half=_computes_in_bf16(settings, where),
         logits_memory_mib=own.logits_memory_mib or default_logits_memory_mib(on_cpu=on_cpu),
         on_cpu=on_cpu,
+        in_backward=own.optimizer_in_backward,
     )
     pairs_per_step = (
         int(get("per_device_train_batch_size")) * int(get("gradient_accumulation_steps")) * where.ranks
@@ -214,6 +216,7 @@ def _budget(model: PaperModel, setup: Setup, where: Cluster) -> int:
     """The tokens of a micro-batch that training would choose: engine/memory.py, with what is free there."""
     weights, gradients, state = states(model, setup)
     fixed = 0.0 if setup.cut > 1 else model.footprint.whatever_tokens(checkpointing=setup.checkpointing)
+    gradients *= not setup.in_backward
     room = where.gpu.memory_gib * GIB - weights - gradients - state - fixed
     per_token = model.footprint.per_token(checkpointing=setup.checkpointing)
     return token_budget(room, per_token, MAX_TOKENS_ON_CPU if setup.on_cpu else MAX_TOKENS)

@@ -288,6 +288,12 @@ class OrpoSettings:
         resume="free",
         evaluation=True,
     )
+    optimizer_in_backward: bool = setting(
+        False,
+        "Let the optimizer use up each gradient in the backward pass and free it: the same weights, without "
+        "memory for gradients where a step is one micro-batch. One process, max_grad_norm: 0.",
+        resume="free",
+    )
     # Watching
     early_stopping_patience: int | None = setting(
         None, "Stop after this many evaluations without improvement.", at_least=1, resume="free"
@@ -322,6 +328,10 @@ class OrpoSettings:
         return cls(**{f.name: recipe[f.name] for f in fields(OrpoSettings) if f.name in recipe})
 
 
+ONE_WEIGHT_AT_A_TIME = frozenset(
+    {"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"}
+)
+"""Values of `optim` whose optimizer does to a weight what depends on its own gradient and state alone."""
 _NO_LENGTH = "streaming: the length of the data is not known; set max_steps"
 
 OWN: dict[str, Facts] = {f.name: f.metadata["help"] for f in fields(OrpoSettings)}
@@ -539,6 +549,8 @@ def check_settings(settings: OrpoSettings) -> None:
             "quantized weights cannot be trained; add use_peft: true, or drop load_in_4bit/8bit"
         )
     _check_reference(settings)
+    if settings.optimizer_in_backward and hasattr(settings, "max_grad_norm"):
+        _check_in_backward(vars(settings))
     if settings.streaming and getattr(settings, "max_steps", 1) <= 0:
         raise ConfigError(_NO_LENGTH)
 
@@ -554,6 +566,43 @@ def _check_reference(settings: OrpoSettings) -> None:
         raise ConfigError(
             "lr_scheduler_type: reduce_lr_on_plateau needs a loss at each evaluation, and that of dpo is not"
             " known before its stage begins; choose another schedule"
+        )
+
+
+def _check_in_backward(settings: Mapping[str, Any]) -> None:
+    """What cannot be where each weight moves before the gradients of others are known."""
+    norm, optim = settings.get("max_grad_norm"), settings.get("optim")
+    optim = getattr(optim, "value", optim)
+    if norm != 0:
+        raise ConfigError(
+            f"optimizer_in_backward: max_grad_norm is {'on by default' if norm is None else norm}, and clips"
+            " by the norm of all gradients before any weight moves; set max_grad_norm: 0, or leave it out"
+        )
+    if optim is not None and optim not in ONE_WEIGHT_AT_A_TIME:
+        known = ", ".join(sorted(ONE_WEIGHT_AT_A_TIME))
+        raise ConfigError(
+            f"optimizer_in_backward: optim: {optim} is not known to take one weight at a time; {known} do"
+        )
+    reasons = {
+        "fp16": "looks for infinite gradients of all weights before any moves; bf16 does not",
+        "deepspeed": "has an optimizer step of its own; leave one of the two out",
+        "fsdp": "adds up the gradients of several processes; leave one of the two out",
+    }
+    for key, reason in reasons.items():
+        if settings.get(key):
+            raise ConfigError(f"optimizer_in_backward: {key} {reason}")
+
+
+def check_processes(settings: OrpoSettings, number: int) -> None:
+    """Check what `number` processes cannot do together.
+
+    Raises:
+        ConfigError: A setting is for one process.
+    """
+    if settings.optimizer_in_backward and number > 1:
+        raise ConfigError(
+            f"optimizer_in_backward: {number} processes add up their gradients after the backward pass; leave"
+            " it out, fsdp cuts weights and gradients over the processes"
         )
 
 
@@ -574,5 +623,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
         FACTS.get(key, Facts()).check(key, value)
     settings = OrpoSettings.from_recipe(recipe)
     check_settings(settings)
+    if settings.optimizer_in_backward:
+        _check_in_backward(recipe)
     if settings.streaming and recipe.get("max_steps", -1) <= 0:
         raise ConfigError(_NO_LENGTH)

@@ -31,6 +31,7 @@ from orpo.run.checkpoints import earlier_recipe
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
+from orpo.training.in_backward import check_in_backward
 from orpo.training.interruptible import changed
 
 
@@ -46,6 +47,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this process would train alone; "
             "set use_cpu: true, or start it with torchrun on a machine with accelerators"
         )
+    check_in_backward(args)
     args.notices = list(args.notices)
     if args.template_date is None:  # a run that resumes on another day trains on the same tokens
         before = earlier_recipe(Path(str(args.output_dir))).get("template_date")

@@ -83,6 +83,13 @@ from orpo.run.repair import put_damaged_aside
 from orpo.settings.config import Objective, Schedule, Stage, resolve_stages
 from orpo.training.arguments import ORPOConfig
 from orpo.training.cadence import number_of_steps, settle_cadence
+from orpo.training.in_backward import (
+    Norms,
+    give_back_what_is_freed,
+    gradient_norm,
+    own_optimizers,
+    stepping_in_backward,
+)
 from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
 from orpo.training.pair_log import PairLog, choosing_metric
 from orpo.training.progress import Progress, Stopwatch
@@ -135,6 +142,7 @@ class ORPOTrainer(InterruptibleTrainer):
     objective: Objective
     _prepared: tuple[nn.Module, Preparation] | None = None
     _tokens_per_micro_batch = 0
+    _moved: Norms
     _stage: Stage | None = None
     _evaluated_set: str | None = None  # its name, while an evaluation runs
     _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
@@ -212,7 +220,7 @@ class ORPOTrainer(InterruptibleTrainer):
                 model_init=model_init,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
-                optimizers=optimizers,
+                optimizers=own_optimizers(args, optimizers),
             )
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
@@ -298,6 +306,7 @@ class ORPOTrainer(InterruptibleTrainer):
                     checkpointing=bool(self.args.gradient_checkpointing),
                     num_shards=self.args.world_size if self.is_fsdp_enabled else 1,
                     optim=str(getattr(self.args.optim, "value", self.args.optim)),
+                    in_backward=self.args.optimizer_in_backward,
                 )
             )
 
@@ -497,25 +506,33 @@ class ORPOTrainer(InterruptibleTrainer):
     def _run_batches(self, model: nn.Module, step: Step) -> list[Tensor]:
         """Run all micro-batches; where one does not fit into memory, start again with each split in two."""
         self._last_step = step
+        self._moved = {}
+        if self.args.optimizer_in_backward and len(step.batches) > 1:
+            self._say_once(
+                "optimizer_in_backward: a step of several micro-batches holds its gradients until the last of"
+                f" them; tokens_per_micro_batch (now {self._tokens_per_micro_batch:,}) or fewer pairs a step"
+                " make it one"
+            )
         window = self.window.copy()
         try:
             self._last_losses: list[Tensor] = []
             self._router_loss = torch.zeros((), device=self.args.device)
             for number, batch in enumerate(step.batches):
                 last = number == len(step.batches) - 1
-                with self._syncing(model, last=last):
+                with self._syncing(model, last=last), self._stepping(last=last):
                     self._run_batch(model, batch, step.denominators, last=last)
             return self._last_losses
         except torch.OutOfMemoryError as error:
             halves = (
                 None
-                if self.args.world_size > 1
+                if self.args.world_size > 1 or self._moved
                 else split_batches(step, self._batch_settings(evaluating=False))
             )
             if halves is None:
+                back = "; some weights have moved, so go back to the last checkpoint" if self._moved else ""
                 raise RunError(
                     f"step {self.state.global_step + 1}: out of memory ({first_line(error)});"
-                    " lower tokens_per_micro_batch or max_length, or set gradient_checkpointing: true"
+                    f" lower tokens_per_micro_batch or max_length, or set gradient_checkpointing: true{back}"
                 ) from error
         # Gradients of micro-batches that did fit, or of half a backward, are dropped with everything else.
         self.window = window
@@ -536,7 +553,7 @@ class ORPOTrainer(InterruptibleTrainer):
             batch = batch.to(self.args.device, non_blocking=True)
             output = model(batch=batch, denominators=denominators)
         self._last_losses.append(output.loss.detach())
-        if last and self._uses_deepspeed:  # its optimizer steps within the last backward
+        if last and self._steps_in_backward:
             finite = torch.isfinite(torch.stack(self._last_losses)).all()
             self._check_finite(self._reduce(finite.float()) == self.args.world_size)
         # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
@@ -552,6 +569,17 @@ class ORPOTrainer(InterruptibleTrainer):
     def _uses_deepspeed(self) -> bool:
         return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
+    @property
+    def _steps_in_backward(self) -> bool:
+        """Whether weights move within the last backward pass of a step, so that a check after it is late."""
+        return self._uses_deepspeed or self.args.optimizer_in_backward
+
+    def _stepping(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Let weights move in the backward pass of a step's last micro-batch, where that is asked for."""
+        if not (last and self.args.optimizer_in_backward):
+            return contextlib.nullcontext()
+        return stepping_in_backward(self.optimizer, self._moved)
+
     @contextlib.contextmanager
     def _syncing(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """Let ranks exchange gradients in the last micro-batch of a step only, unless weights are sharded.
@@ -565,14 +593,14 @@ class ORPOTrainer(InterruptibleTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm; stops where it, or the loss, is not finite, before the optimizer moves."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(model, gradient_norm(model, self._moved) if self._moved else grad_norm)
         finite = torch.isfinite(torch.stack(self._last_losses)).all()
         skips_by_itself = self.accelerator.scaler is not None  # float16 begins with infinite gradients
         if norm is not None and not skips_by_itself:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
-        # DeepSpeed has taken its step: the losses were checked before it, the gradient could not be.
-        self._check_finite(finite, norm, after_the_step=self._uses_deepspeed)
+        # A step within the backward is taken: the losses were checked before it, the gradient could not be.
+        self._check_finite(finite, norm, after_the_step=self._steps_in_backward)
         return norm
 
     def _check_finite(self, finite: Tensor, norm: Any = None, *, after_the_step: bool = False) -> None:
@@ -785,6 +813,8 @@ class ORPOTrainer(InterruptibleTrainer):
         self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
         self.stopped_by = None
+        if self.args.optimizer_in_backward and self.args.device.type == "cpu":
+            give_back_what_is_freed()
         set_seed(self.args.seed)  # nothing done before, an evaluation or another run, may change this one
         settings: dict[str, Any] = {}
         state: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint)
