@@ -18,7 +18,7 @@ ones, P = pairs.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -143,11 +143,13 @@ class PackedBatch:
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
-        named = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {
+            name: change(value) for name in _TENSORS if (value := getattr(self, name)) is not None
+        }
         distinct = self.distinct
         if distinct is not None:
             distinct = replace(distinct, first_U=change(distinct.first_U), of_T=change(distinct.of_T))
-        return replace(self, **{name: change(value) for name, value in named.items()}, distinct=distinct)
+        return replace(self, **changed, distinct=distinct)
 
 
 _TENSORS = (

@@ -106,13 +106,13 @@ def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: B
     """
     with_rejected = runs_rejected(settings.objective, settings.score_rejected)
     lengths = np.array([(len(p.prompt), len(p.chosen), with_rejected * len(p.rejected)) for p in pairs])
-    shares = settings.layout == "shared" and settings.share_from is not None
+    share_from = settings.share_from if settings.layout == "shared" else None
     plan = plan_step(
         lengths,
         num_ranks=settings.num_ranks,
         tokens_per_micro_batch=settings.tokens_per_micro_batch,
         layout=settings.layout,
-        sharing=find_sharing(pairs, settings.share_from) if shares else None,
+        sharing=None if share_from is None else find_sharing(pairs, share_from),
     )
     batches, batch_pairs = [], []
     for planned in plan[settings.rank]:

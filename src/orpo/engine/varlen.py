@@ -69,9 +69,9 @@ def kernel_layout(tree: Sequence[Segment], device: torch.device | str) -> Kernel
     """Lay out the attention of a micro-batch with these segments, which together have at least one token."""
     paths: list[np.ndarray] = []
     token = 0
-    for own, trunk, shared in tree:
+    for own, trunk, beginning in tree:
         path = np.arange(token, token + own)
-        paths.append(np.concatenate([paths[trunk][:shared], path]) if shared else path)
+        paths.append(np.concatenate([paths[trunk][:beginning], path]) if beginning else path)
         token += own
     gather = np.concatenate(paths)
     shared = np.array([segment.shared for segment in tree])
