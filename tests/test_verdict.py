@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -22,6 +23,7 @@ from orpo.engine.head import Denominators, pair_scores
 from orpo.engine.head import _loss as plain_loss
 from orpo.engine.metrics import MetricWindow
 from orpo.engine.packing import pack
+from orpo.engine.precision import bfloat16_gain
 from orpo.errors import DataError
 from orpo.evaluation.per_pair import PairResults, matched, read_results, write_results
 from orpo.evaluation.statistics import clustered_mean, critical, pairs_needed, visible
@@ -32,6 +34,7 @@ from orpo.run.directory import RunDirectory, read_run
 from orpo.settings.config import Objective
 from orpo.training.cadence import MOST, SHARE, evaluations
 from orpo.training.cautions import cautions
+from orpo.training.preflight import precision_summary
 from orpo.training.progress import Pace, times_left
 
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -486,3 +489,17 @@ def test_the_time_left_includes_evaluations(strategy, every):
 class _Epochs:
     def __init__(self, number: float):
         self.num_train_epochs = number
+
+
+def test_a_run_says_where_bfloat16_would_be_faster():
+    on_cpu = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
+    assert precision_summary(on_cpu, 1.9) == "float32"
+    assert precision_summary(on_cpu, 3.14).endswith("multiplies bfloat16 3.1x as fast: bf16: true")
+    assert (
+        precision_summary(SimpleNamespace(bf16=True, fp16=False, device=on_cpu.device), 3.0)
+        == "bfloat16 autocast"
+    )
+    assert (
+        precision_summary(SimpleNamespace(bf16=False, fp16=False, device=torch.device("cuda"))) == "float32"
+    )
+    assert 0.01 < bfloat16_gain(64) < 100

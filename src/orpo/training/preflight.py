@@ -11,6 +11,7 @@ import torch
 from transformers import get_scheduler
 
 from orpo.data.dataset import TokenizedDataset
+from orpo.engine.precision import bfloat16_gain
 from orpo.errors import ConfigError, raised_as
 from orpo.run.directory import RunDirectory
 from orpo.run.finished import unfinished_because
@@ -18,6 +19,9 @@ from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
 from orpo.training.resuming import check_changes, is_in_use
 from orpo.training.trainer import ORPOTrainer
+
+WORTH_SAYING = 2.0
+"""How many times as fast bfloat16 products must be: what autocast converts costs time too."""
 
 
 def is_finished(config: ORPOConfig) -> bool:
@@ -60,15 +64,30 @@ def check_optimization(trainer: ORPOTrainer) -> None:
 def summary(trainer: ORPOTrainer) -> list[str]:
     """What is about to be trained, on what, and for how long; a line each."""
     config: Any = trainer.args
-    precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "float32"
     return [
         f"model      {_model_summary(trainer)}",
         *_data_summary(trainer),
         *_objective_summary(trainer),
         f"steps      {_steps_summary(trainer)}",
-        f"machine    {config.world_size} x {config.device.type}, {precision}",
+        f"machine    {config.world_size} x {config.device.type}, {precision_summary(config)}",
         f"output     {config.output_dir}",
     ]
+
+
+def precision_summary(config: Any, gain: float | None = None) -> str:
+    """What is computed in, and whether a CPU would be faster in bfloat16.
+
+    Args:
+        config: Of the run.
+        gain: How many times as fast bfloat16 is here; None: it is measured, on a CPU.
+    """
+    if config.bf16 or config.fp16:
+        return "bfloat16 autocast" if config.bf16 else "float16 autocast"
+    if gain is None:
+        gain = bfloat16_gain() if config.device.type == "cpu" else 0.0
+    if gain < WORTH_SAYING:
+        return "float32"
+    return f"float32; this processor multiplies bfloat16 {gain:.1f}x as fast: bf16: true"
 
 
 def _objective_summary(trainer: ORPOTrainer) -> Iterator[str]:
