@@ -15,7 +15,7 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def bfloat16_gain(size: int = 512, rounds: int = 4) -> float:
-    """How many times as fast this CPU multiplies matrices of bfloat16 as of float32, by the best of some rounds.
+    """How many times as fast this CPU multiplies bfloat16 matrices as float32 ones, by the best of some rounds.
 
     Args:
         size: Lines and columns of the matrices.
