@@ -1,9 +1,9 @@
 """Measure ours against TRL 1.16 on this machine and write RESULTS.md; `--full` measures the grid.
 
 Every run is a process of its own (measure.py), one at a time, ours and TRL's taking turns. Raw numbers go to
-results.json, those of DPO and SFT to objectives.json, those of pairs that share tokens to sharing.json, after each run: a second call resumes where the first
-stopped, `--fresh` starts again. Without `--full` the cells of the project's bar are measured, then measured
-again while the time budget lasts.
+results.json, those of DPO and SFT to objectives.json, those of pairs that share tokens to sharing.json, after
+each run: a second call resumes where the first stopped, `--fresh` starts again. Without `--full` the cells of
+the project's bar are measured, then measured again while the time budget lasts.
 """
 
 import argparse
@@ -134,7 +134,7 @@ SHARED: list[tuple[Spec, bool]] = [
     for side in ({"side": "trl", "order": "random"}, {"side": "ours", "apart": True}, {"side": "ours"})
     if not (data == "hh" and (side["side"] == "trl" or not keep))
 ]
-"""Data whose pairs share something, with and without sharing it, and plain pairs, which must not pay for it."""
+"""Data whose pairs share something, with and without sharing it, and plain pairs, which must not pay."""
 
 
 def objectives(pairs: int) -> list[tuple[Spec, bool]]:

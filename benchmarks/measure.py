@@ -60,7 +60,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """A whole `train()` of one epoch: data order, collation, forward, backward, clipping, AdamW, logging.
 
-    With `apart`, ours has pairs share nothing with each other, as before it knew how. The memory of TRL's reference model, which is there before training, counts as part of the peak.
+    With `apart`, ours has pairs share nothing with each other, as before it knew how. The memory of TRL's
+    reference model, which is there before training, counts as part of the peak.
     """
     make = functools.partial(
         _trainer, side, dtype=dtype, checkpointing=checkpointing, order=order, objective=objective
@@ -307,14 +308,14 @@ def _build(shape: str) -> PreTrainedModel:
 
 def _trainer(
     side: str, model: PreTrainedModel, pairs: list[TokenizedPair], per_step: int, dtype: str,
-    checkpointing: bool, order: str, objective: str = "orpo",
+    checkpointing: bool, order: str, objective: str = "orpo", **settings: Any,
 ) -> Any:  # fmt: skip
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="bench-"), "per_device_train_batch_size": per_step,
         "num_train_epochs": 1, "learning_rate": 1e-6, "max_length": 4096, "use_cpu": True,
         "bf16": dtype == "bf16", "gradient_checkpointing": checkpointing, "logging_steps": 10,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 0,
-    } | ({} if objective == "sft" else {"beta": BETA})  # fmt: skip
+    } | ({} if objective == "sft" else {"beta": BETA}) | settings  # fmt: skip
     tokenizer = number_tokenizer(model.config.vocab_size)
     if side == "ours":
         from orpo.data.dataset import TokenizedDataset

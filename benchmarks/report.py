@@ -20,8 +20,9 @@ BARS = {
 }
 """Required speed-up over TRL in random order and length-grouped, for a whole `train()`."""
 RAW, RAW_OBJECTIVES, RAW_SHARING = "results.json", "objectives.json", "sharing.json"
-"""Raw numbers of bench.py, those of its runs of DPO and SFT, and of pairs that share tokens; each file may be
-of another machine."""
+RAW_REAL = "real_run.json"
+"""Raw numbers of bench.py, those of its runs of DPO and SFT, and of pairs that share tokens, and those of
+real_run.py; each file may be of another machine."""
 OBJECTIVE_BARS = {("dpo", "random"): 5.5, ("sft", "random"): 4.0, ("sft", "packed"): 2.0}
 """Required speed-up over TRL's DPOTrainer and SFTTrainer, for a whole `train()`."""
 MEMORY_BARS = {("dpo", "random"): 15.0, ("sft", "random"): 15.0}
@@ -106,6 +107,8 @@ def write_report(path: Path) -> None:
         lines += _objectives_table(raw)
     if (raw := _raw(path.with_name(RAW_SHARING))) is not None:
         lines += _sharing_table(raw)
+    if (raw := _raw(path.with_name(RAW_REAL))) is not None:
+        lines += _real_table(raw)
     path.write_text("\n".join(map(wrapped, lines)).rstrip() + "\n")
 
 
@@ -263,6 +266,39 @@ SHARED_NAMES = {
     "ranked": "four answers, best against each", "all ranked": "four answers, each against every worse one",
     "system": "HH-RLHF, one system prompt of 500 tokens", "hh": "HH-RLHF as it is",
 }  # fmt: skip
+
+
+def _real_table(raw: Spec) -> list[str]:
+    """A real model trained by both, one line for each pair of runs."""
+    runs = {key: found[-1] for key, found in raw["runs"].items() if found and "error" not in found[-1]}
+    specs = {tuple(sorted(json.loads(key).items())): result for key, result in runs.items()}
+    rows = []
+    for spec, ours in specs.items():
+        cell = dict(spec)
+        trl = specs.get(tuple(sorted((cell | {"side": "trl"}).items())))
+        if cell["side"] == "trl" or trl is None:
+            continue
+        both = (ours, trl)
+        accuracy = " / ".join(f"{100 * r['accuracy']:.1f} ± {100 * r['accuracy_se']:.1f}" for r in both)
+        rows.append([
+            f"{cell['data']}, {'LoRA' if cell['adapted'] == 'lora' else 'all weights'}, seed {cell['seed']}",
+            f"{100 * ours['before']:.1f}", accuracy,
+            " / ".join(f"{r['train_loss']:.3f}" for r in both), " / ".join(f"{r['cpu']:.0f}" for r in both),
+            f"**{show(ratio(trl['cpu'], ours['cpu']), '.2f', 'x')}**",
+            " / ".join(f"{r['peak_mib']:,.0f}" for r in both),
+            f"**{show(ratio(trl['peak_mib'], ours['peak_mib']), '.1f', 'x')}**",
+        ])  # fmt: skip
+    header = [
+        "pairs, what trains", "accuracy before, %", "after: ours / TRL, %", "mean training loss",
+        "CPU s", "ours is faster by", "peak MiB", "ours needs less by",
+    ]  # fmt: skip
+    tested = next(iter(specs.values()))["test_pairs"] if specs else 0
+    note = [
+        f"SmolLM2-135M-Instruct, one epoch of 96 pairs of at most 256 tokens, 8 a step, the same token ids "
+        f"on both sides, float32; accuracy on {tested} pairs that were not trained on. Peaks are of whole runs "
+        "with the allocator's defaults, above the model and AdamW's moments.", "",
+    ]  # fmt: skip
+    return ["## A real model", "", *_made_by(raw, RAW_REAL), *note, *table(header, rows), *_errors(raw)]
 
 
 def _barred(value: float | None, form: str, bar: float | None) -> str:

@@ -62,8 +62,8 @@ SYNTHETIC = {"uf": (149, 304, 304), "long": (615, 106, 104)}
 
 SYSTEM_TOKENS = 500
 SHARING = ("ranked", "all ranked", "system")
-"""Data whose pairs share something: four answers of UltraFeedback's lengths to a prompt, the best against each
-(3 pairs) or each against every worse one (6), and HH-RLHF behind one system prompt of `SYSTEM_TOKENS`."""
+"""Data whose pairs share something: four answers of UltraFeedback's lengths to a prompt, the best against
+each (3 pairs) or each against every worse one (6), and HH-RLHF behind one system prompt."""
 
 
 def make_pairs(data: str, vocab: int, num_pairs: int) -> list[TokenizedPair]:

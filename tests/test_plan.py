@@ -369,6 +369,30 @@ def test_lengths_of_real_data(tmp_path):
     assert found.tokens[-1, 1] > found.tokens[0, 1] > 0
 
 
+def test_what_pairs_share_is_planned_once(tmp_path, on_paper):
+    """Two pairs of each prompt with one best answer: the second adds its worse answer alone."""
+    model = files("orpo") / "demo" / "model"
+    rows = [
+        {"prompt": f"{n} " * 30, "chosen": f"{n} is a number." * 5, "rejected": f"{word} " * 10}
+        for n in range(100, 140)
+        for word in ("no", "none")
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    recipe = {
+        "model_name_or_path": str(model), "dataset_name": str(data), "eval_strategy": "no",
+        "per_device_train_batch_size": 16,
+    }  # fmt: skip
+    found = read_lengths(recipe)
+    expected = found.tokens[::2, :2].sum() / found.tokens.sum()
+    assert found.shared == pytest.approx(expected, abs=0.02) and found.shared > 0.3
+    alone = replace(found, shared=0.0)
+    here = cluster("h100-80", 1)
+    together, apart = (make_plan(recipe, here, lengths) for lengths in (found, alone))
+    assert together.work.training == pytest.approx((1 - found.shared) * apart.work.training)
+    assert together.hours < apart.hours
+
+
 # ------------------------------------------------------------------------------------------ the command
 
 

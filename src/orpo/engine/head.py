@@ -3,9 +3,10 @@
 Only scored tokens meet the vocabulary matrix, a chunk at a time. Once the step's denominators are known, the
 slope of the loss in each log-probability is known as soon as a chunk that holds whole pairs has its
 log-softmax, so the gradients of hidden states and vocabulary matrix are made in the same sweep: three matrix
-products per chunk, nothing recomputed. A pair that does not fit a chunk takes two sweeps, context tokens fit
-anywhere, and evaluation stops at the log-probabilities. Where pairs share answers or prompts, each
-distinct prediction is made once: its slope is the sum of those of the scored tokens that it stands for.
+products per chunk, nothing recomputed. Of pairs that do not fit a chunk, what goes beyond it is made twice,
+context tokens fit anywhere, and evaluation stops at the log-probabilities. Where pairs share answers or
+prompts, each distinct prediction is made once: its slope is the sum of those of the scored tokens that it
+stands for.
 
 Shape suffixes: N = hidden states of a micro-batch, T = scored tokens, U = distinct ones, P = pairs,
 D = hidden size, V = vocabulary size, S = sides (chosen, rejected).
@@ -56,8 +57,8 @@ class Head:
         softcap: Bound of the logits, or None.
         chunk_tokens: Scored tokens whose logits are made together; at least 1. On a CPU, few enough for its
             caches.
-        max_chunk_tokens: Most of them, for the sake of a pair longer than `chunk_tokens`; a pair longer than
-            this takes two sweeps. At least `chunk_tokens`.
+        max_chunk_tokens: Most of them, for the sake of a pair longer than `chunk_tokens`; what a pair has
+            beyond that is made twice. At least `chunk_tokens`.
     """
 
     weight_VD: Tensor
@@ -246,18 +247,18 @@ class _FusedLoss(torch.autograd.Function):
         sweep = _Sweep(hidden_ND, head, batch)
         grads = _Gradients.for_inputs(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad)
         for group in _groups(batch, len(sweep.target_U), head.chunk_tokens):
-            pieces = list(_pieces(group.distinct, head.max_chunk_tokens))
+            pieces = _last_full(group.distinct, head.max_chunk_tokens)
             chunk: _Chunk | None = None
             for piece in pieces:
                 chunk = None  # before the next is made
                 chunk = sweep.forward(piece)
             slope_U = _loss_slopes(sweep, batch, denominators, group)
-            for piece in pieces:
-                if chunk is None or len(pieces) > 1:  # a pair longer than a chunk: its logits are made again
-                    chunk = None
+            for piece in reversed(pieces):
+                if chunk is None:  # of pairs longer than a chunk: its logits are made again
                     chunk = sweep.forward(piece)
                 at = slice(piece.start - group.distinct.start, piece.stop - group.distinct.start)
                 sweep.backward(piece, chunk, slope_U[at], grads)
+                chunk = None
         ctx.grads = grads
         logprob_T = sweep.of_scored(sweep.logprob_U)
         ctx.mark_non_differentiable(logprob_T)
@@ -319,6 +320,12 @@ def _pieces(at: slice, chunk_tokens: int) -> Iterator[slice]:
     count = -(-tokens // chunk_tokens)
     for index in range(count):
         yield slice(at.start + tokens * index // count, at.start + tokens * (index + 1) // count)
+
+
+def _last_full(at: slice, chunk_tokens: int) -> list[slice]:
+    """Cut a slice into pieces of at most `chunk_tokens`, the last of them full: it need not be made again."""
+    last = max(at.start, at.stop - chunk_tokens)
+    return [*_pieces(slice(at.start, last), chunk_tokens), slice(last, at.stop)]
 
 
 @dataclass(slots=True)

@@ -37,12 +37,12 @@ class Role(IntEnum):
     REJECTED = 2
 
 
-SHARE_FROM = 32
+SHARE_FROM = 16
 """Fewest tokens of a beginning that pairs share: a segment more costs attention some time (LOG.md)."""
 
 
 class Segment(NamedTuple):
-    """Tokens in a row, which continue the path of an earlier segment.
+    """Consecutive tokens, which continue the path of an earlier segment.
 
     A path is all that the last token of a segment sees: the first `shared` tokens of its trunk's path, then
     its own. Each of its own tokens sees the path as far as itself.
@@ -305,7 +305,7 @@ class _Tree:
             trunk, shared = -1, 0
             if self._share_from is not None and self._last is not None:
                 trunk, before = self._last
-                shared = min(common(ids, before), prompt)
+                shared = min(shared_beginning(ids, before), prompt)
                 shared = shared if shared >= max(self._share_from, 1) else 0
                 self.pairs_share |= shared > 0
             place = self._keep(ids, prompt, self.add(ids, trunk, shared))
@@ -340,8 +340,8 @@ class _Tree:
         return place
 
 
-def common(ids: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two sequences begin with alike."""
+def shared_beginning(ids: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two sequences begin with that are the same."""
     length = min(len(ids), len(other))
     differ = np.flatnonzero(ids[:length] != other[:length])
     return int(differ[0]) if len(differ) else length
@@ -356,17 +356,19 @@ def find_sharing(pairs: Sequence[TokenizedPair], share_from: int) -> Sharing:
     chosen = [np.concatenate([pair.prompt, pair.chosen]).astype(">i8") for pair in pairs]
     order = sorted(range(len(pairs)), key=lambda i: chosen[i].tobytes())
     numbers: dict[tuple[int, bytes], int] = {}
-    alike, sides = [], []
+    beginnings, sides = [], []
     for place, number in enumerate(order):
         pair, prompt = pairs[number], len(pairs[number].prompt)
-        shared = min(common(chosen[number], chosen[order[place - 1]]), prompt) if place else 0
-        alike.append(shared if shared >= share_from else 0)
+        shared = 0
+        if place:
+            shared = min(shared_beginning(chosen[number], chosen[order[place - 1]]), prompt)
+        beginnings.append(shared if shared >= share_from else 0)
         rejected = np.concatenate([pair.prompt, pair.rejected]).astype(">i8")
         both = [
             numbers.setdefault((prompt, ids.tobytes()), len(numbers)) for ids in (chosen[number], rejected)
         ]
         sides.append((both[0], both[1]))
-    return Sharing(order, alike, sides)
+    return Sharing(order, beginnings, sides)
 
 
 def _pad(ids: list[np.ndarray], of_pair: list[tuple[_Side, _Side | None]]) -> _Layout:

@@ -36,12 +36,12 @@ class Sharing(NamedTuple):
 
     Attributes:
         order: The pairs, those that share one after the other.
-        alike: Tokens of the beginning that each of them shares with the one before it in that order.
+        beginnings: Tokens that each of them begins with and shares with the one before it in that order.
         sides: Numbers of the chosen and of the rejected side of each, the same for equal sides.
     """
 
     order: Sequence[int]
-    alike: Sequence[int]
+    beginnings: Sequence[int]
     sides: Sequence[tuple[int, int]]
 
 
@@ -182,6 +182,11 @@ def _units(lengths: list[list[int]], sharing: Sharing, num_ranks: int, most: int
     return sorted(units)
 
 
+def stored_tokens(lengths: np.ndarray, sharing: Sharing) -> int:
+    """Tokens that the pairs of a step take in one micro-batch, what they share once. `lengths` is [n, 3]."""
+    return sum(unit.tokens for unit in _cut(range(len(lengths)), lengths.tolist(), sharing))
+
+
 def _cut(
     places: range, lengths: list[list[int]], sharing: Sharing, most: float = float("inf")
 ) -> list[_Unit]:
@@ -194,7 +199,7 @@ def _cut(
         alone = prompt + chosen + rejected
         more = rejected if of_pair[1] not in sides else 0
         if of_pair[0] not in sides:
-            more += prompt + chosen - sharing.alike[place]
+            more += prompt + chosen - sharing.beginnings[place]
         if units and more < alone and units[-1].tokens + more <= most:
             before = units.pop()
             units.append(_Unit((*before.pairs, pair), before.tokens + more))

@@ -2,8 +2,8 @@
 
 The kernel reads flat lists of queries and keys, cut into sequences, and aligns the last query of a sequence
 with its last key. The queries of a micro-batch are already stored in the order of its segments (segments.py);
-one gather puts the keys of each segment's path in a row. What gather and kernel need is laid out once per
-micro-batch, so no layer waits for the device. When the kernel is taken: attention.py.
+one gather puts the keys of each segment's path one after the other. What gather and kernel need is laid out
+once per micro-batch, so no layer waits for the device. When the kernel is taken: attention.py.
 
 Shape suffixes: H = heads, N = tokens of a micro-batch, K = gathered keys, M = tokens that several segments
 read, D = size of a head.
@@ -78,12 +78,12 @@ def kernel_layout(tree: Sequence[Segment], device: torch.device | str) -> Kernel
     is_own = np.arange(len(gather)) - np.repeat(np.cumsum(keys) - keys, keys) >= np.repeat(shared, keys)
     again = np.flatnonzero(~is_own)
     again = again[np.argsort(gather[again], kind="stable")]
-    shared_tokens, row, count = np.unique(gather[again], return_inverse=True, return_counts=True)
+    shared_tokens, number, count = np.unique(gather[again], return_inverse=True, return_counts=True)
     reading = np.arange(len(again)) - np.repeat(np.cumsum(count) - count, count)
-    further = [reading == number for number in range(max(count, default=0))]
+    further = [reading == n for n in range(max(count, default=0))]
     starts = [np.cumsum([0, *(segment.tokens for segment in tree)]), np.cumsum([0, *keys])]
     indices = [gather, np.flatnonzero(is_own), shared_tokens]
-    indices += [part[at] for at in further for part in (row, again)]
+    indices += [part[at] for at in further for part in (number, again)]
     query_starts, key_starts, gather_K, first_N, shared_M, *pairs = _to_device([*starts, *indices], device)
     return KernelLayout(
         query_starts.int(), key_starts.int(), max(segment.tokens for segment in tree), int(keys.max()),
@@ -119,8 +119,8 @@ class _Gather(torch.autograd.Function):
         grad_NHD = grad_KHD.index_select(0, layout.first_N)
         precise = torch.promote_types(grad_KHD.dtype, torch.float32)
         sum_MHD = grad_NHD.index_select(0, layout.shared_M).to(precise)
-        for row, again in layout.again:
-            sum_MHD.index_add_(0, row, grad_KHD.index_select(0, again).to(precise))
+        for number, again in layout.again:
+            sum_MHD.index_add_(0, number, grad_KHD.index_select(0, again).to(precise))
         return grad_NHD.index_copy_(0, layout.shared_M, sum_MHD.to(grad_KHD.dtype)), None
 
 

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orpo.data.dataset import TokenizedDataset
+from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.kept import read_training_once
 from orpo.engine.loading import load_tokenizer
+from orpo.engine.packing import SHARE_FROM, find_sharing
+from orpo.engine.planning import plan_epoch, stored_tokens
 from orpo.errors import ConfigError
 from orpo.settings.config import OrpoSettings
 
 SPREAD = (0.6, 0.5, 0.5)
 """Width of the log-normal distributions of lengths where only means are known: UltraFeedback's."""
+STEPS_TRIED = 64
+"""Steps whose pairs are looked at for what they share."""
 DRAWN = 4096
 """Pairs that stand for data of which only the means are known."""
 
@@ -32,12 +36,14 @@ class PairLengths:
         num_pairs: Pairs that are trained on, which may be more.
         num_held_out: Pairs that are evaluated.
         source: Where they come from, for a line.
+        shared: Part of their tokens that the pairs of a step share with each other.
     """
 
     tokens: Int64
     num_pairs: int
     num_held_out: int
     source: str
+    shared: float = 0.0
 
 
 def read_lengths(settings: Mapping[str, Any]) -> PairLengths:
@@ -59,7 +65,20 @@ def read_lengths(settings: Mapping[str, Any]) -> PairLengths:
     if not isinstance(pairs, TokenizedDataset):
         raise ConfigError("the data has no length; write --pairs N --lengths P/C/R to plan for it")
     held_out = sum(len(one.pairs) for one in read.evals.values())
-    return PairLengths(np.asarray(pairs.lengths), len(pairs), held_out, str(own.dataset_name))
+    shared = _shared(pairs, settings)
+    return PairLengths(np.asarray(pairs.lengths), len(pairs), held_out, str(own.dataset_name), shared)
+
+
+def _shared(pairs: TokenizedDataset, settings: Mapping[str, Any]) -> float:
+    """Part of the tokens that is shared, by the first steps of one process."""
+    sizes = (settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps"))
+    per_step = int(sizes[0] or 8) * int(sizes[1] or 1)
+    alone = stored = 0
+    for step in plan_epoch(len(pairs), per_step, seed=0, epoch=0, prompts=prompt_index(pairs))[:STEPS_TRIED]:
+        some = [pairs[number] for number in step.tolist()]
+        alone += sum(map(len, some))
+        stored += stored_tokens(pairs.lengths[step], find_sharing(some, SHARE_FROM))
+    return 1 - stored / alone if alone else 0.0
 
 
 def drawn_lengths(means: str, num_pairs: int, settings: Mapping[str, Any]) -> PairLengths:

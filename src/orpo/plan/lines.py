@@ -62,8 +62,8 @@ def _work(plan: Plan) -> Iterator[str]:
     work, where = plan.work, plan.cluster
     saved = 1 - work.tokens / work.separate_tokens
     yield (
-        f"a pair     {work.tokens:,.0f} tokens, prompts read once ({saved:.0%} fewer than with each side"
-        f" apart); {work.training / 1e12:,.1f} TFLOP"
+        f"a pair     {work.tokens:,.0f} tokens, what is shared read once ({saved:.0%} fewer than with each"
+        f" side apart); {work.training / 1e12:,.1f} TFLOP"
     )
     yield (
         f"a step     {plan.micro_batches:.1f} micro-batches of at most {plan.budget:,} tokens,"

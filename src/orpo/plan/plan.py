@@ -142,7 +142,7 @@ def lay_out(
     )
     budget = own.tokens_per_micro_batch or _budget(model, setup, where)
     laid = _laid_out(lengths, objective, pairs_per_step, where.ranks, budget)
-    work = work_of(model, lengths.tokens, objective, checkpointing=setup.checkpointing)
+    work = work_of(model, lengths.tokens, objective, checkpointing=setup.checkpointing, shared=lengths.shared)
     memory = memory_of(model, setup, laid.first, later=laid.later, longest=laid.longest)
     in_epoch = math.ceil(lengths.num_pairs / pairs_per_step)
     most = int(get("max_steps"))

@@ -22,7 +22,7 @@ class Work:
     """What an average pair costs.
 
     Attributes:
-        tokens: Tokens that the layers read, the prompt's once for both sides.
+        tokens: Tokens that the layers read: the prompt's once for both sides, what pairs share once.
         separate_tokens: The same where each side brings its prompt, as in other trainers.
         scored: Tokens whose logits are made.
         forward: Operations of a forward pass.
@@ -36,7 +36,9 @@ class Work:
     training: float
 
 
-def work_of(model: PaperModel, tokens: Int64, objective: Objective, *, checkpointing: bool) -> Work:
+def work_of(
+    model: PaperModel, tokens: Int64, objective: Objective, *, checkpointing: bool, shared: float = 0.0
+) -> Work:
     """Work of an average pair.
 
     Args:
@@ -44,6 +46,7 @@ def work_of(model: PaperModel, tokens: Int64, objective: Objective, *, checkpoin
         tokens: (prompt, chosen, rejected) tokens of pairs. Shape [n, 3].
         objective: Decides which tokens are scored, and whether rejected sides are run.
         checkpointing: Whether layers are run forward twice.
+        shared: Part of the tokens that pairs share with each other.
     """
     prompt, chosen, rejected = tokens.T.astype(float)
     if objective.preference_weight == 0:
@@ -58,13 +61,9 @@ def work_of(model: PaperModel, tokens: Int64, objective: Objective, *, checkpoin
     layers = products + attention
     backward = products + trained + 2 * attention
     again = layers - 2 * model.not_again * read
-    return Work(
-        tokens=read,
-        separate_tokens=separate,
-        scored=scored,
-        forward=layers + head,
-        training=layers + checkpointing * again + backward + head * (2 + model.head_trained),
-    )
+    training = layers + checkpointing * again + backward + head * (2 + model.head_trained)
+    own = 1 - shared
+    return Work(own * read, separate, own * scored, own * (layers + head), own * training)
 
 
 def attended(model: PaperModel, prompt: object, chosen: object, rejected: object) -> float:
