@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 PYTHON_newest ?= $(PYTHON)
-PYTHON_oldest ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
+PYTHON_oldest ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || \
+	{ echo 'test-oldest: no python3.12 here, so with $(PYTHON); PYTHON_oldest=... names another' >&2; echo $(PYTHON); })
 BIN := .venv/bin
 PIP := python -m pip install --quiet --disable-pip-version-check
 INSTALL := $(BIN)/$(PIP) -c constraints.txt
