@@ -49,7 +49,8 @@ def test_the_router_on_request_and_experts_left_out():
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1", "nemotron_h"])
 def test_the_default_fits_mamba(family):
-    settings = {"layers_block_type": ["mamba", "attention", "moe", "mamba"]} if family == "nemotron_h" else {}
+    kinds = ["linear_attention", "full_attention", "moe", "linear_attention"]
+    settings = {"layers_block_type": kinds} if family == "nemotron_h" else {}
     model = adapted(family, tiny_families.build(family, **settings))
     assert any("in_proj" in name for name in trained(model))
     assert not any("out_proj" in name for name in trained(model))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import gguf
 import pytest
 import tokenizers
 import torch
@@ -31,6 +30,7 @@ from orpo.export.sample import HARD
 from orpo.run.directory import gguf_file
 from orpo.settings.config import OrpoSettings
 
+gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 pytestmark = pytest.mark.timeout(300)
 DEMO = Path(orpo.__path__[0]) / "demo"
 MAIN_SPLITS = ("smollm", "llama-bpe", "qwen2")

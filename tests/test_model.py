@@ -316,7 +316,7 @@ def test_without_a_batch_the_model_is_what_it_was(name):
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2", "GPTJ"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2", "GPTNeo"])
 def test_generation_with_left_padding_is_what_it_was(name, cache):
     model = tiny_models.build(name)
     ids = torch.tensor([[0, 0, 0, *tiny_models.token_ids(5, 1)], tiny_models.token_ids(8, 2)])
@@ -521,7 +521,7 @@ def test_the_probe_is_longer_than_the_sliding_window():
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("Llama", "needs position_bias"), ("GPTJ", "cannot be replaced")]
+    ("name", "reason"), [("Llama", "needs position_bias"), ("GPTNeo", "cannot be replaced")]
 )
 def test_without_a_probe_attention_that_we_do_not_know_is_refused_in_the_first_pass(name, reason):
     model = prepared(tiny_models.build(name))

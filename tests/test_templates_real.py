@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from real_templates import CASES, TEMPLATES, outcome, table
+from transformers.utils import chat_template_utils
 
 DOCS = Path(__file__).parent.parent / "docs" / "templates.md"
 PROMISED = {"held", "elsewhere", "not written", "incomplete", "refused"}
@@ -23,5 +24,9 @@ def test_conversations_hold_with_every_template_but_those_that_open_a_block_and_
         assert all(name.startswith("deepseek") for name in others), others
 
 
+@pytest.mark.skipif(
+    not hasattr(chat_template_utils, "_alias_reasoning_fields"),
+    reason="an older transformers passes reasoning under one name, where three templates read another",
+)
 def test_the_table_in_the_documentation_is_the_one_printed():
     assert "\n".join(table()) in DOCS.read_text(encoding="utf-8")

@@ -78,7 +78,12 @@ SHARING = {
 
 FALLING_BACK = {
     "Mamba": {"state_size": 4},
-    "GPTJ": {**_GPT, "rotary_dim": 4},
+    "GPTNeo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": WINDOW,
+    },
     "Falcon": {},
     "Bloom": {"n_layer": 2, "n_head": 4},
 }

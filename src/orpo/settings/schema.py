@@ -63,7 +63,7 @@ def known_settings() -> dict[str, Known]:
 def _training_arguments() -> dict[str, Known]:
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("transformers is not installed; pip install 'transformers>=5.17'")
+        raise ConfigError("transformers is not installed; pip install orpo")
     folder = Path(spec.submodule_search_locations[0])
     sources = (folder / "trainer_utils.py", folder / "training_args.py")
     choices = {name: values for source in sources for name, values in _enums(source)}

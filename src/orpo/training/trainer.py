@@ -240,8 +240,11 @@ class ORPOTrainer(InterruptibleTrainer):
         Each process trains on rows of its own; one that has a part of them would not.
         """
         super().create_accelerator_and_postprocess()
+        # In older releases transformers' answer about tensors leaves accelerate's settings out.
+        divided = getattr(self.accelerator, "parallelism_config", None)
         sizes = {
-            "tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size(),
+            "tensor": max(self.get_tp_size(), divided.tp_size if divided else 1),
+            "context": self.get_cp_size(), "sequence": self.get_sp_size(),
         }  # fmt: skip
         for kind, size in sizes.items():
             if size > 1:
