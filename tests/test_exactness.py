@@ -125,6 +125,18 @@ def test_sides_on_either_side_of_a_rope_switch_never_share_a_pass(rope, pairs, l
     assert_exact(build_tiny("Llama", **settings), pairs, layout=layout)
 
 
+def test_pairs_share_nothing_where_the_length_of_a_pass_changes_the_model():
+    """A later turn is beyond the switch, the earlier one below it: their common tokens are not the same."""
+    earlier = pair(16, 6, 5)
+    later = TokenizedPair([*earlier.prompt, *earlier.chosen, *([5] * 20)], [7, 8, 9], [9, 7])
+    model = build_tiny("Llama", rope_parameters=ROPES["longrope"], max_position_embeddings=128)
+    assert assert_exact(model, [earlier, later]).share_from is None
+    prepare_model(model)
+    with pytest.raises(ModelError, match="pass share_from=None"):
+        model(batch=pack([earlier, later], OBJECTIVE))
+    assert prepare_model(build_tiny("Llama")).share_from is not None
+
+
 def test_checkpointed_layers_see_the_segments_of_their_own_pass():
     plain = build_tiny("Llama", rope_parameters=ROPES["longrope"])
     twin, logprobs = alone(plain)

@@ -15,11 +15,11 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def bfloat16_gain(size: int = 512, rounds: int = 4) -> float:
-    """How many times as fast this CPU multiplies bfloat16 matrices as float32 ones, by the best of some rounds.
+    """How many times as fast this CPU multiplies bfloat16 matrices as float32 ones.
 
     Args:
         size: Lines and columns of the matrices.
-        rounds: Products of each kind; the first only warms up.
+        rounds: Products of each kind; the first only warms up, and the fastest counts.
     """
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
     for number in range(rounds):
