@@ -243,6 +243,13 @@ def test_pairs_of_a_prompt_come_together_and_others_where_they_would(prompts, pe
     assert firsts == list(dict.fromkeys(prompts[plain].tolist()))
 
 
+def test_no_more_pairs_of_a_prompt_come_together_than_a_step_has():
+    prompts = np.repeat([0, 1], 20)
+    order = np.concatenate(plan_epoch(40, 4, seed=0, epoch=0, prompts=prompts))
+    runs = [len(list(same)) for _, same in itertools.groupby(prompts[order].tolist())]
+    assert len(runs) > 4 and all(length % 4 == 0 for length in runs)
+
+
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.booleans())
 def test_an_epoch_has_every_pair_exactly_once(num_pairs, pairs_per_step, epoch, shuffle):
     epoch_steps = plan_epoch(num_pairs, pairs_per_step, seed=3, epoch=epoch, shuffle=shuffle)

@@ -24,6 +24,7 @@ from orpo.engine.steps import (
     StepDataset,
     StepStream,
     build_step,
+    by_prompt,
     num_nll_tokens,
     shuffled,
     split_batches,
@@ -851,3 +852,11 @@ def test_a_stopwatch_goes_on_from_the_seconds_there_were():
     assert 100 < stopwatch.seconds < 101
     assert 100 < stopwatch.restart() < 101
     assert stopwatch.seconds < 1
+
+
+def test_a_stream_hands_over_the_pairs_of_a_prompt_together_as_many_as_a_step_has():
+    pairs = [
+        TokenizedPair([prompt], [2], [number]) for prompt, number in zip("AAAAABBA", range(8), strict=True)
+    ]
+    together = list(by_prompt(iter(pairs), 2))
+    assert [[pair.rejected[0] for pair in some] for some in together] == [[0, 1], [2, 3], [4], [5, 6], [7]]
