@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -58,6 +58,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.25},
     "bert-generation": {"is_decoder": True},
+    "reformer": {"is_decoder": True},
     "llama4_text": {"moe_layers": [1, 3], "intermediate_size_mlp": 48},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 6},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1},
@@ -74,7 +75,11 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 
 def config_of(family: str, **changes: Any) -> Any:
     """A tiny configuration of the family."""
-    kind = transformers.CONFIG_MAPPING[family]
+    return _tiny(transformers.CONFIG_MAPPING[family], _OF_FAMILY.get(family, {}) | changes)
+
+
+def _tiny(kind: Any, changes: dict[str, Any]) -> Any:
+    """A tiny configuration of a kind, those of its parts included."""
     known = vars(kind())
     names = {*known, *getattr(kind, "attribute_map", {})}
     settings = {name: value for name, value in _SIZES.items() if name in names and value is not None}
@@ -84,13 +89,22 @@ def config_of(family: str, **changes: Any) -> Any:
     if "kv_lora_rank" in settings:  # latent attention: a key for each head, of two parts
         settings["num_key_value_heads"] = 4
         settings.pop("head_dim", None)
-    settings |= _OF_FAMILY.get(family, {}) | changes
+    for name, value in known.items():
+        if isinstance(value, PreTrainedConfig):
+            settings[name] = _tiny(type(value), _OF_FAMILY.get(value.model_type, {}))
+    settings |= changes
     if "layer_types" in known and "layer_types" not in settings:
         given = known["layer_types"] or []
         kinds = list(dict.fromkeys(given))
         if kinds:
             settings["layer_types"] = (kinds * 4)[: settings.get("num_hidden_layers", 4)]
     return kind(**settings)
+
+
+def num_weights(family: str) -> int:
+    """Weights of the tiny model; none is made."""
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config_of(family)).num_parameters())
 
 
 def build(family: str, **changes: Any) -> PreTrainedModel:
