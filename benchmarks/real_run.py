@@ -24,7 +24,7 @@ from report import RAW_REAL, write_report
 
 FOLDER = Path(__file__).resolve().parent
 TRAIN, TEST, PER_STEP, LONGEST = 96, 128, 8, 256
-RATES = {"full": 2e-5, "lora": 2e-4}
+RATES = {"full": 5e-5, "lora": 1e-3}
 BETA = 0.5
 
 
