@@ -79,7 +79,7 @@ def run_case(family: str, dtype: torch.dtype, lora: bool) -> str:
     model = model.to(dtype)
     try:
         if lora:
-            model = add_adapter(model, lora_config(OrpoSettings(lora_r=2)))
+            model = add_adapter(model, lora_config(OrpoSettings(lora_r=2))).eval()  # as the plain twin is
         own, plain = copy.deepcopy(model), copy.deepcopy(model).float()  # own: what rounding costs
         prepared = prepare_model(model)
     except OrpoError as error:
