@@ -349,7 +349,7 @@ def shared_beginning(ids: np.ndarray, other: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def find_sharing(pairs: Sequence[TokenizedPair], share_from: int) -> Sharing:
+def find_sharing(pairs: Sequence[TokenizedPair], share_from: int, *, with_rejected: bool = True) -> Sharing:
     """The order in which `pairs` share the most when they are laid out in it, and what they share.
 
     In the order of their chosen sides as sequences of numbers, no earlier side has more in common with a
@@ -369,7 +369,7 @@ def find_sharing(pairs: Sequence[TokenizedPair], share_from: int) -> Sharing:
         both = [
             numbers.setdefault((prompt, ids.tobytes()), len(numbers)) for ids in (chosen[number], rejected)
         ]
-        sides.append((both[0], both[1]))
+        sides.append((both[0], both[1] if with_rejected else -1 - place))  # what is not run is not shared
     return Sharing(order, beginnings, sides)
 
 

@@ -19,6 +19,11 @@ from orpo.engine.packing import PackedBatch, Role, Segment, pair_segments
 from orpo.errors import ModelError
 
 
+_SHARED = (
+    "pairs of a batch share tokens, and the model counts the length of a pass; pass share_from=None to pack()"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class PassLimits:
     """What a model asks of the tokens of one pass.
@@ -60,6 +65,8 @@ def split_passes(batch: PackedBatch, limits: PassLimits) -> tuple[list[Pass], Pa
     whole = Pass(batch.input_ids_BN, batch.position_ids_BN, batch.attention_mask_BN, batch.tree)
     if limits == PassLimits():
         return [whole], batch
+    if batch.distinct is not None:
+        raise ModelError(_SHARED)
     groups = list(_groups(batch, limits))
     if len(groups) == 1 and all(part.copied is None for part in groups[0]):
         return [whole], batch
@@ -163,10 +170,7 @@ def pair_lengths(tree: Sequence[Segment]) -> Iterator[tuple[int, int, int]]:
             else:
                 yield tokens, 0, 0
         elif trunk != number - 1 or tree[trunk].trunk >= 0:
-            raise ModelError(
-                "pairs of a batch share tokens, and the model counts the length of a pass; pass "
-                "share_from=None to pack()"
-            )
+            raise ModelError(_SHARED)
 
 
 def _lines(batch: PackedBatch) -> Iterator[_Part]:

@@ -112,7 +112,7 @@ def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: B
         num_ranks=settings.num_ranks,
         tokens_per_micro_batch=settings.tokens_per_micro_batch,
         layout=settings.layout,
-        sharing=None if share_from is None else find_sharing(pairs, share_from),
+        sharing=None if share_from is None else find_sharing(pairs, share_from, with_rejected=with_rejected),
     )
     batches, batch_pairs = [], []
     for planned in plan[settings.rank]:
