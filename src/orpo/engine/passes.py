@@ -18,7 +18,6 @@ from torch import Tensor
 from orpo.engine.packing import PackedBatch, Role, Segment, pair_segments
 from orpo.errors import ModelError
 
-
 _SHARED = (
     "pairs of a batch share tokens, and the model counts the length of a pass; pass share_from=None to pack()"
 )
