@@ -171,15 +171,13 @@ def micro_batches(
     import ctypes
 
     from orpo.engine.model import prepare_model
-    from orpo.engine.steps import BatchSettings, build_step
+    from orpo.engine.steps import build_step
     from orpo.settings.config import Objective
 
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
     objective = Objective(preference_weight=BETA)
-    layout = prepare_model(model, probe=False).layout
-    steps = {
-        b: build_step(workload, range(len(workload)), BatchSettings(objective, layout, b)) for b in budgets
-    }
+    prepared = prepare_model(model, probe=False)
+    steps = {b: build_step(workload, range(len(workload)), prepared.batches(objective, b)) for b in budgets}
 
     def run(budget: int) -> None:
         for batch in steps[budget].batches:

@@ -89,12 +89,10 @@ def _pairs(data: str, split: str, number: int, name: str) -> list[Any]:
 def _score(model: Any, test: list[Any]) -> Any:
     """Accuracy on the held-out pairs, with its error over prompts."""
     from orpo.engine.model import prepare_model
-    from orpo.engine.steps import BatchSettings
     from orpo.evaluation.preferences import evaluate_pairs
     from orpo.settings.config import Objective
 
-    prepared = prepare_model(model)
-    settings = BatchSettings(Objective(), prepared.layout, 2048, share_from=prepared.share_from)
+    settings = prepare_model(model).batches(Objective(), 2048)
     return evaluate_pairs(model, test, settings).figures["accuracy"]
 
 

@@ -28,7 +28,6 @@ from orpo.demo import screen
 from orpo.demo.experiment import FORMATS, Experiment, SplitName, sft_folder
 from orpo.engine.loading import load_tokenizer
 from orpo.engine.model import prepare_model
-from orpo.engine.steps import BatchSettings
 from orpo.evaluation.answer_summary import answer_figures
 from orpo.evaluation.answers import Reply
 from orpo.evaluation.generation import ChatModel, Sampling, load_trained
@@ -213,10 +212,7 @@ class HeldOut:
     def examine(self, folder: Path, *, answering: bool = True) -> Examined:
         """Load a model, score the pairs, and let it answer the prompts."""
         model = load_trained(str(folder), OrpoSettings(dtype="float32"))
-        prepared = prepare_model(model)
-        batches = BatchSettings(
-            self.objective, prepared.layout, TOKENS_PER_MICRO_BATCH, share_from=prepared.share_from
-        )
+        batches = prepare_model(model).batches(self.objective, TOKENS_PER_MICRO_BATCH)
         found = evaluate_pairs(model, self.tokenized, batches)
         chat = ChatModel(folder.name, model, load_tokenizer(str(folder)), self.tokenized.chat_template)
         return Examined(found.figures, found.results, self._answers(LocalModel(chat)) if answering else ())

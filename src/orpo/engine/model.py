@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,8 +14,9 @@ from orpo.engine.probe import layout_problem, measure
 from orpo.engine.router import router_loss_of
 from orpo.engine.scorer import Scorer, base_model
 from orpo.engine.segments import SEGMENTS
+from orpo.engine.steps import BatchSettings
 from orpo.errors import ModelError
-from orpo.settings.config import LayoutName
+from orpo.settings.config import LayoutName, Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,12 @@ class Preparation:
     logit_scale: float = 1.0
     router_loss: bool = False
     share_from: int | None = SHARE_FROM
+
+    def batches(self, objective: Objective, tokens_per_micro_batch: int, **more: Any) -> BatchSettings:
+        """How pairs become micro-batches of this model; `more` are further fields of `BatchSettings`."""
+        return BatchSettings(
+            objective, self.layout, tokens_per_micro_batch, share_from=self.share_from, **more
+        )
 
 
 def prepare_model(

@@ -354,10 +354,19 @@ def find_sharing(pairs: Sequence[TokenizedPair], share_from: int, *, with_reject
 
     In the order of their chosen sides as sequences of numbers, no earlier side has more in common with a
     side than the one before it.
+
+    Args:
+        pairs: Those of a step.
+        share_from: Fewest tokens of a beginning that pairs share.
+        with_rejected: Whether rejected sides are run.
     """
     chosen = [np.concatenate([pair.prompt, pair.chosen]).astype(">i8") for pair in pairs]
     order = sorted(range(len(pairs)), key=lambda i: chosen[i].tobytes())
     numbers: dict[tuple[int, bytes], int] = {}
+
+    def number_of(ids: np.ndarray, prompt: int) -> int:
+        return numbers.setdefault((prompt, ids.tobytes()), len(numbers))
+
     beginnings, sides = [], []
     for place, number in enumerate(order):
         pair, prompt = pairs[number], len(pairs[number].prompt)
@@ -365,11 +374,10 @@ def find_sharing(pairs: Sequence[TokenizedPair], share_from: int, *, with_reject
         if place:
             shared = min(shared_beginning(chosen[number], chosen[order[place - 1]]), prompt)
         beginnings.append(shared if shared >= share_from else 0)
-        rejected = np.concatenate([pair.prompt, pair.rejected]).astype(">i8")
-        both = [
-            numbers.setdefault((prompt, ids.tobytes()), len(numbers)) for ids in (chosen[number], rejected)
-        ]
-        sides.append((both[0], both[1] if with_rejected else -1 - place))  # what is not run is not shared
+        second = -1 - place  # what is not run is not shared
+        if with_rejected:
+            second = number_of(np.concatenate([pair.prompt, pair.rejected]).astype(">i8"), prompt)
+        sides.append((number_of(chosen[number], prompt), second))
     return Sharing(order, beginnings, sides)
 
 

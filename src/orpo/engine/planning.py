@@ -2,9 +2,9 @@
 
 A step is a fixed number of pairs; a micro-batch has a token budget. Every rank computes the same plan from
 the pairs alone, without communication: a permutation per epoch, cut into steps, each step balanced over the
-ranks by cost and filled into micro-batches, the same number on every rank. Pairs of one prompt come in one
-step, and pairs that share tokens in one micro-batch. Since the loss is divided by the counts of the whole
-step, nothing within a step can change the gradient.
+ranks by cost and filled into micro-batches, the same number on every rank. Pairs of one prompt come one after
+the other, and those of a step that share tokens in one micro-batch, where they fit. Since the loss is divided
+by the counts of the whole step, nothing within a step can change the gradient.
 """
 
 import bisect
@@ -177,7 +177,7 @@ def _units(lengths: list[list[int]], sharing: Sharing, num_ranks: int, most: int
         def suffices(limit: int, places: range = places, parts: int = parts) -> bool:
             return len(_cut(places, lengths, sharing, limit)) <= parts
 
-        even = bisect.bisect_left(range(unit.tokens), True, key=suffices)
+        even = bisect.bisect_left(range(unit.tokens), True, key=suffices) if parts > 1 else unit.tokens
         units += _cut(places, lengths, sharing, min(even, most))
     return sorted(units)
 

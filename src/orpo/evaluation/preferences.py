@@ -303,8 +303,7 @@ def _batch_settings(
     )
     device = next(model.parameters()).device
     budget = settings.tokens_per_micro_batch or default_tokens_per_micro_batch(model, device, trains=False)
-    shares = prepared.share_from
-    return BatchSettings(objective, prepared.layout, budget, share_from=shares), [*lines, *prepared.notices]
+    return prepared.batches(objective, budget), [*lines, *prepared.notices]
 
 
 def _counting(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:

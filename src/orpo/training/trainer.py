@@ -340,12 +340,9 @@ class ORPOTrainer(InterruptibleTrainer):
     # ------------------------------------------------------------------------------------ data
 
     def _batch_settings(self, *, evaluating: bool) -> BatchSettings:
-        prepared = self._preparation()
-        return BatchSettings(
-            objective=self.objective,
-            layout=prepared.layout,
-            share_from=prepared.share_from,
-            tokens_per_micro_batch=self._tokens_per_micro_batch,
+        return self._preparation().batches(
+            self.objective,
+            self._tokens_per_micro_batch,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,
             score_rejected=True if evaluating else None,
