@@ -411,6 +411,10 @@ def test_what_pairs_share_is_planned_once(tmp_path, on_paper):
     found = read_lengths(recipe)
     expected = found.tokens[::2, :2].sum() / found.tokens.sum()
     assert found.shared == pytest.approx(expected, abs=0.02) and found.shared > 0.3
+    assert read_lengths(recipe | {"layout": "padded"}).shared == 0
+    answers = read_lengths(recipe | {"objective": "sft"})
+    one_of_two = answers.tokens[::2, :2].sum() / answers.tokens[:, :2].sum()
+    assert answers.shared == pytest.approx(one_of_two, abs=0.02)
     alone = replace(found, shared=0.0)
     here = cluster("h100-80", 1)
     together, apart = (make_plan(recipe, here, lengths) for lengths in (found, alone))

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.kept import read_training_once
 from orpo.engine.loading import load_tokenizer
-from orpo.engine.packing import SHARE_FROM, find_sharing
+from orpo.engine.packing import SHARE_FROM, find_sharing, runs_rejected
 from orpo.engine.planning import plan_epoch, stored_tokens
 from orpo.errors import ConfigError
-from orpo.settings.config import OrpoSettings
+from orpo.settings.config import OrpoSettings, resolve_objective
+from orpo.settings.schema import known_settings
 
 SPREAD = (0.6, 0.5, 0.5)
 """Width of the log-normal distributions of lengths where only means are known: UltraFeedback's."""
@@ -65,19 +66,25 @@ def read_lengths(settings: Mapping[str, Any]) -> PairLengths:
     if not isinstance(pairs, TokenizedDataset):
         raise ConfigError("the data has no length; write --pairs N --lengths P/C/R to plan for it")
     held_out = sum(len(one.pairs) for one in read.evals.values())
-    shared = _shared(pairs, settings)
+    shared = _shared(pairs, own, settings)
     return PairLengths(np.asarray(pairs.lengths), len(pairs), held_out, str(own.dataset_name), shared)
 
 
-def _shared(pairs: TokenizedDataset, settings: Mapping[str, Any]) -> float:
-    """Part of the tokens that is shared, by the first steps of one process."""
-    sizes = (settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps"))
-    per_step = int(sizes[0] or 8) * int(sizes[1] or 1)
+def _shared(pairs: TokenizedDataset, own: OrpoSettings, settings: Mapping[str, Any]) -> float:
+    """Part of the tokens that are run and shared, by the first steps of one process."""
+    if own.layout not in (None, "shared"):
+        return 0.0
+    per_step = 1
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        per_step *= int(settings.get(name) or known_settings()[name].default)
+    with_rejected = runs_rejected(resolve_objective(own)[0], None)
+    lengths = pairs.lengths * (1, 1, with_rejected)
     alone = stored = 0
     for step in plan_epoch(len(pairs), per_step, seed=0, epoch=0, prompts=prompt_index(pairs))[:STEPS_TRIED]:
         some = [pairs[number] for number in step.tolist()]
-        alone += sum(map(len, some))
-        stored += stored_tokens(pairs.lengths[step], find_sharing(some, SHARE_FROM))
+        alone += int(lengths[step].sum())
+        sharing = find_sharing(some, SHARE_FROM, with_rejected=with_rejected)
+        stored += stored_tokens(lengths[step], sharing)
     return 1 - stored / alone if alone else 0.0
 
 
