@@ -576,7 +576,8 @@ def _check_in_backward(settings: Mapping[str, Any]) -> None:
     if norm != 0:
         raise ConfigError(
             f"optimizer_in_backward: max_grad_norm is {'on by default' if norm is None else norm}, and clips"
-            " by the norm of all gradients before any weight moves; set max_grad_norm: 0, or leave it out"
+            " by the norm of all gradients before any weight moves; set max_grad_norm: 0, or leave"
+            " optimizer_in_backward out"
         )
     if optim is not None and optim not in ONE_WEIGHT_AT_A_TIME:
         known = ", ".join(sorted(ONE_WEIGHT_AT_A_TIME))
