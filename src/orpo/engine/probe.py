@@ -152,13 +152,27 @@ def _side(
 
     hook = scorer.model.get_input_embeddings().register_forward_hook(keep)
     try:
-        output = model(batch=batch)
+        with _frozen(scorer.model.get_output_embeddings()):  # its gradient, a large one, is not asked for
+            output = model(batch=batch)
         if foreign_BN is None or len(found) != 1 or found[0].shape[:2] != foreign_BN.shape:
             return _value(output.pairs, number, role), False
         (slope,) = torch.autograd.grad(output.loss, found, allow_unused=True)
     finally:
         hook.remove()
     return _value(output.pairs, number, role), slope is not None and bool(slope[foreign_BN].any().item())
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Weights that train do not, for now."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in trained:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
 def _value(scores: object, number: int, role: Role) -> float:
