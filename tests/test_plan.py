@@ -19,6 +19,8 @@ from orpo.engine.head import Denominators
 from orpo.engine.memory import default_tokens_per_micro_batch, head_bytes, optimizer_bytes, token_budget
 from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
+from orpo.engine.planning import plan_epoch
+from orpo.engine.steps import BatchSettings, build_step
 from orpo.errors import ConfigError, ModelError
 from orpo.pairs import TokenizedPair
 from orpo.plan import plan as planning
@@ -28,7 +30,7 @@ from orpo.plan.lines import plan_json, plan_lines
 from orpo.plan.machine import GPUS, cluster
 from orpo.plan.memory import Setup, memory_of, states
 from orpo.plan.on_paper import NF4_BYTES, paper_model
-from orpo.plan.plan import lay_out, make_plan
+from orpo.plan.plan import _laid_out, has_checkpointing, lay_out, make_plan
 from orpo.plan.work import attended, work_of
 from orpo.settings.config import Objective, OrpoSettings
 from orpo.settings.recipe import load_recipe
@@ -408,18 +410,77 @@ def test_what_pairs_share_is_planned_once(tmp_path, on_paper):
         "model_name_or_path": str(model), "dataset_name": str(data), "eval_strategy": "no",
         "per_device_train_batch_size": 16,
     }  # fmt: skip
-    found = read_lengths(recipe)
-    expected = found.tokens[::2, :2].sum() / found.tokens.sum()
-    assert found.shared == pytest.approx(expected, abs=0.02) and found.shared > 0.3
-    assert read_lengths(recipe | {"layout": "padded"}).shared == 0
-    answers = read_lengths(recipe | {"objective": "sft"})
-    one_of_two = answers.tokens[::2, :2].sum() / answers.tokens[:, :2].sum()
-    assert answers.shared == pytest.approx(one_of_two, abs=0.02)
-    alone = replace(found, shared=0.0)
     here = cluster("h100-80", 1)
-    together, apart = (make_plan(recipe, here, lengths) for lengths in (found, alone))
-    assert together.work.training == pytest.approx((1 - found.shared) * apart.work.training)
+    found = read_lengths(recipe)
+    one_of_two = found.tokens[::2, :2].sum() / found.tokens.sum()
+
+    def planned(**more):
+        return make_plan(recipe | more, here, read_lengths(recipe | more))
+
+    together, apart = planned(), make_plan(recipe, here, replace(found, pairs=None))
+    assert together.work.tokens == pytest.approx((1 - one_of_two) * apart.work.tokens, rel=0.02)
+    assert together.work.training == pytest.approx((1 - one_of_two) * apart.work.training, rel=0.02)
     assert together.hours < apart.hours
+    assert together.largest == pytest.approx((1 - one_of_two) * apart.largest, rel=0.05)
+    assert together.memory.activations < 0.8 * apart.memory.activations
+    assert planned(layout="padded").work.tokens == apart.work.tokens
+    answers = planned(objective="sft")
+    half = found.tokens[::2, :2].sum() / found.tokens[:, :2].sum()
+    of_answers = make_plan(recipe | {"objective": "sft"}, here, replace(found, pairs=None))
+    assert answers.work.tokens == pytest.approx((1 - half) * of_answers.work.tokens, rel=0.02)
+
+
+def test_the_plan_lays_out_what_training_does():
+    """The tokens of the largest micro-batches and the part that is shared, on one rank and on two."""
+    pairs = [
+        TokenizedPair(list(range(5, 45)), list(range(50, 60 + n % 5)), list(range(70 + n, 80 + 2 * n)))
+        for n in range(40)
+    ]
+    lengths = PairLengths(
+        np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]), 40, 0, "here", pairs,
+        np.zeros(40, int),
+    )  # fmt: skip
+    for ranks in (1, 2):
+        laid = _laid_out(lengths, Objective(preference_weight=0.1), 20, ranks, 300, shares=True)
+        sizes = []
+        for step in plan_epoch(40, 20, seed=0, epoch=0, prompts=lengths.prompts):
+            own = [pairs[number] for number in step.tolist()]
+            for rank in range(ranks):
+                settings = BatchSettings(Objective(preference_weight=0.1), "shared", 300, rank, ranks)
+                sizes.append([b.num_tokens * (not b.empty) for b in build_step(own, step, settings).batches])
+        assert laid.first == max(of_rank[0] for of_rank in sizes)
+        assert laid.later == max(size for of_rank in sizes for size in of_rank[1:])
+        assert laid.shared == pytest.approx(1 - sum(map(sum, sizes)) / lengths.tokens.sum())
+
+
+def test_a_model_whose_tokens_depend_on_the_length_of_a_pass_shares_nothing_on_paper(tmp_path):
+    """As the engine has it: longrope switches its frequencies by the length of a whole pass."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 64
+    for settings, shares in (({}, True), ({"rope_parameters": rope}, False)):
+        config = LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+            max_position_embeddings=128, **settings,
+        )  # fmt: skip
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(tmp_path)
+        model = LlamaForCausalLM(config)
+        prepared = prepare_model(model, layout="shared", probe=False)
+        asked = {"has_bf16": True, "autocast": True, "by_kernel": False}
+        planned = paper_model(OrpoSettings(model_name_or_path=str(tmp_path)), **asked)
+        assert planned.shares == (prepared.share_from is not None) == shares
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"activation_checkpointing": True},
+        {"fsdp": "full_shard", "fsdp_config": {"activation_checkpointing": True}},
+    ],
+)
+def test_checkpointing_is_planned_under_each_of_its_names(settings):
+    assert has_checkpointing(settings) and not has_checkpointing(dict.fromkeys(settings))
 
 
 # ------------------------------------------------------------------------------------------ the command

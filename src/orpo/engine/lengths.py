@@ -31,6 +31,11 @@ def pass_limits(config: Any) -> PassLimits:
     return PassLimits(switch, alone, None if floor is None else max(int(floor) - 1, 1))
 
 
+def may_share(config: Any) -> bool:
+    """Whether pairs may share tokens: not where the length of a pass changes what a token becomes."""
+    return pass_limits(config) == PassLimits()
+
+
 def _rope_settings(config: Any) -> Iterator[dict[str, Any]]:
     """The rotary settings of a model, or of each of its kinds of layers."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

@@ -19,9 +19,9 @@ from transformers.utils.generic import ModelOutput
 
 from orpo.engine.attention import attend
 from orpo.engine.head import Denominators, PairScores, score_batch
-from orpo.engine.lengths import mask_chunk, mask_window, pass_limits, reset_dynamic_rope
+from orpo.engine.lengths import mask_chunk, mask_window, may_share, pass_limits, reset_dynamic_rope
 from orpo.engine.packing import SHARE_FROM, PackedBatch
-from orpo.engine.passes import Pass, PassLimits, split_passes
+from orpo.engine.passes import Pass, split_passes
 from orpo.engine.router import RouterLoss
 from orpo.engine.segments import SEGMENTS, Segments
 from orpo.engine.vocabulary import backbone_of, head_of
@@ -115,8 +115,8 @@ class Scorer:
 
     @property
     def share_from(self) -> int | None:
-        """What `pack` is to be told: pairs share nothing where the length of a pass changes its tokens."""
-        return SHARE_FROM if self.limits == PassLimits() else None
+        """What `pack` is to be told."""
+        return SHARE_FROM if may_share(self.model.config.get_text_config()) else None
 
     def install(self) -> None:
         """Give the model a `forward` that takes a micro-batch."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from orpo.plan.lengths import PairLengths
 from orpo.plan.machine import Cluster
-from orpo.plan.plan import DEFAULT_OPTIMIZER, Plan, lay_out, make_plan
+from orpo.plan.plan import DEFAULT_OPTIMIZER, Plan, has_checkpointing, lay_out, make_plan
 from orpo.settings.config import ONE_WEIGHT_AT_A_TIME
 
 MOST_RANKS = 1024
@@ -60,7 +60,7 @@ def _same_model(settings: Mapping[str, Any], where: Cluster) -> Iterator[tuple[d
     single: list[tuple[dict[str, Any], str]] = [
         ({"tokens_per_micro_batch": LEAST_BUDGET}, f"--tokens_per_micro_batch {LEAST_BUDGET}"),
     ]
-    if not settings.get("gradient_checkpointing"):
+    if not has_checkpointing(settings):
         single.append(({"gradient_checkpointing": True}, "--gradient_checkpointing"))
     if settings.get("max_grad_norm") == 0 and _may_step_in_backward(settings, where):
         single.append(({"optimizer_in_backward": True}, "--optimizer_in_backward"))
@@ -113,7 +113,7 @@ def _more_gpus(settings: Mapping[str, Any], plan: Plan) -> Iterator[Change]:
 def _other_model(settings: Mapping[str, Any], where: Cluster) -> Iterator[tuple[dict[str, Any], str]]:
     """Settings that train another model: no clipping, another optimizer, an adapter, quantized weights."""
     checked = dict(settings) | {"gradient_checkpointing": True}
-    also = "" if settings.get("gradient_checkpointing") else " --gradient_checkpointing"
+    also = "" if has_checkpointing(settings) else " --gradient_checkpointing"
     if settings.get("max_grad_norm") != 0 and _may_step_in_backward(settings, where):
         unclipped = checked | {"optimizer_in_backward": True, "max_grad_norm": 0.0}
         yield unclipped, f"--optimizer_in_backward --max_grad_norm 0{also}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,12 @@ import numpy.typing as npt
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.kept import read_training_once
 from orpo.engine.loading import load_tokenizer
-from orpo.engine.packing import SHARE_FROM, find_sharing, runs_rejected
-from orpo.engine.planning import plan_epoch, stored_tokens
 from orpo.errors import ConfigError
-from orpo.settings.config import OrpoSettings, resolve_objective
-from orpo.settings.schema import known_settings
+from orpo.pairs import TokenizedPair
+from orpo.settings.config import OrpoSettings
 
 SPREAD = (0.6, 0.5, 0.5)
 """Width of the log-normal distributions of lengths where only means are known: UltraFeedback's."""
-STEPS_TRIED = 64
-"""Steps whose pairs are looked at for what they share."""
 DRAWN = 4096
 """Pairs that stand for data of which only the means are known."""
 
@@ -37,14 +33,16 @@ class PairLengths:
         num_pairs: Pairs that are trained on, which may be more.
         num_held_out: Pairs that are evaluated.
         source: Where they come from, for a line.
-        shared: Part of their tokens that the pairs of a step share with each other.
+        pairs: The pairs themselves, which may share tokens with each other; None where lengths are drawn.
+        prompts: The same number for pairs of the same prompt; None: each has its own. Shape [n].
     """
 
     tokens: Int64
     num_pairs: int
     num_held_out: int
     source: str
-    shared: float = 0.0
+    pairs: Sequence[TokenizedPair] | TokenizedDataset | None = None
+    prompts: Int64 | None = None
 
 
 def read_lengths(settings: Mapping[str, Any]) -> PairLengths:
@@ -66,26 +64,9 @@ def read_lengths(settings: Mapping[str, Any]) -> PairLengths:
     if not isinstance(pairs, TokenizedDataset):
         raise ConfigError("the data has no length; write --pairs N --lengths P/C/R to plan for it")
     held_out = sum(len(one.pairs) for one in read.evals.values())
-    shared = _shared(pairs, own, settings)
-    return PairLengths(np.asarray(pairs.lengths), len(pairs), held_out, str(own.dataset_name), shared)
-
-
-def _shared(pairs: TokenizedDataset, own: OrpoSettings, settings: Mapping[str, Any]) -> float:
-    """Part of the tokens that are run and shared, by the first steps of one process."""
-    if own.layout not in (None, "shared"):
-        return 0.0
-    per_step = 1
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        per_step *= int(settings.get(name) or known_settings()[name].default)
-    with_rejected = runs_rejected(resolve_objective(own)[0], None)
-    lengths = pairs.lengths * (1, 1, with_rejected)
-    alone = stored = 0
-    for step in plan_epoch(len(pairs), per_step, seed=0, epoch=0, prompts=prompt_index(pairs))[:STEPS_TRIED]:
-        some = [pairs[number] for number in step.tolist()]
-        alone += int(lengths[step].sum())
-        sharing = find_sharing(some, SHARE_FROM, with_rejected=with_rejected)
-        stored += stored_tokens(lengths[step], sharing)
-    return 1 - stored / alone if alone else 0.0
+    return PairLengths(
+        np.asarray(pairs.lengths), len(pairs), held_out, str(own.dataset_name), pairs, prompt_index(pairs)
+    )
 
 
 def drawn_lengths(means: str, num_pairs: int, settings: Mapping[str, Any]) -> PairLengths:

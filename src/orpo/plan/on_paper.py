@@ -25,7 +25,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from orpo.engine.adapters import add_adapter, lora_config, stacked_experts
 from orpo.engine.footprint import Footprint, measure_footprint
-from orpo.engine.lengths import mask_window
+from orpo.engine.lengths import mask_window, may_share
 from orpo.engine.loading import weights_dtype
 from orpo.engine.scorer import base_model, refuse_encoder_decoder
 from orpo.errors import ConfigError, ModelError, raised_as
@@ -63,6 +63,7 @@ class PaperModel:
         attention: Heads times their size: half the products of a query and a key, in all layers.
         window: Sliding window of most layers with one, and the share of layers that have it.
         footprint: What the layers keep for backward, a token.
+        shares: Whether pairs may share tokens with each other.
     """
 
     name: str
@@ -83,6 +84,7 @@ class PaperModel:
     attention: int
     window: tuple[int | None, float]
     footprint: Footprint = NOT_MEASURED
+    shares: bool = True
 
 
 def paper_model(settings: OrpoSettings, *, has_bf16: bool, autocast: bool, by_kernel: bool) -> PaperModel:
@@ -245,6 +247,7 @@ def _described(name: str, model: Any, settings: OrpoSettings) -> PaperModel:
         not_again=sum(_last_product(layer) for layer in layers),
         attention=heads * size * len(layers),
         window=(window, share if window is not None else 0.0),
+        shares=may_share(config),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from orpo.engine.memory import MAX_TOKENS, MAX_TOKENS_ON_CPU, default_logits_memory_mib, token_budget
-from orpo.engine.planning import pair_cost, plan_epoch, plan_step
+from orpo.engine.packing import SHARE_FROM, find_sharing, runs_rejected
+from orpo.engine.planning import BatchPlan, Sharing, pair_cost, plan_epoch, plan_step, stored_tokens
 from orpo.errors import ConfigError
-from orpo.plan.lengths import PairLengths
+from orpo.pairs import TokenizedPair
+from orpo.plan.lengths import Int64, PairLengths
 from orpo.plan.machine import RESERVE_GIB, Cluster
 from orpo.plan.memory import Memory, Setup, Sharding, checkpoint_bytes, memory_of, states
 from orpo.plan.on_paper import PaperModel, paper_model
@@ -23,7 +25,7 @@ from orpo.settings.config import Objective, OrpoSettings, check_processes, resol
 from orpo.settings.schema import known_settings
 from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations
 
-STEPS_TRIED = 8
+STEPS_TRIED = 16
 """Optimizer steps whose micro-batches are laid out."""
 GIB = 2**30
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
@@ -133,7 +135,7 @@ def lay_out(
         ranks=where.ranks,
         sharding=_sharding(settings, where.ranks),
         optim=str(settings.get("optim") or DEFAULT_OPTIMIZER),
-        checkpointing=bool(get("gradient_checkpointing")),
+        checkpointing=has_checkpointing(settings),
         half=_computes_in_bf16(settings, where),
         logits_memory_mib=own.logits_memory_mib or default_logits_memory_mib(on_cpu=on_cpu),
         on_cpu=on_cpu,
@@ -143,8 +145,9 @@ def lay_out(
         int(get("per_device_train_batch_size")) * int(get("gradient_accumulation_steps")) * where.ranks
     )
     budget = own.tokens_per_micro_batch or _budget(model, setup, where)
-    laid = _laid_out(lengths, objective, pairs_per_step, where.ranks, budget)
-    work = work_of(model, lengths.tokens, objective, checkpointing=setup.checkpointing, shared=lengths.shared)
+    shares = model.shares and own.layout in (None, "shared")
+    laid = _laid_out(lengths, objective, pairs_per_step, where.ranks, budget, shares=shares)
+    work = work_of(model, lengths.tokens, objective, checkpointing=setup.checkpointing, shared=laid.shared)
     memory = memory_of(model, setup, laid.first, later=laid.later, longest=laid.longest)
     in_epoch = math.ceil(lengths.num_pairs / pairs_per_step)
     most = int(get("max_steps"))
@@ -191,6 +194,16 @@ def _computes_in_bf16(settings: Mapping[str, Any], where: Cluster) -> bool:
     return where.gpu.has_bf16 and not settings.get("fp16") if asked is None else bool(asked)
 
 
+def has_checkpointing(settings: Mapping[str, Any]) -> bool:
+    """Whether layers keep their inputs only, by any name that transformers and FSDP have."""
+    of_fsdp = settings.get("fsdp_config")
+    return bool(
+        settings.get("gradient_checkpointing")
+        or settings.get("activation_checkpointing")
+        or (settings.get("fsdp") and isinstance(of_fsdp, Mapping) and of_fsdp.get("activation_checkpointing"))
+    )
+
+
 def _sharding(settings: Mapping[str, Any], ranks: int) -> Sharding:
     """What is cut over the ranks."""
     deepspeed = settings.get("deepspeed")
@@ -224,38 +237,89 @@ def _budget(model: PaperModel, setup: Setup, where: Cluster) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Micro-batches of a step; tokens of the first, of the largest other one, of the longest two answers."""
+    """How a few steps are laid out.
+
+    Attributes:
+        micro_batches: Of a rank in a step, on average.
+        first: Tokens of the largest first micro-batch.
+        later: Tokens of the largest other one.
+        longest: Tokens of the longest two answers of a pair.
+        balance: Mean work of the ranks of a step over the largest, in (0, 1].
+        shared: Part of the tokens that pairs share with each other, in [0, 1).
+    """
 
     micro_batches: float
     first: float
     later: float
     longest: float
     balance: float
+    shared: float
 
 
 def _laid_out(
-    lengths: PairLengths, objective: Objective, pairs_per_step: int, ranks: int, budget: int
+    lengths: PairLengths, objective: Objective, pairs_per_step: int, ranks: int, budget: int, *, shares: bool
 ) -> _Layout:
-    """Micro-batches as training lays them out, of a few steps."""
-    tokens = lengths.tokens.copy()
-    if objective.preference_weight == 0:
-        tokens[:, 2] = 0
-    if pairs_per_step > len(tokens):  # means stand for more pairs than were drawn
+    """Micro-batches as training lays them out, of a few steps; `shares`: whether pairs may share tokens."""
+    with_rejected = runs_rejected(objective, None)
+    tokens, prompts = lengths.tokens * (1, 1, with_rejected), lengths.prompts
+    pairs = lengths.pairs if shares else None
+    if lengths.pairs is None and pairs_per_step > len(tokens):  # means stand for more pairs than were drawn
         tokens = np.tile(tokens, (math.ceil(pairs_per_step / len(tokens)), 1))
-    numbers, balances, first, later, longest = [], [], 0, 0, 0
-    for step in plan_epoch(len(tokens), pairs_per_step, seed=0, epoch=0)[:STEPS_TRIED]:
-        here = tokens[step]
-        cost, read = pair_cost(here), here.sum(1)
-        ranked = plan_step(here, num_ranks=ranks, tokens_per_micro_batch=budget)
-        of_ranks = [sum(cost[i] for b in batches if not b.empty for i in b.pairs) for batches in ranked]
-        numbers.append(len(ranked[0]))
-        balances.append(sum(of_ranks) / ranks / max(of_ranks))
-        if objective.preference_weight > 0:
-            longest = max(longest, int(here[:, 1:].sum(1).max()))
-        sizes = [[int(sum(read[i] for i in b.pairs)) for b in batches] for batches in ranked]
-        first = max(first, *(of_rank[0] for of_rank in sizes))
-        later = max([later, *(size for of_rank in sizes for size in of_rank[1:])])
-    return _Layout(float(np.mean(numbers)), first, later, longest, float(np.mean(balances)))
+    steps = plan_epoch(len(tokens), pairs_per_step, seed=0, epoch=0, prompts=prompts)[:STEPS_TRIED]
+    laid = [
+        _laid_out_step(
+            tokens[step],
+            None if pairs is None else [pairs[int(number)] for number in step],
+            ranks,
+            budget,
+            with_rejected=with_rejected,
+        )
+        for step in steps
+    ]
+    sizes = [of_rank for ranked, _ in laid for of_rank in ranked]
+    stored = sum(map(sum, sizes))
+    looked_at = np.concatenate(steps)
+    return _Layout(
+        micro_batches=float(np.mean([len(of_rank) for of_rank in sizes])),
+        first=max(of_rank[0] for of_rank in sizes),
+        later=max((size for of_rank in sizes for size in of_rank[1:]), default=0),
+        longest=int(tokens[looked_at, 1:].sum(1).max()) if with_rejected else 0,
+        balance=float(np.mean([balance for _, balance in laid])),
+        shared=1 - stored / int(tokens[looked_at].sum()),
+    )
+
+
+def _laid_out_step(
+    lengths: Int64, pairs: Sequence[TokenizedPair] | None, ranks: int, budget: int, *, with_rejected: bool
+) -> tuple[list[list[int]], float]:
+    """Tokens of each rank's micro-batches in a step, and the balance of its ranks.
+
+    Args:
+        lengths: Of the pairs of the step. Shape [n, 3].
+        pairs: The pairs themselves, to see what they share; None: nothing.
+        ranks: Processes.
+        budget: Most tokens of a micro-batch.
+        with_rejected: Whether rejected sides are run.
+    """
+
+    def sharing(places: Sequence[int]) -> Sharing | None:
+        own = None if pairs is None else [pairs[place] for place in places]
+        return None if own is None else find_sharing(own, SHARE_FROM, with_rejected=with_rejected)
+
+    def size(batch: BatchPlan) -> int:
+        found, own = sharing(batch.pairs), lengths[list(batch.pairs)]
+        return 0 if batch.empty else int(own.sum()) if found is None else stored_tokens(own, found)
+
+    ranked = plan_step(
+        lengths, num_ranks=ranks, tokens_per_micro_batch=budget, sharing=sharing(range(len(lengths)))
+    )
+    sizes = [[size(batch) for batch in batches] for batches in ranked]
+    attended = pair_cost(lengths) - lengths.sum(1)
+    costs = [
+        sum(of_rank) + sum(attended[pair] for batch in batches if not batch.empty for pair in batch.pairs)
+        for of_rank, batches in zip(sizes, ranked, strict=True)
+    ]
+    return sizes, sum(costs) / ranks / max(costs)
 
 
 def _talk_bytes(model: PaperModel, setup: Setup, micro_batches: float) -> float:
