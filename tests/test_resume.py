@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from orpo.run.checkpoints import (
     STATE_FILE,
     checkpoint_problem,
     last_checkpoint,
+    read_state,
+    write_state,
     written_whole,
 )
 from orpo.training.resuming import check_changes
@@ -241,6 +244,26 @@ def test_changes_that_cannot_change_the_mathematics_pass(uninterrupted, tmp_path
     shutil.copytree(uninterrupted["folder"], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoint-7")
     make(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_checkpoint_with_another_order_of_pairs_is_refused(tmp_path, repeated):
+    """Version 0.2.0 did not bring pairs of a prompt together, and wrote nothing about the order."""
+    pairs = random_pairs(12, seed=1)
+    if repeated:
+        pairs[6:] = [replace(pair, prompt=pairs[n].prompt) for n, pair in enumerate(pairs[6:])]
+    make(tmp_path, train=pairs, save_total_limit=1, arguments={"callbacks": [StopAt(2)]}).train()
+    (state,) = tmp_path.glob(f"checkpoint-*/{STATE_FILE}")
+    content = read_state(state.parent)
+    assert "order" in content["run"]
+    del content["run"]["order"]
+    write_state(state.parent, content)
+    again = make(tmp_path, train=pairs)
+    if not repeated:
+        again.train(resume_from_checkpoint=True)
+        return
+    with pytest.raises(RunError, match=r"order: each pair for itself -> pairs of a prompt together"):
+        again.train(resume_from_checkpoint=True)
 
 
 def test_checkpoint_of_plain_transformers_is_not_compared():

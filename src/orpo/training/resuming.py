@@ -14,7 +14,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
 from orpo.console import say
-from orpo.data.dataset import TokenizedDataset
+from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.errors import OrpoError, RunError
 from orpo.settings.config import FACTS
 from orpo.settings.facts import Facts
@@ -22,6 +22,8 @@ from orpo.training.arguments import ORPOConfig
 
 Result = TypeVar("Result")
 _TRAINED = "trained_weights"
+_ORDER, _ANY_ORDER = "order", "each pair for itself"
+"""How pairs follow each other; version 0.2.0 wrote nothing about it, and had this order alone."""
 _WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 """Schedules that remember more than the step, so that a checkpoint's cannot be exchanged for another."""
 
@@ -32,8 +34,10 @@ def run_identity(args: ORPOConfig, pairs: Any, model: Any = None) -> dict[str, A
     fixed = {name: value for name, value in settings.items() if _is_fixed(name, settings)}
     identity = fixed | {"pairs_per_step": args.pairs_per_step}
     if isinstance(pairs, TokenizedDataset):
+        repeated = len(pairs) and int(prompt_index(pairs).max()) + 1 < len(pairs)
         identity |= {
             "num_pairs": len(pairs),
+            _ORDER: "pairs of a prompt together" if repeated else _ANY_ORDER,
             "pairs_checksum": zlib.crc32(np.ascontiguousarray(pairs.tokens).data),
         }
     if model is not None:
@@ -71,6 +75,8 @@ def check_changes(
         RunError: With the list of differences.
     """
     before = before or {}
+    if "num_pairs" in before:
+        before = {_ORDER: _ANY_ORDER, **before}
     changed = [name for name in sorted(now.keys() & before.keys()) if before[name] != now[name]]
     if not changed:
         return []
