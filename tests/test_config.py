@@ -542,6 +542,16 @@ def test_settings_that_exclude_each_other_are_refused(settings, expected):
         check_recipe(settings)
 
 
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(OrpoSettings)])
+def test_a_value_of_any_type_is_taken_or_refused_in_one_line(name):
+    """In Python nothing converts a value first; no setting may end in another error than ours."""
+    for value in ([1], {"a": 1}, object(), 3.5, -1, True, b"x", "x", "", math.nan):
+        try:
+            check_settings(OrpoSettings(**{name: value}))
+        except ConfigError as error:
+            assert "\n" not in str(error)
+
+
 def test_python_scripts_are_checked_as_recipes_are():
     with pytest.raises(ConfigError, match="eval_split: 1 is out of range"):
         check_settings(OrpoSettings(eval_split=1))

@@ -369,7 +369,7 @@ def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
     if settings.stages is not None:
         return resolve_stages(settings)[-1].objective, []
     name = settings.objective
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"objective: {name!r} is not one of {', '.join(PRESETS)}")
     preset, parts = PRESETS[name], _parts(name)
     for key in _ALL_PARTS - parts.keys():
@@ -425,6 +425,8 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
         return (Stage(settings.objective, resolve_objective(settings)[0], 1.0),)
     if settings.objective != "orpo":
         raise ConfigError(f"objective: {settings.objective}: name it in stages, which are set too")
+    if not isinstance(settings.stages, Sequence) or isinstance(settings.stages, (str, bytes)):
+        raise ConfigError(f"stages: {settings.stages!r} is no list; write [{{objective: sft}}, ...]")
     if not settings.stages:
         raise ConfigError("stages: there is none in the list; leave it out, or name one")
     stages, shares = [], []
@@ -609,8 +611,8 @@ def check_processes(settings: OrpoSettings, number: int) -> None:
 
 def _check_date(text: str | None) -> None:
     try:
-        date.fromisoformat(text or "2000-01-01")
-    except ValueError:
+        date.fromisoformat("2000-01-01" if text is None else text)
+    except (TypeError, ValueError):
         raise ConfigError(f"template_date: {text!r} is no date; write it as 2026-11-27") from None
 
 
