@@ -22,6 +22,8 @@ from typing import Any
 from heads import VARIANTS
 from report import RAW, RAW_OBJECTIVES, RAW_SHARING, write_report
 
+from orpo.engine.precision import bfloat16_gain
+
 FOLDER = Path(__file__).resolve().parent
 KEEP_HEAP = {
     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456",
@@ -81,6 +83,7 @@ BAR = [
     Cell("h256", "long", 4, pairs=16, steps="", memory=False, agreement=False),
     Cell("h512", "hh", 8, steps="ours", memory=False, agreement=False),
     Cell("h256", "hh", 8, checkpointing=True, steps=""),
+    *([Cell("h256", "hh", 8, pairs=64, dtype="bf16")] if bfloat16_gain() > 1 else []),
 ]
 PAIRS = {"hh": 8, "uf": 4, "long": 4}
 SMALLER = {"opt": {"hh": 4, "uf": 2, "long": 2}, "v152k": {"hh": 2, "uf": 1, "long": 1}}
@@ -95,7 +98,6 @@ GRID = [
     ),
     Cell("h512", "hh", 8, pairs=32),
     Cell("v152k", "hh", 2, pairs=16),
-    Cell("h256", "hh", 8, pairs=64, dtype="bf16"),
     Cell("h256", "hh", 8, pairs=64, checkpointing=True),
 ]
 HEADS: list[Spec] = [
