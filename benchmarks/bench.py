@@ -79,6 +79,7 @@ class Cell:
 BAR = [
     Cell("h256", "hh", 8, pairs=64, steps=""),
     Cell("opt", "hh", 4, pairs=16, steps="ours", memory=False),
+    Cell("opt_gelu", "hh", 4, steps="", memory=False),  # as OPT, without a kink
     Cell("h256", "uf", 4, pairs=16, steps="", memory=False, agreement=False),
     Cell("h256", "long", 4, pairs=16, steps="", memory=False, agreement=False),
     Cell("h512", "hh", 8, steps="ours", memory=False, agreement=False),

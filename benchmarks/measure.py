@@ -23,6 +23,8 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the oracle in float64
+
 import datasets
 import torch
 import transformers
@@ -140,7 +142,15 @@ def step(
 
 
 def agreement(shape: str, data: str, per_step: int, dtype: str = "fp32") -> dict[str, Any]:
-    """Loss and every gradient of one batch by both sides, from the same weights."""
+    """Loss and every gradient of one batch by both sides, from the same weights, and by an oracle in float64.
+
+    An activation with a kink (OPT's ReLU) may round to its other side by either, and changes a gradient much.
+    That reads as a difference of the two sides, and as a distance of one of them from float64.
+    """
+    from reference import loss_and_gradients
+
+    from orpo.settings.config import Objective
+
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, per_step)
     found: dict[str, tuple[float, dict[str, torch.Tensor]]] = {}
     for side in ("trl", "ours"):
@@ -149,6 +159,7 @@ def agreement(shape: str, data: str, per_step: int, dtype: str = "fp32") -> dict
         found[side] = (loss, gradients)
         model.zero_grad(set_to_none=True)
     (trl_loss, trl), (our_loss, ours) = found["trl"], found["ours"]
+    _, exact = loss_and_gradients(_build(shape), workload, Objective(preference_weight=BETA))
     whole = sum(gradient.norm().square() for gradient in trl.values()).sqrt()
     # The gradient of a key bias is zero by symmetry, and rounding noise on both sides: 1e-10 of the whole.
     real = [name for name, gradient in trl.items() if gradient.norm() > 1e-8 * whole]
@@ -157,8 +168,17 @@ def agreement(shape: str, data: str, per_step: int, dtype: str = "fp32") -> dict
     return {
         "loss_ours": our_loss, "loss_trl": trl_loss, "loss_difference": abs(our_loss - trl_loss),
         "gradient_error": errors[worst], "parameter": worst, "parameters": len(errors),
+        "ours_to_float64": _largest_error(ours, exact, real),
+        "trl_to_float64": _largest_error(trl, exact, real),
         "left_out": len(trl) - len(real), "ids_equal": True,
     }  # fmt: skip
+
+
+def _largest_error(
+    found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], names: list[str]
+) -> float:
+    """The largest relative error of a gradient."""
+    return max(((found[n] - exact[n]).norm() / exact[n].norm()).item() for n in names)
 
 
 def micro_batches(

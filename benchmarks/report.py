@@ -30,7 +30,8 @@ MEMORY_BARS = {("dpo", "random"): 15.0, ("sft", "random"): 15.0}
 """How many times less memory they must need; packing has no bar."""
 NAMES = {
     "h256": "Llama h256 L6 V32000", "h512": "Llama h512 L8 V32000", "v152k": "Llama h256 L6 V151936 tied",
-    "opt": "OPT-125M (V50272)", "hh": "HH-RLHF", "uf": "UltraFeedback-like", "long": "long prompts",
+    "opt": "OPT-125M (V50272)", "opt_gelu": "OPT-125M with GELU",
+    "hh": "HH-RLHF", "uf": "UltraFeedback-like", "long": "long prompts",
 }  # fmt: skip
 
 
@@ -431,11 +432,17 @@ def _agreement_table(results: Results) -> list[str]:
             rows.append([
                 label(cell), str(cell["per_step"]), f"{r['loss_ours']:.6f}", f"{r['loss_difference']:.1e}",
                 f"{r['gradient_error']:.1e}", f"`{r['parameter']}`",
+                *(f"{r[key]:.1e}" if key in r else "-" for key in ("ours_to_float64", "trl_to_float64")),
             ])  # fmt: skip
-    header = ["workload", "pairs", "loss", "difference to TRL", "worst relative gradient difference", "in"]
+    header = [
+        "workload", "pairs", "loss", "difference to TRL", "worst relative gradient difference", "in",
+        "ours to float64", "TRL to float64",
+    ]  # fmt: skip
     note = [
         "One batch, with the same weights and token ids (checked) on both sides. "
-        "Bars in fp32: 1e-6 and 1e-5.", "",
+        "Bars in fp32: 1e-6 and 1e-5. The last columns are the worst gradient of each side against each "
+        "response alone in float64: where a ReLU near zero rounds to its other side, the side that did so is "
+        "far off there.", "",
     ]  # fmt: skip
     return ["## The same loss and gradients", "", *note, *table(header, rows)]
 

@@ -25,18 +25,19 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 @dataclass(frozen=True)
 class Shape:
-    """A model built from a configuration with random weights."""
+    """A model built from a configuration with random weights; `opt`: an OPT with this activation."""
 
     hidden: int
     layers: int
     vocab: int
     tied: bool = False
-    opt: bool = False
+    opt: str = ""
 
     def build(self) -> PreTrainedModel:
         """The model, float32; the caller seeds torch."""
         if self.opt:
-            return OPTForCausalLM(OPTConfig(dropout=0.0, pad_token_id=1, eos_token_id=EOS))
+            settings = {"dropout": 0.0, "pad_token_id": 1, "eos_token_id": EOS}
+            return OPTForCausalLM(OPTConfig(activation_function=self.opt, **settings))
         return LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=self.vocab, hidden_size=self.hidden, num_hidden_layers=self.layers,
@@ -51,7 +52,8 @@ SHAPES = {
     "h256": Shape(256, 6, 32000),
     "h512": Shape(512, 8, 32000),
     "v152k": Shape(256, 6, 151936, tied=True),
-    "opt": Shape(768, 12, 50272, tied=True, opt=True),
+    "opt": Shape(768, 12, 50272, tied=True, opt="relu"),
+    "opt_gelu": Shape(768, 12, 50272, tied=True, opt="gelu"),
 }
 
 for _vocab in (8192, 32000, 64000, 151936):
