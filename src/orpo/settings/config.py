@@ -429,23 +429,8 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
         raise ConfigError(f"stages: {settings.stages!r} is no list; write [{{objective: sft}}, ...]")
     if not settings.stages:
         raise ConfigError("stages: there is none in the list; leave it out, or name one")
-    stages, shares = [], []
-    for number, entry in enumerate(settings.stages, start=1):
-        if not isinstance(entry, Mapping):
-            raise ConfigError(f"stages: stage {number} is {entry!r}; {_STAGE_HAS}, as {{objective: sft}}")
-        unknown = entry.keys() - _ALL_PARTS - {"objective", "share"}
-        if unknown:
-            raise ConfigError(f"stages: stage {number} has {', '.join(sorted(unknown))}; {_STAGE_HAS}")
-        name = entry.get("objective", "orpo")
-        beside = {key: getattr(settings, key) for key in (_parts(name) if name in PRESETS else ())}
-        own = {key: value for key, value in entry.items() if key != "share"}
-        try:
-            _check_types(own)
-            stage = OrpoSettings(**(beside | own))
-            stages.append((name, resolve_objective(stage)[0]))
-        except ConfigError as error:
-            raise ConfigError(f"stages: stage {number}: {error}") from None
-        shares.append(entry.get("share"))
+    stages = [_stage(number, entry, settings) for number, entry in enumerate(settings.stages, start=1)]
+    shares = [entry.get("share") for entry in settings.stages]
     used = {key for name, _ in stages for key in _parts(name)}
     if unused := sorted(key for key in _ALL_PARTS - used if getattr(settings, key)):
         raise ConfigError(f"{unused[0]}: {getattr(settings, unused[0])}: no objective in stages has it")
@@ -455,6 +440,22 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
             " begins, so train the later one as a run of its own"
         )
     return tuple(Stage(*one, share) for one, share in zip(stages, _whole_run(shares), strict=True))
+
+
+def _stage(number: int, entry: Any, settings: OrpoSettings) -> tuple[str, Objective]:
+    """Name and objective of an entry of `stages`, the settings beside it included."""
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"stages: stage {number} is {entry!r}; {_STAGE_HAS}, as {{objective: sft}}")
+    if unknown := sorted(map(str, entry.keys() - _ALL_PARTS - {"objective", "share"})):
+        raise ConfigError(f"stages: stage {number} has {', '.join(unknown)}; {_STAGE_HAS}")
+    own = {key: value for key, value in entry.items() if key != "share"}
+    try:
+        _check_types(own)
+        name = str(own.get("objective", "orpo"))
+        beside = {key: getattr(settings, key) for key in _parts(name)}
+        return name, resolve_objective(OrpoSettings(**(beside | own)))[0]
+    except ConfigError as error:
+        raise ConfigError(f"stages: stage {number}: {error}") from None
 
 
 def _check_types(stage: Mapping[str, Any]) -> None:
