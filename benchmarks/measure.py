@@ -75,8 +75,8 @@ def train(
     model, workload = _build(shape), make_pairs(data, SHAPES[shape].vocab, pairs)
     trainer = make(model, workload, per_step)
     if apart:
-        prepared = dataclasses.replace(trainer._preparation(), share_from=None)
-        trainer._preparation = lambda: prepared
+        prepare = trainer._preparation  # not called yet: the probe is part of the run
+        trainer._preparation = lambda: dataclasses.replace(prepare(), share_from=None)
     gemm = [gemm_rate(dtype, SHAPES[shape].hidden)]
     base = _memory("VmRSS")
     _reset_peak()

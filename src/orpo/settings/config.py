@@ -442,7 +442,7 @@ def resolve_stages(settings: OrpoSettings) -> tuple[Stage, ...]:
     return tuple(Stage(*one, share) for one, share in zip(stages, _whole_run(shares), strict=True))
 
 
-def _stage(number: int, entry: Any, settings: OrpoSettings) -> tuple[str, Objective]:
+def _stage(number: int, entry: Any, settings: OrpoSettings) -> tuple[ObjectiveName, Objective]:
     """Name and objective of an entry of `stages`, the settings beside it included."""
     if not isinstance(entry, Mapping):
         raise ConfigError(f"stages: stage {number} is {entry!r}; {_STAGE_HAS}, as {{objective: sft}}")
