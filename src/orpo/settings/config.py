@@ -451,7 +451,7 @@ def _stage(number: int, entry: Any, settings: OrpoSettings) -> tuple[ObjectiveNa
     own = {key: value for key, value in entry.items() if key != "share"}
     try:
         _check_types(own)
-        name = str(own.get("objective", "orpo"))
+        name: ObjectiveName = own.get("objective", "orpo")
         beside = {key: getattr(settings, key) for key in _parts(name)}
         return name, resolve_objective(OrpoSettings(**(beside | own)))[0]
     except ConfigError as error:
