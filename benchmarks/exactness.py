@@ -41,6 +41,14 @@ CASES = {
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
     for lora in (False, True)
 }
+NOT_TEXT = {
+    "gemma3n": "needs timm for its image tower",
+    "gemma4_assistant": "needs the states of another model",
+    "gemma4_unified_assistant": "needs the states of another model",
+    "musicgen": "writes audio codes, no text",
+    "musicgen_melody": "writes audio codes, no text",
+}
+"""Families that cannot be built as a model of text alone, and why."""
 SECONDS = 60
 """CPU time that a family has for a case; towers of full size need more."""
 MOST_WEIGHTS = 20_000_000
@@ -68,6 +76,8 @@ def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
 
 def run_case(family: str, dtype: torch.dtype, lora: bool) -> str:
     """The outcome of one family in one precision, as the table shows it."""
+    if family in NOT_TEXT:
+        return f"not built: {NOT_TEXT[family]}"
     try:
         if (size := tiny_families.num_weights(family)) > MOST_WEIGHTS:
             return f"not built: {size:,} weights"
@@ -139,7 +149,7 @@ def write_table(results: dict[str, dict[str, str]]) -> None:
         "plain model: loss and every gradient. Written by `python benchmarks/exactness.py`, with",
         f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}, on a CPU.",
         "`shares` stores once what pairs have in common; `falls back` is exact too, slower, and said at the",
-        "start; `not built` says that the tiny configuration does not fit, nothing about the family.",
+        "start; `not built` says why no tiny model of text alone could be run, nothing more.",
         "",
     ]
     for name in CASES:
