@@ -49,7 +49,7 @@ NOT_TEXT = {
     "musicgen_melody": "writes audio codes, no text",
 }
 """Families that cannot be built as a model of text alone, and why."""
-SECONDS = 60
+SECONDS = 300
 """CPU time that a family has for a case; towers of full size need more."""
 MOST_WEIGHTS = 20_000_000
 """A tiny configuration with more has a part that nobody made tiny."""

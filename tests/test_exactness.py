@@ -222,6 +222,12 @@ def test_gradient_checkpointing_that_a_model_has_not_is_refused(tmp_path):
         tiny_trainer(tmp_path, model=tiny_families.build("ctrl"), gradient_checkpointing=True, max_length=64)
 
 
+def test_a_model_that_fails_its_own_assertion_is_refused_in_one_line():
+    """Reformer asserts that it trains wherever a gradient is asked for; the probe asks in evaluation mode."""
+    with pytest.raises(ModelError, match=r"AssertionError: If you want to train `ReformerModel`"):
+        prepare_model(tiny_families.build("reformer"))
+
+
 def test_dropout_that_layers_read_from_the_configuration_is_turned_off(tmp_path):
     model = tiny_families.build("persimmon", attention_dropout=0.5)
     trainer = tiny_trainer(tmp_path, model=model)

@@ -30,7 +30,8 @@ MAX_PROBE_LENGTH = 512
 """Windows, chunks and switches up to this length are exceeded by the probe's first pair."""
 
 FAILURES = (
-    RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, ImportError,
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError,
+    ImportError,
 )  # fmt: skip
 """What a model raises that cannot follow a layout."""
 
