@@ -860,3 +860,12 @@ def test_a_stream_hands_over_the_pairs_of_a_prompt_together_as_many_as_a_step_ha
     ]
     together = list(by_prompt(iter(pairs), 2))
     assert [[pair.rejected[0] for pair in some] for some in together] == [[0, 1], [2, 3], [4], [5, 6], [7]]
+
+
+def test_steps_of_a_stream_have_the_pairs_of_a_prompt_together():
+    pairs = [TokenizedPair([3, number // 2], [4], [number]) for number in range(12)]
+    settings = BatchSettings(Objective(preference_weight=0.1), "shared", 1000)
+    stream = iter(StepStream(lambda: pairs, settings, pairs_per_step=2, shuffle_buffer=4))
+    steps = [next(stream) for _ in range(12)]  # two passes
+    prompts = [{tuple(pair.prompt) for batch in step.pairs for pair in batch} for step in steps]
+    assert all(len(one) == 1 for one in prompts) and prompts[:6] != prompts[6:]
