@@ -20,7 +20,7 @@ from orpo.engine.head import Head
 CPU_CHUNK_TOKENS = 256
 """Scored tokens per chunk on a CPU: measured fastest at V = 32,000, where more fall out of its caches."""
 
-_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
