@@ -222,6 +222,14 @@ def test_gradient_checkpointing_that_a_model_has_not_is_refused(tmp_path):
         tiny_trainer(tmp_path, model=tiny_families.build("ctrl"), gradient_checkpointing=True, max_length=64)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_a_model_changes_in_place_may_be_frozen(tied):
+    """CTRL multiplies them where they stand; the probe, which asks for their slope, must not forbid that."""
+    model = tiny_families.build("ctrl", tie_word_embeddings=tied)
+    model.get_input_embeddings().requires_grad_(False)
+    assert prepare_model(model).layout == "shared"
+
+
 def test_a_model_that_fails_its_own_assertion_is_refused_in_one_line():
     """Reformer asserts that it trains wherever a gradient is asked for; the probe asks in evaluation mode."""
     with pytest.raises(ModelError, match=r"AssertionError: If you want to train `ReformerModel`"):

@@ -150,8 +150,8 @@ def _side(
     found: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        found.append(output if output.requires_grad else output.requires_grad_())
-        return found[-1]
+        found.append(output if output.requires_grad else output.detach().requires_grad_())
+        return found[-1].clone()  # some models change it in place, which no leaf allows
 
     hook = scorer.model.get_input_embeddings().register_forward_hook(keep)
     try:
