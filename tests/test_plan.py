@@ -440,17 +440,20 @@ def test_the_plan_lays_out_what_training_does():
         np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]), 40, 0, "here", pairs,
         np.zeros(40, int),
     )  # fmt: skip
-    for ranks in (1, 2):
-        laid = _laid_out(lengths, Objective(preference_weight=0.1), 20, ranks, 300, shares=True)
+    cases = [(ranks, layout) for ranks in (1, 2) for layout in ("shared", "packed", "padded")]
+    for ranks, layout in cases:
+        laid = _laid_out(lengths, Objective(preference_weight=0.1), 20, ranks, 300, layout, shares=True)
         sizes = []
         for step in plan_epoch(40, 20, seed=0, epoch=0, prompts=lengths.prompts):
             own = [pairs[number] for number in step.tolist()]
             for rank in range(ranks):
-                settings = BatchSettings(Objective(preference_weight=0.1), "shared", 300, rank, ranks)
+                settings = BatchSettings(Objective(preference_weight=0.1), layout, 300, rank, ranks)
                 sizes.append([b.num_tokens * (not b.empty) for b in build_step(own, step, settings).batches])
         assert laid.first == max(of_rank[0] for of_rank in sizes)
         assert laid.later == max(size for of_rank in sizes for size in of_rank[1:])
-        assert laid.shared == pytest.approx(1 - sum(map(sum, sizes)) / lengths.tokens.sum())
+        shared = 1 - sum(map(sum, sizes)) / lengths.tokens.sum() if layout == "shared" else 0
+        assert laid.shared == pytest.approx(shared)
+        assert 0.8 < laid.balance <= 1 if ranks == 2 else laid.balance == 1
 
 
 def test_a_model_whose_tokens_depend_on_the_length_of_a_pass_shares_nothing_on_paper(tmp_path):
@@ -469,6 +472,23 @@ def test_a_model_whose_tokens_depend_on_the_length_of_a_pass_shares_nothing_on_p
         asked = {"has_bf16": True, "autocast": True, "by_kernel": False}
         planned = paper_model(OrpoSettings(model_name_or_path=str(tmp_path)), **asked)
         assert planned.shares == (prepared.share_from is not None) == shares
+
+
+def test_a_step_has_no_more_pairs_than_there_are(on_paper):
+    recipe = {"model_name_or_path": str(files("orpo") / "demo" / "model"), "eval_strategy": "no"}
+    few = PairLengths(np.full((10, 3), 50), 10, 0, "here")
+    here = cluster("h100-80", 1)
+    plans = [
+        make_plan(recipe | {"per_device_train_batch_size": size, "num_train_epochs": 1}, here, few)
+        for size in (10, 512)
+    ]
+    assert plans[0].step_seconds == pytest.approx(plans[1].step_seconds) and plans[1].steps == 1
+    dropping = recipe | {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "dataloader_drop_last": True,
+    }
+    assert make_plan(dropping, here, few).steps == 2
 
 
 @pytest.mark.parametrize(

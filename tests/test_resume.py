@@ -255,7 +255,8 @@ def test_a_checkpoint_with_another_order_of_pairs_is_refused(tmp_path, repeated)
     make(tmp_path, train=pairs, save_total_limit=1, arguments={"callbacks": [StopAt(2)]}).train()
     (state,) = tmp_path.glob(f"checkpoint-*/{STATE_FILE}")
     content = read_state(state.parent)
-    assert "order" in content["run"]
+    expected = "pairs of a prompt together" if repeated else "each pair for itself"
+    assert content["run"]["order"] == expected
     del content["run"]["order"]
     write_state(state.parent, content)
     again = make(tmp_path, train=pairs)

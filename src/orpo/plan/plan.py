@@ -13,7 +13,16 @@ import numpy as np
 
 from orpo.engine.memory import MAX_TOKENS, MAX_TOKENS_ON_CPU, default_logits_memory_mib, token_budget
 from orpo.engine.packing import SHARE_FROM, find_sharing, runs_rejected
-from orpo.engine.planning import BatchPlan, Sharing, pair_cost, plan_epoch, plan_step, stored_tokens
+from orpo.engine.planning import (
+    BatchPlan,
+    Sharing,
+    pair_cost,
+    pair_sizes,
+    pair_tokens,
+    plan_epoch,
+    plan_step,
+    stored_tokens,
+)
 from orpo.errors import ConfigError
 from orpo.pairs import TokenizedPair
 from orpo.plan.lengths import Int64, PairLengths
@@ -21,7 +30,7 @@ from orpo.plan.machine import RESERVE_GIB, Cluster
 from orpo.plan.memory import Memory, Setup, Sharding, checkpoint_bytes, memory_of, states
 from orpo.plan.on_paper import PaperModel, paper_model
 from orpo.plan.work import Work, work_of
-from orpo.settings.config import Objective, OrpoSettings, check_processes, resolve_objective
+from orpo.settings.config import LayoutName, Objective, OrpoSettings, check_processes, resolve_objective
 from orpo.settings.schema import known_settings
 from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations
 
@@ -145,16 +154,19 @@ def lay_out(
         int(get("per_device_train_batch_size")) * int(get("gradient_accumulation_steps")) * where.ranks
     )
     budget = own.tokens_per_micro_batch or _budget(model, setup, where)
-    shares = model.shares and own.layout in (None, "shared")
-    laid = _laid_out(lengths, objective, pairs_per_step, where.ranks, budget, shares=shares)
+    layout = own.layout or "shared"
+    laid = _laid_out(lengths, objective, pairs_per_step, where.ranks, budget, layout, shares=model.shares)
     work = work_of(model, lengths.tokens, objective, checkpointing=setup.checkpointing, shared=laid.shared)
     memory = memory_of(model, setup, laid.first, later=laid.later, longest=laid.longest)
     in_epoch = math.ceil(lengths.num_pairs / pairs_per_step)
+    if get("dataloader_drop_last"):
+        in_epoch = max(1, lengths.num_pairs // pairs_per_step)
     most = int(get("max_steps"))
     steps = most if most > 0 else math.ceil(in_epoch * float(get("num_train_epochs")))
     talk = _talk_bytes(model, setup, laid.micro_batches)
     rate = where.gpu.tflops * 1e12 * where.mfu
-    compute = work.training * pairs_per_step / where.ranks / laid.balance / rate
+    in_step = min(pairs_per_step, lengths.num_pairs)
+    compute = work.training * in_step / where.ranks / laid.balance / rate
     step_seconds = max(compute, talk / where.bandwidth)
     number = _num_evaluations(settings, lengths, work, pairs_per_step, steps, where.ranks)
     evaluation = work.forward * lengths.num_held_out / where.ranks / rate
@@ -257,12 +269,19 @@ class _Layout:
 
 
 def _laid_out(
-    lengths: PairLengths, objective: Objective, pairs_per_step: int, ranks: int, budget: int, *, shares: bool
+    lengths: PairLengths,
+    objective: Objective,
+    pairs_per_step: int,
+    ranks: int,
+    budget: int,
+    layout: LayoutName = "shared",
+    *,
+    shares: bool,
 ) -> _Layout:
     """Micro-batches as training lays them out, of a few steps; `shares`: whether pairs may share tokens."""
     with_rejected = runs_rejected(objective, None)
     tokens, prompts = lengths.tokens * (1, 1, with_rejected), lengths.prompts
-    pairs = lengths.pairs if shares else None
+    pairs = lengths.pairs if shares and layout == "shared" else None
     if lengths.pairs is None and pairs_per_step > len(tokens):  # means stand for more pairs than were drawn
         tokens = np.tile(tokens, (math.ceil(pairs_per_step / len(tokens)), 1))
     steps = plan_epoch(len(tokens), pairs_per_step, seed=0, epoch=0, prompts=prompts)[:STEPS_TRIED]
@@ -272,33 +291,41 @@ def _laid_out(
             None if pairs is None else [pairs[int(number)] for number in step],
             ranks,
             budget,
+            layout,
             with_rejected=with_rejected,
         )
         for step in steps
     ]
     sizes = [of_rank for ranked, _ in laid for of_rank in ranked]
-    stored = sum(map(sum, sizes))
     looked_at = np.concatenate(steps)
+    alone = int(tokens[looked_at].sum())
     return _Layout(
         micro_batches=float(np.mean([len(of_rank) for of_rank in sizes])),
         first=max(of_rank[0] for of_rank in sizes),
         later=max((size for of_rank in sizes for size in of_rank[1:]), default=0),
         longest=int(tokens[looked_at, 1:].sum(1).max()) if with_rejected else 0,
-        balance=float(np.mean([balance for _, balance in laid])),
-        shared=1 - stored / int(tokens[looked_at].sum()),
+        balance=sum(sum(costs) for _, costs in laid) / ranks / sum(max(costs) for _, costs in laid),
+        shared=0.0 if pairs is None else 1 - sum(map(sum, sizes)) / alone,
     )
 
 
 def _laid_out_step(
-    lengths: Int64, pairs: Sequence[TokenizedPair] | None, ranks: int, budget: int, *, with_rejected: bool
-) -> tuple[list[list[int]], float]:
-    """Tokens of each rank's micro-batches in a step, and the balance of its ranks.
+    lengths: Int64,
+    pairs: Sequence[TokenizedPair] | None,
+    ranks: int,
+    budget: int,
+    layout: LayoutName,
+    *,
+    with_rejected: bool,
+) -> tuple[list[list[int]], list[float]]:
+    """Tokens of each rank's micro-batches in a step, padding included, and the cost of each rank.
 
     Args:
         lengths: Of the pairs of the step. Shape [n, 3].
         pairs: The pairs themselves, to see what they share; None: nothing.
         ranks: Processes.
         budget: Most tokens of a micro-batch.
+        layout: Of a micro-batch.
         with_rejected: Whether rejected sides are run.
     """
 
@@ -308,18 +335,25 @@ def _laid_out_step(
 
     def size(batch: BatchPlan) -> int:
         found, own = sharing(batch.pairs), lengths[list(batch.pairs)]
-        return 0 if batch.empty else int(own.sum()) if found is None else stored_tokens(own, found)
+        if batch.empty:
+            return 0
+        lines, width = pair_sizes(own, layout).T
+        return int(lines.sum() * width.max()) if found is None else stored_tokens(own, found)
 
     ranked = plan_step(
-        lengths, num_ranks=ranks, tokens_per_micro_batch=budget, sharing=sharing(range(len(lengths)))
+        lengths,
+        num_ranks=ranks,
+        tokens_per_micro_batch=budget,
+        layout=layout,
+        sharing=sharing(range(len(lengths))),
     )
     sizes = [[size(batch) for batch in batches] for batches in ranked]
-    attended = pair_cost(lengths) - lengths.sum(1)
+    attended = pair_cost(lengths, layout) - pair_tokens(lengths, layout)
     costs = [
         sum(of_rank) + sum(attended[pair] for batch in batches if not batch.empty for pair in batch.pairs)
         for of_rank, batches in zip(sizes, ranked, strict=True)
     ]
-    return sizes, sum(costs) / ranks / max(costs)
+    return sizes, costs
 
 
 def _talk_bytes(model: PaperModel, setup: Setup, micro_batches: float) -> float:

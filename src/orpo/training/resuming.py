@@ -34,7 +34,7 @@ def run_identity(args: ORPOConfig, pairs: Any, model: Any = None) -> dict[str, A
     fixed = {name: value for name, value in settings.items() if _is_fixed(name, settings)}
     identity = fixed | {"pairs_per_step": args.pairs_per_step}
     if isinstance(pairs, TokenizedDataset):
-        repeated = len(pairs) and int(prompt_index(pairs).max()) + 1 < len(pairs)
+        repeated = args.pairs_per_step > 1 and int(prompt_index(pairs).max(initial=-1)) + 1 < len(pairs)
         identity |= {
             "num_pairs": len(pairs),
             _ORDER: "pairs of a prompt together" if repeated else _ANY_ORDER,
