@@ -424,6 +424,8 @@ def test_what_pairs_share_is_planned_once(tmp_path, on_paper):
     assert together.largest == pytest.approx((1 - one_of_two) * apart.largest, rel=0.05)
     assert together.memory.activations < 0.8 * apart.memory.activations
     assert planned(layout="padded").work.tokens == apart.work.tokens
+    alone = lay_out(recipe, replace(together.model, shares=False), here, found)
+    assert alone.work.tokens == apart.work.tokens and alone.largest == apart.largest
     answers = planned(objective="sft")
     half = found.tokens[::2, :2].sum() / found.tokens[:, :2].sum()
     of_answers = make_plan(recipe | {"objective": "sft"}, here, replace(found, pairs=None))
@@ -453,7 +455,7 @@ def test_the_plan_lays_out_what_training_does():
         assert laid.later == max(size for of_rank in sizes for size in of_rank[1:])
         shared = 1 - sum(map(sum, sizes)) / lengths.tokens.sum() if layout == "shared" else 0
         assert laid.shared == pytest.approx(shared)
-        assert 0.8 < laid.balance <= 1 if ranks == 2 else laid.balance == 1
+        assert 0.7 < laid.balance <= 1 and (ranks > 1 or laid.balance == 1)
 
 
 def test_a_model_whose_tokens_depend_on_the_length_of_a_pass_shares_nothing_on_paper(tmp_path):
@@ -472,6 +474,20 @@ def test_a_model_whose_tokens_depend_on_the_length_of_a_pass_shares_nothing_on_p
         asked = {"has_bf16": True, "autocast": True, "by_kernel": False}
         planned = paper_model(OrpoSettings(model_name_or_path=str(tmp_path)), **asked)
         assert planned.shares == (prepared.share_from is not None) == shares
+
+
+def test_every_stage_is_planned(on_paper):
+    """Memory is that of the largest stage, in whatever order; work is their mean."""
+    recipe = {"model_name_or_path": str(files("orpo") / "demo" / "model"), "eval_strategy": "no"}
+    here, found = cluster("h100-80", 1), drawn_lengths(UF, 500, recipe)
+    sft, dpo = ({"objective": name, "share": share} for name, share in (("sft", 0.25), ("dpo", 0.75)))
+    one_way, other = (
+        make_plan(recipe | {"stages": stages}, here, found) for stages in ([sft, dpo], [dpo, sft])
+    )
+    alone = {name: make_plan(recipe | {"objective": name}, here, found) for name in ("sft", "dpo")}
+    assert one_way.memory == other.memory == alone["dpo"].memory
+    mean = 0.25 * alone["sft"].work.training + 0.75 * alone["dpo"].work.training
+    assert one_way.work.training == pytest.approx(mean) == other.work.training
 
 
 def test_a_step_has_no_more_pairs_than_there_are(on_paper):

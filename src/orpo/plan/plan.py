@@ -29,8 +29,8 @@ from orpo.plan.lengths import Int64, PairLengths
 from orpo.plan.machine import RESERVE_GIB, Cluster
 from orpo.plan.memory import Memory, Setup, Sharding, checkpoint_bytes, memory_of, states
 from orpo.plan.on_paper import PaperModel, paper_model
-from orpo.plan.work import Work, work_of
-from orpo.settings.config import LayoutName, Objective, OrpoSettings, check_processes, resolve_objective
+from orpo.plan.work import Work, mean_work, work_of
+from orpo.settings.config import LayoutName, Objective, OrpoSettings, check_processes, resolve_stages
 from orpo.settings.schema import known_settings
 from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations
 
@@ -138,7 +138,6 @@ def lay_out(
     """Plan a run of a model that is on paper already; arguments as those of `make_plan`."""
     own = OrpoSettings.from_recipe(settings)
     check_processes(own, where.ranks)
-    objective, _ = resolve_objective(own)
     get = _Settings(settings)
     setup = Setup(
         ranks=where.ranks,
@@ -154,10 +153,27 @@ def lay_out(
         int(get("per_device_train_batch_size")) * int(get("gradient_accumulation_steps")) * where.ranks
     )
     budget = own.tokens_per_micro_batch or _budget(model, setup, where)
-    layout = own.layout or "shared"
-    laid = _laid_out(lengths, objective, pairs_per_step, where.ranks, budget, layout, shares=model.shares)
-    work = work_of(model, lengths.tokens, objective, checkpointing=setup.checkpointing, shared=laid.shared)
-    memory = memory_of(model, setup, laid.first, later=laid.later, longest=laid.longest)
+    stages = resolve_stages(own)
+    laid_out = [
+        _laid_out(
+            lengths, stage.objective, pairs_per_step, where.ranks, budget, own.layout or "shared",
+            shares=model.shares,
+        )
+        for stage in stages
+    ]  # fmt: skip
+    work = mean_work(
+        [
+            work_of(
+                model, lengths.tokens, stage.objective, checkpointing=setup.checkpointing, shared=laid.shared
+            )
+            for stage, laid in zip(stages, laid_out, strict=True)
+        ],
+        [stage.share for stage in stages],
+    )
+    memory, laid = max(
+        ((memory_of(model, setup, one.first, later=one.later, longest=one.longest), one) for one in laid_out),
+        key=lambda found: found[0].peak,
+    )
     in_epoch = math.ceil(lengths.num_pairs / pairs_per_step)
     if get("dataloader_drop_last"):
         in_epoch = max(1, lengths.num_pairs // pairs_per_step)

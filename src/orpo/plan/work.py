@@ -6,7 +6,8 @@ where its matrix is trained, as many again; gradient checkpointing runs the laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,12 @@ def work_of(
     training = layers + checkpointing * again + backward + head * (2 + model.head_trained)
     own = 1 - shared
     return Work(own * read, separate, own * scored, own * (layers + head), own * training)
+
+
+def mean_work(of_stages: Sequence[Work], shares: Sequence[float]) -> Work:
+    """Work of an average pair of a run whose stages have these shares, which add up to 1."""
+    numbers = zip(*map(astuple, of_stages), strict=True)
+    return Work(*(sum(share * one for share, one in zip(shares, each, strict=True)) for each in numbers))
 
 
 def attended(model: PaperModel, prompt: object, chosen: object, rejected: object) -> float:

@@ -6,7 +6,7 @@ light table in inherited.py, so that a recipe can be checked without importing t
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -96,9 +96,12 @@ class Facts(str):
             "below": (self.below, lambda limit: value < limit),
         }
         given = {word: (limit, holds) for word, (limit, holds) in limits.items() if limit is not None}
-        if not math.isfinite(value) or not all(holds(limit) for limit, holds in given.values()):
+        if not abs(value) <= sys.float_info.max:  # not a number either
+            value = value if isinstance(value, float) else "a number of more than 300 digits"
+            raise ConfigError(f"{key}: {value} is out of range; expected a finite number")
+        if not all(holds(limit) for limit, holds in given.values()):
             expected = " and ".join(f"{word} {limit}" for word, (limit, _) in given.items())
-            raise ConfigError(f"{key}: {value} is out of range; expected {expected or 'a finite number'}")
+            raise ConfigError(f"{key}: {value} is out of range; expected {expected}")
 
 
 def setting(default: Any, help_text: str, **facts: Any) -> Any:
