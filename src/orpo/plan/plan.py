@@ -350,9 +350,9 @@ def _laid_out_step(
         return None if own is None else find_sharing(own, SHARE_FROM, with_rejected=with_rejected)
 
     def size(batch: BatchPlan) -> int:
-        found, own = sharing(batch.pairs), lengths[list(batch.pairs)]
         if batch.empty:
             return 0
+        found, own = sharing(batch.pairs), lengths[list(batch.pairs)]
         lines, width = pair_sizes(own, layout).T
         return int(lines.sum() * width.max()) if found is None else stored_tokens(own, found)
 
