@@ -433,24 +433,26 @@ class _Sweep:
             logits_TV.mul_(self.head.softcap)
         target_T = self.target_U[at]
         if self.compiled:
-            self.logprob_U[at], logsumexp_T = token_logprobs(logits_TV, target_T)
-            return _Chunk(logits_TV, logsumexp_T=logsumexp_T)
+            found = token_logprobs(logits_TV, target_T)
+            self.logprob_U[at] = found[0]
+            return _Chunk(logits_TV, found=found)
         on_cpu = logits_TV.device.type == "cpu"
         block = max(CPU_BLOCK_TOKENS, CPU_BLOCK // logits_TV.shape[1]) if on_cpu else len(logits_TV)
         blocks = zip(logits_TV.split(block), target_T[:, None].split(block), strict=True)
-        self.logprob_U[at] = torch.cat([softmax_minus_target(*each) for each in blocks])
-        return _Chunk(logits_TV, damping_TV=damping_TV)
+        logprobs, totals = zip(*(softmax_minus_target(*each) for each in blocks), strict=True)
+        self.logprob_U[at] = torch.cat(logprobs)
+        return _Chunk(logits_TV, damping_TV=damping_TV, total_T=torch.cat(totals))
 
     def backward(self, at: slice, chunk: "_Chunk", slope_T: Tensor, grads: _Gradients) -> None:
         """Add the gradients that the distinct tokens `at` cause; `chunk` is used up."""
         source_T, target_T = self.source_U[at], self.target_U[at]
         slope_T1 = (slope_T * self.head.scale)[:, None]
+        if chunk.total_T is not None:
+            slope_T1 = slope_T1 / chunk.total_T[:, None]
         # d logp / d logits = onehot - p; the sign and the slope go onto the smaller matrices below.
-        if chunk.logsumexp_T is not None:
+        if chunk.found is not None:
             dtype = self.dtype if grads.bias_V is None else self.precise
-            grad_TV = logprob_slopes(
-                chunk.values_TV, chunk.logsumexp_T, self.logprob_U[at], target_T, self.head.softcap, dtype
-            )
+            grad_TV = logprob_slopes(chunk.values_TV, *chunk.found, target_T, self.head.softcap, dtype)
         else:
             grad_TV = chunk.values_TV
             if chunk.damping_TV is not None:
@@ -471,12 +473,14 @@ class _Chunk(NamedTuple):
     """A chunk between its log-probabilities and its gradients.
 
     Attributes:
-        values_TV: Softmax of the logits minus 1 at the target; with `logsumexp_T` the logits, which compiled
-            code reads again.
+        values_TV: Softmax of the logits minus 1 at the target; with `found` the logits, which compiled code
+            reads again.
         damping_TV: Slope of the soft-cap where there is one.
-        logsumexp_T: Log-sum-exp of the logits.
+        total_T: What the softmax of a line adds up to; not with `found`.
+        found: What `token_logprobs` returned.
     """
 
     values_TV: Tensor
     damping_TV: Tensor | None = None
-    logsumexp_T: Tensor | None = None
+    total_T: Tensor | None = None
+    found: tuple[Tensor, Tensor, Tensor] | None = None

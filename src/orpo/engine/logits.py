@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from orpo.console import say
@@ -80,52 +79,74 @@ class OnePass:
             return self.function(logits_TV, *args)
 
 
-def softmax_minus_target(logits_TV: Tensor, target_T1: Tensor) -> Tensor:
-    """Turn logits into minus the slopes of the targets' log-probabilities, in place.
+def plain_logprobs(logits_TV: Tensor, target_T: Tensor) -> Tensor:
+    """Log-probability of each target, differentiable. [T].
+
+    By log-sum-exp, since torch's log-softmax of a vocabulary loses digits on a CPU (`softmax_minus_target`).
+    """
+    return logits_TV.gather(1, target_T[:, None])[:, 0] - logits_TV.logsumexp(1)
+
+
+def softmax_minus_target(logits_TV: Tensor, target_T1: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into minus the slopes of the targets' log-probabilities, times their sums, in place.
 
     A nearly certain target has a probability p whose distance from 1 float32 cannot hold. The sum of the
     others' probabilities can: it gives both log p = log(1 - others) and the slope, minus itself.
+
+    On a CPU, `torch.softmax` adds a vocabulary up in a few running sums. Where one token's probability is
+    near 1, others are lost in the same sum, and the line comes to as much as 1 + 1e-4
+    (findings/torch_log_softmax_vocabulary.sh). What it comes to is known here. The caller divides slopes by
+    it, one number a line.
 
     Args:
         logits_TV: Logits; become their softmax, with minus the sum of the others at the target.
         target_T1: Target ids. Shape [T, 1].
 
     Returns:
-        Log-probability of each target. [T].
+        Log-probability of each target, and what each line's softmax adds up to. Both [T].
     """
     target_logit_T1, largest_T1 = logits_TV.gather(1, target_T1), logits_TV.amax(1, keepdim=True)
     torch.softmax(logits_TV, 1, out=logits_TV)
     probability_T1 = logits_TV.gather(1, target_T1)
     logits_TV.scatter_(1, target_T1, 0.0)
     others_T1 = logits_TV.sum(1, keepdim=True)
-    logprob_T1 = torch.where(others_T1 < 0.5, torch.log1p(-others_T1), probability_T1.log())
+    total_T1 = others_T1 + probability_T1
+    logprob_T1 = torch.where(
+        others_T1 < 0.5, torch.log1p(-others_T1 / total_T1), (probability_T1 / total_T1).log()
+    )
     unlikely_T1 = probability_T1 < _UNLIKELY
     if unlikely_T1.any():  # too small to be held exactly
-        log_largest_T1 = torch.maximum(logits_TV.amax(1, keepdim=True), probability_T1).log()
+        log_largest_T1 = (torch.maximum(logits_TV.amax(1, keepdim=True), probability_T1) / total_T1).log()
         logprob_T1 = torch.where(unlikely_T1, target_logit_T1 - largest_T1 + log_largest_T1, logprob_T1)
     logits_TV.scatter_(1, target_T1, -others_T1)
-    return logprob_T1[:, 0]
+    return logprob_T1[:, 0], total_T1[:, 0]
 
 
 @OnePass
-def token_logprobs(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and the log-sum-exp of its line. Both [T].
+def token_logprobs(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target; the largest logit of its line; log-sum-exp of the logits minus that.
 
-    log p = -softplus(log-sum-exp of the others - its logit) keeps the digits of a nearly certain target.
+    All [T].
+    With the sum of the others' exponentials, log p = -log(1 + others / its own) keeps the digits of a nearly
+    certain target. The log-sum-exp of a line is not one number, since large logits would round it.
     """
     id_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
     hit_TV = id_V == target_T[:, None]
-    others_T = logits_TV.masked_fill(hit_TV, float("-inf")).logsumexp(1)
-    target_logit_T = logits_TV.gather(1, target_T[:, None])[:, 0]
-    logprob_T = -F.softplus(others_T - target_logit_T)
-    return logprob_T, target_logit_T - logprob_T
+    largest_T = logits_TV.amax(1)
+    others_T = torch.exp(logits_TV - largest_T[:, None]).masked_fill(hit_TV, 0.0).sum(1)
+    above_T = logits_TV.gather(1, target_T[:, None])[:, 0] - largest_T
+    own_T = above_T.exp()
+    logsumexp_T = torch.log(others_T + own_T)
+    logprob_T = torch.where(others_T < own_T, -torch.log1p(others_T / own_T), above_T - logsumexp_T)
+    return logprob_T, largest_T, logsumexp_T
 
 
 @OnePass
 def logprob_slopes(
     logits_TV: Tensor,
-    logsumexp_T: Tensor,
     logprob_T: Tensor,
+    largest_T: Tensor,
+    logsumexp_T: Tensor,
     target_T: Tensor,
     softcap: float | None,
     dtype: torch.dtype,
@@ -134,14 +155,15 @@ def logprob_slopes(
 
     Args:
         logits_TV: Logits, soft-capped.
-        logsumexp_T: What `token_logprobs` returned.
-        logprob_T: The same.
+        logprob_T: What `token_logprobs` returned, with the next two.
+        largest_T: The same.
+        logsumexp_T: The same.
         target_T: Target ids.
         softcap: Bound of the logits, or None.
         dtype: Of the result.
     """
     id_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
-    softmax_TV = torch.exp(logits_TV - logsumexp_T[:, None])
+    softmax_TV = torch.exp(logits_TV - largest_T[:, None] - logsumexp_T[:, None])
     slope_TV = torch.where(id_V == target_T[:, None], torch.expm1(logprob_T)[:, None], softmax_TV)
     if softcap is not None:
         slope_TV = slope_TV * (1 - (logits_TV / softcap).square())

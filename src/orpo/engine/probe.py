@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orpo.engine.lengths import reset_dynamic_rope, turning_points
+from orpo.engine.logits import plain_logprobs
 from orpo.engine.objective import log_odds
 from orpo.engine.packing import PackedBatch, Role, pack
 from orpo.engine.router import checked_router_loss
@@ -269,7 +270,7 @@ def _plain_loss(model: nn.Module, scorer: Scorer, pairs: list[TokenizedPair], de
             if scorer.limits.alone:
                 reset_dynamic_rope(scorer.backbone)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            logprob_T = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            logprob_T = plain_logprobs(logits, ids[0, 1:])
             means.append(logprob_T[len(pair.prompt) - 1 :].mean())
             if side is pair.chosen:
                 nll.append(-logprob_T)

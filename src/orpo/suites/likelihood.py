@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from orpo.data.stages import report
+from orpo.engine.logits import plain_logprobs
 from orpo.engine.scorer import num_embeddings
 from orpo.errors import DataError
 from orpo.evaluation.kept_values import KeptValues, content_key
@@ -106,7 +107,7 @@ def _forward(model: nn.Module, batch: Sequence[Continuation]) -> list[float]:
     found = []
     for row, one in enumerate(batch):
         first = len(one.context)
-        scored = logits[row, first - 1 : _length(one) - 1].float().log_softmax(-1)
-        token_logprobs = scored.gather(1, ids[row, first : _length(one), None].to(device))
-        found.append(float(token_logprobs.double().sum()))
+        scored = logits[row, first - 1 : _length(one) - 1].float()
+        logprob_T = plain_logprobs(scored, ids[row, first : _length(one)].to(device))
+        found.append(float(logprob_T.double().sum()))
     return found
