@@ -71,7 +71,8 @@ def assert_exact(plain, pairs, tolerance=2e-5, **settings):
 
 SHARE = ["llama", "qwen3_moe", "deepseek_v3", "gemma3_text", "gpt2", "hyperclovax", "phi3"]
 SHARE += ["gpt_oss", "granite_swa", "mimo_v2_flash", "flint"]  # with sinks, in all layers or in some
-FALL_BACK = ["jamba", "minimax", "zamba2", "bamba", "falcon_h1", "olmo_hybrid", "phimoe"]
+SHARE += ["modernbert-decoder", "bert"]  # with layers between backbone and vocabulary matrix
+FALL_BACK = ["roberta", "jamba", "minimax", "zamba2", "bamba", "falcon_h1", "olmo_hybrid", "phimoe"]
 
 
 @pytest.mark.parametrize("family", [*SHARE, *FALL_BACK])
@@ -244,6 +245,20 @@ def test_dropout_that_layers_read_from_the_configuration_is_turned_off(tmp_path)
     model.train()
     batch = pack(PAIRS, OBJECTIVE, layout=trainer._preparation().layout)
     assert torch.equal(model(batch=batch).loss, model(batch=batch).loss)
+
+
+def test_an_encoder_is_refused_for_what_it_is():
+    model = tiny_families.build("bert", is_decoder=False)
+    with pytest.raises(ModelError, match=r"BertLMHeadModel is no causal .*`is_decoder` being false"):
+        prepare_model(model)
+
+
+def test_a_router_loss_that_cannot_be_computed_is_refused():
+    """It was swallowed once, and training went on without that loss."""
+    model = build_tiny("Mixtral", output_router_logits=True)
+    model.num_experts_per_tok = 1  # unlike its configuration
+    with pytest.raises(ModelError, match=r"its router loss is .* as computed here; set output_router_logits"):
+        prepare_model(model)
 
 
 def test_a_router_loss_that_a_model_lacks_is_said_and_others_are_reported_apart(tmp_path, capsys):

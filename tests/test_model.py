@@ -434,17 +434,53 @@ class BendsItsLogits(transformers.LlamaForCausalLM):
 class BendsItsHiddenStates(transformers.LlamaForCausalLM):
     """Does something between its backbone and its head."""
 
-    def forward(self, *args, **kwargs):
-        hidden = self.model(*args, **kwargs).last_hidden_state
+    def forward(self, *args, use_cache=None, **kwargs):
+        hidden = self.model(*args, use_cache=use_cache, **kwargs).last_hidden_state
         return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden.tanh()))
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("sabotaged", [BendsItsLogits, BendsItsHiddenStates])
-def test_the_probe_refuses_a_model_that_does_something_unknown_before_its_loss(sabotaged, trained):
-    model = sabotaged(tiny_models.build("Llama").config).requires_grad_(trained)
+def test_the_probe_refuses_a_model_that_does_something_unknown_to_its_logits(trained):
+    model = BendsItsLogits(tiny_models.build("Llama").config).requires_grad_(trained)
     model.lm_head.weight.data *= 20
     with pytest.raises(ModelError, match="does not reproduce the model's own loss"):
+        prepare_model(model)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_what_stands_between_backbone_and_head_is_followed(layout):
+    plain = BendsItsHiddenStates(tiny_models.build("Llama").config).eval()
+    model = copy.deepcopy(plain)
+    preparation = prepare_model(model, layout=layout)
+    assert preparation.has_transform
+    again = copy.deepcopy(plain)
+    prepare_model(again, found=preparation)  # as the other ranks do
+    expected = reference.loss_and_gradients(plain, PAIRS, OBJECTIVE)
+    for each in (model, again):
+        each.train()  # what checkpoints runs in the backward pass
+        each.gradient_checkpointing_enable()
+        loss = each(batch=pack(PAIRS, OBJECTIVE, layout=layout)).loss
+        loss.backward()
+        assert_exact((loss.item(), reference.gradients(each)), expected)
+
+
+class SeesWhatComes(transformers.LlamaForCausalLM):
+    """Adds the mean of the whole text to every token."""
+
+    share = 1.0
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + self.share * output.logits.mean(1, keepdim=True)
+        return output
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-6])
+def test_a_model_that_sees_what_comes_is_refused(share):
+    """A share so small that rounding could explain it shows in the gradients."""
+    model = SeesWhatComes(tiny_models.build("Llama").config)
+    model.share = share
+    with pytest.raises(ModelError, match="is no causal language model: what it says of a token depends on"):
         prepare_model(model)
 
 

@@ -57,9 +57,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "hyperclovax": {"logits_scaling": 0.125},
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.25},
-    "bert-generation": {"is_decoder": True},
     "reformer": {  # every attention in chunks, some of them of hashed neighbours
-        "is_decoder": True,
         "attn_layers": ["local", "lsh", "local", "lsh"],
         "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [16, 16],
@@ -69,7 +67,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
         "hash_seed": 0,
     },
-    "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "xmod": {"default_language": "en_XX"},
     "xlstm": {"hidden_size": 128},  # widths of queries and values are multiples of 64
     "zaya": {
         "num_experts_per_tok": 1,
@@ -160,6 +158,8 @@ def _tiny(kind: Any, changes: dict[str, Any]) -> Any:
     for name, value in known.items():
         if isinstance(value, PreTrainedConfig):
             settings[name] = _tiny(type(value), _OF_FAMILY.get(value.model_type, {}))
+    if known.get("is_decoder") is False:  # an encoder, unless it is told otherwise
+        settings["is_decoder"] = True
     settings |= changes
     if "layer_types" in known and "layer_types" not in settings:
         given = known["layer_types"] or []

@@ -28,6 +28,7 @@ class Preparation:
         notices: Lines to print.
         attention: What attends, by name.
         logit_scale: The factor that the model has on its logits.
+        has_transform: Whether layers stand between its backbone and its vocabulary matrix.
         router_loss: Whether training adds a router loss.
         share_from: Fewest tokens that the beginnings of two pairs share; None: each pair is for itself.
     """
@@ -36,6 +37,7 @@ class Preparation:
     notices: tuple[str, ...]
     attention: str = SEGMENTS
     logit_scale: float = 1.0
+    has_transform: bool = False
     router_loss: bool = False
     share_from: int | None = SHARE_FROM
 
@@ -81,7 +83,7 @@ def prepare_model(
     scorer.install()
     if found is not None:
         scorer.use_layout(found.layout, longest)
-        scorer.logit_scale = found.logit_scale
+        scorer.logit_scale, scorer.has_transform = found.logit_scale, found.has_transform
         scorer.router_loss = router_loss_of(inner) if found.router_loss else None
         return found
     notices = measure(model, scorer)
@@ -97,6 +99,7 @@ def prepare_model(
                 tuple(notices),
                 scorer.attention,
                 scorer.logit_scale,
+                scorer.has_transform,
                 scorer.router_loss is not None,
                 scorer.share_from,
             )

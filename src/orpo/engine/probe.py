@@ -21,8 +21,8 @@ from orpo.engine.objective import log_odds
 from orpo.engine.packing import PackedBatch, Role, pack
 from orpo.engine.router import checked_router_loss
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
-from orpo.engine.vocabulary import measured_scale
-from orpo.errors import first_line
+from orpo.engine.vocabulary import is_transformed, measured_scale, reading
+from orpo.errors import ModelError, first_line
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
 
@@ -74,31 +74,73 @@ def _probing(model: nn.Module, scorer: Scorer) -> Iterator[None]:
 
 
 def measure(model: nn.Module, scorer: Scorer) -> list[str]:
-    """Find out the factor on the logits and the router loss by the plain model; returns lines to print.
+    """Find out by the plain model what is done to hidden states and logits, and the router loss.
+
+    Returns:
+        Lines to print.
 
     Raises:
-        ModelError: The router loss that the configuration asks for cannot be computed.
+        ModelError: The model is not causal, or the router loss that its configuration asks for cannot be
+            computed.
     """
     inner, device = scorer.model, next(model.parameters()).device
     ids = torch.tensor([_pairs(inner)[0].prompt], device=device)
-    hidden: list[Tensor] = []
-    hook = scorer.backbone.register_forward_hook(lambda *call: hidden.append(call[2][0].detach()))
+    is_precise = _is_precise(model, device)
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        _check_causal(scorer, ids, is_precise)
+        with torch.no_grad(), reading(scorer.backbone, inner.get_output_embeddings()) as found:
             logits = scorer.plain_forward(input_ids=ids, use_cache=False).logits
-        flat = hidden[0].flatten(0, 1)
-        scorer.logit_scale = measured_scale(inner, logits.flatten(0, 1), flat, _is_precise(model, device))
+        hidden = found.output[0]
+        if found.entering is not None and is_transformed(hidden, found.entering):
+            scorer.has_transform, hidden = True, found.entering
+        flat_ND = hidden.flatten(0, 1)
+        scorer.logit_scale = measured_scale(inner, logits.flatten(0, 1), flat_ND, is_precise)
         scorer.router_loss, notices = checked_router_loss(inner, scorer.plain_forward, ids)
         return notices
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ModelError):
         raise
     except FAILURES:  # the probe meets it again, and says it
         return []
     finally:
-        hook.remove()
         model.train(training)
+
+
+def _check_causal(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
+    """The first half of a text may not depend on the second, neither in values nor in gradients.
+
+    Raises:
+        ModelError: It does.
+    """
+    model, half = scorer.model, ids_BN.shape[1] // 2
+    size = model.config.get_text_config().vocab_size
+    changed_BN = ids_BN.clone()
+    changed_BN[:, half:] = 1 + ids_BN[:, half:] % (size - 1)
+
+    def first_half(ids: Tensor) -> Tensor:
+        logits: Tensor = scorer.plain_forward(input_ids=ids, use_cache=False).logits[:, :half].float()
+        return logits
+
+    with torch.no_grad():
+        logits, other = first_half(ids_BN), first_half(changed_BN)
+        difference = (logits - other).abs().max() / logits.abs().max().clamp_min(1e-30)
+    if difference == 0:
+        return
+    if difference <= (1e-4 if is_precise else 2e-2):  # rounding, as by experts with other numbers of tokens?
+        with torch.enable_grad(), _embedded(model) as found:
+            logits = first_half(ids_BN)
+            if len(found) != 1 or found[0].shape[:2] != ids_BN.shape:
+                return
+            (slope,) = torch.autograd.grad(logits.square().sum(), found, allow_unused=True)
+        if slope is None or not slope[:, half:].any():
+            return
+    encodes = getattr(model.config, "is_decoder", True) is False
+    why = ", `is_decoder` being false in its configuration" if encodes else ""
+    raise ModelError(
+        f"{type(model).__name__} is no causal language model: what it says of a token depends on the tokens "
+        f"after it{why}"
+    )
 
 
 # ---------------------------------------------------------------------------------------- neighbours
@@ -148,22 +190,29 @@ def _side(
     mine_T = (batch.pair_T == number) & (batch.role_T == role)
     nll_alone = replace(PROBE_OBJECTIVE, preference_weight=0.0)
     batch = replace(batch, nll_weight_T=mine_T.float(), objective=nll_alone)
+    with _embedded(scorer.model) as found:
+        with _frozen(scorer.model.get_output_embeddings()):  # its gradient, a large one, is not asked for
+            output = model(batch=batch)
+        if foreign_BN is None or len(found) != 1 or found[0].shape[:2] != foreign_BN.shape:
+            return _value(output.pairs, number, role), False
+        (slope,) = torch.autograd.grad(output.loss, found, allow_unused=True)
+    return _value(output.pairs, number, role), slope is not None and bool(slope[foreign_BN].any().item())
+
+
+@contextmanager
+def _embedded(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """What each call of the input embeddings returns, with gradients."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         found.append(output if output.requires_grad else output.detach().requires_grad_())
         return found[-1].clone()  # some models change it in place, which no leaf allows
 
-    hook = scorer.model.get_input_embeddings().register_forward_hook(keep)
+    hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        with _frozen(scorer.model.get_output_embeddings()):  # its gradient, a large one, is not asked for
-            output = model(batch=batch)
-        if foreign_BN is None or len(found) != 1 or found[0].shape[:2] != foreign_BN.shape:
-            return _value(output.pairs, number, role), False
-        (slope,) = torch.autograd.grad(output.loss, found, allow_unused=True)
+        yield found
     finally:
         hook.remove()
-    return _value(output.pairs, number, role), slope is not None and bool(slope[foreign_BN].any().item())
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from orpo.engine.packing import SHARE_FROM, PackedBatch
 from orpo.engine.passes import Pass, split_passes
 from orpo.engine.router import RouterLoss
 from orpo.engine.segments import SEGMENTS, Segments
-from orpo.engine.vocabulary import backbone_of, head_of
+from orpo.engine.vocabulary import backbone_of, head_of, reading
 from orpo.errors import ModelError
 from orpo.settings.config import LayoutName
 
@@ -109,6 +109,7 @@ class Scorer:
         self.num_attention_calls: int | None = None
         self.router_loss: RouterLoss | None = None
         self.logit_scale = 1.0
+        self.has_transform = False
         self.limits = pass_limits(model.config.get_text_config())
         self.longest: int | None = None
         self.attention = SEGMENTS
@@ -168,11 +169,25 @@ class Scorer:
         for each in passes:
             segments, inputs = self._enter(each)
             try:
-                output = self.backbone(each.input_ids_BN, **inputs)
+                output = self._run(each.input_ids_BN, inputs)
             finally:
                 self.attend_to(None)
             outputs.append(self._leave(output, segments))
         return self._finish(outputs, passes, batch, denominators)
+
+    @_passed_over
+    def _run(self, input_ids_BN: Tensor, inputs: dict[str, Any]) -> Any:
+        """What the backbone returns, with the hidden states that meet the vocabulary matrix.
+
+        Where layers stand in between, the whole model runs, and its vocabulary matrix hands on what it reads.
+        """
+        if not self.has_transform:
+            return self.backbone(input_ids_BN, **inputs)
+        with reading(self.backbone, self.model.get_output_embeddings(), multiply=False) as found:
+            self.plain_forward(input_ids=input_ids_BN, **inputs)
+        output = found.output
+        output.last_hidden_state = found.entering
+        return output
 
     @_eager
     def _begin(self, batch: PackedBatch) -> tuple[list[Pass], PackedBatch]:

@@ -9,6 +9,8 @@ Shape suffixes: N = tokens, D = hidden size, V = vocabulary size.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +32,60 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
         return named
     embeddings = model.get_input_embeddings()
     return next(child for child in model.children() if any(m is embeddings for m in child.modules()))
+
+
+@dataclass(slots=True)
+class Reading:
+    """What passed in a forward pass of the plain model.
+
+    Attributes:
+        output: What the backbone returned.
+        entering: Hidden states that met the vocabulary matrix; None where its module was not called.
+    """
+
+    output: Any = None
+    entering: Tensor | None = None
+
+
+@contextmanager
+def reading(backbone: nn.Module, projection: Any, *, multiply: bool = True) -> Iterator[Reading]:
+    """Keep what the backbone returns and what the vocabulary matrix reads.
+
+    Args:
+        backbone: Of the model.
+        projection: Its output embeddings.
+        multiply: Whether the projection does its work, or hands on what it reads.
+    """
+    found = Reading()
+
+    def keep_output(module: nn.Module, inputs: object, output: Any) -> None:
+        found.output = output
+
+    def keep_entering(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found.entering = hidden
+        return plain(hidden, *args, **kwargs) if multiply else hidden
+
+    plain, own = projection.forward, projection.__dict__.get("forward")
+    hook = backbone.register_forward_hook(keep_output)
+    projection.forward = keep_entering
+    try:
+        yield found
+    finally:
+        hook.remove()
+        if own is None:
+            del projection.forward
+        else:
+            projection.forward = own
+
+
+@torch.no_grad()
+def is_transformed(hidden: Tensor, entering: Tensor) -> bool:
+    """Whether more than a factor stands between the backbone and the vocabulary matrix."""
+    if hidden.shape != entering.shape:
+        return hidden.shape[:-1] == entering.shape[:-1]
+    ours, theirs = hidden.double().flatten(), entering.double().flatten()
+    factor = (ours @ theirs) / (ours @ ours).clamp_min(1e-30)
+    return bool((theirs - factor * ours).norm() > 0.02 * theirs.norm())
 
 
 def head_of(model: PreTrainedModel, hidden_ND: Tensor, scale: float, chunk_bytes: int) -> Head:
