@@ -15,10 +15,13 @@ import pytest
 import safetensors.torch
 import tiny_models
 import torch
+from peft import LoraConfig
 from tiny_training import random_pairs, tiny_trainer, weights
 from transformers import TrainerCallback
 
+from orpo.data.source import TokenizedStream
 from orpo.errors import RunError
+from orpo.pairs import TokenizedPair
 from orpo.run.checkpoints import (
     STATE_FILE,
     checkpoint_problem,
@@ -157,8 +160,6 @@ def test_second_ctrl_c_does_not_wait():
 
 
 def test_streamed_run_resumes_exactly(tmp_path):
-    from orpo.data.source import TokenizedStream
-
     def stream(folder, callbacks=(), **settings):
         trainer = tiny_trainer(
             folder,
@@ -184,9 +185,82 @@ def test_streamed_run_resumes_exactly(tmp_path):
     )
 
 
-def test_adapter_resumes_exactly(tmp_path):
-    from peft import LoraConfig
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("change", ["order", "answers", "shorter", "sides", "boundaries"])
+def test_a_stream_that_gives_other_pairs_is_refused(tmp_path, change, force, capsys):
+    """Nothing but the pairs themselves tells, and those are read again to skip them."""
+    pairs = random_pairs()
+    changed = {
+        "order": pairs[::-1],
+        "answers": [TokenizedPair(p.prompt, p.rejected[:1], p.rejected) for p in pairs],
+        "shorter": pairs[:-1],
+        "sides": [TokenizedPair(p.prompt, p.rejected, p.chosen) for p in pairs],
+        "boundaries": [TokenizedPair([*p.prompt, *p.chosen[:1]], p.chosen[1:], p.rejected) for p in pairs],
+    }
 
+    def stream(pairs, callbacks=(), **settings):
+        trainer = tiny_trainer(
+            tmp_path, **(SAVING | settings), max_steps=6, arguments={"callbacks": list(callbacks)}
+        )
+        trainer.train_dataset = TokenizedStream(lambda: iter(pairs))
+        return trainer
+
+    stream(pairs, [StopAt(3)]).train()
+    other = stream(changed[change], force=force)
+    if not force:
+        with pytest.raises(RunError, match="the stream did not give the pairs that"):
+            other.train(resume_from_checkpoint=True)
+        assert last_checkpoint(tmp_path).name == "checkpoint-3"
+        return
+    other.train(resume_from_checkpoint=True)
+    assert "force: the stream did not give the pairs" in capsys.readouterr().out
+
+
+def test_another_base_under_an_adapter_is_refused(tmp_path):
+    """A checkpoint of an adapter holds none of the base's weights."""
+
+    def run(scale=1.0, callbacks=(), dtype=torch.float32):
+        model = tiny_models.build("Llama").to(dtype)
+        model.model.layers[0].mlp.down_proj.weight.data[3, 5] *= scale
+        arguments = {
+            "callbacks": list(callbacks),
+            "peft_config": LoraConfig(r=2, target_modules="all-linear"),
+        }
+        return tiny_trainer(tmp_path, model=model, **SAVING, arguments=arguments)
+
+    run(callbacks=[StopAt(3)]).train()
+    with pytest.raises(RunError, match=r"other settings \(base_weights: \w+ -> \w+\)"):
+        run(scale=1.5).train(resume_from_checkpoint=True)
+    with pytest.raises(RunError, match=r"weights_dtype: float32 -> bfloat16, float32"):
+        run(dtype=torch.bfloat16).train(resume_from_checkpoint=True)
+    run().train(resume_from_checkpoint=True)
+
+
+def test_another_reference_than_the_model_before_training_is_refused(tmp_path):
+    def run(scale=1.0, callbacks=(), **settings):
+        model = tiny_models.build("Llama")
+        model.model.layers[0].mlp.down_proj.weight.data[3, 5] *= scale
+        return tiny_trainer(
+            tmp_path, model=model, **(SAVING | settings), arguments={"callbacks": list(callbacks)}
+        )
+
+    run(callbacks=[StopAt(3)], objective="dpo").train()
+    with pytest.raises(RunError, match=r"other settings \(base_weights: \w+ -> \w+\)"):
+        run(scale=1.5, objective="dpo").train(resume_from_checkpoint=True)
+    run(objective="dpo").train(resume_from_checkpoint=True)
+
+
+def test_without_a_reference_the_checkpoint_holds_all_weights(tmp_path):
+    def run(scale=1.0, callbacks=()):
+        model = tiny_models.build("Llama")
+        model.model.layers[0].mlp.down_proj.weight.data[3, 5] *= scale
+        return tiny_trainer(tmp_path, model=model, **SAVING, arguments={"callbacks": list(callbacks)})
+
+    run(callbacks=[StopAt(3)]).train()
+    run(scale=1.5).train(resume_from_checkpoint=True)
+
+
+def test_adapter_resumes_exactly(tmp_path):
     def lora(folder, callbacks=()):
         return make(
             folder,

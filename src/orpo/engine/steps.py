@@ -7,6 +7,7 @@ items, in the order of the data.
 
 import functools
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -75,11 +76,15 @@ class Step:
         batches: The micro-batches of this rank; every rank has the same number.
         pairs: The pairs of each micro-batch.
         denominators: Counts over the whole step, of all ranks.
+        read_before: Of a stream: checksum of all the pairs that it gave before this step.
+        read: The same with those of this step.
     """
 
     batches: tuple[PackedBatch, ...]
     pairs: tuple[tuple[TokenizedPair, ...], ...]
     denominators: Denominators
+    read_before: int = 0
+    read: int = 0
 
     @property
     def objective(self) -> Objective:
@@ -93,7 +98,7 @@ class Step:
 
     def pin_memory(self) -> "Step":
         """Return the step in page-locked memory; the DataLoader calls this."""
-        return Step(tuple(batch.pin_memory() for batch in self.batches), self.pairs, self.denominators)
+        return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
 
 
 def build_step(pairs: Sequence[TokenizedPair], index: Sequence[int], settings: BatchSettings) -> Step:
@@ -133,7 +138,7 @@ def split_batches(step: Step, settings: BatchSettings) -> Step | None:
                 batch_pairs.append(pairs[half])
                 own = replace(settings, objective=batch.objective)
                 batches.append(own.pack(pairs[half], batch.index[half], empty=batch.empty))
-    return Step(tuple(batches), tuple(batch_pairs), step.denominators)
+    return replace(step, batches=tuple(batches), pairs=tuple(batch_pairs))
 
 
 def step_denominators(pairs: Iterable[TokenizedPair], objective: Objective) -> Denominators:
@@ -221,10 +226,11 @@ class StepStream(IterableDataset[Step]):
         self.shuffle_buffer = shuffle_buffer
 
     def __iter__(self) -> Iterator[Step]:
-        pairs = enumerate(self._pairs())
+        pairs, read = enumerate(self._pairs()), 0
         for number in itertools.count():
             index, step = zip(*itertools.islice(pairs, self.pairs_per_step), strict=True)
-            yield build_step(step, index, self.settings.at(number))
+            before, read = read, _checksum(step, read)
+            yield replace(build_step(step, index, self.settings.at(number)), read_before=before, read=read)
 
     def _pairs(self) -> Iterator[TokenizedPair]:
         for epoch in itertools.count():
@@ -234,6 +240,15 @@ class StepStream(IterableDataset[Step]):
                 yield from pairs
             if pairs is None:
                 raise DataError("the stream has no row that can train")
+
+
+def _checksum(pairs: Iterable[TokenizedPair], before: int) -> int:
+    """Of the tokens of pairs and of those before, whose checksum is `before`."""
+    for pair in pairs:
+        parts = (pair.prompt, pair.chosen, pair.rejected)
+        about = [len(part) for part in parts] + [pair.chosen_context, pair.rejected_context]
+        before = zlib.crc32(np.array([*about, *itertools.chain(*parts)], np.int64).data, before)
+    return before
 
 
 def by_prompt(pairs: Iterable[TokenizedPair], most: int) -> Iterator[list[TokenizedPair]]:

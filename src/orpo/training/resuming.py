@@ -11,25 +11,39 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
+import xxhash
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+from torch import nn
 
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
+from orpo.engine.steps import Step
 from orpo.errors import OrpoError, RunError
 from orpo.settings.config import FACTS
 from orpo.settings.facts import Facts
 from orpo.training.arguments import ORPOConfig
 
 Result = TypeVar("Result")
-_TRAINED = "trained_weights"
+_TRAINED, _BASE, _DTYPE = "trained_weights", "base_weights", "weights_dtype"
 _ORDER, _ANY_ORDER = "order", "each pair for itself"
 """How pairs follow each other; version 0.2.0 wrote nothing about it, and had this order alone."""
 _WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 """Schedules that remember more than the step, so that a checkpoint's cannot be exchanged for another."""
 
 
-def run_identity(args: ORPOConfig, pairs: Any, model: Any = None) -> dict[str, Any]:
-    """Everything that decides where a run goes, as values JSON can hold; no secret is in it."""
+def run_identity(
+    args: ORPOConfig, pairs: Any, model: Any = None, *, has_reference: bool = False
+) -> dict[str, Any]:
+    """Everything that decides where a run goes, as values JSON can hold; no secret is in it.
+
+    Args:
+        args: Of the run.
+        pairs: It trains on.
+        model: It trains, as loaded: on one process at least with all its weights, to name those that no
+            checkpoint holds.
+        has_reference: Whether the model as loaded is the reference of the objective.
+    """
     settings = args.plain_settings()
     fixed = {name: value for name, value in settings.items() if _is_fixed(name, settings)}
     identity = fixed | {"pairs_per_step": args.pairs_per_step}
@@ -43,7 +57,26 @@ def run_identity(args: ORPOConfig, pairs: Any, model: Any = None) -> dict[str, A
     if model is not None:
         sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
         identity[_TRAINED] = f"{sum(sizes):,} in {len(sizes)} tensors"
+        identity[_DTYPE] = ", ".join(sorted({str(weight.dtype)[6:] for weight in model.parameters()}))
+        if args.process_index == 0 and (base := _base_weights(model, has_reference)) is not None:
+            identity[_BASE] = base
     return identity
+
+
+def _base_weights(model: nn.Module, has_reference: bool) -> str | None:
+    """A name made from the weights that no checkpoint holds, those under an adapter or of a reference.
+
+    None where there are none, or where this process has only a part of them.
+    """
+    weights = list(model.named_parameters())
+    frozen = [(name, weight) for name, weight in weights if not weight.requires_grad]
+    digest = xxhash.xxh3_64()
+    for name, weight in frozen or (weights if has_reference else []):
+        if weight.is_meta or hasattr(weight, "ds_tensor"):
+            return None
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest() if frozen or has_reference else None
 
 
 def _is_fixed(name: str, settings: Mapping[str, Any]) -> bool:
@@ -100,6 +133,35 @@ def _takes_effect(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
     if name in ("learning_rate", "lr_scheduler_type"):
         return not {before.get("lr_scheduler_type"), now.get("lr_scheduler_type")} & {*_WITH_STATE}
     return name != _TRAINED and FACTS.get(name, Facts()).resume != "built in"
+
+
+class StreamCheck:
+    """That a resumed run reads what its checkpoint was trained on, of a stream, which is not known before."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self._expected: int | None = None
+
+    def restore(self, read: int | None) -> None:
+        """Expect what a checkpoint has read, as its `read` was; None: anything, as before the first step."""
+        self._expected, self.read = read, read or 0
+
+    def check(self, step: Step, *, force: bool) -> None:
+        """Look at a step that is about to be trained on.
+
+        Raises:
+            RunError: It comes after other pairs than those of the checkpoint.
+        """
+        expected, self._expected, self.read = self._expected, None, step.read
+        if expected in (None, step.read_before):
+            return
+        problem = "the stream did not give the pairs that the checkpoint was trained on"
+        if not force:
+            raise RunError(
+                f"{problem}; set the data, its settings and its template back, name another output_dir for a"
+                " fresh run, or set force: true"
+            )
+        say(f"force: {problem}; those that follow are trained on")
 
 
 def first_rank_decides(args: ORPOConfig, decide: Callable[[], Result]) -> Result:

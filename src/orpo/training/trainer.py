@@ -108,7 +108,7 @@ from orpo.training.resolve import (
     text_tokenizer,
     unused,
 )
-from orpo.training.resuming import check_changes, first_rank_decides, run_identity
+from orpo.training.resuming import StreamCheck, check_changes, first_rank_decides, run_identity
 from orpo.training.samples import SampleWriter
 from orpo.training.stopping import StopSignal
 
@@ -205,7 +205,9 @@ class ORPOTrainer(InterruptibleTrainer):
         self.pairs_per_step = args.pairs_per_step
         self.schedule = _schedule(args, data.train_pairs)
         self._recipe = args.recipe()
-        self._identity = run_identity(args, data.train_pairs, loaded)
+        has_reference = self.schedule.stages[0].objective.needs_reference
+        self._identity = run_identity(args, data.train_pairs, loaded, has_reference=has_reference)
+        self._stream = StreamCheck()
         self.forced = []
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
@@ -480,6 +482,7 @@ class ORPOTrainer(InterruptibleTrainer):
             The step's loss as the Trainer expects it: its mean over the ranks is the loss.
         """
         step: Step = inputs["step"]
+        self._stream.check(step, force=self.args.force)
         self._begin_stage()
         self.window.objective = step.objective
         model.train()
@@ -822,6 +825,7 @@ class ORPOTrainer(InterruptibleTrainer):
         self.forced = (
             check_changes(Path(checkpoint or ""), before, self._identity, force=True) if forces else []
         )
+        self._stream.restore(state.get("read"))
         self.window.restore(state.get("window"))
         self.evaluation_waits = bool(state.get("evaluation_waits"))
         if checkpoint is not None:
@@ -901,6 +905,7 @@ class ORPOTrainer(InterruptibleTrainer):
                         "window": window,
                         "window_seconds": self.stopwatch.seconds,
                         "run": self._identity,
+                        "read": self._stream.read,
                         "reference": self.reference.name_at(self.state.global_step),
                         "recipe": self._recipe,
                         "tokens_per_micro_batch": self._tokens_per_micro_batch,
