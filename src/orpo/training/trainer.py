@@ -110,6 +110,7 @@ from orpo.training.resolve import (
 )
 from orpo.training.resuming import StreamCheck, check_changes, first_rank_decides, run_identity
 from orpo.training.samples import SampleWriter
+from orpo.training.saved_weights import load_renamed
 from orpo.training.stopping import StopSignal
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
@@ -873,6 +874,20 @@ class ORPOTrainer(InterruptibleTrainer):
         if not self.args.force:
             check_changes(checkpoint, read_state(checkpoint).get("run"), self._identity)
         return checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load as the Trainer does, and also what has other names in the file."""
+        if not self._loads_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load as the Trainer does, and also what has other names in the file."""
+        if not self._loads_renamed(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _loads_renamed(self, folder: str) -> bool:
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return is_whole and load_renamed(self.model, Path(folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, but into a folder that is renamed when whole; then delete old ones."""
