@@ -505,6 +505,16 @@ def test_a_step_has_no_more_pairs_than_there_are(on_paper):
         "dataloader_drop_last": True,
     }
     assert make_plan(dropping, here, few).steps == 2
+    for more in ({}, {"max_steps": 5}):
+        with pytest.raises(ConfigError, match="dataloader_drop_last: 10 pairs are too few for a step of 12"):
+            make_plan(dropping | {"per_device_train_batch_size": 12} | more, here, few)
+
+
+def test_advice_names_no_step_that_would_be_dropped_whole(on_paper):
+    dropping = FULL | {"dataloader_drop_last": True, "eval_strategy": "no"}
+    plan = plan_of(dropping, "rtx4090-24", pairs=10)
+    tried = [change.plan.cluster.ranks for change in _tried(dropping, plan)]
+    assert 8 in tried and max(tried) == 8
 
 
 @pytest.mark.parametrize(

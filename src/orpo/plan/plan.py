@@ -32,7 +32,7 @@ from orpo.plan.on_paper import PaperModel, paper_model
 from orpo.plan.work import Work, mean_work, work_of
 from orpo.settings.config import LayoutName, Objective, OrpoSettings, check_processes, resolve_stages
 from orpo.settings.schema import known_settings
-from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations
+from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations, steps_in_epoch, steps_of_run
 
 STEPS_TRIED = 16
 """Optimizer steps whose micro-batches are laid out."""
@@ -174,11 +174,8 @@ def lay_out(
         ((memory_of(model, setup, one.first, later=one.later, longest=one.longest), one) for one in laid_out),
         key=lambda found: found[0].peak,
     )
-    in_epoch = math.ceil(lengths.num_pairs / pairs_per_step)
-    if get("dataloader_drop_last"):
-        in_epoch = max(1, lengths.num_pairs // pairs_per_step)
-    most = int(get("max_steps"))
-    steps = most if most > 0 else math.ceil(in_epoch * float(get("num_train_epochs")))
+    in_epoch = steps_in_epoch(lengths.num_pairs, pairs_per_step, drop_last=bool(get("dataloader_drop_last")))
+    steps = steps_of_run(in_epoch, int(get("max_steps")), float(get("num_train_epochs")))
     talk = _talk_bytes(model, setup, laid.micro_batches)
     rate = where.gpu.tflops * 1e12 * where.mfu
     in_step = min(pairs_per_step, lengths.num_pairs)

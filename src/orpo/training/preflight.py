@@ -17,6 +17,7 @@ from orpo.run.directory import RunDirectory
 from orpo.run.finished import unfinished_because
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
+from orpo.training.cadence import number_of_steps
 from orpo.training.resuming import check_changes, is_in_use
 from orpo.training.trainer import ORPOTrainer
 
@@ -123,7 +124,7 @@ def _steps_summary(trainer: ORPOTrainer) -> str:
     if not isinstance(trainer.train_dataset, TokenizedDataset):
         return f"{config.max_steps:,} of {trainer.pairs_per_step} pairs, streamed"
     in_epoch = len(trainer.get_train_dataloader())
-    steps = config.max_steps if config.max_steps > 0 else round(in_epoch * config.num_train_epochs)
+    steps = number_of_steps(config, trainer.train_dataset, trainer.pairs_per_step)
     number = round(steps / in_epoch, 2)
     epochs = f"{number:g} epoch{'' if number == 1 else 's'} of {in_epoch:,} steps"
     return f"{steps:,} of {trainer.pairs_per_step} pairs: {epochs}"
