@@ -33,7 +33,7 @@ from orpo.errors import ConfigError, DataError, ModelError, RunError
 from orpo.pairs import TokenizedPair
 from orpo.run.directory import read_run
 from orpo.settings.config import Objective
-from orpo.training.preflight import summary
+from orpo.training.preflight import check_optimization, summary
 from orpo.training.progress import Stopwatch
 
 OBJECTIVES = [
@@ -252,6 +252,28 @@ def test_fewer_pairs_than_a_step_that_are_to_be_dropped_are_refused(tmp_path, se
     few = {"per_device_train_batch_size": 100, "dataloader_drop_last": True}
     with pytest.raises(ConfigError, match="dataloader_drop_last: 13 pairs are too few for a step of 100"):
         tiny_trainer(tmp_path, **few, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"foo": 1}, "gradient_checkpointing_kwargs: foo is not one of context_fn, debug"),
+        ({"use_reentrant": False, "determinism_check": "no"}, "gradient_checkpointing_kwargs cannot be used"),
+    ],
+)
+def test_what_checkpointing_does_not_take_is_refused_before_the_first_step(tmp_path, kwargs, expected):
+    with pytest.raises(ConfigError, match=expected):
+        tiny_trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+
+
+def test_arguments_that_an_optimizer_does_not_read_are_refused(tmp_path):
+    """transformers parses them for every optimizer, and gives them to a few."""
+    trainer = tiny_trainer(tmp_path, optim="rmsprop", optim_args="alpha=0.9, eps=1e-7")
+    check_optimization(trainer)
+    for optim, argument in (("rmsprop", "betas"), ("adamw_torch", "eps")):
+        trainer = tiny_trainer(tmp_path, optim=optim, optim_args=f"{argument}=0.5")
+        with pytest.raises(ConfigError, match=f"optim_args: {argument}: optim: {optim} takes none"):
+            check_optimization(trainer)
 
 
 def test_user_arguments_are_left_alone(tmp_path):
