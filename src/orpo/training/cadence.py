@@ -44,7 +44,10 @@ def settle_cadence(args: Any, data: TrainingData, model: nn.Module | None) -> No
     trained = float(data.train_pairs.lengths.sum(1).mean()) * args.pairs_per_step * steps
     sets = [read.pairs for read in data.evals.values()] if evaluates else []
     scored = float(sum(pairs.lengths.sum() for pairs in sets))
-    evaluation, checkpoint = scored * SCORING, _checkpoint_cost(args, model)
+    evaluation, checkpoint = (
+        scored * SCORING,
+        checkpoint_cost(_trained_share(model), args.world_size, on_cpu=args.device.type == "cpu"),
+    )
     number = evaluations(trained, evaluation, checkpoint, on_start=bool(sets))
     if number < MOST:
         args.save_steps = math.ceil(steps / number)
@@ -110,11 +113,14 @@ def steps_of_run(in_epoch: int, max_steps: int, num_train_epochs: float) -> int:
     return int(max_steps) if max_steps > 0 else math.ceil(in_epoch * float(num_train_epochs))
 
 
-def _checkpoint_cost(args: Any, model: nn.Module | None) -> float:
+def _trained_share(model: nn.Module | None) -> float:
+    """Part of a model's weights that is trained."""
+    if model is None:
+        return 1.0
+    weights = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(number for number, trains in weights if trains) / max(sum(n for n, _ in weights), 1)
+
+
+def checkpoint_cost(trained_share: float, ranks: int, *, on_cpu: bool) -> float:
     """Tokens that could be trained while a checkpoint is written, of trained weights alone."""
-    share = 1.0
-    if model is not None:
-        weights = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
-        share = sum(number for number, trains in weights if trains) / max(sum(n for n, _ in weights), 1)
-    whole = CHECKPOINT_ON_CPU if args.device.type == "cpu" else CHECKPOINT_ON_GPU * args.world_size
-    return share * whole
+    return trained_share * (CHECKPOINT_ON_CPU if on_cpu else CHECKPOINT_ON_GPU * ranks)
