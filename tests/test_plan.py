@@ -517,6 +517,7 @@ def test_a_plan_counts_the_tokens_of_the_training_that_it_plans(layout, more, tm
         {"save_strategy": "steps", "save_steps": 4, "max_steps": 9},
         {"save_strategy": "no", "max_steps": 9},
         {"eval_strategy": "no"},
+        {"eval_strategy": "no", "eval_on_start": True},
     ],
     ids=str,
 )
@@ -528,7 +529,7 @@ def test_a_plan_counts_the_evaluations_that_a_run_has(settings, tmp_path):
     trainer = tiny_trainer(tmp_path, evaluation=held_out, **settings)
     trainer.train()
     found = sum("eval_loss" in line for line in trainer.state.log_history)
-    found += settings.get("eval_strategy") != "no" and not trainer.is_evaluated()
+    found += not trainer.is_evaluated()
     pairs = trainer.train_dataset
     tokens = float(trainer.eval_dataset.lengths.sum())
     lengths = PairLengths(pairs.lengths, len(pairs), len(held_out), "here", held_out_tokens=tokens)

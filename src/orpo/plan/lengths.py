@@ -106,7 +106,7 @@ def drawn_lengths(means: str, num_pairs: int, settings: Mapping[str, Any]) -> Pa
         whole *= np.minimum(1, own.max_length / side)[:, None]
     evaluates = settings.get("eval_strategy") != "no"
     given = own.eval_dataset_name or own.dataset_test_split
-    held_out = 0 if not evaluates else 2000 if given else round(own.eval_split * num_pairs)
+    held_out = 2000 if given else round(own.eval_split * num_pairs) if evaluates else 0
     trained = num_pairs if given else num_pairs - held_out
     source = f"means of {means} tokens, spread as UltraFeedback's"
     drawn = np.maximum(whole.astype(np.int64), 1)

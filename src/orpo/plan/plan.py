@@ -424,13 +424,15 @@ def _num_evaluations(
         checkpoint: Cost of a checkpoint, in tokens of training.
     """
     strategy, saving = get("eval_strategy"), get("save_strategy")
-    if not lengths.num_held_out or strategy == "no":
+    if not lengths.num_held_out:
         return 0
-    at_start = get("eval_on_start") is not False
+    asked = get("eval_on_start")
+    at_start = strategy != "no" if asked is None else bool(asked)
     delay = float(get("eval_delay") or 0)
+    ends: list[float] = []
     if "epoch" in (strategy, saving if strategy is None else None):
         ends = [min(epoch, steps / in_epoch) for epoch in range(1, math.ceil(steps / in_epoch) + 1)]
-    else:
+    elif strategy != "no":
         default = known_settings()["save_steps"].default
         every = get("eval_steps") or (strategy is None and get("save_steps")) or get("logging_steps")
         if strategy is None and saving == "steps" and every == get("save_steps") == default:
