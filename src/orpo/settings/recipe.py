@@ -196,8 +196,8 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
         return
     try:
         settings[name] = convert(value, known.kind, split_commas=typed)
-        if name == "stages":
-            settings[name] = [_stage(entry) for entry in settings[name] or ()] or settings[name]
+        if name == "stages" and settings[name]:
+            settings[name] = [_stage(entry) for entry in settings[name]]
     except ValueError:
         written = "nothing" if typed and value is True else _shown(value)
         raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None

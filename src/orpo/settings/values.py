@@ -21,6 +21,7 @@ _FSDP = (
     *("full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2"),
     *("offload", "auto_wrap", "true"),
 )
+_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 _WITH_A_NAME = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
@@ -35,6 +36,9 @@ def check_values(settings: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"max_steps: {steps} makes no step; write -1, or leave it out, for num_train_epochs of the data"
         )
+    for key in ("log_level", "log_level_replica"):
+        if (level := settings.get(key)) is not None and level not in _LEVELS:
+            raise ConfigError(f"{key}: {level!r} is not one of {', '.join(_LEVELS)}")
     for key in (*_MAPPINGS, *_OR_FILES):
         _check_mapping(key, settings.get(key))
     for key in _CHECKPOINTING:
