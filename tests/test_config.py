@@ -179,6 +179,10 @@ def test_settings_that_wait_for_another_are_named():
         "lora_r: no effect without use_peft: true",
     )
     assert not load_recipe(None, ["--lora_r", "8", "--use_peft"]).notices
+    words = ["--gradient_checkpointing_kwargs", "{use_reentrant: true}"]
+    waiting = "gradient_checkpointing_kwargs: no effect without gradient_checkpointing: true"
+    assert load_recipe(None, words).notices == (waiting,)
+    assert not load_recipe(None, [*words, "--activation_checkpointing"]).notices
 
 
 def test_trl_environment_section_is_kept_apart(tmp_path):

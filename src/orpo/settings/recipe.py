@@ -143,7 +143,14 @@ def _leave_behind(settings: dict[str, Any], of_file: list[Entry], typed: set[str
 
 def _idle(settings: Mapping[str, Any]) -> list[str]:
     """A line for each setting that waits for another one to be turned on."""
-    switches = {"hub_": ("push_to_hub",), "lora_": ("use_peft", "adapter_name_or_path")}
+    checkpointing = ("gradient_checkpointing", "activation_checkpointing")
+    switches = {
+        "hub_": ("push_to_hub",),
+        "lora_": ("use_peft", "adapter_name_or_path"),
+        "gradient_checkpointing_kwargs": checkpointing,
+        "activation_checkpointing_kwargs": checkpointing,
+        "fsdp_config": ("fsdp",),
+    }
     known = known_settings()
     return [
         f"{key}: no effect without {names[0]}: true"

@@ -71,7 +71,9 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
 def _check_checkpointing(args: ORPOConfig) -> None:
     """Checkpoint a function of a single number, so that what torch refuses is refused now."""
     kwargs: Any = args.gradient_checkpointing_kwargs
-    given = dict(kwargs or {}) if args.gradient_checkpointing else {}
+    if not (args.gradient_checkpointing and kwargs):
+        return
+    given = dict(kwargs)
     of_transformers = {"every_n_layers", "offload"}
     of_torch = inspect.signature(checkpoint).parameters.keys() - {"function", "args", "kwargs"}
     known = of_torch | of_transformers | {"preserve_rng_state"}
