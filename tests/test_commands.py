@@ -231,6 +231,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(world, tmp_path):
         (pairs(3), ["--model_name_or_path", "/no/such/folder"], "/no/such/folder"),
         (pairs(3), ["--chat_template", "chatmll"], "did you mean 'chatml'"),
         (pairs(3), ["--max_length", "5"], "max_length"),
+        (pairs(3), ["--dataloader_drop_last"], "dataloader_drop_last: 3 pairs are too few for a step of 8"),
     ],
 )
 def test_bad_data_and_models_are_one_line_and_exit_2(world, tmp_path, rows, words, expected):

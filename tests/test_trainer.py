@@ -33,6 +33,7 @@ from orpo.errors import ConfigError, DataError, ModelError, RunError
 from orpo.pairs import TokenizedPair
 from orpo.run.directory import read_run
 from orpo.settings.config import Objective
+from orpo.training.preflight import check_optimization, summary
 from orpo.training.progress import Stopwatch
 
 OBJECTIVES = [
@@ -233,6 +234,46 @@ def test_steps_and_schedule_count_optimizer_steps(tmp_path):
     assert trainer.state.global_step == 2 * 3 and trainer.get_total_train_batch_size(trainer.args) == 6
     assert logged(trainer, "learning_rate")[-1] == pytest.approx(0.05 / 6)
     assert trainer.args.ddp_find_unused_parameters is False and trainer.args.remove_unused_columns is False
+
+
+def test_the_steps_of_a_part_of_an_epoch_are_those_that_are_made(tmp_path):
+    """Four steps an epoch: the line said 5, `round` of 5.2, where the Trainer makes 6."""
+    trainer = tiny_trainer(tmp_path, max_steps=-1, num_train_epochs=1.3)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert "steps      6 of 4 pairs: 1.5 epochs of 4 steps" in summary(trainer)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_steps": -1}, {"max_steps": 5}, {"stages": [{"objective": "sft", "share": 0.5}, {"beta": 0.1}]}],
+)
+def test_fewer_pairs_than_a_step_that_are_to_be_dropped_are_refused(tmp_path, settings):
+    few = {"per_device_train_batch_size": 100, "dataloader_drop_last": True}
+    with pytest.raises(ConfigError, match="dataloader_drop_last: 13 pairs are too few for a step of 100"):
+        tiny_trainer(tmp_path, **few, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"foo": 1}, "gradient_checkpointing_kwargs: foo is not one of context_fn, debug"),
+        ({"use_reentrant": False, "determinism_check": "no"}, "gradient_checkpointing_kwargs cannot be used"),
+    ],
+)
+def test_what_checkpointing_does_not_take_is_refused_before_the_first_step(tmp_path, kwargs, expected):
+    with pytest.raises(ConfigError, match=expected):
+        tiny_trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+
+
+def test_arguments_that_an_optimizer_does_not_read_are_refused(tmp_path):
+    """transformers parses them for every optimizer, and gives them to a few."""
+    trainer = tiny_trainer(tmp_path, optim="rmsprop", optim_args="alpha=0.9, eps=1e-7")
+    check_optimization(trainer)
+    for optim, argument in (("rmsprop", "betas"), ("adamw_torch", "eps")):
+        trainer = tiny_trainer(tmp_path, optim=optim, optim_args=f"{argument}=0.5")
+        with pytest.raises(ConfigError, match=f"optim_args: {argument}: optim: {optim} takes none"):
+            check_optimization(trainer)
 
 
 def test_user_arguments_are_left_alone(tmp_path):

@@ -43,13 +43,14 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     """Freeze `model` and put a new adapter on it; a quantised model is made trainable first.
 
     Raises:
-        ModelError: The adapter does not fit the model.
+        OrpoError: The adapter does not fit the model.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     _resolve_all_linear(model, peft_config)
+    _check_modules_to_save(model, peft_config)
     with raised_as(ModelError, f"the adapter does not fit {type(model).__name__}", "see lora_target_modules"):
         adapted: PreTrainedModel = get_peft_model(model, peft_config)
     return train_in_float32(adapted)
@@ -68,6 +69,13 @@ def _resolve_all_linear(model: PreTrainedModel, config: Any) -> None:
         _refuse_on_experts(model, config)
         config.target_parameters = experts
     config.target_modules = sorted(_linear_layers(model)) or asked
+
+
+def _check_modules_to_save(model: PreTrainedModel, config: Any) -> None:
+    """Refuse a name of no module, which PEFT passes over."""
+    for asked in getattr(config, "modules_to_save", None) or ():
+        if not any(name.endswith(asked) for name, _ in model.named_modules()):
+            raise ConfigError(f"lora_modules_to_save: {type(model).__name__} has no module {asked}")
 
 
 def _refuse_on_experts(model: PreTrainedModel, config: Any) -> None:
