@@ -306,7 +306,7 @@ def test_a_micro_batch_that_does_not_fit_is_split_in_one_printed_line(tmp_path, 
     trainer.train()
     torch.testing.assert_close(weights(trainer), weights(plain), rtol=1e-6, atol=1e-6)
     for name in ("loss", "nll", "margin"):
-        assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-5)
+        assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-5, abs=3e-6)
     assert "retrying with micro-batches of half as many pairs" in capsys.readouterr().out
 
 

@@ -206,8 +206,7 @@ class ORPOTrainer(InterruptibleTrainer):
         self.pairs_per_step = args.pairs_per_step
         self.schedule = _schedule(args, data.train_pairs)
         self._recipe = args.recipe()
-        has_reference = self.schedule.stages[0].objective.needs_reference
-        self._identity = run_identity(args, data.train_pairs, loaded, has_reference=has_reference)
+        self._identity = run_identity(args, data.train_pairs, loaded, self.schedule.stages[0].objective)
         self._stream = StreamCheck()
         self.forced = []
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
