@@ -17,6 +17,7 @@ GOOD_BAD = ([bot("GOOD")], [bot("BAD")])
 ASKED = [user("Q?")]
 YES = [user("Q?"), bot("yes it is")]
 NO = [user("Q?"), bot("no it is not")]
+GIVEN = ("chosen", "rejected")
 
 
 def read(*rows, **options):
@@ -710,6 +711,55 @@ def test_a_prompt_that_whole_conversations_do_not_repeat_stops_the_run():
     stops(row, match="'chosen' begins with another question than the prompt")
     row = {"prompt": [system("S"), *ASKED], "chosen": [system("T"), *YES], "rejected": [system("T"), *NO]}
     stops(row, match="'chosen' begins with another system text than the prompt")
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": "Answer in French.\nQ?", "chosen": YES, "rejected": NO}, "chosen"),
+        ({"prompt": "Q?", "chosen": YES, "rejected": [user("Other?"), NO[1]]}, "rejected"),
+        ({"prompt": "Q?", "chosen": YES, "rejected": [[user("Other?"), NO[1]], NO]}, "rejected"),
+        (
+            {
+                "prompt": "\n\nHuman: Answer in French. Q?\n\nAssistant:",
+                "chosen": "\n\nHuman: Q?\n\nAssistant: oui",
+                "rejected": "\n\nHuman: Q?\n\nAssistant: no",
+            },
+            "chosen",
+        ),
+        (
+            {
+                "prompt": "In French. Q?",
+                "chosen": "\n\nHuman: Q?\n\nAssistant: oui",
+                "rejected": "\n\nHuman: Q?\n\nAssistant: no",
+            },
+            "chosen",
+        ),
+    ],
+)
+def test_a_text_that_whole_conversations_do_not_ask_stops_the_run(row, field):
+    stops(row, match=f"'{field}' begins with another question than the prompt; fix the row or set ")
+
+
+def test_a_prompt_that_is_not_read_can_be_left_out_by_name():
+    row = {"prompt": "no. 17", "chosen": YES, "rejected": NO}
+    read_set = read(row, data_format="conversational_implicit")
+    assert read_set.pairs[0].prompt == ASKED
+    assert any("columns not used: prompt" in line for line in read_set.notices)
+
+
+@pytest.mark.parametrize("prompt", ["Q?", " Q?\n", "Hi", "S Hi", "\n\nHuman: Q?\n\nAssistant:", ""])
+def test_a_text_that_whole_conversations_ask_somewhere_is_their_prompt(prompt):
+    earlier = [system("S"), user("Hi"), bot("Hello")]
+    row = {"prompt": prompt, "chosen": [*earlier, *YES], "rejected": [*earlier, *NO]}
+    assert only(row) == ([*earlier, user("Q?")], YES[1:], NO[1:])
+
+
+def test_a_prompt_that_a_transcript_repeats():
+    sides = {side: f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Q?\n\nAssistant: {side}" for side in GIVEN}
+    for prompt in ("\n\nHuman: Q?\n\nAssistant:", "Human: Hi", "Q?", "\n\nHuman: Hi\n\nAssistant: Hello"):
+        asked = [user("Hi"), bot("Hello"), user("Q?")]
+        assert only({"prompt": prompt, **sides}) == (asked, [bot("chosen")], [bot("rejected")])
 
 
 def test_rejected_answers_may_follow_the_context_of_a_whole_chosen_conversation():

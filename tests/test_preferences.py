@@ -211,7 +211,7 @@ def test_multi_turn_with_a_prompt_column_keeps_every_user_turn():
     row = {"prompt": "Name?", "chosen": [*HELLO, bot("Yes")], "rejected": [*HELLO, bot("No")]}
     assert one(row, "conversational") == (HELLO, *YES_NO)
     row = {
-        "prompt": "x",
+        "prompt": "Name?",
         "chosen": [system("S"), *HELLO, bot("Yes")],
         "rejected": [system("S"), *HELLO, bot("No")],
     }

@@ -23,7 +23,7 @@ from orpo.data.messages import (
     turns_of,
     with_system,
 )
-from orpo.data.questions import asked_in, instruction, is_transcript, transcript
+from orpo.data.questions import asked_in, check_asked, instruction, is_transcript, transcript
 from orpo.data.rows import ORIGIN, Row
 from orpo.data.sides import Sides, pair_up, part
 
@@ -90,13 +90,24 @@ def _read_conversational(row: Row) -> list[Sides]:
     prompt = row.get("prompt")
     if prompt is None:
         raise BadRow("prompt", "is missing")
-    if isinstance(prompt, str):
-        first = row.get("chosen")
-        whole = kind(first) == "messages" and turns_of(first, "chosen")[0]["role"] != "assistant"
-        turns: Turns = [] if whole else [{"role": "user", "content": prompt}]
-    else:
-        turns = turns_of(prompt, "prompt")
-    return _conversations(row, turns)
+    if not isinstance(prompt, str):
+        return _conversations(row, turns_of(prompt, "prompt"))
+    rejected = alternatives(row.get("rejected"), "rejected")
+    sides = [("chosen", row.get("chosen")), *(("rejected", answer) for answer in rejected)]
+    whole = [(field, turns) for field, side in sides if (turns := _whole(side, field))]
+    for field, turns in whole:
+        check_asked(prompt, turns, field, _UNASKED)
+    is_whole = any(field == "chosen" for field, _ in whole)
+    return _conversations(row, [] if is_whole else [{"role": "user", "content": prompt}])
+
+
+_UNASKED = "fix the row or set data_format: conversational_implicit, which reads no prompt column,"
+
+
+def _whole(side: object, field: str) -> Turns | None:
+    """The turns of a side that is a whole conversation; None of an answer alone."""
+    turns = turns_of(side, field) if kind(side) == "messages" else None
+    return turns if turns and turns[0]["role"] != "assistant" else None
 
 
 def _is_conversational_implicit(row: Row) -> bool:
@@ -125,7 +136,10 @@ def _is_hh(row: Row) -> bool:
 def _read_hh(row: Row) -> list[Sides]:
     def whole(field: str, answer: str) -> Turns:
         if row.get("prompt") is None or is_transcript(answer):
-            return transcript(answer, field)
+            turns = transcript(answer, field)
+            if row.get("prompt") is not None:
+                check_asked(text_of(row, "prompt"), turns, field)
+            return turns
         return [*asked_in(text_of(row, "prompt")), {"role": "assistant", "content": answer.strip()}]
 
     text, others = _sides(row)
