@@ -762,6 +762,55 @@ def test_a_prompt_that_a_transcript_repeats():
         assert only({"prompt": prompt, **sides}) == (asked, [bot("chosen")], [bot("rejected")])
 
 
+# ---------------------------------------------------------------------------------------- a system column
+
+PLAIN = {"prompt": "Q?", "chosen": "GOOD", "rejected": "BAD"}
+
+
+@pytest.mark.parametrize("missing", [{"system": None}, {}, {"system": ""}])
+@pytest.mark.parametrize("first", [True, False])
+def test_one_system_text_is_trained_whatever_the_other_rows_lack(missing, first):
+    rows = [{**PLAIN, **missing}] * 5
+    rows.insert(0 if first else 5, {**PLAIN, "system": "S"})
+    found = read(*rows)
+    expected = [ASKED] * 5
+    expected.insert(0 if first else 5, [system("S"), *ASKED])
+    assert [pair.prompt for pair in found.pairs] == expected
+    assert not any("not used" in line for line in found.notices)
+
+
+@pytest.mark.parametrize("more", [{"system": "S"}, {"history": [["Hi", "Hello"]]}])
+def test_what_stands_before_a_prompt_is_not_left_out_behind_the_rows_that_tell_the_format(more):
+    rows = [{**PLAIN, "prompt": f"Q{n}?"} for n in range(300)]
+    rows[280] |= more
+    name = next(iter(more))
+    stops(*rows, match=f"row:280: '{name}' would be left out: .*; set data_format: instruction or set on_bad")
+    found = read(*rows, data_format="instruction").pairs
+    assert len(found[280].prompt) > len(found[0].prompt) == 1
+    found = read(*rows, data_format="standard")
+    assert found.pairs[280].prompt == "Q280?"
+    assert any(f"columns not used: {name}" in line for line in found.notices)
+
+
+def test_a_system_column_is_put_before_transcripts_and_whole_conversations():
+    row = {side: f"\n\nHuman: Q?\n\nAssistant: {side}" for side in GIVEN}
+    assert only({**row, "system": "S"})[0] == [system("S"), *ASKED]
+    row = {"conversation_a": YES, "conversation_b": NO, "winner": "a"}
+    assert only({**row, "system": "S"})[0] == [system("S"), *ASKED]
+
+
+def test_a_system_column_that_is_not_the_system_turn_stops_the_run():
+    for row in (
+        {"prompt": [system("Be kind"), *ASKED], "chosen": YES[1:], "rejected": NO[1:]},
+        {"prompt": "Q?", "chosen": [system("Be kind"), *YES], "rejected": [system("Be kind"), *NO]},
+        {"messages": [system("Be kind"), *ASKED], "chosen": YES[1], "rejected": NO[1]},
+    ):
+        stops(
+            {**row, "system": "In French."}, match="'system' is another text than the system turn; keep one"
+        )
+        assert only({**row, "system": " Be  kind "})[0] == [system("Be kind"), *ASKED]
+
+
 def test_rejected_answers_may_follow_the_context_of_a_whole_chosen_conversation():
     for row in ({"prompt": "Q?", "chosen": YES}, {"chosen": YES}, {"prompt": ASKED, "chosen": YES}):
         for rejected in ("no it is not", NO[1], NO[1:]):

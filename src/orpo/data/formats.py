@@ -135,6 +135,9 @@ def _is_hh(row: Row) -> bool:
 
 def _read_hh(row: Row) -> list[Sides]:
     def whole(field: str, answer: str) -> Turns:
+        return with_system(row, said(field, answer))
+
+    def said(field: str, answer: str) -> Turns:
         if row.get("prompt") is None or is_transcript(answer):
             turns = transcript(answer, field)
             if row.get("prompt") is not None:
@@ -151,13 +154,16 @@ def _read_hh(row: Row) -> list[Sides]:
 
 def _is_instruction(row: Row) -> bool:
     if row.get("prompt") is not None:
-        earlier = row.get("system") is not None or (isinstance(row.get("history"), list) and row["history"])
-        return _has_texts(row, "prompt", "chosen") and bool(earlier)
+        return _has_texts(row, "prompt", "chosen") and (row.get("system") is not None or _has_exchanges(row))
     if not _has_texts(row, "instruction"):
         return False
     if kind(row.get("output")) == "texts" and row.get("chosen") is None:
         return not ranked.unknown_numbers(row, ranked.answer_list(row))
     return _has_texts(row, "chosen") or _has_texts(row, "output")
+
+
+def _has_exchanges(row: Row) -> bool:
+    return isinstance(row.get("history"), list) and bool(row["history"])
 
 
 def _read_instruction(row: Row) -> list[Sides]:
@@ -319,6 +325,17 @@ def _is_standard(row: Row) -> bool:
 
 
 def _read_standard(row: Row) -> list[Sides]:
+    for name, is_there in (("system", bool(row.get("system"))), ("history", _has_exchanges(row))):
+        if is_there:
+            raise BadRow(
+                name,
+                "would be left out: the rows by which the format was told are texts without it",
+                "set data_format: instruction",
+            )
+    return _read_as_standard(row)
+
+
+def _read_as_standard(row: Row) -> list[Sides]:
     prompt = text_of(row, "prompt")
     chosen, others = _sides(row)
     if not others:
@@ -454,5 +471,8 @@ FORMATS = (
         "prompt, chosen and rejected are texts",
         _is_standard,
         _read_standard,
+        # What stands in front of a few prompts must not be left out; the others have nothing there.
+        yields_to="instruction",
+        named=Format("standard", "as data_format says", _is_standard, _read_as_standard),
     ),
 )
