@@ -326,6 +326,13 @@ def test_prompts_that_cannot_be_asked_are_named_or_counted():
 # ------------------------------------------------------------------------------------------------ endpoint
 
 
+def test_rows_of_which_none_asks_anything_are_named_with_the_reason(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hi"},\n{"prompt": "You"},\n')
+    for on_bad_row in ("stop", "skip"):
+        with pytest.raises(DataError, match=r"^p\.jsonl:1: is not JSON"):
+            read_prompts(tmp_path / "p.jsonl", OrpoSettings(on_bad_row=on_bad_row))
+
+
 def test_a_server_answers_side_by_side_and_what_fails_is_named_and_asked_again(tmp_path, monkeypatch, capsys):
     key = "sk-never-to-be-seen"
     monkeypatch.setenv("MY_KEY", f"{key}\n")

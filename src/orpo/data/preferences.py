@@ -21,7 +21,7 @@ from orpo.data.columns import Columns, NamedRow
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
 from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
-from orpo.data.rows import ORIGIN, RawRow, read_rows
+from orpo.data.rows import ORIGIN, RawRow, nothing_readable, read_rows
 from orpo.data.stages import EVERY, report
 from orpo.data.verdicts import contradiction, side_scores, unpaired_reason
 from orpo.errors import ConfigError, DataError
@@ -250,6 +250,8 @@ class _Reading:
 
     def _detect(self, head: Sequence[RawRow]) -> Detected:
         parsed = [row for row in head if not isinstance(row.data, DataError)]
+        if head and not parsed:
+            raise nothing_readable(head)
         self.columns.check(
             (row.data for row in parsed if isinstance(row.data, dict)), may_lack=self._one_of_several
         )

@@ -231,7 +231,49 @@ def _file_rows(path: Path) -> Iterator[RawRow]:
         yield from read(path)
 
 
+# How files begin that are no text in UTF-8, and what to say of them; UTF-32 begins like UTF-16.
+_FOREIGN_FILES = (
+    (b"\x1f\x8b", "is compressed by gzip; name it {name}.gz"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it"),
+    (b"\xfd7zXZ\x00", "is compressed by xz; unpack it"),
+    (b"\xff\xfe\x00\x00", "is UTF-32, not UTF-8; save the file as UTF-8"),
+    (b"\x00\x00\xfe\xff", "is UTF-32, not UTF-8; save the file as UTF-8"),
+    (b"\xff\xfe", "is UTF-16, not UTF-8; save the file as UTF-8"),
+    (b"\xfe\xff", "is UTF-16, not UTF-8; save the file as UTF-8"),
+)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a file of which no line is text."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        beginning: bytes = file.read(8)
+    found = next((what for sign, what in _FOREIGN_FILES if beginning.startswith(sign)), None)
+    if found is None and b"\0" in beginning:
+        found = "holds zero bytes, as UTF-16 and UTF-32 do; save the file as UTF-8"
+    if found is not None:
+        raise DataError(f"{path.name}: {found.format(name=path.name)}")
+
+
+def nothing_readable(bad: Sequence[RawRow]) -> DataError:
+    """What to say of rows of which none can be parsed; `bad` are the first of them, at least one."""
+    first = bad[0]
+    others = f" (none of the first {len(bad)} rows can be read)" if len(bad) > 1 else ""
+    suffix = Path(first.source.rpartition(":")[0].removesuffix(".gz")).suffix.lower()
+    advice = f"; {_LAYOUTS[suffix]}" if suffix in _LAYOUTS else ""
+    return DataError(f"{first.source}: {first.data}{others}{advice}")
+
+
+_ONE_A_LINE = "write one JSON object a line, or name a file with one array of them .json"
+_LAYOUTS = {
+    ".jsonl": _ONE_A_LINE,
+    ".ndjson": _ONE_A_LINE,
+    ".json": "write one JSON array of the rows, or one object a line",
+}
+
+
 def _open(path: Path) -> IO[str]:
+    _refuse_foreign(path)
     # A byte that is not UTF-8 becomes half a character: its row is malformed, and its neighbours survive.
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
