@@ -811,6 +811,89 @@ def test_a_system_column_that_is_not_the_system_turn_stops_the_run():
         assert only({**row, "system": " Be  kind "})[0] == [system("Be kind"), *ASKED]
 
 
+# ------------------------------------------------------------------------------------ what is never silent
+
+
+@pytest.mark.parametrize("name", ["prompt", *GIVEN])
+def test_a_transcript_among_plain_texts_stops_the_run(name):
+    text = "\n\nHuman: Q?\n\nAssistant: yes"
+    rows = [PLAIN, PLAIN, {**PLAIN, name: text}]
+    stops(
+        *rows, match=f"row:2: '{name}' is a transcript .*; write it as they are, or set data_format: standard"
+    )
+    assert getattr(read(*rows, data_format="standard").pairs[2], name) == text
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"answers": [{"text": "a", "score": 2, "rank": 2}, {"text": "b", "score": 1, "rank": 1}]},
+            "rank says that another answer is the best than score does, which decides",
+        ),
+        (
+            {"answers": ["a", "b"], "scores": [2, 1], "ranks": [2, 1]},
+            "ranks says that another answer is the best than scores does, which decides",
+        ),
+        ({"answers": [{"text": "a", "score": 2, "rank": 1}, {"text": "b", "score": 1, "rank": 2}]}, None),
+        ({"answers": [{"text": "a", "score": 2, "best": 0}, {"text": "b", "score": 1, "best": 0}]}, None),
+        ({"answers": ["a", "b"], "scores": [2, 1], "ranks": [2, None]}, None),
+    ],
+)
+def test_numbers_that_disagree_on_the_best_answer_are_counted(row, said):
+    found = read({"prompt": "Q?", **row})
+    assert found.pairs[0].chosen == [bot("a")]
+    lines = [line for line in found.notices if "train although" in line]
+    assert lines == ([f"data: 1 of 1 rows train although {said}"] if said else [])
+
+
+def test_numbers_that_the_recipe_names_are_not_questioned():
+    row = {"prompt": "Q?", "answers": ["a", "b"], "mine": [2, 1], "ranks": [2, 1]}
+    assert not any("train although" in line for line in read(row, columns={"scores": "mine"}).notices)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}])
+def test_turns_that_are_marked_as_not_to_be_trained_are_counted(mark):
+    row = {
+        "prompt": [user("Hi"), {**bot("Hello"), **mark}, user("Q?")],
+        "chosen": [YES[1]],
+        "rejected": [NO[1]],
+    }
+    key, value = next(iter(mark.items()))
+    line = f"data: 1 of 2 rows train although a turn says {key}: {str(value).lower()}, which is not read"
+    other = {**row, "prompt": [user("Hi"), {**bot("Hello"), "weight": 1}, user("Q?")]}
+    assert line in read(row, other).notices
+
+
+def test_a_side_without_an_answer_is_told_by_its_roles():
+    row = {"prompt": ASKED, "chosen": YES, "rejected": [user("no it is not")]}
+    stops(row, match="'rejected' has no turn of the assistant, and so no answer")
+
+
+def test_weights_that_leave_nothing_are_the_reason(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps(PLAIN) + "\n")
+    with pytest.raises(
+        DataError, match=r"^the weights leave no pair to train on \(.*p\.jsonl: 0\); raise one"
+    ):
+        read_preferences({str(file): 0})
+    assert len(read_preferences({str(file): 1}).pairs) == 1
+
+
+def test_blanks_around_the_names_of_columns_are_seen(tmp_path):
+    file = tmp_path / "p.csv"
+    file.write_text("prompt, chosen, rejected\nQ?, a, b\n")
+    match = (
+        r"columns ' chosen', ' rejected', prompt; blanks .* set columns: \{chosen: ' chosen', rejected: ' rej"
+    )
+    with pytest.raises(DataError, match=match):
+        read_preferences(str(file))
+    with pytest.raises(DataError, match=r"the data has prompt, ' chosen', ' rejected'$"):
+        read_preferences(str(file), columns={"chosen": "chosen"})
+    found = read_preferences(str(file), columns={"chosen": " chosen", "rejected": " rejected"})
+    assert found.pairs[0].chosen == " a"
+
+
 def test_rejected_answers_may_follow_the_context_of_a_whole_chosen_conversation():
     for row in ({"prompt": "Q?", "chosen": YES}, {"chosen": YES}, {"prompt": ASKED, "chosen": YES}):
         for rejected in ("no it is not", NO[1], NO[1:]):

@@ -107,6 +107,26 @@ def test_a_packed_file_is_said_as_such(tmp_path, content, said):
         rows(tmp_path / "p.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.jsonl", '{"a": "x", "a": "y"}\n{"a": "good"}\n'),
+        ("p.json", '{"a": "x", "a": "y"}\n{"a": "good"}\n'),
+        ("p.json", '[{"a": "x", "a": "y"},\n{"a": "good"}]'),
+        ("p.jsonl", '{"b": [{"a": "x", "a": "x"}]}\n{"a": "good"}\n'),
+    ],
+)
+def test_a_key_that_comes_twice_makes_its_row_malformed_and_no_other(tmp_path, name, text):
+    (bad, first), (good, second) = rows(write(tmp_path / name, text))
+    assert "has the key 'a' twice in one object; keep one of them" in str(bad)
+    assert (good, first, second) == ({"a": "good"}, f"{name}:1", f"{name}:2")
+
+
+def test_a_key_that_comes_twice_around_the_rows_stops_the_run(tmp_path):
+    with pytest.raises(DataError, match=r"^p\.json: has the key 'data' twice"):
+        rows(write(tmp_path / "p.json", '{"data": [\n{"a": "x"}],\n"data": []}'))
+
+
 def test_csv_cells_are_text_or_json_lists_of_texts(tmp_path):
     text = 'prompt,chosen,rejected\n"two\nlines",b,\nx,y,"[""b"", ""c""]"\nx,y,"[\'b\', \'c\']"\n'
     assert rows(write(tmp_path / "p.csv", text)) == [

@@ -329,10 +329,20 @@ def _read_standard(row: Row) -> list[Sides]:
         if is_there:
             raise BadRow(
                 name,
-                "would be left out: the rows by which the format was told are texts without it",
+                "would be left out: the rows that tell the format are texts without it",
                 "set data_format: instruction",
             )
+    for name in ("prompt", *_SIDE_NAMES):
+        if isinstance(row.get(name), str) and is_transcript(row[name]):
+            raise BadRow(
+                name,
+                "is a transcript with 'Human:' and 'Assistant:', unlike the rows that tell the format",
+                "write it as they are, or set data_format: standard to take it as it is,",
+            )
     return _read_as_standard(row)
+
+
+_SIDE_NAMES = ("chosen", "rejected")
 
 
 def _read_as_standard(row: Row) -> list[Sides]:

@@ -15,6 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -302,9 +303,24 @@ def _parse_json(text: str, source: str) -> RawRow:
     if (foreign := _not_utf8(text)) is not None:
         return RawRow(foreign, source)
     try:
-        return _as_row(json.loads(text), source)
+        return _as_row(json.loads(text, object_pairs_hook=_object), source)
+    except _KeyTwice as error:
+        return RawRow(DataError(str(error)), source)
     except (ValueError, RecursionError) as error:
         return RawRow(DataError(f"is not JSON ({first_line(error)})"), source)
+
+
+class _KeyTwice(Exception):  # noqa: N818 - a verdict on an object
+    """An object names a key twice, and only one of its values could be taken."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _KeyTwice(f"has the key {twice!r} twice in one object; keep one of them")
+    return found
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
@@ -316,7 +332,13 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         if (foreign := _not_utf8(text)) is not None and "\n" not in text.strip():
             raise DataError(f"{path.name}: {foreign}")
         try:
-            loaded = json.loads(text)
+            loaded = json.loads(text, object_pairs_hook=_object)
+        except _KeyTwice as error:
+            with suppress(json.JSONDecodeError):  # a line of several
+                json.loads(text)
+                raise DataError(f"{path.name}: {error}") from None
+            yield from _read_jsonl(path)
+            return
         except json.JSONDecodeError:
             yield from _read_jsonl(path)
             return
@@ -336,7 +358,7 @@ def _read_json(path: Path) -> Iterator[RawRow]:
 
 
 def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
-    decoder = json.JSONDecoder()
+    decoder, lenient = json.JSONDecoder(object_pairs_hook=_object), json.JSONDecoder()
     line, counted = 1, 0
     while True:
         while position < len(text) and text[position] in " \t\r\n,":
@@ -349,12 +371,16 @@ def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
                 raise DataError(f"{name}:{line}: something follows the JSON array; fix the file")
             return
         began = position
+        twice: DataError | None = None
         try:
             row, position = decoder.raw_decode(text, position)
+        except _KeyTwice as error:
+            twice = DataError(str(error))
+            row, position = lenient.raw_decode(text, position)
         except json.JSONDecodeError as error:
             # Where a broken row of an array ends is unknown, so the rest cannot be read: no skipping here.
             raise DataError(f"{name}:{error.lineno}: is not JSON ({error.msg}); fix the file") from error
-        foreign = _not_utf8(text[began:position])
+        foreign = _not_utf8(text[began:position]) or twice
         yield _as_row(row, f"{name}:{line}") if foreign is None else RawRow(foreign, f"{name}:{line}")
 
 
