@@ -24,7 +24,7 @@ from orpo.engine.objective import log_odds
 from orpo.engine.packing import PackedBatch, Role, pack
 from orpo.engine.router import checked_router_loss
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
-from orpo.engine.vocabulary import are_bent, is_transformed, measured_scale, reading
+from orpo.engine.vocabulary import are_bent, factor_between, is_transformed, measured_scale, reading
 from orpo.errors import ModelError, first_line
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
@@ -164,15 +164,15 @@ def _check_logits(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
     """
     model, head = scorer.model, scorer.model.get_output_embeddings()
     with reading(scorer.backbone, head) as found:
-        scorer.plain_forward(input_ids=ids_BN, use_cache=False)
+        logits = scorer.plain_forward(input_ids=ids_BN, use_cache=False).logits
     if found.product is None:
         return
-    factor = LARGE_LOGIT / float(found.product.abs().max().clamp_min(1e-30)) / abs(scorer.logit_scale)
-    with reading(scorer.backbone, head, factor) as found:
+    scale = factor_between(model, logits, found.product)
+    enlarged = LARGE_LOGIT / float((scale * found.product).abs().max().clamp_min(1e-30))
+    with reading(scorer.backbone, head, enlarged) as found:
         logits = scorer.plain_forward(input_ids=ids_BN, use_cache=False).logits
-    product = found.product
-    assert product is not None
-    if are_bent(model, logits, factor * product, scorer.logit_scale, is_precise):
+    assert found.product is not None
+    if are_bent(model, logits, enlarged * scale * found.product, is_precise):
         raise ModelError(
             f"{type(model).__name__} bends its logits, and no factor or soft cap that its configuration tells"
             " explains how; its loss cannot be computed here"

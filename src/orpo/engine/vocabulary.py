@@ -138,29 +138,32 @@ def measured_scale(model: PreTrainedModel, plain: Tensor, hidden_ND: Tensor, pre
     ours = (hidden_ND.to(weight.dtype) @ weight.T).double()
     if bias is not None:
         ours += bias.double()
-    theirs, cap = plain.double(), soft_cap(model)
-    if cap is not None:
-        theirs = cap * torch.atanh((theirs / cap).clamp(-0.999, 0.999))
-    square = ours.square().sum().item()
-    scale = (ours * theirs).sum().item() / square if square > 0 else 1.0
-    if not math.isfinite(scale) or scale == 0:
-        return 1.0
+    scale = factor_between(model, plain, ours)
     known = min(_known_factors(model), key=lambda factor: abs(scale / factor - 1))
     return known if abs(scale / known - 1) < (1e-4 if precise else 1e-2) else scale
 
 
+def factor_between(model: PreTrainedModel, logits: Tensor, product: Tensor) -> float:
+    """The factor between a model's logits, before their soft cap, and a product; 1 where there is none."""
+    theirs, ours, cap = logits.double(), product.double(), soft_cap(model)
+    if cap is not None:
+        theirs = cap * torch.atanh((theirs / cap).clamp(-0.999, 0.999))
+    square = ours.square().sum().item()
+    scale = (ours * theirs).sum().item() / square if square > 0 else 1.0
+    return scale if math.isfinite(scale) and scale != 0 else 1.0
+
+
 @torch.no_grad()
-def are_bent(model: PreTrainedModel, logits: Tensor, product: Tensor, scale: float, precise: bool) -> bool:
-    """Whether a model does more to its logits than the factor and the soft cap that we know.
+def are_bent(model: PreTrainedModel, logits: Tensor, product: Tensor, precise: bool) -> bool:
+    """Whether logits are not `product` under the soft cap that the configuration tells.
 
     Args:
         model: The transformers model.
         logits: Its own, large ones.
-        product: What its vocabulary matrix gave for them.
-        scale: The factor on the logits.
+        product: What its vocabulary matrix gave for them, with the factor on logits.
         precise: Whether rounding is that of float32.
     """
-    expected, cap = scale * product.double(), soft_cap(model)
+    expected, cap = product.double(), soft_cap(model)
     if cap is not None:
         expected = cap * torch.tanh(expected / cap)
     difference = (logits.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
