@@ -825,7 +825,10 @@ class ORPOTrainer(InterruptibleTrainer):
         self.forced = (
             check_changes(Path(checkpoint or ""), before, self._identity, force=True) if forces else []
         )
-        self._stream.restore(state.get("read"))
+        anew = self.args.ignore_data_skip and checkpoint is not None
+        if anew:
+            say("ignore_data_skip: the data begins anew, so this run will not equal one that was not stopped")
+        self._stream.restore(None if anew else state.get("read"))
         self.window.restore(state.get("window"))
         self.evaluation_waits = bool(state.get("evaluation_waits"))
         if checkpoint is not None:
