@@ -36,7 +36,7 @@ def _default(value: Any, help_text: str, **facts: Any) -> Inherited:
 _FREE = (
     "accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics",
     "dataloader_multiprocessing_context", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
+    "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
     "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm", "do_predict", "do_train",
     "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_steps",
     "eval_use_gather_object", "fsdp", "fsdp_config", "gradient_checkpointing_kwargs", "greater_is_better",
@@ -155,6 +155,7 @@ INHERITED: dict[str, Inherited] = {
     "seed": Inherited(Facts(at_least=0, below=2**32, in_recipe="always")),
     "data_seed": Inherited(Facts(at_least=0, below=2**32)),
     "dataloader_num_workers": Inherited(Facts(at_least=0, resume="free")),
+    "dataloader_prefetch_factor": Inherited(Facts(at_least=1, resume="free")),
     "label_smoothing_factor": Inherited(Facts(at_least=0, at_most=0)),
 }
 """Setting -> what we make of it."""

@@ -51,14 +51,46 @@ def check_optimization(trainer: ORPOTrainer) -> None:
     """
     config: Any = trainer.args
     number = torch.nn.Parameter(torch.zeros(1, 1))
-    with raised_as(ConfigError, f"optim: {config.optim} cannot be used"):
+    optim = f"optim: {_text(config.optim)}" + (
+        f", optim_args: {config.optim_args}" if config.optim_args else ""
+    )
+    with raised_as(ConfigError, f"{optim} cannot be used"):
         kind, arguments = trainer.get_optimizer_cls_and_kwargs(config, trainer.model)
         by_name = {"params", "model", "optimizer_dict"} & arguments.keys()
         made = torch.optim.SGD([number]) if by_name else kind([number], **arguments)
-    if not isinstance(config.lr_scheduler_kwargs or {}, dict):
-        raise ConfigError(f"lr_scheduler_kwargs: {config.lr_scheduler_kwargs!r} is no mapping")
-    with raised_as(ConfigError, f"lr_scheduler_type: {config.lr_scheduler_type} cannot be used"):
-        get_scheduler(config.lr_scheduler_type, made, 1, 10, dict(config.lr_scheduler_kwargs or {}))
+    more = config.lr_scheduler_kwargs or {}
+    if not isinstance(more, dict):
+        raise ConfigError(f"lr_scheduler_kwargs: {more!r} is no mapping")
+    schedule = f"lr_scheduler_type: {_text(config.lr_scheduler_type)}"
+    blamed = (
+        f"lr_scheduler_kwargs: {more} cannot be used with {schedule}"
+        if more
+        else f"{schedule} cannot be used"
+    )
+    with raised_as(
+        ConfigError, blamed, "what a schedule takes is written lr_scheduler_kwargs: {name: value}"
+    ):
+        get_scheduler(config.lr_scheduler_type, made, 1, 10, dict(more))
+
+
+def check_compilation(config: Any) -> None:
+    """Have torch.compile read its settings now, not when training begins.
+
+    Raises:
+        ConfigError: It refuses one of them.
+    """
+    if not config.torch_compile:
+        return
+    backend, mode = config.torch_compile_backend, config.torch_compile_mode
+    with raised_as(
+        ConfigError, f"torch_compile_backend: {backend} with torch_compile_mode: {mode} cannot be used"
+    ):
+        torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+
+
+def _text(value: Any) -> Any:
+    """A setting as it is written, where transformers holds it as one of an enumeration."""
+    return getattr(value, "value", value)
 
 
 def summary(trainer: ORPOTrainer) -> list[str]:
