@@ -56,6 +56,39 @@ def test_the_default_fits_mamba(family):
     assert not any("out_proj" in name for name in trained(model))
 
 
+@pytest.mark.parametrize(
+    ("settings", "there"),
+    [
+        ({"lora_modules_to_save": ["nope"]}, "no module called nope; there are embed_tokens, q_proj"),
+        ({"lora_modules_to_save": ["nope", "no"]}, "no module called no or nope"),
+        (
+            {"lora_target_parameters": ["nope.weight"]},
+            "no weight called nope.weight; there are embed_tokens.w",
+        ),
+    ],
+)
+def test_a_setting_that_names_nothing_is_refused(settings, there):
+    with pytest.raises(ConfigError, match=f"^{next(iter(settings))}: LlamaForCausalLM has {there}"):
+        adapted("llama", tiny_models.build("Llama"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [
+        ("lora_target_modules", ["q_proj", "nope"]),
+        ("lora_modules_to_save", ["lm_head", "nope"]),
+        ("lora_target_parameters", ["q_proj.weight", "nope"]),
+    ],
+)
+def test_of_several_names_that_which_is_not_there_is_said(setting, names, capsys):
+    targets = {} if setting == "lora_target_modules" else {"lora_target_modules": ["k_proj"]}
+    adapted("llama", tiny_models.build("Llama"), **targets | {setting: names})
+    kind = "weight" if setting == "lora_target_parameters" else "module"
+    assert capsys.readouterr().out == f"{setting}: LlamaForCausalLM has no {kind} called nope\n"
+    adapted("llama", tiny_models.build("Llama"), **targets | {setting: names[:1]})
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("setting", [{"lora_dropout": 0.05}, {"use_dora": True}], ids=["dropout", "dora"])
 def test_what_experts_cannot_have_names_the_way_out(setting):
     with pytest.raises(ConfigError, match=r"lora_target_modules: \[k_proj, o_proj, q_proj, v_proj\]"):

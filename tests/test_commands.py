@@ -19,6 +19,7 @@ import yaml
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import orpo.training.job
 from orpo import cli
 from orpo.errors import DataError
 from orpo.report.page import write_report
@@ -221,6 +222,50 @@ def test_a_dry_run_checks_everything_and_writes_nothing(world, tmp_path):
     assert "steps      15 of 8 pairs" in printed
     assert "dry run" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_two_dry_runs_at_a_time_leave_nothing_and_do_not_meet(world, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "one"
+    checked = orpo.training.job._checked_trainer
+
+    def meanwhile(config):
+        trainer = checked(config)
+        if not (tmp_path / "other").exists():  # once: another process ends before this one does
+            (tmp_path / "other").mkdir()
+            run.rmdir()
+        return trainer
+
+    monkeypatch.setattr("orpo.training.job._checked_trainer", meanwhile)
+    status, printed = orpo_main("train", world / "recipe.yaml", "--dry_run", "--output_dir", run)
+    assert status == 0 and "nothing was trained or written" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--torch_compile_mode", "nope"], "torch_compile_backend: inductor with torch_compile_mode: nope"),
+        (["--dataloader_prefetch_factor", "0"], "dataloader_prefetch_factor: 0 is out of range"),
+        (["--use_liger_kernel"], "use_liger_kernel needs liger_kernel, which is not installed; pip install"),
+        (
+            ["--lr_scheduler_kwargs", "{nope: 3}"],
+            "lr_scheduler_kwargs: {'nope': 3} cannot be used with lr_sched",
+        ),
+        (
+            ["--lr_scheduler_type", "warmup_stable_decay"],
+            "'num_decay_steps'); what a schedule takes is written lr_scheduler_kwargs: {name: value}",
+        ),
+        (["--optim", "galore_adamw"], "optim: galore_adamw cannot be used"),
+        (["--optim_args", "a=b=c"], ", optim_args: a=b=c cannot be used"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_settings_that_cannot_be_used_are_one_line_dry_or_not(world, tmp_path, words, expected, dry):
+    run = ["--output_dir", tmp_path / "run", "--dry_run", str(dry)]
+    status, printed = orpo_main("train", world / "recipe.yaml", *run, *words)
+    assert status == 2
+    assert printed.splitlines()[-1].startswith("orpo: error: ") and expected in printed.splitlines()[-1]
+    assert not list(tmp_path.glob("run/*.safetensors"))
 
 
 @pytest.mark.parametrize(

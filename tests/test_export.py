@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import orpo
 from orpo import cli
-from orpo.errors import ConfigError, ModelError
+from orpo.errors import ConfigError, ModelError, RunError
 from orpo.evaluation.generation import ChatModel, Sampling
 from orpo.export.check import LIMITS, Found, compare
 from orpo.export.folder import write_folder
@@ -279,6 +279,30 @@ def test_what_cannot_be_exported_leaves_nothing_behind(full_run, tmp_path):
     with pytest.raises(ModelError, match="too large for float16"):
         export_run(str(model), tmp_path / "out", dtype="float16")
     assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.fixture
+def barely_trained(full_run, world, tmp_path):
+    """A run whose weights are so close to those of its bfloat16 base that rounding takes them back."""
+    model = Path(shutil.copytree(full_run, tmp_path / "model"))
+    tensors = load_file(world / "base" / "model.safetensors")
+    tensors = {name: weight.float() * (1 + 2**-9 * 0.95) for name, weight in tensors.items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_what_rounding_would_undo_is_written_in_float32(
+    full_run, barely_trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(LIMITS, "bfloat16", 1e-3)  # the model is small, and so is what rounding undoes
+    exported = export_run(str(barely_trained), tmp_path / "out")
+    assert exported.dtype == "float32" and dtypes(tmp_path / "out") == {"F32"}
+    assert "rounding undoes changes as small as this run's; so it is written in float32" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(RunError, match=r"\(limit 0\.001\), since rounding .*; --dtype float32 keeps them"):
+        export_run(str(barely_trained), tmp_path / "bfloat16", dtype="bfloat16")
+    assert not (tmp_path / "bfloat16").exists()
 
 
 def test_mistakes_are_one_line_before_anything_is_loaded(full_run, exported, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from orpo.run.card import write_model_card
 from orpo.run.checkpoints import STATE_FILE, model_folder, run_recipe
 from orpo.run.directory import RunDirectory, read_run
 from orpo.run.log import Figure, Record, append_record, flat, flat_name, read_records, write_records
+from orpo.run.repair import put_damaged_aside
 
 names = st.text(st.characters(codec="utf-8"), min_size=0, max_size=12)
 figures = st.dictionaries(
@@ -162,6 +163,29 @@ def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, name, content):
         write_report(tmp_path)
     assert "\n" not in str(refused.value)
     assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("samples.json", [{"a": 1}]),
+        ("samples.json", [3]),
+        ("samples.json", [{"prompt": "a", "answers": {"step 0": 3}}]),
+        ("samples.json", [{"prompt": ["a"], "answers": {}}]),
+        ("samples.json", [{"prompt": "a", "answers": {"step 0": "b"}, "tokens": {"step 0": "x"}}]),
+        ("samples.json", [{"prompt": "a", "answers": {}, "tokens": None}]),
+        ("data_report.json", {"train": 3}),
+        ("data_report.json", {"train": {"findings": 3}}),
+    ],
+)
+def test_a_file_of_json_that_means_nothing_is_named_with_the_way_out(tmp_path, name, content, capsys):
+    write_records(tmp_path / "metrics.jsonl", [Record(step=1, kind="train", metrics={"loss": Figure(1.0)})])
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{name}: .*; delete the file to go on without"):
+        write_report(tmp_path)
+    put_damaged_aside(RunDirectory(tmp_path))
+    assert capsys.readouterr().out.endswith(f"; kept as {name}.damaged, and made again\n")
+    assert write_report(tmp_path).is_file()
 
 
 def test_a_set_of_any_name_keeps_the_table_of_the_card_whole(tmp_path):

@@ -5,9 +5,14 @@ import pytest
 import tiny_models
 import transformers
 from tiny_tokenizer import tiny_tokenizer
+from tiny_training import tiny_trainer
 
 from orpo.data.source import SavedTemplate
-from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
+from orpo.engine.generation_config import settle_generation_config
+from orpo.engine.loading import load_model
+from orpo.engine.stop_tokens import save_generation_config, saved_stop_token_ids, stop_token_ids
+from orpo.errors import ModelError
+from orpo.settings.config import OrpoSettings
 from orpo.training.resolve import keep_template
 
 
@@ -74,3 +79,62 @@ def test_several_templates_are_all_kept():
     keep_template(SavedTemplate(named, "<|im_end|>"), tokenizer, None)
     assert tokenizer.chat_template == named and tokenizer.eos_token == "<|im_end|>"
     assert stop_token_ids(None) == []
+
+
+# ------------------------------------------------------------------------------- what could not be saved
+
+
+def model_with(**generation):
+    model = tiny_models.build("Llama")
+    for name, value in ({"eos_token_id": 2} | generation).items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("written", "said", "kept"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, "do_sample", {"do_sample": True, "top_p": 0.6}),
+        ({"temperature": 0.9, "do_sample": False}, "temperature", {"do_sample": False, "temperature": None}),
+        ({"early_stopping": True}, "early_stopping", {"do_sample": None, "early_stopping": None}),
+    ],
+)  # fmt: skip
+def test_generation_settings_that_could_not_be_saved_are_repaired_before_the_first_step(
+    tmp_path, capsys, written, said, kept
+):
+    trainer = tiny_trainer(tmp_path, model=model_with(**written), max_steps=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "generation_config" in line]
+    assert len(lines) == 1 and said in lines[0]
+    trainer.train()
+    trainer.save_model()
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(saved, name) for name in kept} == kept
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"eos_token_id": "x"}, {"eos_token_id": [2, None]}, {"bos_token_id": 1.5}, {"temperature": "x"},
+        {"repetition_penalty": "x"}, {"max_new_tokens": -4}, {"suppress_tokens": 3},
+    ],
+)  # fmt: skip
+def test_generation_settings_that_mean_nothing_are_refused_before_the_first_step(tmp_path, written):
+    with pytest.raises(ModelError, match=f"generation_config.json.*{next(iter(written))}|not iterable"):
+        tiny_trainer(tmp_path, model=model_with(**written))
+
+
+def test_settings_that_are_in_order_are_left_as_they_are():
+    model = model_with(do_sample=True, temperature=0.5)
+    assert settle_generation_config(model) == [] and model.generation_config.temperature == 0.5
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": 2', "[]"])
+def test_a_damaged_file_is_not_passed_over(tmp_path, text):
+    tiny_models.build("Llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    for load in (saved_stop_token_ids, lambda name: load_model(OrpoSettings(model_name_or_path=name))):
+        with pytest.raises(ModelError, match=r"generation_config\.json: no JSON object"):
+            load(str(tmp_path))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ModelError, match="eos_token_id is 'x'"):
+        saved_stop_token_ids(str(tmp_path))

@@ -453,7 +453,50 @@ def test_the_default_cadence_of_a_short_run_is_its_ends(tmp_path, capsys):
     trainer.train()
     assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == [0, 20]
     asked = tiny_trainer(tmp_path / "asked", max_steps=20, eval_strategy="steps", eval_steps=5, **settings)
-    assert asked.args.eval_steps == 5 and asked.args.save_steps == 0.1
+    assert asked.args.eval_steps == 5 and asked.args.save_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "saved_every"), [(7, 7), (3, 9), (1, 10), (0.03, 9), (0.25, 25), (400, 400)]
+)
+@pytest.mark.parametrize("strategy", ["steps", None])
+def test_checkpoints_follow_the_steps_of_evaluations(tmp_path, eval_steps, saved_every, strategy):
+    settings = {"evaluation": random_pairs(6, seed=7), "save_strategy": "steps", "eval_strategy": strategy}
+    trainer = tiny_trainer(tmp_path, max_steps=100, eval_steps=eval_steps, **settings)
+    assert trainer.args.eval_steps == eval_steps and trainer.args.save_steps == saved_every
+    assert trainer.args.load_best_model_at_end and trainer.args.metric_for_best_model == "loss"
+
+
+def test_each_checkpoint_is_evaluated_where_only_evaluations_are_asked_for(tmp_path):
+    settings = {"evaluation": random_pairs(6, seed=7), "save_strategy": "steps", "save_total_limit": 9}
+    trainer = tiny_trainer(tmp_path, max_steps=14, eval_steps=4, **settings)
+    trainer.train()
+    evaluated = {line["step"] for line in trainer.state.log_history if "eval_loss" in line}
+    saved = {int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
+    assert saved == evaluated == {0, 4, 8, 12, 14} and trainer.state.best_global_step is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({"eval_steps": 4, "save_steps": 6}, 1),
+        ({"eval_steps": 4, "save_strategy": "epoch"}, 1),
+        ({"eval_steps": 4, "save_steps": 8}, 0),
+        ({"eval_steps": 4, "save_strategy": "no"}, 0),
+        ({"eval_steps": 4, "save_steps": 6, "load_best_model_at_end": False}, 0),
+    ],
+)
+def test_a_run_that_keeps_no_best_checkpoint_says_so(tmp_path, settings, lines, capsys):
+    given = {"evaluation": random_pairs(6, seed=7), "eval_strategy": "steps", "save_strategy": "steps"}
+    tiny_trainer(tmp_path, **given | settings)
+    assert capsys.readouterr().out.count("the run ends with its last weights, not the best") == lines
+
+
+def test_what_is_turned_off_stays_off_where_there_is_data(tmp_path):
+    off = {"load_best_model_at_end": False, "eval_on_start": False, "save_strategy": "steps"}
+    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(6, seed=7), **off)
+    assert trainer.args.eval_strategy == "steps"
+    assert not trainer.args.load_best_model_at_end and not trainer.args.eval_on_start
 
 
 class _State:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from orpo.console import say
 from orpo.engine.precision import HALF
 from orpo.errors import ConfigError, ModelError, raised_as
 from orpo.settings.config import OrpoSettings
 
 ALL_LINEAR = "all-linear"
+_MOST_NAMES = 12
+"""Names that an error lists."""
 
 
 def lora_config(settings: OrpoSettings) -> Any:
@@ -43,16 +46,22 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     """Freeze `model` and put a new adapter on it; a quantised model is made trainable first.
 
     Raises:
-        OrpoError: The adapter does not fit the model.
+        ConfigError: A setting of the adapter names nothing that the model has.
+        ModelError: The adapter does not fit the model.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     _resolve_all_linear(model, peft_config)
-    _check_modules_to_save(model, peft_config)
+    asked = _names_asked_for(peft_config)
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     with raised_as(ModelError, f"the adapter does not fit {type(model).__name__}", "see lora_target_modules"):
         adapted: PreTrainedModel = get_peft_model(model, peft_config)
+    for setting, wanted in asked.items():
+        if _names_asked_for(peft_config).get(setting) == wanted:  # PEFT translates names of old families
+            _check_names(setting, wanted, modules, weights, type(model).__name__)
     return train_in_float32(adapted)
 
 
@@ -71,13 +80,6 @@ def _resolve_all_linear(model: PreTrainedModel, config: Any) -> None:
     config.target_modules = sorted(_linear_layers(model)) or asked
 
 
-def _check_modules_to_save(model: PreTrainedModel, config: Any) -> None:
-    """Refuse a name of no module, which PEFT passes over."""
-    for asked in getattr(config, "modules_to_save", None) or ():
-        if not any(name.endswith(asked) for name, _ in model.named_modules()):
-            raise ConfigError(f"lora_modules_to_save: {type(model).__name__} has no module {asked}")
-
-
 def _refuse_on_experts(model: PreTrainedModel, config: Any) -> None:
     """PEFT has neither dropout nor DoRA for weights outside of linear layers."""
     for setting, value in (("lora_dropout", config.lora_dropout), ("use_dora", config.use_dora)):
@@ -87,6 +89,32 @@ def _refuse_on_experts(model: PreTrainedModel, config: Any) -> None:
                 f"{setting}: PEFT cannot apply it to the experts of {type(model).__name__}; drop {setting}, "
                 f"or leave the experts out with lora_target_modules: [{', '.join(leaves)}]"
             )
+
+
+def _names_asked_for(config: Any) -> dict[str, set[str]]:
+    """Setting -> the names it lists; an expression or nothing lists none."""
+    settings = ("target_modules", "target_parameters", "modules_to_save", "exclude_modules")
+    asked = {setting: getattr(config, setting, None) for setting in settings}
+    return {name: set(value) for name, value in asked.items() if isinstance(value, (list, set, tuple))}
+
+
+def _check_names(setting: str, wanted: set[str], modules: list[str], weights: list[str], model: str) -> None:
+    """Refuse a setting of which nothing is there; say what of it is not.
+
+    A list for several families, some of whose names a model has not, is common.
+    """
+    kind, names = ("weight", weights) if setting == "target_parameters" else ("module", modules)
+    dot = "" if setting == "modules_to_save" else "."  # as PEFT compares them
+    missing = sorted(one for one in wanted if not any(f".{name}".endswith(dot + one) for name in names))
+    if not missing:
+        return
+    line = f"lora_{setting}: {model} has no {kind} called {' or '.join(missing)}"
+    if len(missing) < len(wanted):
+        say(line)
+        return
+    of_weights = (name.split(".")[-2:] for name in weights)
+    there = dict.fromkeys(".".join(parts[: 2 if kind == "weight" else 1]) for parts in of_weights)
+    raise ConfigError(f"{line}; there are {', '.join(list(there)[:_MOST_NAMES])}")
 
 
 def _linear_layers(model: PreTrainedModel) -> Iterator[str]:

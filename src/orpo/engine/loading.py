@@ -20,6 +20,7 @@ from transformers import (
 
 from orpo.console import say
 from orpo.engine.adapters import add_adapter, lora_config, train_in_float32
+from orpo.engine.generation_config import check_generation_file
 from orpo.engine.gguf_model import (
     gguf_family,
     gguf_loading_arguments,
@@ -139,6 +140,7 @@ def _load_base(name: str, settings: OrpoSettings, trains_adapter: bool) -> PreTr
         arguments["quantization_config"] = _quantization(settings)
     if (path := gguf_file(name)) is not None:
         return _load_gguf(path, arguments)
+    check_generation_file(name)
     with raised_as(ModelError, f"{name}: the model could not be loaded"):
         config = AutoConfig.from_pretrained(
             name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from orpo.console import say
+from orpo.engine.generation_config import check_generation_file, settle_generation_config, token_ids
 from orpo.engine.gguf_model import gguf_stop_token_ids
 from orpo.engine.scorer import base_model
 from orpo.errors import ModelError, raised_as
@@ -22,24 +24,19 @@ KEEP_THEIR_EOS = frozenset({"<end_of_turn>", "<turn|>", "<|end|>"})
 def stop_token_ids(model: Any) -> list[int]:
     """Ids that generation stops at by the model's generation_config; none where it has none."""
     generation = None if model is None else getattr(base_model(model), "generation_config", None)
-    return [] if generation is None else _eos_ids(generation)
+    return [] if generation is None else token_ids(generation, "eos_token_id")
 
 
 def saved_stop_token_ids(name: str) -> list[int]:
     """The same for a model folder, GGUF file or hub name, without loading the model."""
     if (path := gguf_file(name)) is not None:
         return gguf_stop_token_ids(path)
+    check_generation_file(name)
     with raised_as(ModelError, f"{name}: its generation_config.json cannot be used"):
         try:
-            return _eos_ids(GenerationConfig.from_pretrained(name))
+            return token_ids(GenerationConfig.from_pretrained(name), "eos_token_id")
         except OSError:
             return []
-
-
-def _eos_ids(generation: GenerationConfig) -> list[int]:
-    """The EOS of a configuration, which may be none, one id or several."""
-    ends = generation.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def stop_at(end_token: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
@@ -67,14 +64,14 @@ def stop_at(end_token: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> N
 
 
 def save_generation_config(folder: str | os.PathLike[str], model: Any) -> None:
-    """Write generation_config.json next to an adapter, whose folder would have none."""
+    """Write generation_config.json next to an adapter, whose folder would have none.
+
+    Raises:
+        ModelError: It cannot be used; of a model that is trained, that was found out before.
+    """
     generation = getattr(base_model(model), "generation_config", None)
     if generation is None:
         return
-    try:
-        generation.save_pretrained(folder)
-    except (
-        ValueError
-    ):  # transformers refuses sampling settings that contradict each other, as some models ship
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        GenerationConfig(**{name: getattr(generation, name) for name in names}).save_pretrained(folder)
+    for line in settle_generation_config(model):
+        say(line)
+    generation.save_pretrained(folder)

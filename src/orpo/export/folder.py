@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from orpo.engine.stop_tokens import save_generation_config
 from orpo.errors import ModelError, RunError, raised_as
-from orpo.export.check import LIMITS, Comparison, Expected, ask_another_process, compare
+from orpo.export.check import LIMITS, Comparison, Expected, ask_another_process, compare, refuse
 from orpo.export.merged import Merged
 from orpo.export.reload import checksums
 
@@ -58,6 +58,7 @@ def check_folder(
 
     Raises:
         RunError: It cannot be loaded, or does not agree with the run.
+        RoundingError: Of all that must agree, the log-probs alone do not, and the dtype is a coarse one.
     """
     request = {"folder": str(folder), "trust_remote_code": trust_remote_code, **expected.questions()}
     try:
@@ -65,6 +66,6 @@ def check_folder(
     except RunError as error:
         raise RunError(f"the exported model is refused: {error}") from error
     comparison = compare(expected, found, LIMITS[dtype_name])
-    if comparison.problems:
-        raise RunError(f"the exported model is refused: {'; '.join(comparison.problems)}")
+    way_out = None if dtype_name == "float32" else "--dtype float32 keeps them"
+    refuse("the exported model", expected, found, comparison, way_out)
     return comparison

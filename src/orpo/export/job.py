@@ -21,7 +21,16 @@ from transformers.utils import logging
 from orpo.console import say
 from orpo.errors import ConfigError, RunError
 from orpo.export.card import write_export_card
-from orpo.export.check import GGUF_LIMITS, LIMITS, Comparison, Expected, ask_another_process, compare
+from orpo.export.check import (
+    GGUF_LIMITS,
+    LIMITS,
+    Comparison,
+    Expected,
+    RoundingError,
+    ask_another_process,
+    compare,
+    refuse,
+)
 from orpo.export.folder import check_folder, write_folder
 from orpo.export.gguf_vocabulary import CONTROL, Vocabulary, vocabulary_of
 from orpo.export.gguf_writer import TYPES, check_family, write_gguf
@@ -104,7 +113,21 @@ def export_run(run: str, output_dir: str | Path | None = None, **options: Any) -
     logging.disable_progress_bar()
     target = Path(output_dir) if output_dir is not None else _default_target(run)
     _check_arguments(run, target, asked)
-    merged = merge_run(run, base=asked.base, dtype=asked.dtype, data=asked.data, split=asked.split)
+    try:
+        exported = _export(run, target, asked, asked.dtype)
+    except RoundingError as error:
+        if asked.dtype is not None:
+            raise
+        say(f"{run}: in the dtype of its base, {error.problem}; so it is written in float32")
+        exported = _export(run, target, asked, "float32")
+    if asked.push is None:
+        return exported
+    return replace(exported, address=push(target, asked.push, private=asked.private))
+
+
+def _export(run: str, target: Path, asked: Options, dtype: str | None) -> Exported:
+    """Write everything next to where it is to be, check it there, and rename it."""
+    merged = merge_run(run, base=asked.base, dtype=dtype, data=asked.data, split=asked.split)
     work = target.with_name(f".{target.name}.exporting")
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -117,13 +140,11 @@ def export_run(run: str, output_dir: str | Path | None = None, **options: Any) -
         if target.exists():
             shutil.rmtree(target)
         os.rename(work, target)
+        return exported
     except OSError as error:
         raise RunError(f"{target} could not be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if asked.push is None:
-        return exported
-    return replace(exported, address=push(target, asked.push, private=asked.private))
 
 
 def _default_target(run: str) -> Path:
@@ -231,8 +252,11 @@ def check_gguf(path: Path, merged: Merged, vocabulary: Vocabulary, kind: str) ->
     except RunError as error:
         raise RunError(f"{path.name} is refused: {error}") from error
     comparison = compare(expected, found, GGUF_LIMITS[kind])
-    if comparison.problems:
-        raise RunError(f"{path.name} is refused: {'; '.join(comparison.problems)}")
+    finer = " or ".join(one for one in ("f16", "f32") if GGUF_LIMITS[one] < GGUF_LIMITS[kind])
+    try:
+        refuse(path.name, expected, found, comparison, f"--gguf {finer} keeps them" if finer else None)
+    except RoundingError as error:  # which asks for another dtype of the folder
+        raise RunError(str(error)) from None
     return comparison
 
 

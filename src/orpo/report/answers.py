@@ -32,9 +32,8 @@ def _card(sample: Mapping[str, Any]) -> str:
         f"<p>{escape(str(text).strip()) or '<em>(empty)</em>'}</p></div>"
         for name, text in _few(sample["answers"]).items()
     )
-    prompt = sample.get("prompt", "")
-    text = prompt if isinstance(prompt, str) else "\n".join(str(m.get("content", m)) for m in prompt)
-    return f'<article><p class="prompt">{escape(text)}</p><div class="answers">{columns}</div></article>'
+    prompt = escape(sample["prompt"])
+    return f'<article><p class="prompt">{prompt}</p><div class="answers">{columns}</div></article>'
 
 
 def _cut(sample: Mapping[str, Any], name: str) -> str:

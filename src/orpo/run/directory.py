@@ -190,6 +190,36 @@ class RunDirectory:
         """Write the settings, one key on each line."""
         replace_text(self.recipe, dump_yaml(settings))
 
+    def read_data_report(self) -> dict[str, Any]:
+        """What became of the rows, by data set; empty where there is no file.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        report: dict[str, Any] = read_json(self.data_report, {})
+        for name, part in report.items():
+            parts = [part, *(part.get(key, {}) for key in ("rows", "findings") if isinstance(part, Mapping))]
+            if not all(isinstance(one, Mapping) for one in parts):
+                raise DataError(
+                    f"{self.data_report}: {name!r} is damaged; delete the file to go on without it"
+                )
+        return report
+
+    def read_samples(self) -> list[dict[str, Any]]:
+        """Answers to held-out prompts; none where there is no file.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        samples: list[dict[str, Any]] = read_json(self.samples, [])
+        for number, sample in enumerate(samples, start=1):
+            if not _is_sample(sample):
+                raise DataError(
+                    f"{self.samples}: entry {number} is no prompt with its answers; delete the file to go on"
+                    " without them"
+                )
+        return samples
+
     def read_evaluations(self) -> dict[str, dict[str, Any]]:
         """Everything `orpo eval` has saved here, by name."""
         start, _, end = _EVALUATION.partition("{}")
@@ -314,11 +344,24 @@ def read_run(path: Path, name: str | None = None) -> Run:
         name=name or path.resolve().name,
         records=read_records(run.log),
         recipe=run.read_recipe(),
-        data=read_json(run.data_report, {}),
+        data=run.read_data_report(),
         environment=read_json(run.environment, {}),
-        samples=read_json(run.samples, []),
+        samples=run.read_samples(),
         saved_evaluations=run.read_evaluations(),
         suites=[read_json(path, {}) for path in sorted(run.path.glob(_SUITE.format("*")))],
+    )
+
+
+def _is_sample(value: Any) -> bool:
+    """Whether a value is what training writes of a prompt."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("prompt"), str):
+        return False
+    answers, tokens, longest = value.get("answers"), value.get("tokens", {}), value.get("longest", 0)
+    return (
+        isinstance(answers, Mapping)
+        and all(isinstance(answer, str) for answer in answers.values())
+        and isinstance(tokens, Mapping)
+        and all(isinstance(number, int) for number in [*tokens.values(), longest or 0])
     )
 
 

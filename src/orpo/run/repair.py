@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,18 @@ def put_damaged_aside(run: RunDirectory) -> None:
         RunError: A file cannot be renamed.
     """
     evaluations = [path for path in run.of_the_run() if path.match(run.evaluation("*").name)]
-    objects = [run.finished, run.data_report, run.environment, run.page_request, *evaluations]
+    objects = [run.finished, run.environment, run.page_request, *evaluations]
     readers: dict[Path, Callable[[], Any]] = {path: partial(read_json, path, {}) for path in objects}
-    readers |= {run.recipe: run.read_recipe, run.samples: partial(_check_samples, run.samples)}
+    readers |= {
+        run.recipe: run.read_recipe, run.samples: run.read_samples, run.data_report: run.read_data_report,
+    }  # fmt: skip
     for path, read in readers.items():
         try:
             read()
         except DataError as error:
             _rename(path)
-            say(f"{error}; kept as {path.name}{_DAMAGED}, and made again")
+            what, _, _ = str(error).partition(";")
+            say(f"{what}; kept as {path.name}{_DAMAGED}, and made again")
     _leave_lines_out(run.log)
 
 
@@ -54,14 +57,6 @@ def _leave_lines_out(log: Path) -> None:
             raise cannot_write(log.with_name(log.name + _DAMAGED), error) from error
         write_records(log, records)
         say(f"{log}: {damaged} lines cannot be read and are left out; all are kept as {log.name}{_DAMAGED}")
-
-
-def _check_samples(path: Path) -> None:
-    for sample in read_json(path, []):
-        if not (
-            isinstance(sample, Mapping) and isinstance(sample.get("answers"), Mapping) and "prompt" in sample
-        ):
-            raise DataError(f"{path}: not the samples of a run")
 
 
 def _rename(path: Path) -> None:

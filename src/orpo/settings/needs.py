@@ -58,6 +58,8 @@ def _packages(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("load_in_4bit", "load_in_8bit"):
         if settings.get(key):
             yield "bitsandbytes", key
+    if settings.get("use_liger_kernel"):
+        yield "liger_kernel", "use_liger_kernel"
     if settings.get("deepspeed"):
         yield "deepspeed", "deepspeed"
 

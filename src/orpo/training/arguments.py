@@ -30,7 +30,7 @@ from orpo.settings.config import (
     resolve_objective,
     settings_where,
 )
-from orpo.settings.inherited import inherited
+from orpo.settings.inherited import INHERITED, inherited
 from orpo.settings.recipe import nearest
 from orpo.settings.renamed import NO_EFFECT, current_keywords
 
@@ -78,6 +78,10 @@ class _Arguments(OrpoSettings, TrainingArguments):
         if self.bf16 is None:
             self.bf16 = supports_bf16() and not self.fp16 and not self.use_cpu
         self.evaluation_is_open = self.eval_strategy is None
+        self.left_open = [
+            name for name in ("eval_on_start", "load_best_model_at_end") if getattr(self, name) is None
+        ]
+        self.saving_follows = False
         self._settle_evaluation()
         self.better_is_open = self.greater_is_better is None
         check_settings(self)
@@ -101,8 +105,8 @@ class _Arguments(OrpoSettings, TrainingArguments):
         if not self.evaluation_is_open or self.eval_strategy != IntervalStrategy.NO:
             return
         self.eval_strategy = None
-        self.eval_on_start = self.eval_on_start or None
-        self.load_best_model_at_end = self.load_best_model_at_end or None
+        for name in self.left_open:
+            setattr(self, name, None)
         self._settle_evaluation(has_data=True)
         self.eval_strategy = IntervalStrategy(self.eval_strategy)
         self.do_eval = True
@@ -123,10 +127,31 @@ class _Arguments(OrpoSettings, TrainingArguments):
         evaluating = IntervalStrategy(self.eval_strategy)
         if self.eval_on_start is None:
             self.eval_on_start = evaluating != IntervalStrategy.NO
+        if self.eval_steps is not None and self._may_save_as_it_evaluates(evaluating):
+            self.save_steps, self.saving_follows = self.eval_steps, True
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = self._evaluates_checkpoints()
+            if not self.load_best_model_at_end and evaluating != IntervalStrategy.NO:
+                self._say_that_no_best_is_kept()
         if self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
+
+    def _may_save_as_it_evaluates(self, evaluating: IntervalStrategy) -> bool:
+        """Whether checkpoints are left open beside the steps of evaluations, and the best is to be kept."""
+        return (
+            evaluating == IntervalStrategy.STEPS
+            and SaveStrategy(self.save_strategy) == SaveStrategy.STEPS
+            and self.save_steps == INHERITED["save_steps"].default
+            and self.eval_steps != self.save_steps
+            and self.load_best_model_at_end is not False
+        )
+
+    def _say_that_no_best_is_kept(self) -> None:
+        if SaveStrategy(self.save_strategy) != SaveStrategy.NO:
+            self.notices.append(
+                "the run ends with its last weights, not the best: checkpoints are not each evaluated; make"
+                " save_strategy that of eval_strategy, and save_steps a multiple of eval_steps"
+            )
 
     def _evaluates_checkpoints(self) -> bool:
         """Whether every checkpoint is written right after an evaluation."""

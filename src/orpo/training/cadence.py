@@ -35,6 +35,8 @@ def settle_cadence(args: Any, data: TrainingData, model: nn.Module | None) -> No
     """
     default = INHERITED["save_steps"].default
     steps = number_of_steps(args, data.train_pairs, args.pairs_per_step)
+    if args.saving_follows and steps:
+        args.save_steps = _with_evaluations(args.eval_steps, steps)
     is_open = args.save_strategy == SaveStrategy.STEPS and args.save_steps == default
     evaluates = args.eval_strategy != IntervalStrategy.NO
     if evaluates:
@@ -55,6 +57,17 @@ def settle_cadence(args: Any, data: TrainingData, model: nn.Module | None) -> No
             args.eval_steps = args.save_steps
         share = (number + bool(sets)) * (evaluation + checkpoint) / trained
         args.notices.append(_notice(args.save_steps, evaluates=evaluates, is_end=number == 1, share=share))
+
+
+def _with_evaluations(every: float, steps: int) -> int:
+    """Steps between checkpoints that are each evaluated, about as many as where nobody says how often.
+
+    Args:
+        every: Steps between evaluations, or the share of the run, as the settings have it.
+        steps: Of the run.
+    """
+    between = math.ceil(every * steps) if every < 1 else int(every)
+    return between * max(1, round(steps / MOST / between))
 
 
 def _notice(steps: int, *, evaluates: bool, is_end: bool, share: float) -> str:

@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
 from orpo.training.cautions import cautions
-from orpo.training.preflight import check_optimization, is_finished, summary
+from orpo.training.preflight import check_compilation, check_optimization, is_finished, summary
 from orpo.training.resuming import first_rank_decides
 from orpo.training.samples import FEW, SHORT, SampleWriter
 from orpo.training.trainer import ORPOTrainer
@@ -104,6 +104,7 @@ def train(settings: Mapping[str, Any], *, page: bool = True) -> Outcome:
 def _checked_trainer(config: ORPOConfig) -> ORPOTrainer:
     trainer = ORPOTrainer(args=config)
     check_optimization(trainer)
+    check_compilation(trainer.args)
     _ask_for_samples(trainer)
     for line in [*summary(trainer), *cautions(trainer)]:
         say(line)
@@ -116,7 +117,8 @@ def _dry_run(config: ORPOConfig, folder: Path) -> Outcome:
     trainer = _checked_trainer(config)
     if trainer.is_world_process_zero():
         for path in made:  # the Trainer has made them
-            path.rmdir()
+            with suppress(OSError):  # gone already, or in use: another process is at work here
+                path.rmdir()
     say("dry run: nothing was trained or written")
     return Outcome("dry run", folder)
 

@@ -53,14 +53,46 @@ def check_optimization(trainer: ORPOTrainer) -> None:
     """
     config: Any = trainer.args
     number = torch.nn.Parameter(torch.zeros(1, 1))
-    with raised_as(ConfigError, f"optim: {config.optim.value} cannot be used"):
+    optim = f"optim: {_text(config.optim)}" + (
+        f", optim_args: {config.optim_args}" if config.optim_args else ""
+    )
+    with raised_as(ConfigError, f"{optim} cannot be used"):
         kind, arguments = trainer.get_optimizer_cls_and_kwargs(config, trainer.model)
         by_name = {"params", "model", "optimizer_dict"} & arguments.keys()
         made = torch.optim.SGD([number]) if by_name else kind([number], **arguments)
     if not by_name:
         _check_optimizer_arguments(trainer)
-    with raised_as(ConfigError, f"lr_scheduler_type: {config.lr_scheduler_type.value} cannot be used"):
-        get_scheduler(config.lr_scheduler_type, made, 1, 10, dict(config.lr_scheduler_kwargs or {}))
+    more = config.lr_scheduler_kwargs or {}
+    schedule = f"lr_scheduler_type: {_text(config.lr_scheduler_type)}"
+    blamed = (
+        f"lr_scheduler_kwargs: {more} cannot be used with {schedule}"
+        if more
+        else f"{schedule} cannot be used"
+    )
+    with raised_as(
+        ConfigError, blamed, "what a schedule takes is written lr_scheduler_kwargs: {name: value}"
+    ):
+        get_scheduler(config.lr_scheduler_type, made, 1, 10, dict(more))
+
+
+def check_compilation(config: Any) -> None:
+    """Have torch.compile read its settings now, not when training begins.
+
+    Raises:
+        ConfigError: It refuses one of them.
+    """
+    if not config.torch_compile:
+        return
+    backend, mode = config.torch_compile_backend, config.torch_compile_mode
+    with raised_as(
+        ConfigError, f"torch_compile_backend: {backend} with torch_compile_mode: {mode} cannot be used"
+    ):
+        torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+
+
+def _text(value: Any) -> Any:
+    """A setting as it is written, where transformers holds it as one of an enumeration."""
+    return getattr(value, "value", value)
 
 
 def _check_optimizer_arguments(trainer: ORPOTrainer) -> None:
@@ -78,7 +110,7 @@ def _check_optimizer_arguments(trainer: ORPOTrainer) -> None:
         except Exception:  # it is read, and `?` is nothing that it can be
             is_read = True
         if not is_read:
-            raise ConfigError(f"optim_args: {name}: optim: {config.optim.value} takes none; leave it out")
+            raise ConfigError(f"optim_args: {name}: optim: {_text(config.optim)} takes none; leave it out")
 
 
 def summary(trainer: ORPOTrainer) -> list[str]:

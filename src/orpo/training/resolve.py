@@ -25,6 +25,7 @@ from orpo.data.show import first_pair_lines
 from orpo.data.source import SavedTemplate, TokenizedStream, TrainingData
 from orpo.data.token_ids import check_token_ids, checked_token_ids
 from orpo.engine.adapters import adapter_lines, add_adapter
+from orpo.engine.generation_config import settle_generation_config
 from orpo.engine.lengths import check_length
 from orpo.engine.loading import load_model, load_tokenizer
 from orpo.engine.scorer import base_model, num_embeddings
@@ -108,7 +109,7 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
                 " checked; pass its name, or load it first"
             )
     args.model_name_or_path = args.model_name_or_path or base_model(model).config._name_or_path or None
-    check_model(model, args)
+    args.notices += check_model(model, args)
     if peft_config is not None:
         if hasattr(model, "peft_config"):
             raise ModelError(
@@ -129,13 +130,18 @@ def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
             raise ConfigError(f"{name} is set, but the model is loaded already; pass its name instead")
 
 
-def check_model(model: nn.Module, args: ORPOConfig) -> None:
-    """Refuse what cannot be trained, and turn dropout off where asked."""
+def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
+    """Refuse what cannot be trained or saved, and turn dropout off where asked.
+
+    Returns:
+        A line for each thing that was repaired.
+    """
     inner = base_model(model)  # refuses
     if args.gradient_checkpointing and not inner.supports_gradient_checkpointing:
         raise ConfigError(f"gradient_checkpointing: {type(inner).__name__} has none; set it to false")
     if args.disable_dropout:
         _disable_dropout(model)
+    return settle_generation_config(model)
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import stop_token_ids
 from orpo.evaluation.decoding import Decoding, decode
 from orpo.evaluation.generation import pad_id
-from orpo.run.directory import RunDirectory, read_json, write_json
+from orpo.run.directory import RunDirectory, write_json
 
 DEFAULT_LENGTH = 128
 FEW, SHORT = 3, 64
@@ -41,14 +41,14 @@ class SampleWriter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take back what an earlier attempt has written after the checkpoint this one starts from."""
         self._answered = -1
-        path = RunDirectory(Path(args.output_dir)).samples
-        if state.is_world_process_zero and path.exists():
-            samples = read_json(path, []) if state.global_step > 0 else []
+        run = RunDirectory(Path(args.output_dir))
+        if state.is_world_process_zero and run.samples.exists():
+            samples = run.read_samples() if state.global_step > 0 else []
             for sample in samples:
                 for key in ("answers", "tokens"):
                     named = sample.get(key, {})
                     sample[key] = {k: v for k, v in named.items() if _step(k) <= state.global_step}
-            write_json(path, samples)
+            write_json(run.samples, samples)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answer with the model as it is evaluated."""
@@ -73,8 +73,8 @@ class SampleWriter(TrainerCallback):
         self._answered = step
         if not state.is_world_process_zero:
             return
-        path = RunDirectory(Path(args.output_dir)).samples
-        known = {sample["prompt"]: sample for sample in read_json(path, [])}
+        run = RunDirectory(Path(args.output_dir))
+        known = {sample["prompt"]: sample for sample in run.read_samples()}
         samples = []
         for pair, prompt, answer in zip(shown, prompts, answers, strict=True):
             text, name = self._text(prompt), f"step {step}"
@@ -90,7 +90,7 @@ class SampleWriter(TrainerCallback):
                     "longest": self.longest,
                 }
             )
-        write_json(path, samples)
+        write_json(run.samples, samples)
 
     def _text(self, tokens: Sequence[int]) -> str:
         text: str = self.trainer.processing_class.decode(tokens, skip_special_tokens=True)

@@ -336,7 +336,8 @@ class ORPOTrainer(InterruptibleTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model that `model_init` gives, with the same checks as one that is passed."""
         model: nn.Module = super().call_model_init(trial)
-        check_model(model, self.args)
+        for line in check_model(model, self.args):
+            self._say_once(line)
         return model
 
     # ------------------------------------------------------------------------------------ data
