@@ -256,7 +256,7 @@ def test_two_dry_runs_at_a_time_leave_nothing_and_do_not_meet(world, tmp_path, m
             "'num_decay_steps'); what a schedule takes is written lr_scheduler_kwargs: {name: value}",
         ),
         (["--optim", "galore_adamw"], "optim: galore_adamw cannot be used"),
-        (["--optim_args", "a=b=c"], ", optim_args: a=b=c cannot be used"),
+        (["--optim_args", "a=b=c"], "optim_args: 'a=b=c' is no name=value"),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])

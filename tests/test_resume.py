@@ -217,10 +217,10 @@ def test_a_stream_that_gives_other_pairs_is_refused(tmp_path, change, force, cap
     assert "force: the stream did not give the pairs" in capsys.readouterr().out
 
 
-def test_data_that_begins_anew_is_said(tmp_path, capsys):
+def test_data_that_begins_again_is_said(tmp_path, capsys):
     make(tmp_path, arguments={"callbacks": [StopAt(3)]}).train()
     make(tmp_path, ignore_data_skip=True).train(resume_from_checkpoint=True)
-    assert "ignore_data_skip: the data begins anew" in capsys.readouterr().out
+    assert "ignore_data_skip: the data begins again" in capsys.readouterr().out
 
 
 def test_another_base_under_an_adapter_is_refused(tmp_path):

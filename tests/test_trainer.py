@@ -73,6 +73,8 @@ def test_overridden_hooks_are_these():
         "_evaluate": "what is there before the first step may be the best checkpoint",
         "_get_grad_norm": "the only place after backward and before the optimizer that may raise",
         "_issue_warnings_after_load": "tied weights are not missing",
+        "_load_best_model": "experts have other names in the file",
+        "_load_from_checkpoint": "the same",
         "_save_checkpoint": "written under another name and renamed; with the open log window and a manifest",
     }
     overridden = {

@@ -147,8 +147,8 @@ def _check_causal(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
             (slope,) = torch.autograd.grad(logits.square().sum(), found, allow_unused=True)
         if slope is None or not slope[:, half:].any():
             return
-    encodes = getattr(model.config, "is_decoder", True) is False
-    why = ", `is_decoder` being false in its configuration" if encodes else ""
+    encodes = [name for name in ("is_decoder", "causal") if getattr(model.config, name, True) is False]
+    why = f", `{encodes[0]}` being false in its configuration" if encodes else ""
     raise ModelError(
         f"{type(model).__name__} is no causal language model: what it says of a token depends on the tokens "
         f"after it{why}"
@@ -338,9 +338,11 @@ def _difference(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | N
     if not difference <= loss_limit:
         return f"loss {ours.item():.6f} instead of {plain.item():.6f}"
     floor = 1e-2 * max(
-        (grad.norm().item() for grad in plain_grads), default=0.0
+        (grad.norm().item() for grad in plain_grads if grad.isfinite().all()), default=0.0
     )  # a bias of keys has no gradient but rounding
     for mine, theirs in zip(ours_grads, plain_grads, strict=True):
+        if not theirs.isfinite().all():
+            continue  # training stops there, and says it better
         difference = (mine - theirs).float().norm().item() / max(theirs.float().norm().item(), floor, 1e-12)
         if not difference <= grad_limit:
             return f"a gradient differs by {difference:.1e} of its norm"

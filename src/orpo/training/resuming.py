@@ -139,11 +139,7 @@ def _takes_effect(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
 class StreamCheck:
     """That a resumed run reads what its checkpoint was trained on, of a stream, which is not known before."""
 
-    def __init__(self) -> None:
-        self.read = 0
-        self._expected: int | None = None
-
-    def restore(self, read: int | None) -> None:
+    def __init__(self, read: int | None) -> None:
         """Expect what a checkpoint has read, as its `read` was; None: anything, as before the first step."""
         self._expected, self.read = read, read or 0
 

@@ -207,7 +207,6 @@ class ORPOTrainer(InterruptibleTrainer):
         self.schedule = _schedule(args, data.train_pairs)
         self._recipe = args.recipe()
         self._identity = run_identity(args, data.train_pairs, loaded, self.schedule.stages[0].objective)
-        self._stream = StreamCheck()
         self.forced = []
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
@@ -826,10 +825,10 @@ class ORPOTrainer(InterruptibleTrainer):
         self.forced = (
             check_changes(Path(checkpoint or ""), before, self._identity, force=True) if forces else []
         )
-        anew = self.args.ignore_data_skip and checkpoint is not None
-        if anew:
-            say("ignore_data_skip: the data begins anew, so this run will not equal one that was not stopped")
-        self._stream.restore(None if anew else state.get("read"))
+        again = self.args.ignore_data_skip and checkpoint is not None
+        if again:
+            say("ignore_data_skip: the data begins again; this run will not equal one that was not stopped")
+        self._stream = StreamCheck(None if again else state.get("read"))
         self.window.restore(state.get("window"))
         self.evaluation_waits = bool(state.get("evaluation_waits"))
         if checkpoint is not None:
