@@ -151,6 +151,11 @@ REFUSED = {
         peft.OFTConfig(target_modules=["lm_head"], oft_block_size=4, **SIZES),
         "on the vocabulary matrix",
     ),
+    "POLY": (peft.PolyConfig(target_modules=["q_proj"], n_tasks=2, **SIZES), "the task of each sequence"),
+    "TRAINABLE_TOKENS": (
+        peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3], **SIZES),
+        "tied to the embeddings",
+    ),
     "LORA": (peft.LoraConfig(target_modules=["lm_head"], lora_bias=True, **SIZES), "lora_bias"),
 }
 
@@ -158,7 +163,8 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_kind_of_adapter_that_cannot_train_here_is_refused_for_its_reason(kind):
     config, reason = REFUSED[kind]
-    model = peft.get_peft_model(tiny_models.build("Llama"), config)
+    base = tiny_models.build("Llama", tie_word_embeddings=kind == "TRAINABLE_TOKENS")
+    model = peft.get_peft_model(base, config)
     with pytest.raises(ModelError, match=f"{kind} cannot be trained here: .*{reason}") as error:
         prepare_model(model)
     assert "\n" not in str(error.value)

@@ -26,7 +26,7 @@ from orpo.settings.config import (
 from orpo.settings.inherited import INHERITED
 from orpo.settings.recipe import Recipe, load_recipe
 from orpo.settings.reference import json_schema, settings_markdown
-from orpo.settings.renamed import NO_EFFECT, RENAMED, current_entries
+from orpo.settings.renamed import MEANT, NO_EFFECT, RENAMED, current_entries
 from orpo.settings.schema import _class_fields, _training_arguments, convert, known_settings
 
 ROOT = Path(__file__).parent.parent
@@ -335,6 +335,18 @@ def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
         ),
         ("\n\nbeta_: 1", "recipe.yaml:3: unknown setting 'beta_'; did you mean 'beta'?"),
         ("max_prompt_lenght: 3", "did you mean 'max_prompt_length'?"),
+        (
+            "per_device_batch_size: 3",
+            "did you mean 'per_device_train_batch_size' or 'per_device_eval_batch_size'?",
+        ),
+        ("epochs: 3", "did you mean 'num_train_epochs'?"),
+        ("data: x", "did you mean 'dataset_name'?"),
+        ("output: x", "did you mean 'output_dir'?"),
+        ("peft: true", "did you mean 'use_peft'?"),
+        ("max_seq_len: 3", "did you mean 'max_length'?"),
+        ("hub_repo: x", "did you mean 'hub_model_id'?"),
+        ("orpo_beta: 1", "did you mean 'beta'?"),
+        ("warmup: 1", "did you mean 'warmup_steps'?"),
         ("max_steps: true", "quote it"),
         ("learning_rate: fast", 'recipe.yaml:1: learning_rate: "fast" is not usable; expected a number'),
         ("max_steps: 1.5", "max_steps: 1.5 is not usable; expected a whole number"),
@@ -639,3 +651,16 @@ def test_a_value_of_any_type_is_taken_or_refused_in_one_line(name):
 def test_python_scripts_are_checked_as_recipes_are():
     with pytest.raises(ConfigError, match="eval_split: 1 is out of range"):
         check_settings(OrpoSettings(eval_split=1))
+
+
+def test_a_model_under_the_home_folder_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    typed = ["--model_name_or_path", "~/model", "--adapter_name_or_path=~/adapter"]
+    assert load_recipe(overrides=typed).settings == {
+        "model_name_or_path": str(tmp_path / "model"), "adapter_name_or_path": str(tmp_path / "adapter"),
+    }  # fmt: skip
+
+
+def test_what_settings_may_be_meant_by_are_settings():
+    for names in MEANT.values():
+        assert set(names) <= known_settings().keys()

@@ -16,7 +16,7 @@ from tiny_training import tiny_trainer
 from orpo.data.token_ids import checked_token_ids
 from orpo.engine import loading
 from orpo.engine.loading import add_adapter, is_adapter, load_model, load_tokenizer, lora_config
-from orpo.errors import ConfigError, ModelError
+from orpo.errors import ConfigError, DataError, ModelError
 from orpo.evaluation.generation import this_device
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import OrpoSettings
@@ -303,6 +303,32 @@ def test_an_adapter_that_names_no_base_is_refused(adapter, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(ModelError, match="does not name its base model"):
         load(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("text", ["", '{"a":'])
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_a_damaged_adapter_configuration_is_named_by_whoever_loads_it(
+    folder, adapter, tmp_path, text, with_tokenizer
+):
+    copy = tmp_path / "adapter"
+    shutil.copytree(adapter, copy)
+    if with_tokenizer:
+        tiny_tokenizer("chatml").save_pretrained(copy)
+    (copy / "adapter_config.json").write_text(text)
+    for load_it in (load_tokenizer, load, lambda name: load(folder, adapter_name_or_path=name)):
+        with pytest.raises(DataError, match=r"adapter_config\.json:1: not valid JSON"):
+            load_it(str(copy))
+
+
+def test_a_tokenizer_that_is_missing_for_want_of_a_base_is_said_so(adapter, tmp_path):
+    copy = tmp_path / "adapter"
+    shutil.copytree(adapter, copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(ModelError, match="does not name its base model"):
+        load_tokenizer(str(copy))
+    tiny_tokenizer("chatml").save_pretrained(copy)
+    assert load_tokenizer(str(copy)).chat_template  # for export --base
 
 
 def test_a_missing_adapter_is_said_in_one_line(folder, tmp_path):

@@ -44,7 +44,8 @@ def budget_of(recipe: Mapping[str, Any], share: float, trials: int) -> Budget:
     if not settings.model_name_or_path or not settings.dataset_name:
         raise ConfigError("a probe needs model_name_or_path and dataset_name; set them in the recipe")
     tokenizer = load_tokenizer(settings.model_name_or_path, trust_remote_code=settings.trust_remote_code)
-    read = read_pairs(settings.dataset_name, settings, tokenizer, split=settings.dataset_train_split)
+    split = settings.dataset_train_split
+    read = read_pairs(settings.dataset_name, settings, tokenizer, split=split, name="train")
     pairs, total = len(read.pairs), float(read.pairs.lengths.sum())
     batch = _pairs_per_step(recipe)
     steps = int(recipe.get("max_steps") or -1)

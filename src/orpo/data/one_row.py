@@ -25,6 +25,8 @@ from orpo.settings.config import OrpoSettings
 
 _FIRST = "row:0"
 """Source of the first of several rows in memory."""
+_NAME = "rows"
+"""What messages call the set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ def read_row(
     notices = list(read.pairs.notices)
     if settings.text_rows is None and any(pair.is_text for pair in read.preferences):
         # All rows of the set decide about this together.
-        decided = read_texts(found.data, lenient, tokenizer, split=found.split).text_rows
+        decided = read_texts(found.data, lenient, tokenizer, split=found.split, name=_NAME).text_rows
         read = _read(rows, replace(lenient, text_rows=decided), tokenizer, stop_tokens)
         notices = [*([LINES[decided]] if decided else []), *read.pairs.notices]
     assert read.counts is not None
@@ -155,6 +157,7 @@ def _read(
             [_placed(row.data, number) for number, row in enumerate(rows)],
             settings,
             tokenizer,
+            name=_NAME,
             stop_tokens=stop_tokens,
         )
     except DataError as error:

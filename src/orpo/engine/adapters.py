@@ -264,6 +264,8 @@ def refuse_adapters(model: nn.Module, inner: PreTrainedModel) -> None:
             reason = "it looks for its invocation tokens in whole sequences, and would train nothing here"
         elif kind == "ADALORA":
             reason = "its loss has a penalty and its ranks a schedule, which only its own forward adds"
+        elif kind == "POLY":
+            reason = "it asks for the task of each sequence, and pairs have none"
         elif kind == "XLORA":
             reason = "it runs the model twice, to weigh its adapters by whole sequences"
         elif (on_head := _head_problem(head, config, kind)) is not None:
@@ -285,6 +287,11 @@ def _head_problem(head: Any, config: Any, kind: str) -> str | None:
         return None
     if kind == "LORA" and getattr(config, "lora_bias", False):
         return "lora_bias on the vocabulary matrix is not known to the head, which scores without logits"
-    if kind not in _ON_HEAD and kind != "TRAINABLE_TOKENS":
+    if kind == "TRAINABLE_TOKENS":
+        return (
+            "the vocabulary matrix is tied to the embeddings, and its rows would get no gradient;"
+            " trainable_token_indices of LoRA trains them"
+        )
+    if kind not in _ON_HEAD:
         return "on the vocabulary matrix it does not add to the weight; leave that out of its target modules"
     return None

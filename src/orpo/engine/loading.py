@@ -45,9 +45,14 @@ def load_tokenizer(
     if (path := gguf_file(name)) is not None:
         return load_gguf_tokenizer(path)
     with raised_as(ModelError, f"{name}: no tokenizer could be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code
+            )
+        except Exception:
+            if is_adapter(name):
+                base_of(name)  # transformers looks for it too, and says something else where it is not told
+            raise
         tokenizer("a")  # some settings are looked at only now
         for line in _misplaced_tokens(Path(name), tokenizer):
             say(line)
@@ -83,11 +88,7 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
         raise ConfigError("model_name_or_path is not set; name a hub model or a local folder")
     adapter = settings.adapter_name_or_path or (name if is_adapter(name) else None)
     if adapter == name:
-        name = adapter_base(name) or ""
-        if not name:
-            raise ModelError(
-                f"{adapter}: the adapter does not name its base model; set model_name_or_path to that model"
-            )
+        name = base_of(name)
     if adapter and settings.use_peft:
         raise ConfigError(f"use_peft asks for a new adapter, but {adapter} is one already; drop use_peft")
     model = _load_base(name, settings, trains_adapter=bool(adapter or settings.use_peft))
@@ -98,9 +99,24 @@ def load_model(settings: OrpoSettings) -> PreTrainedModel:
     return model
 
 
+def base_of(adapter: str) -> str:
+    """Name of the model that an adapter folder was trained on.
+
+    Raises:
+        DataError: Its adapter_config.json is damaged.
+        ModelError: It does not say.
+    """
+    if base := adapter_base(adapter):
+        return base
+    raise ModelError(
+        f"{adapter}: the adapter does not name its base model; set model_name_or_path to that model"
+    )
+
+
 def _load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     from peft import PeftModel
 
+    adapter_base(adapter)  # names the file where it is damaged
     with (
         raised_as(ModelError, f"{adapter}: the adapter could not be loaded"),
         warnings.catch_warnings(record=True) as caught,

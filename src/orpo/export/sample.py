@@ -90,7 +90,7 @@ def read_sample(
     read, lines = None, []
     if data is not None:
         try:
-            read = read_pairs(data, settings, tokenizer, split=split, stop_tokens=stops)
+            read = read_pairs(data, settings, tokenizer, split=split, name="rows", stop_tokens=stops)
         except OrpoError as error:
             lines.append(f"compared on made-up texts, because {data} cannot be read: {error}")
     sequences, texts = _of_pairs(read, tokenizer) if read is not None else ([], [])

@@ -64,7 +64,7 @@ def write_report(
     Raises:
         DataError: As `read_run`.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).expanduser()
     run_files = RunDirectory(run_dir)
     asked = read_json(run_files.page_request, {})
     if contrast is not None:

@@ -335,6 +335,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     Raises:
         DataError: There is no such directory, it holds no run, or one of its files cannot be read.
     """
+    path = path.expanduser()
     run = RunDirectory(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such run directory")
@@ -373,6 +374,11 @@ def holds_model(folder: Path) -> bool:
 def is_adapter(folder: str | Path) -> bool:
     """Whether a local folder holds a PEFT adapter rather than a model."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def at_home(name: str | None) -> str | None:
+    """A name with `~` at its start written out: it is a folder, since no name on the hub begins so."""
+    return str(Path(name).expanduser()) if name and name.startswith("~") else name
 
 
 def gguf_file(name: str | Path) -> Path | None:

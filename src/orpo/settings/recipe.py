@@ -19,8 +19,9 @@ import yaml
 
 from orpo.console import say
 from orpo.errors import ConfigError, raised_as
-from orpo.run.directory import RunDirectory
+from orpo.run.directory import RunDirectory, at_home
 from orpo.settings.renamed import (
+    MEANT,
     NO_EFFECT,
     ONE_THING,
     RENAMED,
@@ -64,6 +65,8 @@ class Recipe:
 
 
 _TYPED = "command line"
+_MOST_MEANT = 3
+"""Settings that a hint names."""
 
 
 class Entry(NamedTuple):
@@ -115,6 +118,9 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for name, value in environment.items():
         if not name or "=" in name or "\0" in name + value:
             raise ConfigError(f"env: {name!r} cannot be a variable with the value {value!r}")
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        if key in settings:
+            settings[key] = at_home(settings[key])
     return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
 
 
@@ -225,9 +231,20 @@ def nearest(key: str) -> str:
     typed = key.lower().replace("-", "_").strip("_")
     names = [*known_settings(), *understood_names()]
     near = [n for n in difflib.get_close_matches(typed, names, n=5, cutoff=0.6) if _same_words(typed, n)]
-    if not near:
+    found = [RENAMED.get(name, name) for name in near[:1]]
+    longer = [name for name in known_settings() if _has_words(name, typed)]
+    if len(longer) <= _MOST_MEANT and (not found or found[0] in longer):
+        found = longer
+    found = MEANT.get(typed, found)
+    if not found:
         return "; `orpo config --help` says how to list them all"
-    return f"; did you mean {RENAMED.get(near[0], near[0])!r}?"
+    return f"; did you mean {' or '.join(map(repr, found))}?"
+
+
+def _has_words(name: str, typed: str) -> bool:
+    """Whether a name has the words typed, in their order, with others between them."""
+    words = iter(name.split("_"))
+    return all(word in words for word in typed.split("_"))
 
 
 def _same_words(typed: str, name: str) -> bool:

@@ -43,6 +43,15 @@ RENAMED = other_tools.RENAMED | {
     "save_dir": "output_dir",
 }
 
+MEANT = {
+    "data": ["dataset_name"],
+    "hub_repo": ["hub_model_id"],
+    "max_len": ["max_length"],
+    "max_seq_len": ["max_length"],
+    "orpo_beta": ["beta"],
+}
+"""Names that no tool has and people write -> the settings that they may mean, where no word tells."""
+
 _LENGTHS = "a prompt that does not fit loses its oldest turns, a response is never cut"
 _POSITIONS = "the tokens that are scored are listed, nothing is masked by an id"
 _GONE = "transformers 5 has no such setting"

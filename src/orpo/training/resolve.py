@@ -33,6 +33,7 @@ from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError, raised_as
 from orpo.evaluation.per_pair import evaluated_metrics
 from orpo.run.checkpoints import earlier_recipe
+from orpo.run.directory import at_home
 from orpo.run.log import flat_name
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
@@ -97,7 +98,8 @@ def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: An
             )
         return None
     if model is None or isinstance(model, str):
-        args.model_name_or_path = model or args.model_name_or_path
+        args.model_name_or_path = at_home(model or args.model_name_or_path)
+        args.adapter_name_or_path = at_home(args.adapter_name_or_path)
         # Whole, whatever DeepSpeed is going to do: it is checked and probed first.
         with changed(hf_deepspeed, _hf_deepspeed_config_weak_ref=None):
             model = load_model(args)
