@@ -44,6 +44,7 @@ def load_tokenizer(
     """
     if (path := gguf_file(name)) is not None:
         return load_gguf_tokenizer(path)
+    adapter_base(name)  # names the file where it is damaged
     with raised_as(ModelError, f"{name}: no tokenizer could be loaded"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(

@@ -118,10 +118,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for name, value in environment.items():
         if not name or "=" in name or "\0" in name + value:
             raise ConfigError(f"env: {name!r} cannot be a variable with the value {value!r}")
-    for key in ("model_name_or_path", "adapter_name_or_path"):
-        if key in settings:
-            settings[key] = at_home(settings[key])
-    return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
+    return Recipe(_at_home(settings), tuple(notices), Path(files[0]).stem if files else None, environment)
 
 
 def _without_replaced(written: list[Entry], typed: list[Entry]) -> list[Entry]:
@@ -242,9 +239,9 @@ def nearest(key: str) -> str:
 
 
 def _has_words(name: str, typed: str) -> bool:
-    """Whether a name has the words typed, in their order, with others between them."""
-    words = iter(name.split("_"))
-    return all(word in words for word in typed.split("_"))
+    """Whether a name has the words typed, in their order, with others between them; two may be chance."""
+    words, wanted = iter(name.split("_")), typed.split("_")
+    return len(wanted) != 2 and all(word in words for word in wanted)
 
 
 def _same_words(typed: str, name: str) -> bool:
@@ -320,6 +317,12 @@ def _entries(text: str, path: Path) -> list[Entry]:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _at_home(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with folders of models written out."""
+    folders = settings.keys() & {"model_name_or_path", "adapter_name_or_path"}
+    return settings | {name: at_home(settings[name]) for name in folders}
 
 
 def _read_arguments(words: Sequence[str]) -> tuple[list[str], list[Entry]]:
