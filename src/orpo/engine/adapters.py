@@ -290,7 +290,7 @@ def _head_problem(head: Any, config: Any, kind: str) -> str | None:
         return "lora_bias on the vocabulary matrix is not known to the head, which scores without logits"
     if kind == "TRAINABLE_TOKENS":
         return (
-            "the vocabulary matrix is tied to the embeddings, and its rows would get no gradient;"
+            "the vocabulary matrix is tied to the embeddings, and would give these tokens no gradient;"
             " trainable_token_indices of LoRA trains them"
         )
     if kind not in _ON_HEAD:

@@ -64,6 +64,7 @@ class Recipe:
 
 
 _TYPED = "command line"
+_MODELS = ("model_name_or_path", "adapter_name_or_path")
 _MOST_MEANT = 3
 """Settings that a hint names."""
 
@@ -117,9 +118,6 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for name, value in environment.items():
         if not name or "=" in name or "\0" in name + value:
             raise ConfigError(f"env: {name!r} cannot be a variable with the value {value!r}")
-    for key in ("model_name_or_path", "adapter_name_or_path"):
-        if key in settings:
-            settings[key] = at_home(settings[key])
     return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
 
 
@@ -200,7 +198,8 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
         settings[name] = (previous if isinstance(previous, dict) else {}) | {inner: parsed}
         return
     try:
-        settings[name] = convert(value, known.kind, split_commas=typed)
+        converted = convert(value, known.kind, split_commas=typed)
+        settings[name] = at_home(converted) if name in _MODELS else converted
     except ValueError:
         written = "nothing" if typed and value is True else _shown(value)
         raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None
