@@ -46,7 +46,7 @@ MATHEMATICS = (
 )  # fmt: skip
 WITH_TRANSFORMERS = {
     "scorer", "vocabulary", "router", "adapters", "loading", "probe", "model", "memory", "stop_tokens",
-    "gguf_model", "footprint",
+    "gguf_model", "footprint", "masks",
 }  # fmt: skip
 """Modules of `engine` that know transformers; of the folders before `evaluation` no other does."""
 LIGHT = ("errors", "pairs", "console", "html_page", "settings", "run", "cli", "commands", "__init__")

@@ -256,7 +256,7 @@ def test_two_dry_runs_at_a_time_leave_nothing_and_do_not_meet(world, tmp_path, m
             "'num_decay_steps'); what a schedule takes is written lr_scheduler_kwargs: {name: value}",
         ),
         (["--optim", "galore_adamw"], "optim: galore_adamw cannot be used"),
-        (["--optim_args", "a=b=c"], ", optim_args: a=b=c cannot be used"),
+        (["--optim_args", "a=b=c"], "optim_args: 'a=b=c' is no name=value"),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
@@ -276,6 +276,7 @@ def test_settings_that_cannot_be_used_are_one_line_dry_or_not(world, tmp_path, w
         (pairs(3), ["--model_name_or_path", "/no/such/folder"], "/no/such/folder"),
         (pairs(3), ["--chat_template", "chatmll"], "did you mean 'chatml'"),
         (pairs(3), ["--max_length", "5"], "max_length"),
+        (pairs(3), ["--dataloader_drop_last"], "dataloader_drop_last: 3 pairs are too few for a step of 8"),
     ],
 )
 def test_bad_data_and_models_are_one_line_and_exit_2(world, tmp_path, rows, words, expected):

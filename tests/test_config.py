@@ -179,6 +179,10 @@ def test_settings_that_wait_for_another_are_named():
         "lora_r: no effect without use_peft: true",
     )
     assert not load_recipe(None, ["--lora_r", "8", "--use_peft"]).notices
+    words = ["--gradient_checkpointing_kwargs", "{use_reentrant: true}"]
+    waiting = "gradient_checkpointing_kwargs: no effect without gradient_checkpointing: true"
+    assert load_recipe(None, words).notices == (waiting,)
+    assert not load_recipe(None, [*words, "--activation_checkpointing"]).notices
 
 
 def test_trl_environment_section_is_kept_apart(tmp_path):
@@ -307,6 +311,15 @@ def test_typed_values_become_what_their_key_takes(words, expected):
         ("dataset_name: {a.jsonl: 1, b.jsonl: '0.5'}", {"a.jsonl": 1, "b.jsonl": 0.5}),
         ("lr_scheduler_kwargs: {min_lr: 1e-6}", {"min_lr": 1e-6}),
         ("lora_modules_to_save: lm_head", ["lm_head"]),
+        ("max_length: 0100", 100),  # PyYAML reads 64
+        ("beta: 010", 10),
+        ("model_revision: 0100", "0100"),
+        ("seed: 0x10", 16),
+        ("learning_rate: .5", 0.5),
+        ("template_date: 2026-11-27", "2026-11-27"),  # PyYAML reads a date
+        ("stages: [{beta: '1e-1', share: '1.0'}]", [{"beta": 0.1, "share": 1.0}]),
+        ("stages: [{beta: many}]", [{"beta": "many"}]),  # for resolve_stages to refuse
+        ("stages: []", []),
     ],
 )
 def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
@@ -338,6 +351,8 @@ def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
         ("learning_rate: fast", 'recipe.yaml:1: learning_rate: "fast" is not usable; expected a number'),
         ("max_steps: 1.5", "max_steps: 1.5 is not usable; expected a whole number"),
         ("max_steps: .inf", "max_steps: inf is not usable; expected a whole number"),
+        ("seed: 12:30", 'recipe.yaml:1: seed: "12:30" is not usable; expected a whole number'),  # PyYAML: 750
+        ("seed: 0b11", 'seed: "0b11" is not usable'),
         ("bf16: maybe", 'bf16: "maybe" is not usable; expected true or false'),
         ("lr_scheduler_type: cosin", "expected one of linear, cosine,"),
         ("on_bad_row: ignore", "expected one of stop, skip"),
@@ -356,6 +371,66 @@ def test_a_mistake_is_named_with_its_place_and_what_is_expected(tmp_path, text, 
         load_text(tmp_path, text)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_steps": 0}, "max_steps: 0 makes no step; write -1"),
+        ({"max_steps": -7}, "max_steps: -7 makes no step"),
+        ({"num_train_epochs": 1e300}, "at most 1000000"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha: -1 is out of range"),
+        ({"dataloader_prefetch_factor": -5}, "dataloader_prefetch_factor: -5 is out of range"),
+        ({"save_steps": -3}, "save_steps: -3 is out of range"),
+        ({"eval_steps": -3}, "eval_steps: -3 is out of range"),
+        ({"logging_steps": -3}, "logging_steps: -3 is out of range"),
+        ({"gradient_checkpointing_kwargs": 5}, "gradient_checkpointing_kwargs: 5 is no mapping"),
+        (
+            {"gradient_checkpointing_kwargs": {"use_reentrant": "maybe"}},
+            "use_reentrant: 'maybe' is not usable",
+        ),
+        ({"activation_checkpointing_kwargs": {"offload": 1}}, "offload: 1 is not usable"),
+        ({"lr_scheduler_kwargs": {"num_cycles": math.nan}}, "lr_scheduler_kwargs: num_cycles: nan is out of"),
+        ({"lr_scheduler_kwargs": "cosine"}, "lr_scheduler_kwargs: 'cosine' is no mapping"),
+        ({"model_init_kwargs": "{bad"}, "model_init_kwargs: '{bad' is no JSON"),
+        ({"accelerator_config": "5"}, "accelerator_config: 5 is no file; name a JSON file"),
+        ({"accelerator_config": 5}, "accelerator_config: 5 is no mapping"),
+        ({"log_level": "foo"}, "log_level: 'foo' is not one of detail, debug"),
+        ({"fsdp": "full_shardd"}, "fsdp: 'full_shardd' is not one of full_shard, "),
+        ({"fsdp": ["full_shard", "autowrap"]}, "fsdp: 'autowrap' is not one of"),
+        ({"optim_args": "eps=nan"}, "optim_args: eps: nan is out of range"),
+        ({"optim_args": "lr=5"}, "optim_args: lr is a setting; write learning_rate: 5"),
+        ({"optim_args": "foo"}, "optim_args: 'foo' is no name=value"),
+        ({"stages": [{}]}, "stages: stage 1 names no objective"),
+        ({"stages": [{"share": 1.0}]}, "stages: stage 1 names no objective"),
+    ],
+)
+def test_values_that_nothing_else_refuses_are_one_line_in_a_recipe_and_in_python(
+    settings, expected, tmp_path
+):
+    from orpo import ORPOConfig
+
+    for check in (check_recipe, lambda given: ORPOConfig(output_dir=str(tmp_path), **given)):
+        with pytest.raises(ConfigError) as error:
+            check(settings)
+        assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": -1, "neftune_noise_alpha": 5.0, "optim_args": "momentum=0.9, dampening=1"},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True, "every_n_layers": 2}},
+        {"lr_scheduler_kwargs": '{"num_cycles": 2}', "accelerator_config": {"even_batches": True}},
+        {"stages": [{"objective": "sft", "share": 0.5}, {"beta": None, "nll_weight": 2}]},
+        {"optim_args": "", "fsdp": ""},
+    ],
+)
+def test_values_that_can_be_used_pass(settings, tmp_path):
+    from orpo import ORPOConfig
+
+    check_recipe(settings | {"fsdp": settings.get("fsdp", "full_shard auto_wrap")})
+    ORPOConfig(output_dir=str(tmp_path), **settings)
 
 
 def test_every_mistake_of_a_recipe_is_named_at_once(tmp_path):

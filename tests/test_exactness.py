@@ -232,9 +232,17 @@ def test_embeddings_that_a_model_changes_in_place_may_be_frozen(tied):
 
 
 def test_a_model_that_fails_its_own_assertion_is_refused_in_one_line():
-    """Reformer asserts that it trains wherever a gradient is asked for; the probe asks in evaluation mode."""
-    with pytest.raises(ModelError, match=r"AssertionError: If you want to train `ReformerModel`"):
-        prepare_model(tiny_families.build("reformer"))
+    """As Reformer does wherever a gradient is asked for; the probe asks in evaluation mode."""
+
+    class Asserts(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            assert not torch.is_grad_enabled(), "train me in training mode"
+            return super().forward(*args, **kwargs)
+
+    model = build_tiny("Llama")
+    model.__class__ = Asserts
+    with pytest.raises(ModelError, match=r"AssertionError: train me in training mode"):
+        prepare_model(model)
 
 
 def test_dropout_that_layers_read_from_the_configuration_is_turned_off(tmp_path):

@@ -17,6 +17,7 @@ GOOD_BAD = ([bot("GOOD")], [bot("BAD")])
 ASKED = [user("Q?")]
 YES = [user("Q?"), bot("yes it is")]
 NO = [user("Q?"), bot("no it is not")]
+GIVEN = ("chosen", "rejected")
 
 
 def read(*rows, **options):
@@ -710,6 +711,187 @@ def test_a_prompt_that_whole_conversations_do_not_repeat_stops_the_run():
     stops(row, match="'chosen' begins with another question than the prompt")
     row = {"prompt": [system("S"), *ASKED], "chosen": [system("T"), *YES], "rejected": [system("T"), *NO]}
     stops(row, match="'chosen' begins with another system text than the prompt")
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": "Answer in French.\nQ?", "chosen": YES, "rejected": NO}, "chosen"),
+        ({"prompt": "Q?", "chosen": YES, "rejected": [user("Other?"), NO[1]]}, "rejected"),
+        ({"prompt": "Q?", "chosen": YES, "rejected": [[user("Other?"), NO[1]], NO]}, "rejected"),
+        (
+            {
+                "prompt": "\n\nHuman: Answer in French. Q?\n\nAssistant:",
+                "chosen": "\n\nHuman: Q?\n\nAssistant: oui",
+                "rejected": "\n\nHuman: Q?\n\nAssistant: no",
+            },
+            "chosen",
+        ),
+        (
+            {
+                "prompt": "In French. Q?",
+                "chosen": "\n\nHuman: Q?\n\nAssistant: oui",
+                "rejected": "\n\nHuman: Q?\n\nAssistant: no",
+            },
+            "chosen",
+        ),
+    ],
+)
+def test_a_text_that_whole_conversations_do_not_ask_stops_the_run(row, field):
+    stops(row, match=f"'{field}' begins with another question than the prompt; fix the row or set ")
+
+
+def test_a_prompt_that_is_not_read_can_be_left_out_by_name():
+    row = {"prompt": "no. 17", "chosen": YES, "rejected": NO}
+    read_set = read(row, data_format="conversational_implicit")
+    assert read_set.pairs[0].prompt == ASKED
+    assert any("columns not used: prompt" in line for line in read_set.notices)
+
+
+@pytest.mark.parametrize("prompt", ["Q?", " Q?\n", "Hi", "S Hi", "\n\nHuman: Q?\n\nAssistant:", ""])
+def test_a_text_that_whole_conversations_ask_somewhere_is_their_prompt(prompt):
+    earlier = [system("S"), user("Hi"), bot("Hello")]
+    row = {"prompt": prompt, "chosen": [*earlier, *YES], "rejected": [*earlier, *NO]}
+    assert only(row) == ([*earlier, user("Q?")], YES[1:], NO[1:])
+
+
+def test_a_prompt_that_a_transcript_repeats():
+    sides = {side: f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Q?\n\nAssistant: {side}" for side in GIVEN}
+    for prompt in ("\n\nHuman: Q?\n\nAssistant:", "Human: Hi", "Q?", "\n\nHuman: Hi\n\nAssistant: Hello"):
+        asked = [user("Hi"), bot("Hello"), user("Q?")]
+        assert only({"prompt": prompt, **sides}) == (asked, [bot("chosen")], [bot("rejected")])
+
+
+# ---------------------------------------------------------------------------------------- a system column
+
+PLAIN = {"prompt": "Q?", "chosen": "GOOD", "rejected": "BAD"}
+
+
+@pytest.mark.parametrize("missing", [{"system": None}, {}, {"system": ""}])
+@pytest.mark.parametrize("first", [True, False])
+def test_one_system_text_is_trained_whatever_the_other_rows_lack(missing, first):
+    rows = [{**PLAIN, **missing}] * 5
+    rows.insert(0 if first else 5, {**PLAIN, "system": "S"})
+    found = read(*rows)
+    expected = [ASKED] * 5
+    expected.insert(0 if first else 5, [system("S"), *ASKED])
+    assert [pair.prompt for pair in found.pairs] == expected
+    assert not any("not used" in line for line in found.notices)
+
+
+@pytest.mark.parametrize("more", [{"system": "S"}, {"history": [["Hi", "Hello"]]}])
+def test_what_stands_before_a_prompt_is_not_left_out_behind_the_rows_that_tell_the_format(more):
+    rows = [{**PLAIN, "prompt": f"Q{n}?"} for n in range(300)]
+    rows[280] |= more
+    name = next(iter(more))
+    stops(*rows, match=f"row:280: '{name}' would be left out: .*; set data_format: instruction or set on_bad")
+    found = read(*rows, data_format="instruction").pairs
+    assert len(found[280].prompt) > len(found[0].prompt) == 1
+    found = read(*rows, data_format="standard")
+    assert found.pairs[280].prompt == "Q280?"
+    assert any(f"columns not used: {name}" in line for line in found.notices)
+
+
+def test_a_system_column_is_put_before_transcripts_and_whole_conversations():
+    row = {side: f"\n\nHuman: Q?\n\nAssistant: {side}" for side in GIVEN}
+    assert only({**row, "system": "S"})[0] == [system("S"), *ASKED]
+    row = {"conversation_a": YES, "conversation_b": NO, "winner": "a"}
+    assert only({**row, "system": "S"})[0] == [system("S"), *ASKED]
+
+
+def test_a_system_column_that_is_not_the_system_turn_stops_the_run():
+    for row in (
+        {"prompt": [system("Be kind"), *ASKED], "chosen": YES[1:], "rejected": NO[1:]},
+        {"prompt": "Q?", "chosen": [system("Be kind"), *YES], "rejected": [system("Be kind"), *NO]},
+        {"messages": [system("Be kind"), *ASKED], "chosen": YES[1], "rejected": NO[1]},
+    ):
+        stops(
+            {**row, "system": "In French."}, match="'system' is another text than the system turn; keep one"
+        )
+        assert only({**row, "system": " Be  kind "})[0] == [system("Be kind"), *ASKED]
+
+
+# ------------------------------------------------------------------------------------ what is never silent
+
+
+@pytest.mark.parametrize("name", ["prompt", *GIVEN])
+def test_a_transcript_among_plain_texts_stops_the_run(name):
+    text = "\n\nHuman: Q?\n\nAssistant: yes"
+    rows = [PLAIN, PLAIN, {**PLAIN, name: text}]
+    stops(
+        *rows, match=f"row:2: '{name}' is a transcript .*; write it as they are, or set data_format: standard"
+    )
+    assert getattr(read(*rows, data_format="standard").pairs[2], name) == text
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"answers": [{"text": "a", "score": 2, "rank": 2}, {"text": "b", "score": 1, "rank": 1}]},
+            "rank says that another answer is the best than score does, which decides",
+        ),
+        (
+            {"answers": ["a", "b"], "scores": [2, 1], "ranks": [2, 1]},
+            "ranks says that another answer is the best than scores does, which decides",
+        ),
+        ({"answers": [{"text": "a", "score": 2, "rank": 1}, {"text": "b", "score": 1, "rank": 2}]}, None),
+        ({"answers": [{"text": "a", "score": 2, "best": 0}, {"text": "b", "score": 1, "best": 0}]}, None),
+        ({"answers": ["a", "b"], "scores": [2, 1], "ranks": [2, None]}, None),
+    ],
+)
+def test_numbers_that_disagree_on_the_best_answer_are_counted(row, said):
+    found = read({"prompt": "Q?", **row})
+    assert found.pairs[0].chosen == [bot("a")]
+    lines = [line for line in found.notices if "train although" in line]
+    assert lines == ([f"data: 1 of 1 rows train although {said}"] if said else [])
+
+
+def test_numbers_that_the_recipe_names_are_not_questioned():
+    row = {"prompt": "Q?", "answers": ["a", "b"], "mine": [2, 1], "ranks": [2, 1]}
+    assert not any("train although" in line for line in read(row, columns={"scores": "mine"}).notices)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}])
+def test_turns_that_are_marked_as_not_to_be_trained_are_counted(mark):
+    row = {
+        "prompt": [user("Hi"), {**bot("Hello"), **mark}, user("Q?")],
+        "chosen": [YES[1]],
+        "rejected": [NO[1]],
+    }
+    key, value = next(iter(mark.items()))
+    line = f"data: 1 of 2 rows train although a turn says {key}: {str(value).lower()}, which is not read"
+    other = {**row, "prompt": [user("Hi"), {**bot("Hello"), "weight": 1}, user("Q?")]}
+    assert line in read(row, other).notices
+
+
+def test_a_side_without_an_answer_is_told_by_its_roles():
+    row = {"prompt": ASKED, "chosen": YES, "rejected": [user("no it is not")]}
+    stops(row, match="'rejected' has no turn of the assistant, and so no answer")
+
+
+def test_weights_that_leave_nothing_are_the_reason(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps(PLAIN) + "\n")
+    with pytest.raises(
+        DataError, match=r"^the weights leave no pair to train on \(.*p\.jsonl: 0\); raise one"
+    ):
+        read_preferences({str(file): 0})
+    assert len(read_preferences({str(file): 1}).pairs) == 1
+
+
+def test_blanks_around_the_names_of_columns_are_seen(tmp_path):
+    file = tmp_path / "p.csv"
+    file.write_text("prompt, chosen, rejected\nQ?, a, b\n")
+    match = (
+        r"columns ' chosen', ' rejected', prompt; blanks .* set columns: \{chosen: ' chosen', rejected: ' rej"
+    )
+    with pytest.raises(DataError, match=match):
+        read_preferences(str(file))
+    with pytest.raises(DataError, match=r"the data has prompt, ' chosen', ' rejected'$"):
+        read_preferences(str(file), columns={"chosen": "chosen"})
+    found = read_preferences(str(file), columns={"chosen": " chosen", "rejected": " rejected"})
+    assert found.pairs[0].chosen == " a"
 
 
 def test_rejected_answers_may_follow_the_context_of_a_whole_chosen_conversation():

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -231,6 +232,27 @@ def test_a_prompt_that_does_not_fit_is_named_and_the_others_are_answered(tmp_pat
     assert [row["source"] for row in lines(tmp_path / "a.jsonl")] == ["p.txt:1", "p.txt:4"]
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_in_one_line(tmp_path, monkeypatch):
+    model, prompts = tmp_path / "model", tmp_path / "p.txt"
+    shutil.copytree(DEMO, model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["rewriteword"])
+    tokenizer.save_pretrained(model)
+    prompts.write_text("Hi.\nSay rewriteword twice.\n")
+    said = r"token \d+ \('rewriteword'\) has no embedding in the model, which has [\d,]+; use the tokenizer"
+    status, printed = orpo_main("generate", model, "--prompts", prompts, "--out", tmp_path / "a.jsonl")
+    assert status == 2 and re.fullmatch(rf"orpo: error: p\.txt:2: {said}.*\n", printed)
+    assert not (tmp_path / "a.jsonl").exists()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("rewriteword\n"))
+    status, printed = orpo_main("chat", model)
+    assert status == 2 and re.search(rf"error: the prompt: {said}", printed)
+    pair = {"prompt": "Say it.", "chosen": "I say rewriteword.", "rejected": "no"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    status, printed = orpo_main("data", "show", tmp_path / "pairs.jsonl", "--model", model)
+    assert status == 2 and "rewriteword" in printed.partition("error:")[0]
+    assert re.search(rf"error: pairs\.jsonl:1: {said}", printed)
+
+
 def test_a_batch_that_is_too_large_for_the_memory_is_halved(tmp_path, monkeypatch, capsys):
     expected = orpo.generate(DEMO, QUESTIONS, tmp_path / "a.jsonl", sampling=SHORT).answers
     from orpo.evaluation import local_model
@@ -302,6 +324,13 @@ def test_prompts_that_cannot_be_asked_are_named_or_counted():
 
 
 # ------------------------------------------------------------------------------------------------ endpoint
+
+
+def test_rows_of_which_none_asks_anything_are_named_with_the_reason(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hi"},\n{"prompt": "You"},\n')
+    for on_bad_row in ("stop", "skip"):
+        with pytest.raises(DataError, match=r"^p\.jsonl:1: is not JSON"):
+            read_prompts(tmp_path / "p.jsonl", OrpoSettings(on_bad_row=on_bad_row))
 
 
 def test_a_server_answers_side_by_side_and_what_fails_is_named_and_asked_again(tmp_path, monkeypatch, capsys):

@@ -235,6 +235,7 @@ def test_memory_that_ends_among_moved_weights_stops_with_the_way_back(tmp_path):
     def no_memory(gradient):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    trainer._preparation()
     next(iter(trainer.model.parameters())).register_hook(no_memory)  # of the embedding, which comes last
     with pytest.raises(RunError, match=r"step 1: out of memory .*some weights have moved, so go back"):
         trainer.train()

@@ -443,7 +443,7 @@ class BendsItsHiddenStates(transformers.LlamaForCausalLM):
 def test_the_probe_refuses_a_model_that_does_something_unknown_to_its_logits(trained):
     model = BendsItsLogits(tiny_models.build("Llama").config).requires_grad_(trained)
     model.lm_head.weight.data *= 20
-    with pytest.raises(ModelError, match="does not reproduce the model's own loss"):
+    with pytest.raises(ModelError, match="BendsItsLogits bends its logits"):
         prepare_model(model)
 
 
@@ -462,6 +462,102 @@ def test_what_stands_between_backbone_and_head_is_followed(layout):
         loss = each(batch=pack(PAIRS, OBJECTIVE, layout=layout)).loss
         loss.backward()
         assert_exact((loss.item(), reference.gradients(each)), expected)
+
+
+class AddsItsPredecessor(nn.Module):
+    """A layer that mixes in the token before by a weight that is zero in a new model."""
+
+    def __init__(self, layer, size):
+        super().__init__()
+        self.layer, self.share = layer, nn.Parameter(torch.zeros(size))
+
+    def forward(self, hidden, **kwargs):
+        before = nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        return self.layer(hidden + self.share * before, **kwargs)
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.3])
+def test_mixing_that_a_new_model_does_not_do_yet_is_found_in_any_layer(moved):
+    """Its weight has a gradient at once, though no loss shows it."""
+    plain = tiny_models.build("Llama")
+    last = len(plain.model.layers) - 1
+    plain.model.layers[last] = AddsItsPredecessor(plain.model.layers[last], plain.config.hidden_size)
+    model = copy.deepcopy(plain)
+    assert prepare_model(model).layout == "padded"
+    for each in (model, plain):
+        each.model.layers[last].share.data.fill_(moved)
+    loss = model(batch=pack(PAIRS, OBJECTIVE, layout="padded")).loss
+    loss.backward()
+    assert_exact(
+        (loss.item(), reference.gradients(model)), reference.loss_and_gradients(plain, PAIRS, OBJECTIVE)
+    )
+
+
+class AddsNothingYet(transformers.LlamaForCausalLM):
+    """A module between backbone and head that is zero in a new model."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, *args, use_cache=None, **kwargs):
+        hidden = self.model(*args, use_cache=use_cache, **kwargs).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden + self.up(hidden)))
+
+
+def test_a_module_that_would_never_train_is_refused():
+    with pytest.raises(ModelError, match=r"a gradient differs by 1.0e\+00 of its norm"):
+        prepare_model(AddsNothingYet(tiny_models.build("Llama").config))
+
+
+class BoundsItsLogits(transformers.LlamaForCausalLM):
+    """A bound that no setting tells and that small logits do not show."""
+
+    how = "tanh"
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        bounded = {"tanh": lambda x: 30 * torch.tanh(x / 30), "clamp": lambda x: x.clamp(-50, 50)}
+        output.logits = bounded[self.how](output.logits)
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["tanh", "clamp"])
+def test_a_bound_on_logits_that_is_not_reached_yet_is_found(how, dtype):
+    model = BoundsItsLogits(tiny_models.build("Llama").config).to(dtype)
+    model.how = how
+    with pytest.raises(ModelError, match="BoundsItsLogits bends its logits"):
+        prepare_model(model)
+
+
+def test_what_the_end_of_a_turn_does_is_seen():
+    model = tiny_models.build("Llama")
+    model.config.eos_token_id = 5
+    backbone = type(model.model)
+
+    class Counts(backbone):
+        def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+            turns = (input_ids == self.config.eos_token_id).cumsum(1)[..., None]
+            return super().forward(inputs_embeds=self.embed_tokens(input_ids) + 0.3 * turns, **kwargs)
+
+    model.model.__class__ = Counts
+    assert prepare_model(model).layout == "padded"
+
+
+def test_half_precision_does_not_hide_wrong_positions():
+    """Rotary positions by the row, whatever it is told: in bfloat16, the gradient is a quarter off."""
+    model = tiny_models.build("Llama").bfloat16()
+    rotate = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: rotate(
+        x, torch.arange(position_ids.shape[1])[None].expand_as(position_ids)
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert prepare_model(model).layout == "packed"
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype == torch.bfloat16
+        assert torch.equal(tensor, before[name])
 
 
 class SeesWhatComes(transformers.LlamaForCausalLM):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from tiny_training import random_pairs, tiny_trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,11 +31,20 @@ from orpo.plan.lines import plan_json, plan_lines
 from orpo.plan.machine import GPUS, cluster
 from orpo.plan.memory import Setup, memory_of, states
 from orpo.plan.on_paper import NF4_BYTES, paper_model
-from orpo.plan.plan import _laid_out, has_checkpointing, lay_out, make_plan
+from orpo.plan.plan import (
+    _first_steps,
+    _laid_out,
+    _num_evaluations,
+    _Settings,
+    has_checkpointing,
+    lay_out,
+    make_plan,
+)
 from orpo.plan.work import attended, work_of
 from orpo.settings.config import Objective, OrpoSettings
 from orpo.settings.recipe import load_recipe
 from orpo.settings.shipped import shipped
+from orpo.training.cadence import checkpoint_cost
 
 GIB = 2**30
 PUBLISHED = {
@@ -254,22 +264,27 @@ PAIRS = [TokenizedPair([1] * p, [2] * c, [3] * r) for p, c, r in ((5, 9, 4), (11
 TOKENS = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in PAIRS])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "checkpointing"), [("shared", False), ("shared", True), ("packed", False), ("padded", True)]
+)
+def test_operations_are_those_that_torch_counts(layout, checkpointing, tmp_path):
     """Attention apart, since the counter knows no causal one; nor does it know products added in place."""
     model = tiny_models.build("Llama", num_hidden_layers=6).train()
     model.save_pretrained(tmp_path)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    prepare_model(model, layout="shared", probe=False)
+    prepare_model(model, layout=layout, probe=False)
     with FlopCounterMode(display=False) as counter:
-        batch = pack(PAIRS, Objective())
+        batch = pack(PAIRS, Objective(), layout=layout)
         model(batch=batch, denominators=Denominators(10.0, 3.0)).loss.backward()
     counted = counter.get_flop_counts()["Global"]
     products = sum(flops for operation, flops in counted.items() if "mm" in str(operation))
     settings = OrpoSettings(model_name_or_path=str(tmp_path))
     described = paper_model(settings, has_bf16=False, autocast=False, by_kernel=False)
-    work = work_of(replace(described, attention=0), TOKENS, Objective(), checkpointing=checkpointing)
+    work = work_of(
+        replace(described, attention=0), TOKENS, Objective(), checkpointing=checkpointing, layout=layout,
+        read=batch.num_tokens / len(PAIRS),
+    )  # fmt: skip
     of_matrix = 2 * tiny_models.VOCAB * described.hidden * work.scored
     assert len(PAIRS) * (work.training - of_matrix) == pytest.approx(products, rel=1e-3)
 
@@ -288,6 +303,10 @@ def test_attended_pairs_are_those_of_a_mask(window):
     expected = np.mean([visible(p + c, p + c) + visible(r, p + r) for p, c, r in TOKENS])
     described = replace(paper("mistralai/Mistral-7B-v0.1"), window=(window, 1.0 if window else 0.0))
     assert attended(described, *TOKENS.T) == pytest.approx(expected)
+    apart = np.mean([visible(p + c, p + c) + visible(p + r, p + r) for p, c, r in TOKENS])
+    assert attended(described, *TOKENS.T, "packed") == pytest.approx(apart)
+    padded = np.mean([2 * visible(p + max(c, r), p + max(c, r)) for p, c, r in TOKENS])
+    assert attended(described, *TOKENS.T, "padded") == pytest.approx(padded)
 
 
 def test_sharing_and_the_objective_decide_what_is_computed():
@@ -423,7 +442,7 @@ def test_what_pairs_share_is_planned_once(tmp_path, on_paper):
     assert together.hours < apart.hours
     assert together.largest == pytest.approx((1 - one_of_two) * apart.largest, rel=0.05)
     assert together.memory.activations < 0.8 * apart.memory.activations
-    assert planned(layout="padded").work.tokens == apart.work.tokens
+    assert planned(layout="packed").work.tokens == apart.work.separate_tokens
     alone = lay_out(recipe, replace(together.model, shares=False), here, found)
     assert alone.work.tokens == apart.work.tokens and alone.largest == apart.largest
     answers = planned(objective="sft")
@@ -433,7 +452,7 @@ def test_what_pairs_share_is_planned_once(tmp_path, on_paper):
 
 
 def test_the_plan_lays_out_what_training_does():
-    """The tokens of the largest micro-batches and the part that is shared, on one rank and on two."""
+    """The tokens of the largest micro-batches, and those of a pair, on one rank and on two."""
     pairs = [
         TokenizedPair(list(range(5, 45)), list(range(50, 60 + n % 5)), list(range(70 + n, 80 + 2 * n)))
         for n in range(40)
@@ -444,18 +463,80 @@ def test_the_plan_lays_out_what_training_does():
     )  # fmt: skip
     cases = [(ranks, layout) for ranks in (1, 2) for layout in ("shared", "packed", "padded")]
     for ranks, layout in cases:
-        laid = _laid_out(lengths, Objective(preference_weight=0.1), 20, ranks, 300, layout, shares=True)
+        shown = _first_steps(lengths, 20, seed=7, drop_last=False)
+        laid = _laid_out(lengths, shown, Objective(preference_weight=0.1), ranks, 300, layout, shares=True)
         sizes = []
-        for step in plan_epoch(40, 20, seed=0, epoch=0, prompts=lengths.prompts):
+        for step in plan_epoch(40, 20, seed=7, epoch=0, prompts=lengths.prompts):
             own = [pairs[number] for number in step.tolist()]
             for rank in range(ranks):
                 settings = BatchSettings(Objective(preference_weight=0.1), layout, 300, rank, ranks)
                 sizes.append([b.num_tokens * (not b.empty) for b in build_step(own, step, settings).batches])
         assert laid.first == max(of_rank[0] for of_rank in sizes)
         assert laid.later == max(size for of_rank in sizes for size in of_rank[1:])
-        shared = 1 - sum(map(sum, sizes)) / lengths.tokens.sum() if layout == "shared" else 0
-        assert laid.shared == pytest.approx(shared)
+        assert laid.read == pytest.approx(sum(map(sum, sizes)) / 40)
         assert 0.7 < laid.balance <= 1 and (ranks > 1 or laid.balance == 1)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("more", [{}, {"data_seed": 3}, {"dataloader_drop_last": True, "seed": 5}])
+def test_a_plan_counts_the_tokens_of_the_training_that_it_plans(layout, more, tmp_path):
+    """An epoch of the demo's pairs by the trainer: the tokens of a pair, and of the largest micro-batch."""
+    model = str(files("orpo") / "demo" / "model")
+    data = files("orpo") / "demo" / "data" / "politeness" / "test.jsonl"
+    few = tmp_path / "pairs.jsonl"
+    few.write_text("".join(data.read_text().splitlines(keepends=True)[:50]))
+    settings = {
+        "model_name_or_path": model, "dataset_name": str(few), "layout": layout, "eval_split": 0.0,
+        "per_device_train_batch_size": 7, "tokens_per_micro_batch": 300, "bf16": False,
+    } | more  # fmt: skip
+    plan = make_plan(settings, cluster("h100-80", 1), read_lengths(settings), on_cpu=True)
+    trainer = orpo.ORPOTrainer(args=orpo.ORPOConfig(output_dir=str(tmp_path / "run"), **settings))
+    steps = [item["step"] for item in trainer.get_train_dataloader()]
+    pairs = sum(len(batch) for step in steps for batch in step.pairs)
+    within = 0.01 * more.get("dataloader_drop_last", 0)  # what is dropped counts for the mean
+    assert plan.work.tokens == pytest.approx(sum(step.num_tokens for step in steps) / pairs, rel=within)
+    assert plan.largest == max(batch.num_tokens for step in steps for batch in step.batches)
+    said = next(line for line in plan_lines(plan, []) if line.startswith("a pair"))
+    assert ("read once" in said) == (layout == "shared") and ("of padding" in said) == (layout == "padded")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eval_strategy": "epoch", "max_steps": 5},
+        {"eval_strategy": "epoch", "max_steps": 7, "eval_on_start": False},
+        {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2.5, "eval_delay": 2},
+        {"save_strategy": "epoch", "max_steps": 6},
+        {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 7, "eval_on_start": False},
+        {"eval_strategy": "steps", "eval_steps": 0.3, "max_steps": 7},
+        {"eval_strategy": "steps", "logging_steps": 2, "max_steps": 7},
+        {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 7, "eval_delay": 4},
+        {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "eval_delay": 40},
+        {"save_strategy": "steps", "max_steps": 30},
+        {"save_strategy": "steps", "max_steps": 30, "few": True},
+        {"save_strategy": "steps", "save_steps": 4, "max_steps": 9},
+        {"save_strategy": "no", "max_steps": 9},
+        {"eval_strategy": "no"},
+        {"eval_strategy": "no", "eval_on_start": True},
+    ],
+    ids=str,
+)
+def test_a_plan_counts_the_evaluations_that_a_run_has(settings, tmp_path):
+    """As `orpo train` makes them, which evaluates at the end what was not."""
+    settings = dict(settings)
+    held_out = random_pairs(1 if settings.pop("few", False) else 5, seed=1)
+    settings = {"max_steps": 4, "num_train_epochs": 3.0, "logging_steps": 1, "save_strategy": "no"} | settings
+    trainer = tiny_trainer(tmp_path, evaluation=held_out, **settings)
+    trainer.train()
+    found = sum("eval_loss" in line for line in trainer.state.log_history)
+    found += not trainer.is_evaluated()
+    pairs = trainer.train_dataset
+    tokens = float(trainer.eval_dataset.lengths.sum())
+    lengths = PairLengths(pairs.lengths, len(pairs), len(held_out), "here", held_out_tokens=tokens)
+    on_paper = _num_evaluations(
+        _Settings(settings), lengths, 4, trainer.state.max_steps, 4, checkpoint_cost(1.0, 1, on_cpu=True)
+    )
+    assert on_paper == found
 
 
 def test_a_model_whose_tokens_depend_on_the_length_of_a_pass_shares_nothing_on_paper(tmp_path):
@@ -505,6 +586,16 @@ def test_a_step_has_no_more_pairs_than_there_are(on_paper):
         "dataloader_drop_last": True,
     }
     assert make_plan(dropping, here, few).steps == 2
+    for more in ({}, {"max_steps": 5}):
+        with pytest.raises(ConfigError, match="dataloader_drop_last: 10 pairs are too few for a step of 12"):
+            make_plan(dropping | {"per_device_train_batch_size": 12} | more, here, few)
+
+
+def test_advice_names_no_step_that_would_be_dropped_whole(on_paper):
+    dropping = FULL | {"dataloader_drop_last": True, "eval_strategy": "no"}
+    plan = plan_of(dropping, "rtx4090-24", pairs=10)
+    tried = [change.plan.cluster.ranks for change in _tried(dropping, plan)]
+    assert 8 in tried and max(tried) == 8
 
 
 @pytest.mark.parametrize(

@@ -206,12 +206,59 @@ def test_axolotl_chat_template_with_field_maps():
     assert one(mapped, "messages", columns=columns) == (HELLO, *YES_NO)
 
 
+LINE = '{"prompt": "Q", "chosen": "a", "rejected": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "p.jsonl",
+            f"{LINE},\n{LINE},\n",
+            r"p\.jsonl:1: is not JSON \(.*\) .*; write one JSON object a line",
+        ),
+        (
+            "p.jsonl",
+            f"[{LINE}]\n",
+            r"p\.jsonl:1: is a list; expected an object .*; write .* or name .* \.json",
+        ),
+        (
+            "p.jsonl",
+            '{\n  "prompt": "Q"\n}\n',
+            r"p\.jsonl:1: is not JSON .*\(none of the first 3 rows can be read\); write",
+        ),
+        ("p.jsonl", '"a"\n7\n', r"p\.jsonl:1: is a str; expected an object"),
+        (
+            "p.jsonl",
+            '{"prompt":"aaa',
+            r"p\.jsonl:1: is not JSON \(.*\); write one",
+        ),
+        (
+            "p.json",
+            '{"data": [\n1]}\n{"data": [\n1]}',
+            r"p\.json:1: is not JSON .*; write one JSON array of the",
+        ),
+        ("p.csv", 'prompt,chosen,rejected\nQ,"a"x,b\nQ,"a"x,b\n', r"p\.csv:2: is not CSV .*a cell twice"),
+        (
+            "p.csv",
+            "prompt,chosen,rejected\nQ,caf\xe9,b\n",
+            r"p\.csv:2: holds bytes that are not UTF-8 \(0xe9\)",
+        ),
+    ],
+)
+def test_where_no_row_can_be_read_the_first_says_why(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content.encode("cp1252"))
+    for on_bad_row in ("stop", "skip"):
+        with pytest.raises(DataError, match=f"^{said}"):
+            read_preferences(str(tmp_path / name), on_bad_row=on_bad_row)
+
+
 def test_multi_turn_with_a_prompt_column_keeps_every_user_turn():
     """peers 25: the prompt column must not overwrite earlier user turns."""
     row = {"prompt": "Name?", "chosen": [*HELLO, bot("Yes")], "rejected": [*HELLO, bot("No")]}
     assert one(row, "conversational") == (HELLO, *YES_NO)
     row = {
-        "prompt": "x",
+        "prompt": "Name?",
         "chosen": [system("S"), *HELLO, bot("Yes")],
         "rejected": [system("S"), *HELLO, bot("No")],
     }

@@ -31,6 +31,7 @@ from orpo.run.checkpoints import (
     written_whole,
 )
 from orpo.training.resuming import check_changes
+from orpo.training.saved_weights import load_renamed
 from orpo.training.stopping import StopSignal
 
 pytestmark = pytest.mark.usefixtures("lazy_disk")
@@ -216,6 +217,12 @@ def test_a_stream_that_gives_other_pairs_is_refused(tmp_path, change, force, cap
     assert "force: the stream did not give the pairs" in capsys.readouterr().out
 
 
+def test_data_that_begins_again_is_said(tmp_path, capsys):
+    make(tmp_path, arguments={"callbacks": [StopAt(3)]}).train()
+    make(tmp_path, ignore_data_skip=True).train(resume_from_checkpoint=True)
+    assert "ignore_data_skip: the data begins again" in capsys.readouterr().out
+
+
 def test_another_base_under_an_adapter_is_refused(tmp_path):
     """A checkpoint of an adapter holds none of the base's weights."""
 
@@ -258,6 +265,49 @@ def test_without_a_reference_the_checkpoint_holds_all_weights(tmp_path):
 
     run(callbacks=[StopAt(3)]).train()
     run(scale=1.5).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_a_mixture_of_experts_resumes_exactly_and_keeps_its_best(tmp_path, name):
+    """Its weights have other names in the file; transformers' Trainer goes on without the experts'."""
+
+    def run(folder, callbacks=(), **settings):
+        return tiny_trainer(
+            tmp_path / folder,
+            model=tiny_models.build(name),
+            evaluation=random_pairs(3, seed=1),
+            **(SAVING | settings),
+            arguments={"callbacks": list(callbacks)},
+        )
+
+    whole, part, rest = run("whole"), run("part", [StopAt(3)]), run("part")
+    whole.train()
+    part.train()
+    rest.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(rest), weights(whole))
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "margin", "eval_strategy": "steps"}
+    trainer = run("best", **best, eval_steps=1, greater_is_better=False, learning_rate=0.5)
+    trainer.train()
+    kept = Path(trainer.state.best_model_checkpoint)
+    assert kept.name != "checkpoint-4"
+    saved = type(trainer.model).from_pretrained(kept, config=tiny_models.build(name).config)
+    for mine, theirs in zip(trainer.model.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
+    model = tiny_models.build("Mixtral")
+    model.save_pretrained(tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in stored if "gate" in key)
+    safetensors.torch.save_file(
+        {key: value for key, value in stored.items() if key != lost},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(RunError, match="cannot resume, 1 weights of MixtralForCausalLM are not in it"):
+        load_renamed(model, tmp_path)
 
 
 def test_adapter_resumes_exactly(tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,14 +77,54 @@ def test_bytes_that_are_not_utf8_make_their_row_malformed_and_no_other(tmp_path,
     assert good["a"] == "good"
 
 
-def test_a_file_of_another_encoding_is_said_as_such(tmp_path):
-    for name, content in (("p.jsonl", '{"a": "b"}\n'), ("p.json", '{"data": [{"a": "b"}]}')):
-        (tmp_path / name).write_bytes(content.encode("utf-16"))
-        with pytest.raises(DataError, match="not UTF-8"):
-            raise next(row for row, _ in rows(tmp_path / name) if isinstance(row, DataError))
-    (tmp_path / "p.csv").write_bytes("a,b\n1,2\n".encode("utf-16"))
-    with pytest.raises(DataError, match="not UTF-8"):
-        rows(tmp_path / "p.csv")
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("utf-16", "is UTF-16, not UTF-8; save the file as UTF-8"),
+        ("utf-32", "is UTF-32, not UTF-8; save the file as UTF-8"),
+        ("utf-16-le", "holds zero bytes, as UTF-16 and UTF-32 do; save the file as UTF-8"),
+        ("utf-32-be", "holds zero bytes, as UTF-16 and UTF-32 do; save the file as UTF-8"),
+    ],
+)
+def test_a_file_of_another_encoding_is_said_as_such(tmp_path, name, encoding, said):
+    content = '{"a": "b"}\n'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError, match=f"^{re.escape(name)}: {said}$"):
+        rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b'{"a": "b"}\n', mtime=0), r"is compressed by gzip; name it p\.jsonl\.gz"),
+        (b"PK\x03\x04rest", "is a zip archive; unpack it"),
+    ],
+)
+def test_a_packed_file_is_said_as_such(tmp_path, content, said):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"^p\.jsonl: {said}$"):
+        rows(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.jsonl", '{"a": "x", "a": "y"}\n{"a": "good"}\n'),
+        ("p.json", '{"a": "x", "a": "y"}\n{"a": "good"}\n'),
+        ("p.json", '[{"a": "x", "a": "y"},\n{"a": "good"}]'),
+        ("p.jsonl", '{"b": [{"a": "x", "a": "x"}]}\n{"a": "good"}\n'),
+    ],
+)
+def test_a_key_that_comes_twice_makes_its_row_malformed_and_no_other(tmp_path, name, text):
+    (bad, first), (good, second) = rows(write(tmp_path / name, text))
+    assert "has the key 'a' twice in one object; keep one of them" in str(bad)
+    assert (good, first, second) == ({"a": "good"}, f"{name}:1", f"{name}:2")
+
+
+def test_a_key_that_comes_twice_around_the_rows_stops_the_run(tmp_path):
+    with pytest.raises(DataError, match=r"^p\.json: has the key 'data' twice"):
+        rows(write(tmp_path / "p.json", '{"data": [\n{"a": "x"}],\n"data": []}'))
 
 
 def test_csv_cells_are_text_or_json_lists_of_texts(tmp_path):

@@ -85,6 +85,39 @@ def test_the_tag_of_a_header_is_no_block_that_an_answer_must_close():
     assert not encoder.counts.changed
 
 
+def closed_between(header="<|im_start|>assistant\\n", between="<|endoftext|>"):
+    """ChatML whose turns are closed only where another turn follows, as when they are answered."""
+    return (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ '<|im_end|>' }}{% endif %}"
+        "{% if not loop.last %}{{ '" + between + "' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + header + "' }}{% endif %}"
+    )
+
+
+@pytest.mark.parametrize("block", ["", "<think></think>"])
+@pytest.mark.parametrize("between", ["<|endoftext|>", "<|endoftext|>\\n", "\\n---\\n"])
+@pytest.mark.parametrize("earlier", [[], [user("Q"), bot("O")]])
+def test_the_header_of_an_answer_is_in_no_answer_where_only_an_answered_question_is_closed(
+    earlier, between, block
+):
+    tokenizer = with_template(closed_between("<|im_start|>assistant\\n" + block, between))
+    tokens, encoder = encoded(tokenizer, pair_of([*earlier, user("R")]))
+    assert texts(tokenizer, tokens)[1:] == ["A<|im_end|>", "B<|im_end|>"]
+    assert tokens.prompt == shown(tokenizer, [*earlier, user("R")], tokenizer.chat_template)
+    assert not encoder.counts.changed
+
+
+def test_a_header_that_only_its_answer_repeats_is_refused():
+    between = "<|im_start|><|endoftext|>"
+    tokens, encoder = encoded(with_template(closed_between(between=between)), pair_of([user("R")]))
+    assert tokens is None
+    assert [*encoder.counts.dropped] == [
+        "no boundary: the chat template writes the prompt differently once it is answered; "
+        "give another chat_template"
+    ]
+
+
 def test_an_empty_block_written_otherwise_before_an_answer_is_not_written_twice():
     answer = "('<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' else '') + m.content"
     tokenizer = with_template(asked_with("<think></think>\\n", answer))

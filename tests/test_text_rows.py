@@ -54,6 +54,15 @@ def test_the_rows_decide(rows, template, expected):
     assert decide(pairs, has_template=template) == expected
 
 
+def test_conversations_go_through_the_template_whatever_is_said_about_texts(tmp_path):
+    data = write(tmp_path / "pairs.jsonl", [{**row, "system": "Be brief."} for row in QUESTIONS])
+    text, lines = first(data, tiny_tokenizer("chatml"), text_rows="plain")
+    assert "<|im_start|>system" in text
+    line = "12 of 12 pairs are conversations: they go through the chat template, also with text_rows: plain"
+    assert any(line in one for one in lines)
+    assert not any("also with text_rows" in one for one in first(data, tiny_tokenizer("chatml"))[1])
+
+
 def test_a_named_file_of_questions_is_rendered_and_says_so(tmp_path):
     tokenizer = tiny_tokenizer("chatml")
     data = write(tmp_path / "pairs.jsonl", QUESTIONS)

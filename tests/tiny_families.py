@@ -158,8 +158,9 @@ def _tiny(kind: Any, changes: dict[str, Any]) -> Any:
     for name, value in known.items():
         if isinstance(value, PreTrainedConfig):
             settings[name] = _tiny(type(value), _OF_FAMILY.get(value.model_type, {}))
-    if known.get("is_decoder") is False:  # an encoder, unless it is told otherwise
-        settings["is_decoder"] = True
+    for name in ("is_decoder", "causal"):  # an encoder, unless it is told otherwise
+        if known.get(name) is False:
+            settings[name] = True
     settings |= changes
     if "layer_types" in known and "layer_types" not in settings:
         given = known["layer_types"] or []

@@ -50,6 +50,11 @@ _KEY = re.compile(r"""['"](\w+)\\?['"]\s*:""")
 _BETWEEN_OBJECTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s+\{""")
 
 
+def quoted(name: str) -> str:
+    """A column's name for people: in quotes where it is empty, as of pandas' index in CSV, or has blanks."""
+    return name if name and name == name.strip() else repr(name)
+
+
 class NamedRow(dict[str, Any]):
     """A row under our column names that notes which of the data's columns are read."""
 
@@ -115,9 +120,8 @@ class Columns:
         for ours, theirs in self.mapping.items():
             if any(_find(row, theirs) is not _MISSING for row in rows) or (may_lack and ours in present):
                 continue
-            raise DataError(
-                f"columns: {ours}: there is no column {theirs!r}; the data has {', '.join(present)}"
-            )
+            names = ", ".join(map(quoted, present))
+            raise DataError(f"columns: {ours}: there is no column {theirs!r}; the data has {names}")
         keys = {key for row in rows for key in _keys_inside(row)}
         for theirs, ours in self._keys.items():
             if theirs not in keys and not may_lack:

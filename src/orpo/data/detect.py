@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from orpo.data import pairwise, ranked
-from orpo.data.columns import NamedRow
+from orpo.data.columns import NamedRow, quoted
 from orpo.data.formats import FORMATS, Format
 from orpo.data.messages import BadRow, kind, type_name
 from orpo.data.verdicts import VERDICTS
@@ -98,7 +98,7 @@ def _known() -> str:
 def _no_format(rows: Sequence[NamedRow]) -> str:
     """What to say of rows in no known format: the columns that are there, and what to do about them."""
     row = rows[0]
-    columns = ", ".join(sorted(row.theirs(name) for name in row))
+    columns = ", ".join(sorted(quoted(row.theirs(name)) for name in row))
     hint = next((hint for hint in (find(row) for find in _HINTS) if hint), None)
     if hint is None:
         hint = (
@@ -193,6 +193,14 @@ def _no_prompt(row: NamedRow) -> str | None:
     return f"nothing says what chosen and rejected answer; set columns: {{prompt: {which}}}{listed}"
 
 
+def _blanks(row: NamedRow) -> str | None:
+    """Names known but for the blanks around them, as of a CSV header with a blank after each comma."""
+    known = ("prompt", "chosen", "rejected")
+    spaced = {name.strip(): name for name in map(row.theirs, row) if name != name.strip()}
+    found = ", ".join(f"{name}: {spaced[name]!r}" for name in known if name in spaced)
+    return f"blanks stand around names: take them out, or set columns: {{{found}}}" if found else None
+
+
 def _no_answers(row: NamedRow) -> str | None:
     if row.get("chosen") is None and row.get("rejected") is None:
         return None
@@ -201,5 +209,5 @@ def _no_answers(row: NamedRow) -> str | None:
 
 
 _HINTS: tuple[Callable[[NamedRow], str | None], ...] = (
-    _steps, _unranked, _unjudged, _nested, _wrong_type, _unpaired, _no_prompt, _no_answers,
+    _blanks, _steps, _unranked, _unjudged, _nested, _wrong_type, _unpaired, _no_prompt, _no_answers,
 )  # fmt: skip

@@ -23,7 +23,7 @@ from orpo.data.messages import (
     turns_of,
     with_system,
 )
-from orpo.data.questions import asked_in, instruction, is_transcript, transcript
+from orpo.data.questions import asked_in, check_asked, instruction, is_transcript, transcript
 from orpo.data.rows import ORIGIN, Row
 from orpo.data.sides import Sides, pair_up, part
 
@@ -90,13 +90,24 @@ def _read_conversational(row: Row) -> list[Sides]:
     prompt = row.get("prompt")
     if prompt is None:
         raise BadRow("prompt", "is missing")
-    if isinstance(prompt, str):
-        first = row.get("chosen")
-        whole = kind(first) == "messages" and turns_of(first, "chosen")[0]["role"] != "assistant"
-        turns: Turns = [] if whole else [{"role": "user", "content": prompt}]
-    else:
-        turns = turns_of(prompt, "prompt")
-    return _conversations(row, turns)
+    if not isinstance(prompt, str):
+        return _conversations(row, turns_of(prompt, "prompt"))
+    rejected = alternatives(row.get("rejected"), "rejected")
+    sides = [("chosen", row.get("chosen")), *(("rejected", answer) for answer in rejected)]
+    whole = [(field, turns) for field, side in sides if (turns := _whole(side, field))]
+    for field, turns in whole:
+        check_asked(prompt, turns, field, _UNASKED)
+    is_whole = any(field == "chosen" for field, _ in whole)
+    return _conversations(row, [] if is_whole else [{"role": "user", "content": prompt}])
+
+
+_UNASKED = "fix the row or set data_format: conversational_implicit, which reads no prompt column,"
+
+
+def _whole(side: object, field: str) -> Turns | None:
+    """The turns of a side that is a whole conversation; None of an answer alone."""
+    turns = turns_of(side, field) if kind(side) == "messages" else None
+    return turns if turns and turns[0]["role"] != "assistant" else None
 
 
 def _is_conversational_implicit(row: Row) -> bool:
@@ -124,8 +135,14 @@ def _is_hh(row: Row) -> bool:
 
 def _read_hh(row: Row) -> list[Sides]:
     def whole(field: str, answer: str) -> Turns:
+        return with_system(row, said(field, answer))
+
+    def said(field: str, answer: str) -> Turns:
         if row.get("prompt") is None or is_transcript(answer):
-            return transcript(answer, field)
+            turns = transcript(answer, field)
+            if row.get("prompt") is not None:
+                check_asked(text_of(row, "prompt"), turns, field)
+            return turns
         return [*asked_in(text_of(row, "prompt")), {"role": "assistant", "content": answer.strip()}]
 
     text, others = _sides(row)
@@ -137,13 +154,16 @@ def _read_hh(row: Row) -> list[Sides]:
 
 def _is_instruction(row: Row) -> bool:
     if row.get("prompt") is not None:
-        earlier = row.get("system") is not None or (isinstance(row.get("history"), list) and row["history"])
-        return _has_texts(row, "prompt", "chosen") and bool(earlier)
+        return _has_texts(row, "prompt", "chosen") and (row.get("system") is not None or _has_exchanges(row))
     if not _has_texts(row, "instruction"):
         return False
     if kind(row.get("output")) == "texts" and row.get("chosen") is None:
         return not ranked.unknown_numbers(row, ranked.answer_list(row))
     return _has_texts(row, "chosen") or _has_texts(row, "output")
+
+
+def _has_exchanges(row: Row) -> bool:
+    return isinstance(row.get("history"), list) and bool(row["history"])
 
 
 def _read_instruction(row: Row) -> list[Sides]:
@@ -305,6 +325,27 @@ def _is_standard(row: Row) -> bool:
 
 
 def _read_standard(row: Row) -> list[Sides]:
+    for name, is_there in (("system", bool(row.get("system"))), ("history", _has_exchanges(row))):
+        if is_there:
+            raise BadRow(
+                name,
+                "would be left out: the rows that tell the format are texts without it",
+                "set data_format: instruction",
+            )
+    for name in ("prompt", *_SIDE_NAMES):
+        if isinstance(row.get(name), str) and is_transcript(row[name]):
+            raise BadRow(
+                name,
+                "is a transcript with 'Human:' and 'Assistant:', unlike the rows that tell the format",
+                "write it as they are, or set data_format: standard to take it as it is,",
+            )
+    return _read_as_standard(row)
+
+
+_SIDE_NAMES = ("chosen", "rejected")
+
+
+def _read_as_standard(row: Row) -> list[Sides]:
     prompt = text_of(row, "prompt")
     chosen, others = _sides(row)
     if not others:
@@ -440,5 +481,8 @@ FORMATS = (
         "prompt, chosen and rejected are texts",
         _is_standard,
         _read_standard,
+        # What stands in front of a few prompts must not be left out; the others have nothing there.
+        yields_to="instruction",
+        named=Format("standard", "as data_format says", _is_standard, _read_as_standard),
     ),
 )

@@ -174,10 +174,14 @@ def alternatives(value: object, field: str) -> list[Any]:
 
 
 def with_system(row: Row, turns: Turns) -> Turns:
-    """The turns with the row's `system` column in front, unless they begin with a system turn."""
+    """The turns with the row's `system` column in front, unless they begin with the same system turn."""
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise BadRow("system", f"is {type_name(system)}; expected text")
-    if not system or (turns and turns[0]["role"] == "system"):
+    if not system:
+        return turns
+    if turns and turns[0]["role"] == "system":
+        if system.split() != turns[0]["content"].split():
+            raise BadRow("system", "is another text than the system turn", "keep one of them")
         return turns
     return [{"role": "system", "content": system}, *turns]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from orpo.data.messages import BadRow, Turns, Untrainable, kind, number_of, turns_of
+from orpo.data.messages import BadRow, Turns, Untrainable, kind, number_of, turns_of, with_system
 from orpo.data.questions import question
 from orpo.data.rows import Row
 from orpo.data.sides import Sides, part
@@ -251,9 +251,9 @@ def _conversations(row: Row, duel: Duel) -> tuple[Turns, Turns]:
     if all(kind(answer) == "messages" for answer in answers):
         whole = [turns_of(answer, name) for answer, name in zip(answers, duel[:2], strict=True)]
         if all(turns and turns[0]["role"] != "assistant" for turns in whole):
-            return _judged(row, whole[0]), _judged(row, whole[1])
+            return with_system(row, _judged(row, whole[0])), with_system(row, _judged(row, whole[1]))
     if (listed := _listed_turns(row, answers)) is not None:
-        return listed
+        return with_system(row, listed[0]), with_system(row, listed[1])
     history = question(row)
     first, second = (history + turns_of(row[name], name) for name in duel[:2])
     return first, second

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orpo.data import turn_markers
-from orpo.data.columns import Columns, NamedRow
+from orpo.data import ranked, turn_markers
+from orpo.data.columns import Columns, NamedRow, quoted
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
 from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
-from orpo.data.rows import ORIGIN, RawRow, read_rows
+from orpo.data.rows import ORIGIN, RawRow, nothing_readable, read_rows
 from orpo.data.stages import EVERY, report
-from orpo.data.verdicts import contradiction, side_scores, unpaired_reason
+from orpo.data.verdicts import contradiction, marked_turn, side_scores, unpaired_reason
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
@@ -114,6 +114,10 @@ def read_preferences(
             )
             pairs = taken
         result.pairs.extend(pairs)
+    weights = {name: weight for name, (_, weight) in sources.items() if weight is not None}
+    if weights and not result.pairs and result.counts.kept > 0:
+        listed = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items())
+        raise DataError(f"the weights leave no pair to train on ({listed}); raise one of them")
     result.counts.check(max_dropped)
     return result
 
@@ -133,8 +137,7 @@ def _reported(reading: _Reading, name: str, data: Any, first: int | None) -> Ite
 
 def _notices(name: str, reading: _Reading) -> list[str]:
     lines = [f"{name}: format {reading.detected.name} ({reading.detected.reason})"]
-    # The index that pandas writes to CSV is a column without a name.
-    if unused := [column if column.strip() else repr(column) for column in reading.columns.unused]:
+    if unused := [quoted(column) for column in reading.columns.unused]:
         lines.append(f"{name}: columns not used: {', '.join(unused)}")
     for words, number in reading.contradictions.items():
         lines.append(f"{name}: {number} of {reading.counts.total} rows train although {words}")
@@ -243,13 +246,16 @@ class _Reading:
             for pair in pairs:
                 reason = cannot_train(pair) or self._cannot_use_alone(pair, named_row)
                 if reason is None:
-                    self.contradictions.update(filter(None, [contradiction(named_row)]))
+                    said = (contradiction(named_row), self._other_best(named_row), marked_turn(pair))
+                    self.contradictions.update(filter(None, said))
                     yield pair
                 else:
                     self.counts.drop(reason, pair.source)
 
     def _detect(self, head: Sequence[RawRow]) -> Detected:
         parsed = [row for row in head if not isinstance(row.data, DataError)]
+        if head and not parsed:
+            raise nothing_readable(head)
         self.columns.check(
             (row.data for row in parsed if isinstance(row.data, dict)), may_lack=self._one_of_several
         )
@@ -282,6 +288,9 @@ class _Reading:
         for pair in pairs:
             _check_texts(pair)
         return row, pairs
+
+    def _other_best(self, row: NamedRow) -> str | None:
+        return ranked.other_best(row) if self.detected.name == "ranked" else None
 
     def _cannot_use_alone(self, pair: PreferencePair, row: NamedRow) -> str | None:
         """Why a row without a rejected answer does not train; None where it does."""

@@ -7,7 +7,7 @@ this; formats with whole conversations need it no more than for the prompt.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from orpo.data.messages import BadRow, Turns, kind, text_of, turns_of, type_name, with_system
 from orpo.data.rows import Row
@@ -42,6 +42,24 @@ def asked_in(text: str) -> Turns:
     """A transcript up to the answer that is asked for."""
     turns = transcript(text, "prompt")
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def check_asked(prompt: str, conversation: Turns, field: str, remedy: str = "fix the row") -> None:
+    """Check that a conversation asks, before its last answer, what a prompt next to it asks.
+
+    Raises:
+        BadRow: Words of the prompt would be lost.
+    """
+    pieces = _transcript_pieces(prompt)
+    asked = [prompt] if len(pieces) < 3 or pieces[0].strip() else pieces[2::2]
+    if "".join(asked).strip() and _words(asked) not in _words(
+        [turn["content"] for turn in conversation[:-1]]
+    ):
+        raise BadRow(field, "begins with another question than the prompt", remedy)
+
+
+def _words(texts: Iterable[str]) -> str:
+    return f" {' '.join(word for text in texts for word in text.split())} "
 
 
 def _turns(pieces: list[str]) -> Turns:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from orpo.data.columns import NamedRow
 from orpo.data.messages import BadRow, kind, number_of
 from orpo.data.questions import question
 from orpo.data.rows import Row
@@ -174,6 +175,24 @@ def ranking(row: Row, answers: Sequence[Any]) -> Ranking | None:
         name, best = index
         return Ranking(name, [float(i == best) for i in range(len(answers))])
     return _by_last_word(row, candidates, len(answers))
+
+
+def other_best(row: NamedRow) -> str | None:
+    """Which numbers say that another answer is the best; None where none do, or `columns` maps scores."""
+    answers = answer_list(row)
+    found = None if row.theirs("scores") != "scores" else ranking(row, answers)
+    if found is None:
+        return None
+    for name, values in _candidates(row, answers):
+        numbers = [number for value in values if (number := number_of(value)) is not None]
+        sign = MEANINGS.get(_bare(name))
+        if sign is None or len(numbers) != len(answers):
+            continue
+        signed = [sign * number for number in numbers]
+        best = [value == max(found.values) for value in found.values]
+        if not any(here and value == max(signed) for here, value in zip(best, signed, strict=True)):
+            return f"{name} says that another answer is the best than {found.name} does, which decides"
+    return None
 
 
 def unknown_numbers(row: Row, answers: Sequence[Any]) -> list[str]:

@@ -9,6 +9,7 @@ them into tokens and checks that they hold there too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
@@ -33,6 +34,8 @@ from orpo.errors import ConfigError, ModelError, first_line
 from orpo.pairs import Message, PreferencePair
 
 _MARKER = "ORPO turn marker"
+_FIRST = re.compile(r"\s*(?:<[^<>\s]+>|\[[^\[\]\s]+\]|\S+)")
+"""The first tag or word of a header."""
 _NO_BOUNDARY = (
     "no boundary: the chat template writes the prompt differently once it is answered; "
     "give another chat_template"
@@ -384,6 +387,8 @@ class _PairRenderer:
         bare = self._try_turns(before, ask=False) or head
         start = settled(asked, bare)
         own = start if head.startswith(asked[:start]) else _found_again(asked[:start], head)
+        if own is not None:
+            own += _counterpart(asked[start:], head[own:])
         self._known[asked] = _Headers(asked, start, head, own)
         return self._known[asked]
 
@@ -394,6 +399,8 @@ class _PairRenderer:
             rest = full[len(headers.head) :]
             # Inference shows something else in place of words or an empty block in front of an answer.
             lead = own if not extra or (begins_with_tag(own) and not opens_the_same(own, extra)) else ""
+            if extra.strip() and extra.strip() in lead:
+                raise Dropped(_NO_BOUNDARY)
         elif headers.own is not None and full.startswith(headers.head[: headers.own + headers.common]):
             lead, rest = "", full[headers.own + headers.common :]
         else:
@@ -461,6 +468,18 @@ class _PairRenderer:
         if not ends:
             raise Dropped("no boundary: the sides share no whole message once rendered")
         return ends
+
+
+def _counterpart(shown: str, written: str) -> int:
+    """Where the header shown begins in the one written: behind what closes the question once it is answered.
+
+    Templates that write something between turns alone (`{% if not loop.last %}`) close a question only then.
+    """
+    first = _FIRST.match(shown)
+    if first is None or written.startswith(first[0]):
+        return 0
+    places = [match.start() for match in re.finditer(re.escape(first[0]), written)]
+    return max(places, key=lambda place: settled(shown, written[place:]), default=0)
 
 
 def _found_again(text: str, other: str) -> int | None:

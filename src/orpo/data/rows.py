@@ -15,6 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -231,7 +232,49 @@ def _file_rows(path: Path) -> Iterator[RawRow]:
         yield from read(path)
 
 
+# How files begin that are no text in UTF-8, and what to say of them; UTF-32 begins like UTF-16.
+_FOREIGN_FILES = (
+    (b"\x1f\x8b", "is compressed by gzip; name it {name}.gz"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it"),
+    (b"\xfd7zXZ\x00", "is compressed by xz; unpack it"),
+    (b"\xff\xfe\x00\x00", "is UTF-32, not UTF-8; save the file as UTF-8"),
+    (b"\x00\x00\xfe\xff", "is UTF-32, not UTF-8; save the file as UTF-8"),
+    (b"\xff\xfe", "is UTF-16, not UTF-8; save the file as UTF-8"),
+    (b"\xfe\xff", "is UTF-16, not UTF-8; save the file as UTF-8"),
+)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a file of which no line is text."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        beginning: bytes = file.read(8)
+    found = next((what for sign, what in _FOREIGN_FILES if beginning.startswith(sign)), None)
+    if found is None and b"\0" in beginning:
+        found = "holds zero bytes, as UTF-16 and UTF-32 do; save the file as UTF-8"
+    if found is not None:
+        raise DataError(f"{path.name}: {found.format(name=path.name)}")
+
+
+def nothing_readable(bad: Sequence[RawRow]) -> DataError:
+    """What to say of rows of which none can be parsed; `bad` are the first of them, at least one."""
+    first = bad[0]
+    others = f" (none of the first {len(bad)} rows can be read)" if len(bad) > 1 else ""
+    suffix = Path(first.source.rpartition(":")[0].removesuffix(".gz")).suffix.lower()
+    advice = f"; {_LAYOUTS[suffix]}" if suffix in _LAYOUTS else ""
+    return DataError(f"{first.source}: {first.data}{others}{advice}")
+
+
+_ONE_A_LINE = "write one JSON object a line, or name a file with one array of them .json"
+_LAYOUTS = {
+    ".jsonl": _ONE_A_LINE,
+    ".ndjson": _ONE_A_LINE,
+    ".json": "write one JSON array of the rows, or one object a line",
+}
+
+
 def _open(path: Path) -> IO[str]:
+    _refuse_foreign(path)
     # A byte that is not UTF-8 becomes half a character: its row is malformed, and its neighbours survive.
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -260,9 +303,24 @@ def _parse_json(text: str, source: str) -> RawRow:
     if (foreign := _not_utf8(text)) is not None:
         return RawRow(foreign, source)
     try:
-        return _as_row(json.loads(text), source)
+        return _as_row(json.loads(text, object_pairs_hook=_object), source)
+    except _KeyTwice as error:
+        return RawRow(DataError(str(error)), source)
     except (ValueError, RecursionError) as error:
         return RawRow(DataError(f"is not JSON ({first_line(error)})"), source)
+
+
+class _KeyTwice(Exception):  # noqa: N818 - a verdict on an object
+    """An object names a key twice, and only one of its values could be taken."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _KeyTwice(f"has the key {twice!r} twice in one object; keep one of them")
+    return found
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
@@ -274,7 +332,13 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         if (foreign := _not_utf8(text)) is not None and "\n" not in text.strip():
             raise DataError(f"{path.name}: {foreign}")
         try:
-            loaded = json.loads(text)
+            loaded = json.loads(text, object_pairs_hook=_object)
+        except _KeyTwice as error:
+            with suppress(json.JSONDecodeError):  # a line of several
+                json.loads(text)
+                raise DataError(f"{path.name}: {error}") from None
+            yield from _read_jsonl(path)
+            return
         except json.JSONDecodeError:
             yield from _read_jsonl(path)
             return
@@ -294,7 +358,7 @@ def _read_json(path: Path) -> Iterator[RawRow]:
 
 
 def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
-    decoder = json.JSONDecoder()
+    decoder, lenient = json.JSONDecoder(object_pairs_hook=_object), json.JSONDecoder()
     line, counted = 1, 0
     while True:
         while position < len(text) and text[position] in " \t\r\n,":
@@ -307,12 +371,16 @@ def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
                 raise DataError(f"{name}:{line}: something follows the JSON array; fix the file")
             return
         began = position
+        twice: DataError | None = None
         try:
             row, position = decoder.raw_decode(text, position)
+        except _KeyTwice as error:
+            twice = DataError(str(error))
+            row, position = lenient.raw_decode(text, position)
         except json.JSONDecodeError as error:
             # Where a broken row of an array ends is unknown, so the rest cannot be read: no skipping here.
             raise DataError(f"{name}:{error.lineno}: is not JSON ({error.msg}); fix the file") from error
-        foreign = _not_utf8(text[began:position])
+        foreign = _not_utf8(text[began:position]) or twice
         yield _as_row(row, f"{name}:{line}") if foreign is None else RawRow(foreign, f"{name}:{line}")
 
 

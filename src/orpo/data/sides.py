@@ -69,6 +69,8 @@ def _joined(history: Turns, turns: Turns, field: str) -> Turns:
             return [*(system or own_system), *said[:start], *asked, *said[end:]]
     if asked[-1]["role"] == "assistant":
         return [*(system or own_system), *asked, *said]
+    if not any(turn["role"] == "assistant" for turn in said):
+        raise BadRow(field, "has no turn of the assistant, and so no answer")
     raise BadRow(field, "begins with another question than the prompt")
 
 

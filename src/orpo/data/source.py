@@ -29,7 +29,15 @@ from orpo.data.preferences import (
 from orpo.data.rows import splits_of
 from orpo.data.splits import evaluation_split
 from orpo.data.templates import prepare_template
-from orpo.data.text_rows import LINES, RENDERED, RENDERED_AGAIN, are_rendered, as_conversations, decide
+from orpo.data.text_rows import (
+    LINES,
+    RENDERED,
+    RENDERED_AGAIN,
+    THROUGH_TEMPLATE,
+    are_rendered,
+    as_conversations,
+    decide,
+)
 from orpo.data.tokenize import PairTokenizer, stream_tokenized
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair, TokenizedPair
@@ -310,6 +318,10 @@ class _Reading:
             raise _of_set(name, error) from None
         if self.tokenizer is None:
             return read
+        if self.settings.text_rows == "plain" and (
+            conversations := sum(not pair.is_text for pair in read.pairs)
+        ):
+            read.notices.append(f"{conversations} of {len(read)} pairs are conversations: {THROUGH_TEMPLATE}")
         has_template = bool(self.settings.chat_template or self.tokenizer.chat_template)
         decided = decide(read.pairs, has_template=has_template and _is_name(data))
         if decided is None:

@@ -69,3 +69,4 @@ RENDERED_AGAIN = (
     "the texts went through a chat template already, and text_rows: chat would write them through one again; "
     "give the rows as they were before, or set text_rows: plain"
 )
+THROUGH_TEMPLATE = "they go through the chat template, also with text_rows: plain"

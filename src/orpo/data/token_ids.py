@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,21 @@ def check_token_ids(pairs: TokenizedDataset, number: int, tokenizer: Any) -> Non
 def checked_token_ids(pairs: Iterable[TokenizedPair], number: int, tokenizer: Any) -> Iterator[TokenizedPair]:
     """The pairs of a stream, checked one by one; arguments and errors as for `check_token_ids`."""
     for pair in pairs:
-        largest = max((*pair.prompt, *pair.chosen, *pair.rejected), default=0)
-        if largest >= number:
-            raise _no_embedding(largest, pair.source, number, tokenizer)
+        check_ids([*pair.prompt, *pair.chosen, *pair.rejected], number, tokenizer, pair.source)
         yield pair
+
+
+def check_ids(ids: Sequence[int], number: int, tokenizer: Any, source: str) -> None:
+    """Check the tokens of one text; arguments and errors as for `check_token_ids`.
+
+    Args:
+        ids: The tokens.
+        number: As for `check_token_ids`; 0 where nobody can tell, and all are taken.
+        tokenizer: That made the tokens.
+        source: Where the text is from.
+    """
+    if number and (largest := max(ids, default=0)) >= number:
+        raise _no_embedding(largest, source, number, tokenizer)
 
 
 def _no_embedding(token: int, source: str, number: int, tokenizer: Any) -> ModelError:

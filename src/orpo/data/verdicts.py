@@ -1,13 +1,14 @@
 """What further columns say of the answers: of one without a counterpart, and of a pair.
 
 A single answer with a verdict, as in KTO, must not train as a good one where it is bad. Scores of chosen and
-rejected that say the opposite are counted and printed.
+rejected that say the opposite are counted and printed, and so are turns that are marked as not to be trained.
 """
 
 from __future__ import annotations
 
 from orpo.data.columns import NamedRow
 from orpo.data.messages import number_of
+from orpo.pairs import PreferencePair
 
 VERDICTS = (
     "label", "labels", "kto_tag", "desirable", "is_desirable", "reward", "rewards", "score", "scores",
@@ -103,4 +104,19 @@ def contradiction(row: NamedRow) -> str | None:
             return f"{chosen} is not above {rejected}"
     if str(dict.get(row, "status")).lower() in ("tie", "tied"):
         return f"status is {dict.get(row, 'status')}"
+    return None
+
+
+_UNTRAINED = (("weight", 0), ("train", False), ("training", False), ("loss", False))
+"""Keys by which other trainers leave a turn out of the loss, and the value that does."""
+
+
+def marked_turn(pair: PreferencePair) -> str | None:
+    """Which key of an answer or an earlier one says that it is not to be trained; None where none does."""
+    sides = (side for side in (pair.prompt, pair.chosen, pair.rejected) if isinstance(side, list))
+    for turn in (turn for side in sides for turn in side):
+        if len(turn) > 2 and turn["role"] == "assistant":
+            for key, value in _UNTRAINED:
+                if turn.get(key) == value:
+                    return f"a turn says {key}: {str(turn[key]).lower()}, which is not read"
     return None

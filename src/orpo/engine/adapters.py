@@ -217,24 +217,23 @@ def train_in_float32(model: Any) -> Any:
     for module in model.modules():
         copies = getattr(module, "modules_to_save", None)
         for trained in copies.values() if isinstance(copies, nn.ModuleDict) else ():
-            half = {w.dtype for w in trained.parameters() if w.requires_grad and w.dtype in HALF}
-            if half:
+            if any(w.requires_grad and w.dtype in HALF for w in trained.parameters()):
                 trained.float()
-                _between(trained, half.pop())
+                _between(trained, next(module.original_module.parameters()))
     for weight in model.parameters():
         if weight.requires_grad and weight.dtype in HALF:
             weight.data = weight.data.float()
     return model
 
 
-def _between(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a float32 module take and give tensors of another precision."""
+def _between(module: nn.Module, replaced: nn.Parameter) -> None:
+    """Let a float32 module take and give tensors of the precision that the weight it replaces has by then."""
 
     def widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(_cast(value, torch.float32) for value in inputs)
 
     def narrow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        return _cast(output, dtype)
+        return _cast(output, replaced.dtype)
 
     module.register_forward_pre_hook(widen)
     module.register_forward_hook(narrow)

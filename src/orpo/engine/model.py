@@ -86,7 +86,7 @@ def prepare_model(
         scorer.logit_scale, scorer.has_transform = found.logit_scale, found.has_transform
         scorer.router_loss = router_loss_of(inner) if found.router_loss else None
         return found
-    notices = measure(model, scorer)
+    notices = measure(model, scorer, longest)
     candidates: list[LayoutName] = [layout] if layout else ["shared", "packed", "padded"]
     problems: list[str] = []
     for candidate in candidates:

@@ -13,15 +13,18 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from orpo.engine.lengths import reset_dynamic_rope, turning_points
 from orpo.engine.logits import plain_logprobs
+from orpo.engine.masks import untold_limits
+from orpo.engine.memory import free_memory
 from orpo.engine.objective import log_odds
 from orpo.engine.packing import PackedBatch, Role, pack
 from orpo.engine.router import checked_router_loss
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
-from orpo.engine.vocabulary import is_transformed, measured_scale, reading
+from orpo.engine.vocabulary import are_bent, factor_between, is_transformed, measured_scale, reading
 from orpo.errors import ModelError, first_line
 from orpo.pairs import TokenizedPair
 from orpo.settings.config import LayoutName, Objective
@@ -29,6 +32,8 @@ from orpo.settings.config import LayoutName, Objective
 PROBE_OBJECTIVE = Objective(preference_weight=1.0)
 MAX_PROBE_LENGTH = 512
 """Windows, chunks and switches up to this length are exceeded by the probe's first pair."""
+LARGE_LOGIT = 200.0
+"""Larger than any bound on logits that is in use."""
 
 FAILURES = (
     RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError,
@@ -43,13 +48,13 @@ def layout_problem(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str 
     Full precision is sharp enough to tell a wrong layout from rounding. It goes by segments; a kernel for
     whole micro-batches is tried in the precision of training, and has its own test (attention.py).
     """
-    kind = next(model.parameters()).device.type
+    device = next(model.parameters()).device
     try:
         with _probing(model, scorer):
             problem = _leak(model, scorer, layout)
-            if problem is None and torch.is_autocast_enabled(kind) and _has_full_precision(model):
-                with torch.autocast(kind, enabled=False):
-                    problem = _difference(model, scorer, layout)
+            if problem is None and not _is_precise(model, device):
+                with _full_precision(model, device) as there_is:
+                    problem = _difference(model, scorer, layout) if there_is else None
             return problem or _difference(model, scorer, layout)
     except NotOnTheInterfaceError as error:
         return str(error)
@@ -73,15 +78,20 @@ def _probing(model: nn.Module, scorer: Scorer) -> Iterator[None]:
         scorer.router_loss = before[1]
 
 
-def measure(model: nn.Module, scorer: Scorer) -> list[str]:
-    """Find out by the plain model what is done to hidden states and logits, and the router loss.
+def measure(model: nn.Module, scorer: Scorer, longest: int | None = None) -> list[str]:
+    """Find out by the plain model what is done to hidden states and logits, its masks and its router loss.
+
+    Args:
+        model: As it will be called.
+        scorer: Of it; what is found is noted there.
+        longest: Longest side there will be, in tokens; None: any.
 
     Returns:
         Lines to print.
 
     Raises:
-        ModelError: The model is not causal, or the router loss that its configuration asks for cannot be
-            computed.
+        ModelError: The model is not causal, bends its logits in a way that we do not know, or the router loss
+            that its configuration asks for cannot be computed.
     """
     inner, device = scorer.model, next(model.parameters()).device
     ids = torch.tensor([_pairs(inner)[0].prompt], device=device)
@@ -97,6 +107,8 @@ def measure(model: nn.Module, scorer: Scorer) -> list[str]:
             scorer.has_transform, hidden = True, found.entering
         flat_ND = hidden.flatten(0, 1)
         scorer.logit_scale = measured_scale(inner, logits.flatten(0, 1), flat_ND, is_precise)
+        _check_logits(scorer, ids, is_precise)
+        scorer.untold = untold_limits(scorer.configs, scorer.plain_forward, ids, longest)
         scorer.router_loss, notices = checked_router_loss(inner, scorer.plain_forward, ids)
         return notices
     except (torch.OutOfMemoryError, ModelError):
@@ -135,12 +147,36 @@ def _check_causal(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
             (slope,) = torch.autograd.grad(logits.square().sum(), found, allow_unused=True)
         if slope is None or not slope[:, half:].any():
             return
-    encodes = getattr(model.config, "is_decoder", True) is False
-    why = ", `is_decoder` being false in its configuration" if encodes else ""
+    encodes = [name for name in ("is_decoder", "causal") if getattr(model.config, name, True) is False]
+    why = f", `{encodes[0]}` being false in its configuration" if encodes else ""
     raise ModelError(
         f"{type(model).__name__} is no causal language model: what it says of a token depends on the tokens "
         f"after it{why}"
     )
+
+
+@torch.no_grad()
+def _check_logits(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
+    """Large logits show what small ones, those of a new model, do not: a bound that no setting tells.
+
+    Raises:
+        ModelError: There is one.
+    """
+    model, head = scorer.model, scorer.model.get_output_embeddings()
+    with reading(scorer.backbone, head) as found:
+        logits = scorer.plain_forward(input_ids=ids_BN, use_cache=False).logits
+    if found.product is None:
+        return
+    scale = factor_between(model, logits, found.product)
+    enlarged = LARGE_LOGIT / float((scale * found.product).abs().max().clamp_min(1e-30))
+    with reading(scorer.backbone, head, enlarged) as found:
+        logits = scorer.plain_forward(input_ids=ids_BN, use_cache=False).logits
+    assert found.product is not None
+    if are_bent(model, logits, enlarged * scale * found.product, is_precise):
+        raise ModelError(
+            f"{type(model).__name__} bends its logits, and no factor or soft cap that its configuration tells"
+            " explains how; its loss cannot be computed here"
+        )
 
 
 # ---------------------------------------------------------------------------------------- neighbours
@@ -250,6 +286,31 @@ def _has_full_precision(model: nn.Module) -> bool:
     return all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
 
 
+@contextmanager
+def _full_precision(model: nn.Module, device: torch.device) -> Iterator[bool]:
+    """The model in float32, without autocast, where its weights can be had so; gives whether they can.
+
+    Weights of half precision become float32 one after the other, and what they were again: no bit changes.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    half = [each for each in tensors if each.dtype in (torch.bfloat16, torch.float16)]
+    floats = all(each.dtype.itemsize >= 2 for each in tensors if each.is_floating_point())
+    whole = not any(isinstance(each, DTensor) or hasattr(each, "ds_tensor") for each in tensors)
+    quantized = any(getattr(module, "is_quantized", False) for module in model.modules())
+    if not floats or not whole or quantized or sum(each.nbytes for each in half) > free_memory(device) / 2:
+        yield False
+        return
+    dtypes = [each.dtype for each in half]
+    try:
+        for each in half:
+            each.data = each.data.float()
+        with torch.autocast(device.type, enabled=False):
+            yield True
+    finally:
+        for each, dtype in zip(half, dtypes, strict=True):
+            each.data = each.data.to(dtype)
+
+
 def _is_precise(model: nn.Module, device: torch.device) -> bool:
     """Whether rounding is that of float32: no half precision, no TF32."""
     if torch.is_autocast_enabled(device.type) or not _has_full_precision(model):
@@ -265,20 +326,23 @@ def _difference(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | N
     points = turning_points(scorer.model.config.get_text_config())
     longest = scorer.longest or 2 * MAX_PROBE_LENGTH
     pairs = _pairs(scorer.model, [point for point in points if point < longest], longest)
-    weights = _probe_weights(model, scorer.model)
     device = next(model.parameters()).device
+    precise = _is_precise(model, device)
+    weights = _probe_weights(model, scorer.model, precise)
     ours = model(batch=pack(pairs, PROBE_OBJECTIVE, layout=layout).to(device)).loss
     ours_grads = torch.autograd.grad(ours, weights, materialize_grads=True) if weights else ()
     plain = _plain_loss(model, scorer, pairs, device)
     plain_grads = torch.autograd.grad(plain, weights, materialize_grads=True) if weights else ()
-    loss_limit, grad_limit = (2e-5, 1e-3) if _is_precise(model, device) else (2e-2, 0.2)
+    loss_limit, grad_limit = (2e-5, 1e-3) if precise else (2e-2, 0.2)
     difference = abs(ours.item() - plain.item()) / max(abs(plain.item()), 1e-12)
     if not difference <= loss_limit:
         return f"loss {ours.item():.6f} instead of {plain.item():.6f}"
     floor = 1e-2 * max(
-        (grad.norm().item() for grad in plain_grads), default=0.0
+        (grad.norm().item() for grad in plain_grads if grad.isfinite().all()), default=0.0
     )  # a bias of keys has no gradient but rounding
     for mine, theirs in zip(ours_grads, plain_grads, strict=True):
+        if not theirs.isfinite().all():
+            continue  # training stops there, and says it better
         difference = (mine - theirs).float().norm().item() / max(theirs.float().norm().item(), floor, 1e-12)
         if not difference <= grad_limit:
             return f"a gradient differs by {difference:.1e} of its norm"
@@ -288,21 +352,40 @@ def _difference(model: nn.Module, scorer: Scorer, layout: LayoutName) -> str | N
 def _pairs(
     model: PreTrainedModel, beyond: Sequence[int] = (), longest: int = 2 * MAX_PROBE_LENGTH
 ) -> list[TokenizedPair]:
-    """Two pairs, the first longer than those of the lengths `beyond` that a probe can afford."""
-    generator = torch.Generator().manual_seed(0)
+    """Two pairs, the first longer than those of the lengths `beyond` that a probe can afford.
 
-    def ids(length: int) -> list[int]:
-        size = model.config.get_text_config().vocab_size
-        return torch.randint(1, size, (length,), generator=generator).tolist()
+    They begin and end as texts do: a model may do something of its own where a text or a turn ends.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config()
+    begin = _ids(getattr(config, "bos_token_id", None), config.vocab_size)
+    ends = _ids(getattr(config, "eos_token_id", None), config.vocab_size)
+
+    def ids(length: int, *, ends_turn: bool = True) -> list[int]:
+        drawn: list[int] = torch.randint(1, config.vocab_size, (length,), generator=generator).tolist()
+        return [*drawn[:-1], ends[-1]] if ends and ends_turn else drawn
 
     prompt = 9 + max((length for length in beyond if length <= MAX_PROBE_LENGTH), default=0)
     prompt = max(9, min(prompt, longest - 7))
-    return [TokenizedPair(ids(prompt), ids(7), ids(5)), TokenizedPair(ids(3), ids(4), ids(6))]
+    first = [*begin, *ids(prompt, ends_turn=False)][:prompt]
+    first[prompt // 2 : prompt // 2 + 1] = ends[:1] or first[prompt // 2 : prompt // 2 + 1]
+    return [TokenizedPair(first, ids(7), ids(5)), TokenizedPair(ids(3), ids(4), ids(6))]
 
 
-def _probe_weights(model: nn.Module, inner: PreTrainedModel) -> list[nn.Parameter]:
-    """A few trained weights near the input, whose gradients have passed everything above, and the head's."""
+def _ids(given: int | Sequence[int] | None, size: int) -> list[int]:
+    """Special tokens that the vocabulary has."""
+    listed = [given] if isinstance(given, int) else [*(given or ())]
+    return [id for id in listed if 0 <= id < size]
+
+
+def _probe_weights(model: nn.Module, inner: PreTrainedModel, precise: bool) -> list[nn.Parameter]:
+    """Weights whose gradients are compared: all that are trained, or, where rounding would show, a few.
+
+    These are near the input, so that their gradients have passed everything above, and the head's.
+    """
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    if precise:
+        return [weight for _, weight in trained]
     inside = [
         weight for name, weight in trained if "embed" not in name and "wte" not in name and "wpe" not in name
     ]

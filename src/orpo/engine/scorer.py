@@ -20,6 +20,7 @@ from transformers.utils.generic import ModelOutput
 from orpo.engine.attention import attend
 from orpo.engine.head import Denominators, PairScores, score_batch
 from orpo.engine.lengths import mask_chunk, mask_window, may_share, pass_limits, reset_dynamic_rope
+from orpo.engine.masks import Limit
 from orpo.engine.packing import SHARE_FROM, PackedBatch
 from orpo.engine.passes import Pass, split_passes
 from orpo.engine.router import RouterLoss
@@ -113,6 +114,7 @@ class Scorer:
         self.limits = pass_limits(model.config.get_text_config())
         self.longest: int | None = None
         self.attention = SEGMENTS
+        self.untold: list[Limit] = []
 
     @property
     def share_from(self) -> int | None:
@@ -183,7 +185,7 @@ class Scorer:
         """
         if not self.has_transform:
             return self.backbone(input_ids_BN, **inputs)
-        with reading(self.backbone, self.model.get_output_embeddings(), multiply=False) as found:
+        with reading(self.backbone, self.model.get_output_embeddings(), None) as found:
             self.plain_forward(input_ids=input_ids_BN, **inputs)
         output = found.output
         output.last_hidden_state = found.entering
@@ -271,6 +273,7 @@ class Scorer:
             yield "sliding window", window
         if chunk is not None:
             yield "attention in chunks", chunk
+        yield from self.untold
 
     def _router_loss(
         self, outputs: list[Any], passes: list[Pass], batch: PackedBatch, denominators: Denominators

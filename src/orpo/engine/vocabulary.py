@@ -41,20 +41,23 @@ class Reading:
     Attributes:
         output: What the backbone returned.
         entering: Hidden states that met the vocabulary matrix; None where its module was not called.
+        product: Of these and the matrix, with its bias.
     """
 
     output: Any = None
     entering: Tensor | None = None
+    product: Tensor | None = None
 
 
 @contextmanager
-def reading(backbone: nn.Module, projection: Any, *, multiply: bool = True) -> Iterator[Reading]:
+def reading(backbone: nn.Module, projection: Any, factor: float | None = 1.0) -> Iterator[Reading]:
     """Keep what the backbone returns and what the vocabulary matrix reads.
 
     Args:
         backbone: Of the model.
         projection: Its output embeddings.
-        multiply: Whether the projection does its work, or hands on what it reads.
+        factor: What the product is multiplied by; None: there is no product, the projection hands on what it
+            reads.
     """
     found = Reading()
 
@@ -63,7 +66,10 @@ def reading(backbone: nn.Module, projection: Any, *, multiply: bool = True) -> I
 
     def keep_entering(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found.entering = hidden
-        return plain(hidden, *args, **kwargs) if multiply else hidden
+        if factor is None:
+            return hidden
+        found.product = plain(hidden, *args, **kwargs)
+        return factor * found.product
 
     plain, own = projection.forward, projection.__dict__.get("forward")
     hook = backbone.register_forward_hook(keep_output)
@@ -132,15 +138,36 @@ def measured_scale(model: PreTrainedModel, plain: Tensor, hidden_ND: Tensor, pre
     ours = (hidden_ND.to(weight.dtype) @ weight.T).double()
     if bias is not None:
         ours += bias.double()
-    theirs, cap = plain.double(), soft_cap(model)
+    scale = factor_between(model, plain, ours)
+    known = min(_known_factors(model), key=lambda factor: abs(scale / factor - 1))
+    return known if abs(scale / known - 1) < (1e-4 if precise else 1e-2) else scale
+
+
+def factor_between(model: PreTrainedModel, logits: Tensor, product: Tensor) -> float:
+    """The factor between a model's logits, before their soft cap, and a product; 1 where there is none."""
+    theirs, ours, cap = logits.double(), product.double(), soft_cap(model)
     if cap is not None:
         theirs = cap * torch.atanh((theirs / cap).clamp(-0.999, 0.999))
     square = ours.square().sum().item()
     scale = (ours * theirs).sum().item() / square if square > 0 else 1.0
-    if not math.isfinite(scale) or scale == 0:
-        return 1.0
-    known = min(_known_factors(model), key=lambda factor: abs(scale / factor - 1))
-    return known if abs(scale / known - 1) < (1e-4 if precise else 1e-2) else scale
+    return scale if math.isfinite(scale) and scale != 0 else 1.0
+
+
+@torch.no_grad()
+def are_bent(model: PreTrainedModel, logits: Tensor, product: Tensor, precise: bool) -> bool:
+    """Whether logits are not `product` under the soft cap that the configuration tells.
+
+    Args:
+        model: The transformers model.
+        logits: Its own, large ones.
+        product: What its vocabulary matrix gave for them, with the factor on logits.
+        precise: Whether rounding is that of float32.
+    """
+    expected, cap = product.double(), soft_cap(model)
+    if cap is not None:
+        expected = cap * torch.tanh(expected / cap)
+    difference = (logits.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    return not difference <= (1e-3 if precise else 3e-2)
 
 
 def _known_factors(model: PreTrainedModel) -> Iterator[float]:

@@ -14,19 +14,20 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
 from orpo.data.chat_template import ChatTemplate
 from orpo.data.templates import prepare_template, with_arguments
+from orpo.data.token_ids import check_ids
 from orpo.engine.loading import load_model, load_tokenizer
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import saved_stop_token_ids, stop_token_ids
 from orpo.errors import ConfigError, ModelError, first_line
 from orpo.evaluation.decoding import Decoding, decode
 from orpo.pairs import Message
 from orpo.run.checkpoints import model_folder, run_recipe
-from orpo.run.directory import is_adapter
+from orpo.run.directory import gguf_file, is_adapter
 from orpo.settings.config import OrpoSettings
 
 
@@ -55,6 +56,24 @@ def load_trained(name: str, settings: OrpoSettings) -> nn.Module:
     if stops:  # PEFT does not read what a run has written next to its adapter
         base_model(model).generation_config.eos_token_id = stops
     return model.to(this_device()).eval()
+
+
+def saved_vocabulary(name: str, settings: OrpoSettings) -> int:
+    """Tokens that a saved model has an embedding for, by its configuration; 0 where that does not say it.
+
+    Args:
+        name: Model folder or hub name. An adapter may have embeddings of its own, and says nothing.
+        settings: How it is loaded.
+    """
+    if gguf_file(name) is not None or is_adapter(name):
+        return 0
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError):  # a folder with nothing but a tokenizer
+        return 0
+    return int(getattr(config.get_text_config(), "vocab_size", None) or 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,9 +242,14 @@ class ChatModel:
         except Exception as error:  # a template is a program, and says no in any way it likes
             raise ConfigError(f"the chat template refuses the conversation ({first_line(error)})") from error
 
-    def token_ids(self, text: str, *, plain: bool) -> list[int]:
-        """The tokens of what `prompt` has written or, if `plain`, of a text to continue."""
+    def token_ids(self, text: str, *, plain: bool, source: str = "the prompt") -> list[int]:
+        """The tokens of what `prompt` has written or, if `plain`, of a text to continue.
+
+        Raises:
+            ModelError: The model has no embedding for one of them; the line begins with `source`.
+        """
         ids: list[int] = self.tokenizer(text, add_special_tokens=plain)["input_ids"]
+        check_ids(ids, num_embeddings(self.model), self.tokenizer, source)
         return ids
 
     def text(self, tokens: Sequence[int]) -> str:

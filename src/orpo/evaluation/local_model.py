@@ -68,8 +68,14 @@ class LocalModel:
             prompts: Each with what `prepare` has made of it.
             sampling: How answers are drawn.
             seeds: One for each prompt.
+
+        Raises:
+            ModelError: A prompt has a token that the model has no embedding for.
         """
-        ids = [self.chat.token_ids(text, plain=isinstance(prompt.asked, str)) for prompt, text in prompts]
+        ids = [
+            self.chat.token_ids(text, plain=isinstance(prompt.asked, str), source=prompt.source)
+            for prompt, text in prompts
+        ]
         most = self.chat.max_context
         fitting = []
         for index, tokens in enumerate(ids):

@@ -176,6 +176,7 @@ def _questions(data: Any, settings: OrpoSettings, split: str | None) -> tuple[li
     columns = Columns(settings.columns)
     prompts, num_answered = [], 0
     skipped: list[str] = []
+    reason = ""
     for raw in read_rows(data, split=split, config=settings.dataset_config):
         try:
             row = _named(raw, columns)
@@ -189,9 +190,12 @@ def _questions(data: Any, settings: OrpoSettings, split: str | None) -> tuple[li
             if settings.on_bad_row == "stop":
                 raise DataError(f"{raw.source}: {bad} or set on_bad_row: skip") from None
             skipped.append(raw.source)
+            reason = reason or str(bad)
             continue
         prompts.append(Prompt(asked=turns, source=raw.source, tools=tools, chat_template_kwargs=arguments))
     notices = []
+    if skipped and not prompts:
+        raise DataError(f"{skipped[0]}: {reason} (none of {len(skipped)} rows has a prompt that can be read)")
     if skipped:
         notices.append(
             f"skipped {len(skipped)}: rows without a prompt that can be read (first: {skipped[0]})"

@@ -97,6 +97,8 @@ def _more_gpus(settings: Mapping[str, Any], plan: Plan) -> Iterator[Change]:
         gpus = min(ranks, max(8, where.gpus))
         wider = Cluster(where.gpu, where.name, gpus, max(1, ranks // gpus), where.mfu)
         each = max(1, plan.pairs_per_step // ranks)
+        if settings.get("dataloader_drop_last") and each * ranks > plan.lengths.num_pairs:
+            return
         changes = sharded | {"per_device_train_batch_size": each, "gradient_accumulation_steps": 1}
         planned = lay_out(changes, plan.model, wider, plan.lengths, on_cpu=plan.setup.on_cpu)
         words = f"--gpus {gpus} --nodes {wider.nodes} --fsdp 'full_shard auto_wrap' --gradient_checkpointing"

@@ -35,6 +35,7 @@ class PairLengths:
         source: Where they come from, for a line.
         pairs: The pairs themselves, which may share tokens with each other; None where lengths are drawn.
         prompts: The same number for pairs of the same prompt; None: each has its own. Shape [n].
+        held_out_tokens: Tokens of the pairs that are evaluated.
     """
 
     tokens: Int64
@@ -43,6 +44,7 @@ class PairLengths:
     source: str
     pairs: Sequence[TokenizedPair] | TokenizedDataset | None = None
     prompts: Int64 | None = None
+    held_out_tokens: float = 0.0
 
 
 def read_lengths(settings: Mapping[str, Any]) -> PairLengths:
@@ -63,9 +65,15 @@ def read_lengths(settings: Mapping[str, Any]) -> PairLengths:
     pairs = read.train_pairs
     if not isinstance(pairs, TokenizedDataset):
         raise ConfigError("the data has no length; write --pairs N --lengths P/C/R to plan for it")
-    held_out = sum(len(one.pairs) for one in read.evals.values())
+    evals = [one.pairs for one in read.evals.values()]
     return PairLengths(
-        np.asarray(pairs.lengths), len(pairs), held_out, str(own.dataset_name), pairs, prompt_index(pairs)
+        np.asarray(pairs.lengths),
+        len(pairs),
+        sum(map(len, evals)),
+        str(own.dataset_name),
+        pairs,
+        prompt_index(pairs),
+        float(sum(held_out.lengths.sum() for held_out in evals)),
     )
 
 
@@ -98,7 +106,9 @@ def drawn_lengths(means: str, num_pairs: int, settings: Mapping[str, Any]) -> Pa
         whole *= np.minimum(1, own.max_length / side)[:, None]
     evaluates = settings.get("eval_strategy") != "no"
     given = own.eval_dataset_name or own.dataset_test_split
-    held_out = 0 if not evaluates else 2000 if given else round(own.eval_split * num_pairs)
+    held_out = 2000 if given else round(own.eval_split * num_pairs) if evaluates else 0
     trained = num_pairs if given else num_pairs - held_out
     source = f"means of {means} tokens, spread as UltraFeedback's"
-    return PairLengths(np.maximum(whole.astype(np.int64), 1), trained, held_out, source)
+    drawn = np.maximum(whole.astype(np.int64), 1)
+    of_held_out = float(drawn.sum(1).mean()) * held_out
+    return PairLengths(drawn, trained, held_out, source, held_out_tokens=of_held_out)

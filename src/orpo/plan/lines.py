@@ -61,10 +61,12 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _work(plan: Plan) -> Iterator[str]:
     work, where = plan.work, plan.cluster
     saved = 1 - work.tokens / work.separate_tokens
-    yield (
-        f"a pair     {work.tokens:,.0f} tokens, what is shared read once ({saved:.0%} fewer than with each"
-        f" side apart); {work.training / 1e12:,.1f} TFLOP"
-    )
+    read = {
+        "shared": f"what is shared read once ({saved:.0%} fewer than with each side apart)",
+        "packed": "each side apart (layout: packed)",
+        "padded": f"each side apart, {-saved:.0%} more of padding (layout: padded)",
+    }[plan.layout]
+    yield f"a pair     {work.tokens:,.0f} tokens, {read}; {work.training / 1e12:,.1f} TFLOP"
     yield (
         f"a step     {plan.micro_batches:.1f} micro-batches of at most {plan.budget:,} tokens,"
         f" {plan.step_seconds:.2f} s; each GPU sends {plan.talk_bytes / 1e9:,.2f} GB"
@@ -101,6 +103,7 @@ def plan_json(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
         "sharding": plan.setup.sharding,
         "bytes": {name: round(getattr(plan.memory, name)) for name in plan.memory.__slots__},
         "checkpoint_bytes": round(plan.checkpoint),
+        "layout": plan.layout,
         "tokens_of_pair": plan.work.tokens,
         "pairs_per_step": plan.pairs_per_step,
         "steps": plan.steps,

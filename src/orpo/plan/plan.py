@@ -32,7 +32,14 @@ from orpo.plan.on_paper import PaperModel, paper_model
 from orpo.plan.work import Work, mean_work, work_of
 from orpo.settings.config import LayoutName, Objective, OrpoSettings, check_processes, resolve_stages
 from orpo.settings.schema import known_settings
-from orpo.training.cadence import CHECKPOINT_ON_GPU, SCORING, evaluations
+from orpo.training.cadence import (
+    MOST,
+    SCORING,
+    checkpoint_cost,
+    evaluations,
+    steps_in_epoch,
+    steps_of_run,
+)
 
 STEPS_TRIED = 16
 """Optimizer steps whose micro-batches are laid out."""
@@ -50,6 +57,7 @@ class Plan:
         cluster: Where it would run.
         setup: Sharding, optimizer, precision.
         lengths: Of its pairs.
+        layout: Of its micro-batches.
         work: Of an average pair.
         memory: Of each rank.
         pairs_per_step: Pairs of a step, over all ranks.
@@ -68,6 +76,7 @@ class Plan:
     cluster: Cluster
     setup: Setup
     lengths: PairLengths
+    layout: LayoutName
     work: Work
     memory: Memory
     pairs_per_step: int
@@ -152,19 +161,27 @@ def lay_out(
     pairs_per_step = (
         int(get("per_device_train_batch_size")) * int(get("gradient_accumulation_steps")) * where.ranks
     )
+    drop_last = bool(get("dataloader_drop_last"))
+    in_epoch = steps_in_epoch(lengths.num_pairs, pairs_per_step, drop_last=drop_last)
+    steps = steps_of_run(in_epoch, int(get("max_steps")), float(get("num_train_epochs")))
     budget = own.tokens_per_micro_batch or _budget(model, setup, where)
+    layout: LayoutName = own.layout or "shared"
+    seed = get("seed") if get("data_seed") is None else get("data_seed")
+    shown = _first_steps(lengths, pairs_per_step, seed=int(seed), drop_last=drop_last)
     stages = resolve_stages(own)
     laid_out = [
-        _laid_out(
-            lengths, stage.objective, pairs_per_step, where.ranks, budget, own.layout or "shared",
-            shares=model.shares,
-        )
+        _laid_out(lengths, shown, stage.objective, where.ranks, budget, layout, shares=model.shares)
         for stage in stages
-    ]  # fmt: skip
+    ]
     work = mean_work(
         [
             work_of(
-                model, lengths.tokens, stage.objective, checkpointing=setup.checkpointing, shared=laid.shared
+                model,
+                lengths.tokens,
+                stage.objective,
+                checkpointing=setup.checkpointing,
+                layout=layout,
+                read=laid.read,
             )
             for stage, laid in zip(stages, laid_out, strict=True)
         ],
@@ -174,23 +191,20 @@ def lay_out(
         ((memory_of(model, setup, one.first, later=one.later, longest=one.longest), one) for one in laid_out),
         key=lambda found: found[0].peak,
     )
-    in_epoch = math.ceil(lengths.num_pairs / pairs_per_step)
-    if get("dataloader_drop_last"):
-        in_epoch = max(1, lengths.num_pairs // pairs_per_step)
-    most = int(get("max_steps"))
-    steps = most if most > 0 else math.ceil(in_epoch * float(get("num_train_epochs")))
     talk = _talk_bytes(model, setup, laid.micro_batches)
     rate = where.gpu.tflops * 1e12 * where.mfu
     in_step = min(pairs_per_step, lengths.num_pairs)
     compute = work.training * in_step / where.ranks / laid.balance / rate
     step_seconds = max(compute, talk / where.bandwidth)
-    number = _num_evaluations(settings, lengths, work, pairs_per_step, steps, where.ranks)
+    checkpoint = checkpoint_cost(model.trained / model.num_weights, where.ranks, on_cpu=on_cpu)
+    number = _num_evaluations(get, lengths, pairs_per_step, steps, in_epoch, checkpoint)
     evaluation = work.forward * lengths.num_held_out / where.ranks / rate
     return Plan(
         model=model,
         cluster=where,
         setup=setup,
         lengths=lengths,
+        layout=layout,
         work=work,
         memory=memory,
         pairs_per_step=pairs_per_step,
@@ -273,7 +287,7 @@ class _Layout:
         later: Tokens of the largest other one.
         longest: Tokens of the longest two answers of a pair.
         balance: Mean work of the ranks of a step over the largest, in (0, 1].
-        shared: Part of the tokens that pairs share with each other, in [0, 1).
+        read: Tokens that a pair of all takes on average, padding included and what is shared once.
     """
 
     micro_batches: float
@@ -281,26 +295,37 @@ class _Layout:
     later: float
     longest: float
     balance: float
-    shared: float
+    read: float
+
+
+def _first_steps(lengths: PairLengths, pairs_per_step: int, *, seed: int, drop_last: bool) -> list[Int64]:
+    """Numbers of the pairs of each of training's first steps; drawn ones stand for more than there are."""
+    number = len(lengths.tokens)
+    steps = plan_epoch(
+        min(lengths.num_pairs, max(number, pairs_per_step)),
+        pairs_per_step,
+        seed=seed,
+        epoch=0,
+        drop_last=drop_last,
+        prompts=lengths.prompts,
+    )
+    return [step % number for step in steps[:STEPS_TRIED]]
 
 
 def _laid_out(
     lengths: PairLengths,
+    steps: Sequence[Int64],
     objective: Objective,
-    pairs_per_step: int,
     ranks: int,
     budget: int,
     layout: LayoutName = "shared",
     *,
     shares: bool,
 ) -> _Layout:
-    """Micro-batches as training lays them out, of a few steps; `shares`: whether pairs may share tokens."""
+    """Micro-batches of some steps as training lays them out; `shares`: whether pairs may share tokens."""
     with_rejected = runs_rejected(objective, None)
-    tokens, prompts = lengths.tokens * (1, 1, with_rejected), lengths.prompts
+    tokens = lengths.tokens * (1, 1, with_rejected)
     pairs = lengths.pairs if shares and layout == "shared" else None
-    if lengths.pairs is None and pairs_per_step > len(tokens):  # means stand for more pairs than were drawn
-        tokens = np.tile(tokens, (math.ceil(pairs_per_step / len(tokens)), 1))
-    steps = plan_epoch(len(tokens), pairs_per_step, seed=0, epoch=0, prompts=prompts)[:STEPS_TRIED]
     laid = [
         _laid_out_step(
             tokens[step],
@@ -314,14 +339,14 @@ def _laid_out(
     ]
     sizes = [of_rank for ranked, _ in laid for of_rank in ranked]
     looked_at = np.concatenate(steps)
-    alone = int(tokens[looked_at].sum())
+    alone = pair_tokens(tokens, layout)
     return _Layout(
         micro_batches=float(np.mean([len(of_rank) for of_rank in sizes])),
         first=max(of_rank[0] for of_rank in sizes),
         later=max((size for of_rank in sizes for size in of_rank[1:]), default=0),
         longest=int(tokens[looked_at, 1:].sum(1).max()) if with_rejected else 0,
         balance=sum(sum(costs) for _, costs in laid) / ranks / sum(max(costs) for _, costs in laid),
-        shared=0.0 if pairs is None else 1 - sum(map(sum, sizes)) / alone,
+        read=float(alone.mean()) * sum(map(sum, sizes)) / float(alone[looked_at].sum()),
     )
 
 
@@ -386,16 +411,35 @@ def _talk_bytes(model: PaperModel, setup: Setup, micro_batches: float) -> float:
 
 
 def _num_evaluations(
-    settings: Mapping[str, Any], lengths: PairLengths, work: Work, pairs_per_step: int, steps: int, ranks: int
+    get: _Settings, lengths: PairLengths, pairs_per_step: int, steps: int, in_epoch: int, checkpoint: float
 ) -> int:
-    """Evaluations of a run: as often as its settings say, or as training/cadence.py settles it."""
-    if not lengths.num_held_out or settings.get("eval_strategy") == "no":
+    """Evaluations of a run: as often as its settings say, or as training/cadence.py settles it.
+
+    Args:
+        get: Its settings.
+        lengths: Of its pairs.
+        pairs_per_step: Pairs of a step.
+        steps: Of the run.
+        in_epoch: Steps of an epoch.
+        checkpoint: Cost of a checkpoint, in tokens of training.
+    """
+    strategy, saving = get("eval_strategy"), get("save_strategy")
+    if not lengths.num_held_out:
         return 0
-    every = float(settings.get("eval_steps") or settings.get("save_steps") or 0)
-    if settings.get("eval_strategy") == "epoch" or settings.get("save_strategy") == "epoch":
-        return 1 + math.ceil(float(settings.get("num_train_epochs") or 3))
-    if every:
-        return 1 + math.ceil(1 / every if every < 1 else steps / every)
-    trained = work.tokens * pairs_per_step * steps
-    scored = work.tokens * lengths.num_held_out * SCORING
-    return 1 + evaluations(trained, scored, CHECKPOINT_ON_GPU * ranks, on_start=True)
+    asked = get("eval_on_start")
+    at_start = strategy != "no" if asked is None else bool(asked)
+    delay = float(get("eval_delay") or 0)
+    ends: list[float] = []
+    if "epoch" in (strategy, saving if strategy is None else None):
+        ends = [min(epoch, steps / in_epoch) for epoch in range(1, math.ceil(steps / in_epoch) + 1)]
+    elif strategy != "no":
+        default = known_settings()["save_steps"].default
+        every = get("eval_steps") or (strategy is None and get("save_steps")) or get("logging_steps")
+        if strategy is None and saving == "steps" and every == get("save_steps") == default:
+            trained = float(lengths.tokens.sum(1).mean()) * pairs_per_step * steps
+            number = evaluations(trained, lengths.held_out_tokens * SCORING, checkpoint, on_start=True)
+            every = math.ceil(steps / number) if number < MOST else every
+        every = max(1, math.ceil(steps * every) if every < 1 else every)
+        ends = [*np.arange(every, steps, every).tolist(), steps]
+    # Where none is due after the last step, its weights are evaluated all the same.
+    return at_start + max(1, sum(end >= delay for end in ends))

@@ -1,4 +1,4 @@
-"""What a run computes: tokens with each prompt counted once, and the operations of its matrix products.
+"""What a run computes: the tokens of its micro-batches, and the operations of its matrix products.
 
 One multiplication and addition are two operations. A backward takes as many for the inputs of a product and,
 where its matrix is trained, as many again; gradient checkpointing runs the layers forward once more.
@@ -12,8 +12,10 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from orpo.engine.packing import runs_rejected
+from orpo.engine.planning import pair_tokens
 from orpo.plan.on_paper import PaperModel
-from orpo.settings.config import Objective
+from orpo.settings.config import LayoutName, Objective
 
 Int64 = npt.NDArray[np.int64]
 
@@ -23,7 +25,8 @@ class Work:
     """What an average pair costs.
 
     Attributes:
-        tokens: Tokens that the layers read: the prompt's once for both sides, what pairs share once.
+        tokens: Tokens that the layers read, padding included; in the shared layout the prompt's once for both
+            sides, what pairs share once.
         separate_tokens: The same where each side brings its prompt, as in other trainers.
         scored: Tokens whose logits are made.
         forward: Operations of a forward pass.
@@ -38,7 +41,13 @@ class Work:
 
 
 def work_of(
-    model: PaperModel, tokens: Int64, objective: Objective, *, checkpointing: bool, shared: float = 0.0
+    model: PaperModel,
+    tokens: Int64,
+    objective: Objective,
+    *,
+    checkpointing: bool,
+    layout: LayoutName = "shared",
+    read: float | None = None,
 ) -> Work:
     """Work of an average pair.
 
@@ -47,24 +56,25 @@ def work_of(
         tokens: (prompt, chosen, rejected) tokens of pairs. Shape [n, 3].
         objective: Decides which tokens are scored, and whether rejected sides are run.
         checkpointing: Whether layers are run forward twice.
-        shared: Part of the tokens that pairs share with each other.
+        layout: Of a micro-batch.
+        read: Tokens that a pair takes in micro-batches on average, fewer than alone where pairs share and
+            more where they are padded to each other; None: each is alone.
     """
-    prompt, chosen, rejected = tokens.T.astype(float)
-    if objective.preference_weight == 0:
-        rejected = np.zeros_like(rejected)
-    read = float((prompt + chosen + rejected).mean())
-    separate = float((prompt * (1 + (rejected > 0)) + chosen + rejected).mean())
+    lengths = tokens * (1, 1, runs_rejected(objective, None))
+    prompt, chosen, rejected = lengths.T.astype(float)
+    alone = float(pair_tokens(lengths, layout).mean())
+    read = alone if read is None else read
+    separate = float(pair_tokens(lengths, "packed").mean())
     context = 0.0 if objective.nll_on == "response" or objective.nll_weight == 0 else prompt - 1
-    scored = float((context + chosen + rejected).mean())
+    scored = float((context + chosen + rejected).mean()) * min(1.0, read / alone)
     products, trained = 2 * model.products * read, 2 * model.trained_products * read
-    attention = 4 * model.attention * attended(model, prompt, chosen, rejected)
+    attention = 4 * model.attention * attended(model, prompt, chosen, rejected, layout) * read / alone
     head = 2.0 * model.vocabulary * model.hidden * scored
     layers = products + attention
     backward = products + trained + 2 * attention
     again = layers - 2 * model.not_again * read
     training = layers + checkpointing * again + backward + head * (2 + model.head_trained)
-    own = 1 - shared
-    return Work(own * read, separate, own * scored, own * (layers + head), own * training)
+    return Work(read, separate, scored, layers + head, training)
 
 
 def mean_work(of_stages: Sequence[Work], shares: Sequence[float]) -> Work:
@@ -73,7 +83,9 @@ def mean_work(of_stages: Sequence[Work], shares: Sequence[float]) -> Work:
     return Work(*(sum(share * one for share, one in zip(shares, each, strict=True)) for each in numbers))
 
 
-def attended(model: PaperModel, prompt: object, chosen: object, rejected: object) -> float:
+def attended(
+    model: PaperModel, prompt: object, chosen: object, rejected: object, layout: LayoutName = "shared"
+) -> float:
     """Mean number of (query, key) pairs of a pair in a layer, sliding windows counted."""
     p, c, r = (np.asarray(one, dtype=float) for one in (prompt, chosen, rejected))
     window, share = model.window
@@ -84,7 +96,10 @@ def attended(model: PaperModel, prompt: object, chosen: object, rejected: object
         return below
 
     def pairs(most: float) -> float:
-        return float((causal(p + c, most) + causal(p + r, most) - causal(p, most)).mean())
+        if layout == "padded":
+            return float(((1 + (r > 0)) * causal(p + np.maximum(c, r), most)).mean())
+        again = r > 0 if layout == "packed" else 0.0
+        return float((causal(p + c, most) + causal(p + r, most) - (1 - again) * causal(p, most)).mean())
 
     full = pairs(np.inf)
     return full if window is None else share * pairs(window) + (1 - share) * full

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 from orpo.errors import ConfigError
 from orpo.settings.facts import Facts, TrlDefault, setting
 from orpo.settings.inherited import INHERITED
+from orpo.settings.values import check_values
 
 ObjectiveName = Literal[
     "orpo", "sft", "tempered_odds", "simpo", "cpo_simpo", "cpo", "dpo", "response", "llamafactory"
@@ -446,9 +447,11 @@ def _stage(number: int, entry: Any, settings: OrpoSettings) -> tuple[ObjectiveNa
     """Name and objective of an entry of `stages`, the settings beside it included."""
     if not isinstance(entry, Mapping):
         raise ConfigError(f"stages: stage {number} is {entry!r}; {_STAGE_HAS}, as {{objective: sft}}")
+    if not entry.keys() - {"share"}:
+        raise ConfigError(f"stages: stage {number} names no objective; {_STAGE_HAS}, as {{objective: sft}}")
     if unknown := sorted(map(str, entry.keys() - _ALL_PARTS - {"objective", "share"})):
         raise ConfigError(f"stages: stage {number} has {', '.join(unknown)}; {_STAGE_HAS}")
-    own = {key: value for key, value in entry.items() if key != "share"}
+    own = {key: value for key, value in entry.items() if key != "share" and value is not None}
     try:
         _check_types(own)
         name: ObjectiveName = own.get("objective", "orpo")
@@ -539,10 +542,7 @@ def check_settings(settings: OrpoSettings) -> None:
         facts.check(key, getattr(settings, key, None))
     resolve_objective(settings)
     _check_date(settings.template_date)
-    for key in ("model_init_kwargs", "chat_template_kwargs"):
-        value = getattr(settings, key)
-        if isinstance(value, str) and not value.lstrip().startswith("{"):
-            raise ConfigError(f"{key}: {value!r} is no mapping; write it as {{name: value}}")
+    check_values(vars(settings))
     if settings.load_in_4bit and settings.load_in_8bit:
         raise ConfigError("load_in_4bit and load_in_8bit are both set; choose one")
     if (settings.load_in_4bit or settings.load_in_8bit) and not (
@@ -625,6 +625,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
     """
     for key, value in recipe.items():
         FACTS.get(key, Facts()).check(key, value)
+    check_values(recipe)
     settings = OrpoSettings.from_recipe(recipe)
     check_settings(settings)
     if settings.optimizer_in_backward:

@@ -38,8 +38,8 @@ _FREE = (
     "dataloader_multiprocessing_context", "dataloader_persistent_workers",
     "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
     "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm", "do_predict", "do_train",
-    "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_steps",
-    "eval_use_gather_object", "fsdp", "fsdp_config", "gradient_checkpointing_kwargs", "greater_is_better",
+    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "fsdp", "fsdp_config",
+    "gradient_checkpointing_kwargs", "greater_is_better",
     "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
     "ignore_data_skip", "include_for_metrics", "include_num_input_tokens_seen", "label_names",
     "length_column_name", "local_rank", "log_level", "log_level_replica", "log_on_each_node",
@@ -78,7 +78,7 @@ INHERITED: dict[str, Inherited] = {
             trl=TrlDefault(True, "without padding and logits much less memory is needed"),
         )
     ),
-    "logging_steps": _default(10, "Steps between two lines of metrics.", resume="free"),
+    "logging_steps": _default(10, "Steps between two lines of metrics.", at_least=0, resume="free"),
     "logging_first_step": _default(
         True,
         "Log the first step by itself.",
@@ -106,6 +106,7 @@ INHERITED: dict[str, Inherited] = {
     "save_steps": _default(
         0.1,
         "Steps between checkpoints; below 1: share of the run.",
+        at_least=0,
         resume="free",
         trl=TrlDefault(500, "a tenth of the run, whatever its length"),
     ),
@@ -142,7 +143,7 @@ INHERITED: dict[str, Inherited] = {
         for name in ("max_prompt_length", "truncation_mode", "padding_value", "label_pad_token_id")
     },
     "is_encoder_decoder": _default(None, "Encoder-decoder models are refused.", resume="free"),
-    "num_train_epochs": Inherited(Facts(above=0, in_recipe="always")),
+    "num_train_epochs": Inherited(Facts(above=0, at_most=1_000_000, in_recipe="always")),
     "per_device_train_batch_size": Inherited(Facts(at_least=1, resume="derived", in_recipe="always")),
     "per_device_eval_batch_size": Inherited(Facts(at_least=1, resume="free")),
     "gradient_accumulation_steps": Inherited(Facts(at_least=1, resume="derived", in_recipe="always")),
@@ -154,8 +155,12 @@ INHERITED: dict[str, Inherited] = {
     **{name: Inherited(Facts(resume="built in")) for name in ("optim_args", "optim_target_modules")},
     "seed": Inherited(Facts(at_least=0, below=2**32, in_recipe="always")),
     "data_seed": Inherited(Facts(at_least=0, below=2**32)),
-    "dataloader_num_workers": Inherited(Facts(at_least=0, resume="free")),
+    "neftune_noise_alpha": Inherited(Facts(at_least=0)),
     "dataloader_prefetch_factor": Inherited(Facts(at_least=1, resume="free")),
+    **{
+        name: Inherited(Facts(at_least=0, resume="free"))
+        for name in ("dataloader_num_workers", "eval_delay", "eval_steps")
+    },
     "label_smoothing_factor": Inherited(Facts(at_least=0, at_most=0)),
 }
 """Setting -> what we make of it."""

@@ -6,6 +6,7 @@ tools use are understood (renamed.py), and an unknown key stops with the nearest
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -146,7 +147,14 @@ def _leave_behind(settings: dict[str, Any], of_file: list[Entry], typed: set[str
 
 def _idle(settings: Mapping[str, Any]) -> list[str]:
     """A line for each setting that waits for another one to be turned on."""
-    switches = {"hub_": ("push_to_hub",), "lora_": ("use_peft", "adapter_name_or_path")}
+    checkpointing = ("gradient_checkpointing", "activation_checkpointing")
+    switches = {
+        "hub_": ("push_to_hub",),
+        "lora_": ("use_peft", "adapter_name_or_path"),
+        "gradient_checkpointing_kwargs": checkpointing,
+        "activation_checkpointing_kwargs": checkpointing,
+        "fsdp_config": ("fsdp",),
+    }
     known = known_settings()
     return [
         f"{key}: no effect without {names[0]}: true"
@@ -199,10 +207,22 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
         return
     try:
         converted = convert(value, known.kind, split_commas=typed)
+        if name == "stages" and converted:
+            converted = [_stage(entry) for entry in converted]
         settings[name] = at_home(converted) if name in _MODELS else converted
     except ValueError:
         written = "nothing" if typed and value is True else _shown(value)
         raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None
+
+
+def _stage(entry: dict[str, Any]) -> dict[str, Any]:
+    """A stage with its values converted as beside it; `resolve_stages` refuses what cannot be."""
+    stage = dict(entry)
+    for key, value in entry.items():
+        kind = known_settings()[key].kind if key in known_settings() else float if key == "share" else Any
+        with contextlib.suppress(ValueError):
+            stage[key] = convert(value, kind)
+    return stage
 
 
 def nearest(key: str) -> str:

@@ -321,14 +321,27 @@ def _describe_one(member: Any) -> str:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads `5e-6` as a number, as YAML 1.2 and everybody who writes a learning rate do."""
+    """SafeLoader whose numbers are those of the command line: `5e-6` is one, `010` and `12:30` are text.
+
+    YAML 1.1 reads the latter as 8 and as 750, and a day as a date. As text they are converted, or refused, as
+    typed ones are.
+    """
 
 
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+)$",
+    "tag:yaml.org,2002:float": (
+        r"^([-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+}
+_DATE = "tag:yaml.org,2002:timestamp"
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (*_NUMBERS, _DATE)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    YamlLoader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> Any:

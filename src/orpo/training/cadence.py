@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orpo.data.dataset import TokenizedDataset
 from orpo.data.source import TrainingData
+from orpo.errors import ConfigError
 from orpo.settings.inherited import INHERITED
 
 MOST = 10
@@ -45,7 +46,10 @@ def settle_cadence(args: Any, data: TrainingData, model: nn.Module | None) -> No
     trained = float(data.train_pairs.lengths.sum(1).mean()) * args.pairs_per_step * steps
     sets = [read.pairs for read in data.evals.values()] if evaluates else []
     scored = float(sum(pairs.lengths.sum() for pairs in sets))
-    evaluation, checkpoint = scored * SCORING, _checkpoint_cost(args, model)
+    evaluation, checkpoint = (
+        scored * SCORING,
+        checkpoint_cost(_trained_share(model), args.world_size, on_cpu=args.device.type == "cpu"),
+    )
     number = evaluations(trained, evaluation, checkpoint, on_start=bool(sets))
     if number < MOST:
         args.save_steps = math.ceil(steps / number)
@@ -90,21 +94,46 @@ def evaluations(trained: float, evaluation: float, checkpoint: float, *, on_star
 
 
 def number_of_steps(args: Any, pairs: Any, pairs_per_step: int) -> int:
-    """Optimizer steps of a run; 0 where that is not known."""
-    if args.max_steps > 0:
-        return int(args.max_steps)
+    """Optimizer steps of a run; 0 where that is not known.
+
+    Raises:
+        ConfigError: As `steps_in_epoch`.
+    """
     if not isinstance(pairs, TokenizedDataset):
-        return 0
-    in_epoch = len(pairs) / pairs_per_step
-    whole = math.floor(in_epoch) if args.dataloader_drop_last else math.ceil(in_epoch)
-    return math.ceil(max(whole, 1) * float(args.num_train_epochs))
+        return max(0, int(args.max_steps))
+    in_epoch = steps_in_epoch(len(pairs), pairs_per_step, drop_last=args.dataloader_drop_last)
+    return steps_of_run(in_epoch, args.max_steps, args.num_train_epochs)
 
 
-def _checkpoint_cost(args: Any, model: nn.Module | None) -> float:
+def steps_in_epoch(num_pairs: int, pairs_per_step: int, *, drop_last: bool) -> int:
+    """Optimizer steps of an epoch, at least 1.
+
+    Raises:
+        ConfigError: All pairs together are too few for a step, and would be dropped.
+    """
+    if drop_last and num_pairs < pairs_per_step:
+        raise ConfigError(
+            f"dataloader_drop_last: {num_pairs:,} pairs are too few for a step of {pairs_per_step:,}, so none"
+            " would be trained on; set it to false, or lower per_device_train_batch_size or"
+            " gradient_accumulation_steps"
+        )
+    in_epoch = num_pairs / pairs_per_step
+    return max(1, math.floor(in_epoch) if drop_last else math.ceil(in_epoch))
+
+
+def steps_of_run(in_epoch: int, max_steps: int, num_train_epochs: float) -> int:
+    """Optimizer steps of a run with so many steps in an epoch, as transformers' Trainer counts them."""
+    return int(max_steps) if max_steps > 0 else math.ceil(in_epoch * float(num_train_epochs))
+
+
+def _trained_share(model: nn.Module | None) -> float:
+    """Part of a model's weights that is trained."""
+    if model is None:
+        return 1.0
+    weights = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(number for number, trains in weights if trains) / max(sum(n for n, _ in weights), 1)
+
+
+def checkpoint_cost(trained_share: float, ranks: int, *, on_cpu: bool) -> float:
     """Tokens that could be trained while a checkpoint is written, of trained weights alone."""
-    share = 1.0
-    if model is not None:
-        weights = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
-        share = sum(number for number, trains in weights if trains) / max(sum(n for n, _ in weights), 1)
-    whole = CHECKPOINT_ON_CPU if args.device.type == "cpu" else CHECKPOINT_ON_GPU * args.world_size
-    return share * whole
+    return trained_share * (CHECKPOINT_ON_CPU if on_cpu else CHECKPOINT_ON_GPU * ranks)

@@ -17,6 +17,8 @@ from orpo.run.directory import RunDirectory
 from orpo.run.finished import unfinished_because
 from orpo.settings.config import settings_where
 from orpo.training.arguments import ORPOConfig
+from orpo.training.cadence import number_of_steps
+from orpo.training.interruptible import changed
 from orpo.training.resuming import check_changes, is_in_use
 from orpo.training.trainer import ORPOTrainer
 
@@ -58,9 +60,9 @@ def check_optimization(trainer: ORPOTrainer) -> None:
         kind, arguments = trainer.get_optimizer_cls_and_kwargs(config, trainer.model)
         by_name = {"params", "model", "optimizer_dict"} & arguments.keys()
         made = torch.optim.SGD([number]) if by_name else kind([number], **arguments)
+    if not by_name:
+        _check_optimizer_arguments(trainer)
     more = config.lr_scheduler_kwargs or {}
-    if not isinstance(more, dict):
-        raise ConfigError(f"lr_scheduler_kwargs: {more!r} is no mapping")
     schedule = f"lr_scheduler_type: {_text(config.lr_scheduler_type)}"
     blamed = (
         f"lr_scheduler_kwargs: {more} cannot be used with {schedule}"
@@ -91,6 +93,24 @@ def check_compilation(config: Any) -> None:
 def _text(value: Any) -> Any:
     """A setting as it is written, where transformers holds it as one of an enumeration."""
     return getattr(value, "value", value)
+
+
+def _check_optimizer_arguments(trainer: ORPOTrainer) -> None:
+    """Refuse what `optim_args` has and the optimizer never reads: what no value of it changes."""
+    config: Any = trainer.args
+
+    def arguments(text: str | None) -> Any:
+        with changed(config, optim_args=text):
+            return trainer.get_optimizer_cls_and_kwargs(config, trainer.model)
+
+    for part in config.optim_args.split(",") if config.optim_args else ():
+        name = part.partition("=")[0].strip()
+        try:
+            is_read = arguments(f"{name}=?") != arguments(None)
+        except Exception:  # it is read, and `?` is nothing that it can be
+            is_read = True
+        if not is_read:
+            raise ConfigError(f"optim_args: {name}: optim: {_text(config.optim)} takes none; leave it out")
 
 
 def summary(trainer: ORPOTrainer) -> list[str]:
@@ -155,7 +175,7 @@ def _steps_summary(trainer: ORPOTrainer) -> str:
     if not isinstance(trainer.train_dataset, TokenizedDataset):
         return f"{config.max_steps:,} of {trainer.pairs_per_step} pairs, streamed"
     in_epoch = len(trainer.get_train_dataloader())
-    steps = config.max_steps if config.max_steps > 0 else round(in_epoch * config.num_train_epochs)
+    steps = number_of_steps(config, trainer.train_dataset, trainer.pairs_per_step)
     number = round(steps / in_epoch, 2)
     epochs = f"{number:g} epoch{'' if number == 1 else 's'} of {in_epoch:,} steps"
     return f"{steps:,} of {trainer.pairs_per_step} pairs: {epochs}"

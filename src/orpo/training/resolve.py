@@ -1,15 +1,19 @@
 """What `ORPOTrainer` was given -> settings of its own, a model and a tokenizer that fit each other."""
 
 import copy
+import inspect
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_utils import IntervalStrategy
@@ -26,7 +30,7 @@ from orpo.engine.lengths import check_length
 from orpo.engine.loading import load_model, load_tokenizer
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
-from orpo.errors import ConfigError, ModelError
+from orpo.errors import ConfigError, ModelError, raised_as
 from orpo.evaluation.per_pair import evaluated_metrics
 from orpo.run.checkpoints import earlier_recipe
 from orpo.run.directory import at_home
@@ -50,6 +54,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
             "set use_cpu: true, or start it with torchrun on a machine with accelerators"
         )
     check_in_backward(args)
+    _check_checkpointing(args)
     args.notices = list(args.notices)
     if args.template_date is None:  # a run that resumes on another day trains on the same tokens
         before = earlier_recipe(Path(str(args.output_dir))).get("template_date")
@@ -63,6 +68,25 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
         )
         args.auto_find_batch_size = False
     return args
+
+
+def _check_checkpointing(args: ORPOConfig) -> None:
+    """Checkpoint a function of a single number, so that what torch refuses is refused now."""
+    kwargs: Any = args.gradient_checkpointing_kwargs
+    if not (args.gradient_checkpointing and kwargs):
+        return
+    given = dict(kwargs)
+    of_transformers = {"every_n_layers", "offload"}
+    of_torch = inspect.signature(checkpoint).parameters.keys() - {"function", "args", "kwargs"}
+    known = of_torch | of_transformers | {"preserve_rng_state"}
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(
+            f"gradient_checkpointing_kwargs: {unknown[0]} is not one of {', '.join(sorted(known))}"
+        )
+    passed_on = {name: value for name, value in given.items() if name not in of_transformers}
+    with raised_as(ConfigError, "gradient_checkpointing_kwargs cannot be used"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint(torch.neg, torch.zeros(1, requires_grad=True), **passed_on).backward()
 
 
 def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: Any) -> Any:

@@ -20,7 +20,7 @@ from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.engine.steps import Step
 from orpo.errors import OrpoError, RunError
-from orpo.settings.config import FACTS
+from orpo.settings.config import FACTS, Objective
 from orpo.settings.facts import Facts
 from orpo.training.arguments import ORPOConfig
 
@@ -33,7 +33,7 @@ _WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 
 
 def run_identity(
-    args: ORPOConfig, pairs: Any, model: Any = None, *, has_reference: bool = False
+    args: ORPOConfig, pairs: Any, model: Any = None, first: Objective | None = None
 ) -> dict[str, Any]:
     """Everything that decides where a run goes, as values JSON can hold; no secret is in it.
 
@@ -42,7 +42,7 @@ def run_identity(
         pairs: It trains on.
         model: It trains, as loaded: on one process at least with all its weights, to name those that no
             checkpoint holds.
-        has_reference: Whether the model as loaded is the reference of the objective.
+        first: Its first objective, whose reference may be the model as loaded.
     """
     settings = args.plain_settings()
     fixed = {name: value for name, value in settings.items() if _is_fixed(name, settings)}
@@ -58,12 +58,13 @@ def run_identity(
         sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
         identity[_TRAINED] = f"{sum(sizes):,} in {len(sizes)} tensors"
         identity[_DTYPE] = ", ".join(sorted({str(weight.dtype)[6:] for weight in model.parameters()}))
-        if args.process_index == 0 and (base := _base_weights(model, has_reference)) is not None:
+        is_reference = first is not None and first.needs_reference
+        if args.process_index == 0 and (base := _base_weights(model, is_reference)) is not None:
             identity[_BASE] = base
     return identity
 
 
-def _base_weights(model: nn.Module, has_reference: bool) -> str | None:
+def _base_weights(model: nn.Module, is_reference: bool) -> str | None:
     """A name made from the weights that no checkpoint holds, those under an adapter or of a reference.
 
     None where there are none, or where this process has only a part of them.
@@ -71,12 +72,12 @@ def _base_weights(model: nn.Module, has_reference: bool) -> str | None:
     weights = list(model.named_parameters())
     frozen = [(name, weight) for name, weight in weights if not weight.requires_grad]
     digest = xxhash.xxh3_64()
-    for name, weight in frozen or (weights if has_reference else []):
+    for name, weight in frozen or (weights if is_reference else []):
         if weight.is_meta or hasattr(weight, "ds_tensor"):
             return None
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest() if frozen or has_reference else None
+    return digest.hexdigest() if frozen or is_reference else None
 
 
 def _is_fixed(name: str, settings: Mapping[str, Any]) -> bool:
@@ -138,11 +139,7 @@ def _takes_effect(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
 class StreamCheck:
     """That a resumed run reads what its checkpoint was trained on, of a stream, which is not known before."""
 
-    def __init__(self) -> None:
-        self.read = 0
-        self._expected: int | None = None
-
-    def restore(self, read: int | None) -> None:
+    def __init__(self, read: int | None) -> None:
         """Expect what a checkpoint has read, as its `read` was; None: anything, as before the first step."""
         self._expected, self.read = read, read or 0
 

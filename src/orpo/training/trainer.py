@@ -110,6 +110,7 @@ from orpo.training.resolve import (
 )
 from orpo.training.resuming import StreamCheck, check_changes, first_rank_decides, run_identity
 from orpo.training.samples import SampleWriter
+from orpo.training.saved_weights import load_renamed
 from orpo.training.stopping import StopSignal
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
@@ -205,9 +206,7 @@ class ORPOTrainer(InterruptibleTrainer):
         self.pairs_per_step = args.pairs_per_step
         self.schedule = _schedule(args, data.train_pairs)
         self._recipe = args.recipe()
-        has_reference = self.schedule.stages[0].objective.needs_reference
-        self._identity = run_identity(args, data.train_pairs, loaded, has_reference=has_reference)
-        self._stream = StreamCheck()
+        self._identity = run_identity(args, data.train_pairs, loaded, self.schedule.stages[0].objective)
         self.forced = []
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
@@ -826,7 +825,10 @@ class ORPOTrainer(InterruptibleTrainer):
         self.forced = (
             check_changes(Path(checkpoint or ""), before, self._identity, force=True) if forces else []
         )
-        self._stream.restore(state.get("read"))
+        again = self.args.ignore_data_skip and checkpoint is not None
+        if again:
+            say("ignore_data_skip: the data begins again; this run will not equal one that was not stopped")
+        self._stream = StreamCheck(None if again else state.get("read"))
         self.window.restore(state.get("window"))
         self.evaluation_waits = bool(state.get("evaluation_waits"))
         if checkpoint is not None:
@@ -874,6 +876,20 @@ class ORPOTrainer(InterruptibleTrainer):
         if not self.args.force:
             check_changes(checkpoint, read_state(checkpoint).get("run"), self._identity)
         return checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load as the Trainer does, and also what has other names in the file."""
+        if not self._loads_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load as the Trainer does, and also what has other names in the file."""
+        if not self._loads_renamed(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _loads_renamed(self, folder: str) -> bool:
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return is_whole and load_renamed(self.model, Path(folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, but into a folder that is renamed when whole; then delete old ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,11 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from orpo.data.one_row import find_row, read_row
     from orpo.data.show import lay_out
     from orpo.data.stages import following
+    from orpo.data.token_ids import check_ids
 
     found, folder = find_row(args.data, args.row, settings, args.split), model_folder(model)
     from orpo.engine.loading import load_tokenizer  # heavy: only now, when there is a row to show
     from orpo.engine.packing import nll_ranges
     from orpo.engine.stop_tokens import saved_stop_token_ids
+    from orpo.evaluation.generation import saved_vocabulary
 
     revision = None if args.model else settings.model_revision
     tokenizer = load_tokenizer(folder, revision=revision, trust_remote_code=settings.trust_remote_code)
@@ -74,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
         lay_out(pair, tokenizer, ranges, odds=objective.preference_weight > 0) for pair, ranges in pairs
     ]
     _draw(row, layouts, args.html)
+    if not settings.resize_embeddings:
+        number = saved_vocabulary(folder, replace(settings, model_revision=revision))
+        for pair in row.pairs:
+            check_ids([*pair.prompt, *pair.chosen, *pair.rejected], number, tokenizer, pair.source)
     return 0
 
 
