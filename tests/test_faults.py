@@ -218,6 +218,35 @@ def test_weights_that_changed_since_are_not_the_finished_run(world, whole, tmp_p
     assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "what"),
+    [
+        ("tokenizer.json", lambda path: path.write_bytes(b""), "is empty"),
+        ("tokenizer_config.json", lambda path: os.truncate(path, 9), "is cut off"),
+        ("config.json", Path.unlink, "is missing"),
+        ("chat_template.jinja", lambda path: path.write_bytes(b"\n"), "is empty"),
+    ],
+)
+def test_a_finished_run_whose_small_files_are_damaged_is_saved_again(
+    world, whole, tmp_path, name, damage, what
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    damage(run / name)
+    status, printed = train(world, run)
+    assert status == 0 and f"{name} {what}, so the run is not taken for finished" in printed
+    assert "checkpoint-8" in printed
+    assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert_same_run(run, whole)
+
+
+def test_small_files_of_a_finished_run_may_be_edited(world, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    assert "already holds a finished run" in train(world, run)[1]
+
+
 # ------------------------------------------------------------------------------------------ two trainings
 
 

@@ -421,6 +421,7 @@ def test_data_without_a_word_lists_its_words(capsys):
             "--html /no/such/folder/x.html",
         ),
         (["{file}", "--model", "{model}", "--max_lenght", "9"], "did you mean 'max_length'"),
+        (["{file}", "--model", "{model}", "--data_format", "hh"], "orpo: error: rows: "),
         (["{file}", "--model", "{model}", "--row", "7"], "there is no row 7; it has 1, --row 0 to 0"),
     ],
 )

@@ -289,7 +289,7 @@ def _head_problem(head: Any, config: Any, kind: str) -> str | None:
         return "lora_bias on the vocabulary matrix is not known to the head, which scores without logits"
     if kind == "TRAINABLE_TOKENS":
         return (
-            "the vocabulary matrix is tied to the embeddings, and what it adds would get no gradient;"
+            "the vocabulary matrix is tied to the embeddings, and would give these tokens no gradient;"
             " trainable_token_indices of LoRA trains them"
         )
     if kind not in _ON_HEAD:

@@ -165,8 +165,13 @@ class RunDirectory:
 
     def of_the_run(self) -> list[Path]:
         """What lies here of a run but its checkpoints: files of training, of evaluations, of the model."""
-        patterns = [*(path.name for path in self.files_written()), *_RESULTS, *_MODEL]
-        return sorted({path for pattern in patterns for path in self.path.glob(pattern)})
+        patterns = [*(path.name for path in self.files_written()), *_RESULTS]
+        found = {path for pattern in patterns for path in self.path.glob(pattern)}
+        return sorted(found.union(self.model_files()))
+
+    def model_files(self) -> list[Path]:
+        """The files of the model and its tokenizer, weights included."""
+        return sorted({path for pattern in _MODEL for path in self.path.glob(pattern)})
 
     def is_run(self) -> bool:
         """Whether a run has begun here."""

@@ -65,6 +65,7 @@ class Recipe:
 
 
 _TYPED = "command line"
+_MODELS = ("model_name_or_path", "adapter_name_or_path")
 _MOST_MEANT = 3
 """Settings that a hint names."""
 
@@ -118,7 +119,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for name, value in environment.items():
         if not name or "=" in name or "\0" in name + value:
             raise ConfigError(f"env: {name!r} cannot be a variable with the value {value!r}")
-    return Recipe(_at_home(settings), tuple(notices), Path(files[0]).stem if files else None, environment)
+    return Recipe(settings, tuple(notices), Path(files[0]).stem if files else None, environment)
 
 
 def _without_replaced(written: list[Entry], typed: list[Entry]) -> list[Entry]:
@@ -205,9 +206,10 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
         settings[name] = (previous if isinstance(previous, dict) else {}) | {inner: parsed}
         return
     try:
-        settings[name] = convert(value, known.kind, split_commas=typed)
-        if name == "stages" and settings[name]:
-            settings[name] = [_stage(entry) for entry in settings[name]]
+        converted = convert(value, known.kind, split_commas=typed)
+        if name == "stages" and converted:
+            converted = [_stage(entry) for entry in converted]
+        settings[name] = at_home(converted) if name in _MODELS else converted
     except ValueError:
         written = "nothing" if typed and value is True else _shown(value)
         raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None
@@ -317,12 +319,6 @@ def _entries(text: str, path: Path) -> list[Entry]:
     finally:
         if loader is not None:
             loader.dispose()
-
-
-def _at_home(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same with folders of models written out."""
-    folders = settings.keys() & {"model_name_or_path", "adapter_name_or_path"}
-    return settings | {name: at_home(settings[name]) for name in folders}
 
 
 def _read_arguments(words: Sequence[str]) -> tuple[list[str], list[Entry]]:

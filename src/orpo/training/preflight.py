@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
+from orpo.console import say
 from orpo.data.dataset import TokenizedDataset
 from orpo.engine.precision import bfloat16_gain
 from orpo.errors import ConfigError, raised_as
@@ -33,7 +34,10 @@ def is_finished(config: ORPOConfig) -> bool:
         RunError: It holds the result of another recipe.
     """
     run = RunDirectory(Path(str(config.output_dir)))
-    if config.force or unfinished_because(run) is not None:
+    problem = unfinished_because(run)
+    if config.force or problem is not None:
+        if run.finished.exists() and not config.force:
+            say(f"{run.path}: {problem}, so the run is not taken for finished")
         return False
     now = config.plain_settings()
     defaults = ORPOConfig(output_dir=config.output_dir).plain_settings()
