@@ -2,8 +2,8 @@
 
 A model that cannot follow a layout fails silently. Two tests find out. One is sharp in every precision: the
 log-probabilities of a side may not depend on the tokens of another side or pair, neither their values nor
-their gradients, which are exactly zero or not. The other compares the loss and a few gradients with those of
-the plain model, one response at a time, as closely as the precision allows.
+their gradients, which are exactly zero or not. The other compares the loss and the gradients of all that is
+trained with those of the plain model, one response at a time; in float32, where the weights can be had so.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from orpo.engine.masks import untold_limits
 from orpo.engine.memory import free_memory
 from orpo.engine.objective import log_odds
 from orpo.engine.packing import PackedBatch, Role, pack
+from orpo.engine.precision import HALF
 from orpo.engine.router import checked_router_loss
 from orpo.engine.scorer import NotOnTheInterfaceError, Scorer
 from orpo.engine.vocabulary import are_bent, factor_between, is_transformed, measured_scale, reading
@@ -99,15 +100,18 @@ def measure(model: nn.Module, scorer: Scorer, longest: int | None = None) -> lis
     training = model.training
     model.eval()
     try:
-        _check_causal(scorer, ids, is_precise)
         with torch.no_grad(), reading(scorer.backbone, inner.get_output_embeddings()) as found:
             logits = scorer.plain_forward(input_ids=ids, use_cache=False).logits
+        _check_causal(scorer, ids, logits, is_precise)
         hidden = found.output[0]
         if found.entering is not None and is_transformed(hidden, found.entering):
             scorer.has_transform, hidden = True, found.entering
         flat_ND = hidden.flatten(0, 1)
         scorer.logit_scale = measured_scale(inner, logits.flatten(0, 1), flat_ND, is_precise)
-        _check_logits(scorer, ids, is_precise)
+        if found.product is not None:
+            _check_logits(
+                scorer, ids, factor_between(inner, logits, found.product), found.product, is_precise
+            )
         scorer.untold = untold_limits(scorer.configs, scorer.plain_forward, ids, longest)
         scorer.router_loss, notices = checked_router_loss(inner, scorer.plain_forward, ids)
         return notices
@@ -119,8 +123,14 @@ def measure(model: nn.Module, scorer: Scorer, longest: int | None = None) -> lis
         model.train(training)
 
 
-def _check_causal(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
+def _check_causal(scorer: Scorer, ids_BN: Tensor, logits_BNV: Tensor, is_precise: bool) -> None:
     """The first half of a text may not depend on the second, neither in values nor in gradients.
+
+    Args:
+        scorer: Of the model.
+        ids_BN: A text.
+        logits_BNV: What the plain model says of it.
+        is_precise: Whether rounding is that of float32.
 
     Raises:
         ModelError: It does.
@@ -135,7 +145,7 @@ def _check_causal(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
         return logits
 
     with torch.no_grad():
-        logits, other = first_half(ids_BN), first_half(changed_BN)
+        logits, other = logits_BNV[:, :half].float(), first_half(changed_BN)
         difference = (logits - other).abs().max() / logits.abs().max().clamp_min(1e-30)
     if difference == 0:
         return
@@ -156,23 +166,24 @@ def _check_causal(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
 
 
 @torch.no_grad()
-def _check_logits(scorer: Scorer, ids_BN: Tensor, is_precise: bool) -> None:
+def _check_logits(scorer: Scorer, ids_BN: Tensor, scale: float, product: Tensor, is_precise: bool) -> None:
     """Large logits show what small ones, those of a new model, do not: a bound that no setting tells.
+
+    Args:
+        scorer: Of the model.
+        ids_BN: A text.
+        scale: The factor between its logits, before their soft cap, and `product`.
+        product: What the vocabulary matrix gave for it.
+        is_precise: Whether rounding is that of float32.
 
     Raises:
         ModelError: There is one.
     """
-    model, head = scorer.model, scorer.model.get_output_embeddings()
-    with reading(scorer.backbone, head) as found:
+    model = scorer.model
+    enlarged = LARGE_LOGIT / float((scale * product).abs().max().clamp_min(1e-30))
+    with reading(scorer.backbone, model.get_output_embeddings(), enlarged):
         logits = scorer.plain_forward(input_ids=ids_BN, use_cache=False).logits
-    if found.product is None:
-        return
-    scale = factor_between(model, logits, found.product)
-    enlarged = LARGE_LOGIT / float((scale * found.product).abs().max().clamp_min(1e-30))
-    with reading(scorer.backbone, head, enlarged) as found:
-        logits = scorer.plain_forward(input_ids=ids_BN, use_cache=False).logits
-    assert found.product is not None
-    if are_bent(model, logits, enlarged * scale * found.product, is_precise):
+    if are_bent(model, logits, enlarged * scale * product, is_precise):
         raise ModelError(
             f"{type(model).__name__} bends its logits, and no factor or soft cap that its configuration tells"
             " explains how; its loss cannot be computed here"
@@ -293,7 +304,7 @@ def _full_precision(model: nn.Module, device: torch.device) -> Iterator[bool]:
     Weights of half precision become float32 one after the other, and what they were again: no bit changes.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    half = [each for each in tensors if each.dtype in (torch.bfloat16, torch.float16)]
+    half = [each for each in tensors if each.dtype in HALF]
     floats = all(each.dtype.itemsize >= 2 for each in tensors if each.is_floating_point())
     whole = not any(isinstance(each, DTensor) or hasattr(each, "ds_tensor") for each in tensors)
     quantized = any(getattr(module, "is_quantized", False) for module in model.modules())
@@ -368,7 +379,8 @@ def _pairs(
     prompt = 9 + max((length for length in beyond if length <= MAX_PROBE_LENGTH), default=0)
     prompt = max(9, min(prompt, longest - 7))
     first = [*begin, *ids(prompt, ends_turn=False)][:prompt]
-    first[prompt // 2 : prompt // 2 + 1] = ends[:1] or first[prompt // 2 : prompt // 2 + 1]
+    if ends:
+        first[prompt // 2] = ends[0]
     return [TokenizedPair(first, ids(7), ids(5)), TokenizedPair(ids(3), ids(4), ids(6))]
 
 

@@ -35,7 +35,7 @@ from orpo.errors import ConfigError, RunError, first_line
 from orpo.pairs import TokenizedPair
 from orpo.run.directory import RunDirectory
 from orpo.training.arguments import ORPOConfig
-from orpo.training.resuming import first_rank_decides
+from orpo.training.resuming import add_weight, first_rank_decides
 
 SCORING = "scoring the reference"
 
@@ -190,9 +190,7 @@ def _identity(model: nn.Module, parts: Iterable[tuple[str, Tensor]], *, without_
                 "objective dpo: this rank does not have the model's weights; set"
                 " fsdp_config: {cpu_ram_efficient_loading: false}"
             )
-        digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-        bytes_of = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(bytes_of.data)
+        add_weight(digest, name, part)
     digests: list[str] = gather_object([digest.hexdigest()])
     if len(set(digests)) == 1:
         return digests[0]

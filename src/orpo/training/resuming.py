@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xxhash
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
-from torch import nn
+from torch import Tensor, nn
 
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
@@ -75,9 +75,14 @@ def _base_weights(model: nn.Module, is_reference: bool) -> str | None:
     for name, weight in frozen or (weights if is_reference else []):
         if weight.is_meta or hasattr(weight, "ds_tensor"):
             return None
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        add_weight(digest, name, weight)
     return digest.hexdigest() if frozen or is_reference else None
+
+
+def add_weight(digest: Any, name: str, weight: Tensor) -> None:
+    """Have a checksum of xxhash take in a weight: its name, type, shape and bytes."""
+    digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+    digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _is_fixed(name: str, settings: Mapping[str, Any]) -> bool:
