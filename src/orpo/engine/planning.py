@@ -147,7 +147,7 @@ def plan_step(
     shares = _balance(costs, num_ranks)
     ranks = [_fill_batches(share, sizes, tokens_per_micro_batch) for share in shares]
     num_batches = max(map(len, ranks))
-    even = [_even_out(batches, num_batches, [unit.tokens for unit in units]) for batches in ranks]
+    even = [_even_out(batches, num_batches, sizes, tokens_per_micro_batch) for batches in ranks]
     spare = BatchPlan((tokens.index(min(tokens)),), empty=True)
 
     def planned(batch: list[int]) -> BatchPlan:
@@ -237,8 +237,19 @@ def _fill_batches(units: list[int], sizes: list[list[int]], tokens_per_micro_bat
     return batches
 
 
-def _even_out(batches: list[list[int]], num_batches: int, tokens: list[int]) -> list[list[int]]:
-    """Bring a rank to `num_batches` micro-batches: split its fullest ones, then add empty ones."""
+def _even_out(
+    batches: list[list[int]], num_batches: int, sizes: list[list[int]], tokens_per_micro_batch: int
+) -> list[list[int]]:
+    """Bring a rank to `num_batches` micro-batches, as equal as can be: the longest one decides the memory.
+
+    Padded lines stay with others of their width: there the fullest are split, and empty ones added.
+    """
+    units = [unit for batch in batches for unit in batch]
+    tokens = {unit: sizes[unit][0] * sizes[unit][1] for unit in units}
+    if all(sizes[unit][1] == 1 for unit in units):
+        dealt = [[units[i] for i in share] for share in _balance(list(tokens.values()), num_batches)]
+        if all(len(b) == 1 or sum(tokens[i] for i in b) <= tokens_per_micro_batch for b in dealt):
+            return [sorted(batch) for batch in dealt]
     batches = [list(batch) for batch in batches]
     while len(batches) < num_batches and any(len(batch) > 1 for batch in batches):
         fullest = max((batch for batch in batches if len(batch) > 1), key=lambda b: sum(tokens[i] for i in b))
