@@ -150,8 +150,8 @@ def test_recipes_of_2024_load_with_one_line_for_each_renamed_key(tmp_path):
         "evaluation_strategy",
         "overwrite_output_dir",
         "warmup_ratio",
-        "hub_private_repo:",
     ]
+    assert recipe.idle == ["hub_private_repo: no effect without push_to_hub: true"]
     assert all("\n" not in notice for notice in recipe.notices)
 
 
@@ -174,15 +174,21 @@ def test_trl_command_lines_are_understood():
 
 def test_settings_that_wait_for_another_are_named():
     recipe = load_recipe(None, ["--hub_model_id", "me/it", "--lora_r", "8", "--lora_alpha", "32"])
-    assert recipe.notices == (
+    assert recipe.idle == [
         "hub_model_id: no effect without push_to_hub: true",
         "lora_r: no effect without use_peft: true",
-    )
-    assert not load_recipe(None, ["--lora_r", "8", "--use_peft"]).notices
+    ]
+    assert not load_recipe(None, ["--lora_r", "8", "--use_peft"]).idle
     words = ["--gradient_checkpointing_kwargs", "{use_reentrant: true}"]
     waiting = "gradient_checkpointing_kwargs: no effect without gradient_checkpointing: true"
-    assert load_recipe(None, words).notices == (waiting,)
-    assert not load_recipe(None, [*words, "--activation_checkpointing"]).notices
+    assert load_recipe(None, words).idle == [waiting]
+    assert not load_recipe(None, [*words, "--activation_checkpointing"]).idle
+    words = ["--save_steps", "5", "--max_completion_length", "9"]
+    assert load_recipe(None, [*words, "--save_strategy", "epoch"]).idle == [
+        "save_steps: no effect without save_strategy: steps",
+        "max_completion_length: no effect without generate_during_eval: true",
+    ]
+    assert not load_recipe(None, [*words, "--num_samples", "2"]).idle
 
 
 def test_trl_environment_section_is_kept_apart(tmp_path):
@@ -337,7 +343,7 @@ def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
         ("max_prompt_lenght: 3", "did you mean 'max_prompt_length'?"),
         (
             "per_device_batch_size: 3",
-            "did you mean 'per_device_train_batch_size' or 'per_device_eval_batch_size'?",
+            "did you mean 'per_device_train_batch_size'?",
         ),
         ("epochs: 3", "did you mean 'num_train_epochs'?"),
         ("data: x", "did you mean 'dataset_name'?"),

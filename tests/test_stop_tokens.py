@@ -128,6 +128,15 @@ def test_settings_that_are_in_order_are_left_as_they_are():
     assert settle_generation_config(model) == [] and model.generation_config.temperature == 0.5
 
 
+def test_tokens_beyond_the_vocabulary_are_told():
+    model = model_with(eos_token_id=[2, 10**6])
+    (line,) = settle_generation_config(model)
+    rows = len(model.get_input_embeddings().weight)
+    assert line.startswith(
+        f"generation_config.json: eos_token_id 1000000 is none of the model's {rows} tokens"
+    )
+
+
 @pytest.mark.parametrize("text", ['{"eos_token_id": 2', "[]"])
 def test_a_damaged_file_is_not_passed_over(tmp_path, text):
     tiny_models.build("Llama").save_pretrained(tmp_path)

@@ -64,6 +64,7 @@ def test_overridden_hooks_are_these():
         "evaluate": "each set has a record of its own, whatever its name",
         "evaluation_loop": "means over examples",
         "log": "the window's numbers",
+        "floating_point_ops": "there is no `input_ids` to count",
         "call_model_init": "checks the model it gives",
         "save_model": "model card, no bars",
         "create_accelerator_and_postprocess": "refuses rows and layers divided over ranks",
@@ -75,6 +76,7 @@ def test_overridden_hooks_are_these():
         "_issue_warnings_after_load": "tied weights are not missing",
         "_load_best_model": "experts have other names in the file",
         "_load_from_checkpoint": "the same",
+        "_track_num_input_tokens": "there is no `input_ids` to count",
         "_save_checkpoint": "written under another name and renamed; with the open log window and a manifest",
     }
     overridden = {
@@ -268,6 +270,21 @@ def test_what_checkpointing_does_not_take_is_refused_before_the_first_step(tmp_p
         tiny_trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
 
 
+def test_what_torch_compile_does_not_take_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ConfigError, match="inductor with torch_compile_mode: nope cannot be used"):
+        tiny_trainer(tmp_path, torch_compile=True, torch_compile_mode="nope")
+
+
+def test_operations_and_tokens_are_counted_as_transformers_does(tmp_path):
+    """It looks for `input_ids` in what a step is given, and counts nothing without."""
+    trainer = tiny_trainer(tmp_path, include_num_input_tokens_seen="all", num_train_epochs=1)
+    read = sum(batch["step"].num_tokens for batch in trainer.get_train_dataloader())
+    metrics = trainer.train().metrics
+    weights = trainer.model.num_parameters(exclude_embeddings=True)
+    assert metrics["num_input_tokens_seen"] == trainer.state.num_input_tokens_seen == read
+    assert metrics["total_flos"] == trainer.state.total_flos == 6 * read * weights
+
+
 def test_arguments_that_an_optimizer_does_not_read_are_refused(tmp_path):
     """transformers parses them for every optimizer, and gives them to a few."""
     trainer = tiny_trainer(tmp_path, optim="rmsprop", optim_args="alpha=0.9, eps=1e-7")
@@ -276,6 +293,16 @@ def test_arguments_that_an_optimizer_does_not_read_are_refused(tmp_path):
         trainer = tiny_trainer(tmp_path, optim=optim, optim_args=f"{argument}=0.5")
         with pytest.raises(ConfigError, match=f"optim_args: {argument}: optim: {optim} takes none"):
             check_optimization(trainer)
+
+
+def test_settings_of_an_optimizer_that_another_one_does_not_read_are_told(tmp_path):
+    trainer = tiny_trainer(tmp_path, optim="sgd", optim_target_modules=["attn"])
+    with pytest.raises(ConfigError, match="optim_target_modules: optim: sgd takes none; leave it out"):
+        check_optimization(trainer)
+    trainer = tiny_trainer(tmp_path, optim="sgd", adam_beta2=0.95, weight_decay=0.1)
+    assert check_optimization(trainer) == ["adam_beta2: no effect with optim: sgd"]
+    trainer = tiny_trainer(tmp_path, optim="adamw_torch", adam_beta2=0.95, adam_epsilon=1e-6)
+    assert check_optimization(trainer) == []
 
 
 def test_user_arguments_are_left_alone(tmp_path):
@@ -746,6 +773,28 @@ def test_evaluation_data_without_a_strategy_is_used(tmp_path):
 def test_settings_of_trl_without_effect_are_named_in_one_line():
     args = ORPOConfig(output_dir="x", max_prompt_length=128, padding_value=0, truncation_mode="keep_end")
     assert len(args.notices) == 3 and args.notices[0].startswith("max_prompt_length has no effect: ")
+
+
+def test_settings_that_wait_for_another_are_named_from_python_too():
+    """But names on the hub: a script may call `push_to_hub` itself."""
+    given = {"lora_r": 4, "save_steps": 5, "save_strategy": "epoch", "hub_model_id": "me/it"}
+    assert ORPOConfig(output_dir="x", **given).notices == [
+        "save_steps: no effect without save_strategy: steps",
+        "lora_r: no effect without use_peft: true",
+    ]
+    on_adapter = ORPOConfig(output_dir="x", adapter_name_or_path="a", lora_r=4).notices
+    assert on_adapter == ["lora_r: no effect on the adapter of adapter_name_or_path, which has its own"]
+    for open_or_on in ({"eval_steps": 5}, {"eval_strategy": "steps", "eval_steps": 5}):
+        assert not [line for line in ORPOConfig(output_dir="x", **open_or_on).notices if "effect" in line]
+
+
+def test_settings_that_only_other_code_of_the_trainer_reads_are_named():
+    """What evaluation, loaders and steps of transformers read, which are not ours."""
+    given = {"train_sampling_strategy": "group_by_length", "average_tokens_across_devices": False}
+    given |= {"per_device_eval_batch_size": 2, "bf16_full_eval": True, "eval_accumulation_steps": 2}
+    given |= {"accelerator_config": {"even_batches": False}, "dataloader_persistent_workers": True}
+    notices = ORPOConfig(output_dir="x", use_cpu=True, dataloader_num_workers=1, **given).notices
+    assert sorted(line.split(" has no effect: ")[0] for line in notices) == sorted(given)
 
 
 def test_presets_are_filled_in():

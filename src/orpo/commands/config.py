@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         recipe = load_recipe(overrides=args.settings)
         check_recipe(recipe.settings)
-        for notice in recipe.notices:
+        for notice in [*recipe.notices, *recipe.idle]:
             print(notice, file=sys.stderr)
         print(resolved_yaml(recipe.settings, inherited=args.all), end="")
     return 0

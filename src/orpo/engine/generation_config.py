@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
 from orpo.errors import DataError, ModelError, raised_as
 from orpo.run.directory import read_json
 
@@ -48,7 +48,7 @@ def settle_generation_config(model: Any) -> list[str]:
     """Repair a model's generation_config where it could not be saved as it is.
 
     Returns:
-        A line for each thing that was changed.
+        A line for each thing that was changed, or that means nothing.
 
     Raises:
         ModelError: It cannot be repaired.
@@ -57,7 +57,7 @@ def settle_generation_config(model: Any) -> list[str]:
     if generation is None:
         return []
     _check_types(generation)
-    names, lines = _refused(generation), []
+    names, lines = _refused(generation), _beyond_vocabulary(generation, num_embeddings(model))
     if names and generation.do_sample is None:
         generation.do_sample = True
         left = _refused(generation)
@@ -75,6 +75,16 @@ def settle_generation_config(model: Any) -> list[str]:
     if _refused(generation):
         raise ModelError(f"{_FILE}: {', '.join(_refused(generation))} cannot be used; correct the file")
     return lines
+
+
+def _beyond_vocabulary(generation: Any, number: int) -> list[str]:
+    """A line for each token that the model does not have; `number` is 0 where its weights are sharded."""
+    ids = [(name, one) for name in _TOKENS for one in token_ids(generation, name) if number]
+    return [
+        f"{_FILE}: {name} {one} is none of the model's {number:,} tokens, so it means nothing"
+        for name, one in ids
+        if not 0 <= one < number
+    ]
 
 
 def _check_types(generation: Any) -> None:

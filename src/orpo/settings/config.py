@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 from orpo.errors import ConfigError
 from orpo.settings.facts import Facts, TrlDefault, setting
 from orpo.settings.inherited import INHERITED
+from orpo.settings.renamed import NO_EFFECT
 from orpo.settings.values import check_values
 
 ObjectiveName = Literal[
@@ -133,9 +134,9 @@ class OrpoSettings:
     use_peft: bool = setting(
         False, "Train a LoRA adapter instead of all weights.", loading=True, resume="built in"
     )
-    lora_r: int = setting(16, "LoRA rank.", at_least=1, resume="built in", only_with="use_peft")
+    lora_r: int = setting(16, "LoRA rank.", at_least=1, resume="built in", only_with=("use_peft",))
     lora_alpha: int = setting(
-        32, "LoRA scale: updates are scaled by alpha / r.", at_least=1, only_with="use_peft"
+        32, "LoRA scale: updates are scaled by alpha / r.", at_least=1, only_with=("use_peft",)
     )
     lora_dropout: float = setting(
         0.0,
@@ -143,7 +144,7 @@ class OrpoSettings:
         at_least=0,
         below=1,
         trl=TrlDefault(0.05, "noise that preference pairs, seen one to three times, do not need"),
-        only_with="use_peft",
+        only_with=("use_peft",),
     )
     lora_target_modules: list[str] | str | None = setting(
         "all-linear",
@@ -151,19 +152,19 @@ class OrpoSettings:
         "without vocabulary and routers.",
         trl=TrlDefault(None, "every linear layer, on models PEFT has no table for too"),
         resume="built in",
-        only_with="use_peft",
+        only_with=("use_peft",),
     )
     lora_target_parameters: list[str] | None = setting(
         None,
         "Weights outside of linear layers that get one, as in experts stored as one tensor.",
         resume="built in",
-        only_with="use_peft",
+        only_with=("use_peft",),
     )
     lora_modules_to_save: list[str] | None = setting(
-        None, "Modules trained in full alongside the adapter.", resume="built in", only_with="use_peft"
+        None, "Modules trained in full alongside the adapter.", resume="built in", only_with=("use_peft",)
     )
-    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r).", only_with="use_peft")
-    use_dora: bool = setting(False, "Weight-decomposed LoRA.", resume="built in", only_with="use_peft")
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r).", only_with=("use_peft",))
+    use_dora: bool = setting(False, "Weight-decomposed LoRA.", resume="built in", only_with=("use_peft",))
     adapter_name_or_path: str | None = setting(
         None, "Continue training this adapter.", loading=True, resume="built in"
     )
@@ -227,7 +228,7 @@ class OrpoSettings:
     dataset_num_proc: int | None = setting(None, "Processes that tokenize.", at_least=1, resume="free")
     streaming: bool = setting(False, "Read the data as it comes; needs max_steps.")
     shuffle_buffer: int = setting(
-        10_000, "Rows held for shuffling when streaming.", at_least=1, only_with="streaming"
+        10_000, "Rows held for shuffling when streaming.", at_least=1, only_with=("streaming",)
     )
     # Objective
     objective: ObjectiveName = setting(
@@ -307,7 +308,11 @@ class OrpoSettings:
         resume="free",
     )
     max_completion_length: int | None = setting(
-        None, "Tokens of a generated sample.", at_least=1, resume="free"
+        None,
+        "Tokens of a generated sample.",
+        at_least=1,
+        resume="free",
+        only_with=("generate_during_eval", "num_samples"),
     )
     generate_during_eval: bool = setting(False, "Same as num_samples: 4.", resume="free")
     fail_if_worse: bool = setting(
@@ -343,6 +348,40 @@ FACTS: dict[str, Facts] = OWN | {name: inherited.facts for name, inherited in IN
 def settings_where(holds: Callable[[Facts], bool]) -> set[str]:
     """Names of the settings whose facts are so."""
     return {name for name, facts in FACTS.items() if holds(facts)}
+
+
+def is_in_use(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a setting has an effect, which some have never, and some only with another one."""
+    return name not in NO_EFFECT and not _lacking(name, settings)
+
+
+def _lacking(name: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings of which a setting would need one, where it has none of them."""
+    needed = FACTS.get(name, Facts()).only_with
+    return () if any(_holds(other, settings) for other in needed) else needed
+
+
+def _holds(needed: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a setting is on, or has the value asked for as `name: value`; what is left open may get it."""
+    name, asks, wanted = needed.partition(": ")
+    value = settings.get(name)
+    return value is None or getattr(value, "value", value) == wanted if asks else bool(value)
+
+
+def idle_lines(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that is not at its default, and waits for another one to be turned on."""
+    set_here = [name for name, value in settings.items() if value != defaults[name]]
+    return [
+        f"{name}: no effect {_why_idle(lacking[0], settings)}"
+        for name in set_here
+        if (lacking := _lacking(name, settings))
+    ]
+
+
+def _why_idle(needed: str, settings: Mapping[str, Any]) -> str:
+    if needed == "use_peft" and settings.get("adapter_name_or_path"):
+        return "on the adapter of adapter_name_or_path, which has its own"
+    return f"without {needed}" if ":" in needed else f"without {needed}: true"
 
 
 def inherited_by_evaluation(recipe: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:

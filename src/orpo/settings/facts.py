@@ -42,7 +42,8 @@ class Facts(str):
             the tokens, the weights themselves, pairs per step). `free`: it cannot change the mathematics.
         in_recipe: Whether recipe.yaml of a run names it: `always`, where it was `changed`, or `never`, since
             it follows from others.
-        only_with: Another setting, without which this one has no effect.
+        only_with: Other settings, one of which has to be on, or to have the value in `name: value`, for this
+            one to have an effect.
         loading: Whether it says how a model is loaded, and so cannot apply to one that is loaded already.
         evaluation: Whether `orpo eval` takes the value that the run was trained with.
         trl: TRL's default where it differs from ours.
@@ -54,7 +55,7 @@ class Facts(str):
     below: float | None
     resume: Resume
     in_recipe: InRecipe
-    only_with: str | None
+    only_with: tuple[str, ...]
     loading: bool
     evaluation: bool
     trl: TrlDefault | None
@@ -69,7 +70,7 @@ class Facts(str):
         below: float | None = None,
         resume: Resume = "fixed",
         in_recipe: InRecipe = "changed",
-        only_with: str | None = None,
+        only_with: tuple[str, ...] = (),
         loading: bool = False,
         evaluation: bool = False,
         trl: TrlDefault | None = None,

@@ -34,32 +34,40 @@ def _default(value: Any, help_text: str, **facts: Any) -> Inherited:
 
 
 _FREE = (
-    "accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics",
-    "dataloader_multiprocessing_context", "dataloader_persistent_workers",
-    "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
-    "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm", "do_predict", "do_train",
-    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "fsdp", "fsdp_config",
-    "gradient_checkpointing_kwargs", "greater_is_better",
-    "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
-    "ignore_data_skip", "include_for_metrics", "include_num_input_tokens_seen", "label_names",
-    "length_column_name", "local_rank", "log_level", "log_level_replica", "log_on_each_node",
-    "logging_strategy", "metric_for_best_model", "output_dir", "parallelism_config",
-    "prediction_loss_only", "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name",
-    "save_on_each_node", "save_only_model", "save_strategy", "skip_memory_metrics", "torch_compile",
-    "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trackio_bucket_id",
-    "trackio_space_id", "trackio_static_space_id", "use_cache", "use_cpu",
+    "auto_find_batch_size", "dataloader_multiprocessing_context", "ddp_backend", "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm",
+    "do_predict", "do_train", "fsdp", "greater_is_better", "ignore_data_skip",
+    "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica", "log_on_each_node",
+    "logging_strategy", "metric_for_best_model", "output_dir", "parallelism_config", "prediction_loss_only",
+    "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
+    "save_only_model", "save_strategy", "skip_memory_metrics", "torch_compile", "torch_compile_backend",
+    "torch_compile_mode", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cache",
+    "use_cpu",
 )  # fmt: skip
 """Where and how a run computes, logs, evaluates and saves: none of these changes what a step does."""
 
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+_WAITING = {
+    **dict.fromkeys(
+        ["hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision"], ("push_to_hub",)
+    ),
+    **dict.fromkeys(["hub_strategy", "hub_token"], ("push_to_hub",)),
+    "gradient_checkpointing_kwargs": _CHECKPOINTING,
+    "fsdp_config": ("fsdp",),
+    "liger_kernel_config": ("use_liger_kernel",),
+}
+"""Setting -> those of which one has to be on for it to have an effect."""
+
 INHERITED: dict[str, Inherited] = {
     **{name: Inherited(Facts(resume="free")) for name in _FREE},
+    **{name: Inherited(Facts(resume="free", only_with=others)) for name, others in _WAITING.items()},
     **{
         name: Inherited(Facts(resume="free", in_recipe="never"))
-        for name in (
-            *("activation_checkpointing", "activation_checkpointing_kwargs"),
-            *("dataloader_pin_memory", "do_eval"),
-        )
+        for name in ("activation_checkpointing", "dataloader_pin_memory", "do_eval")
     },
+    "activation_checkpointing_kwargs": Inherited(
+        Facts(resume="free", in_recipe="never", only_with=_CHECKPOINTING)
+    ),
     "learning_rate": _default(
         5e-6,
         "Peak learning rate; 1e-6, TRL's default, hardly moves a base model.",
@@ -78,7 +86,13 @@ INHERITED: dict[str, Inherited] = {
             trl=TrlDefault(True, "without padding and logits much less memory is needed"),
         )
     ),
-    "logging_steps": _default(10, "Steps between two lines of metrics.", at_least=0, resume="free"),
+    "logging_steps": _default(
+        10,
+        "Steps between two lines of metrics.",
+        at_least=0,
+        resume="free",
+        only_with=("logging_strategy: steps",),
+    ),
     "logging_first_step": _default(
         True,
         "Log the first step by itself.",
@@ -108,6 +122,7 @@ INHERITED: dict[str, Inherited] = {
         "Steps between checkpoints; below 1: share of the run.",
         at_least=0,
         resume="free",
+        only_with=("save_strategy: steps",),
         trl=TrlDefault(500, "a tenth of the run, whatever its length"),
     ),
     "save_total_limit": _default(
@@ -145,7 +160,6 @@ INHERITED: dict[str, Inherited] = {
     "is_encoder_decoder": _default(None, "Encoder-decoder models are refused.", resume="free"),
     "num_train_epochs": Inherited(Facts(above=0, at_most=1_000_000, in_recipe="always")),
     "per_device_train_batch_size": Inherited(Facts(at_least=1, resume="derived", in_recipe="always")),
-    "per_device_eval_batch_size": Inherited(Facts(at_least=1, resume="free")),
     "gradient_accumulation_steps": Inherited(Facts(at_least=1, resume="derived", in_recipe="always")),
     "warmup_steps": Inherited(Facts(at_least=0, in_recipe="always")),
     "weight_decay": Inherited(Facts(at_least=0, in_recipe="always")),
@@ -158,9 +172,9 @@ INHERITED: dict[str, Inherited] = {
     "neftune_noise_alpha": Inherited(Facts(at_least=0)),
     "dataloader_prefetch_factor": Inherited(Facts(at_least=1, resume="free")),
     **{
-        name: Inherited(Facts(at_least=0, resume="free"))
-        for name in ("dataloader_num_workers", "eval_delay", "eval_steps")
+        name: Inherited(Facts(at_least=0, resume="free")) for name in ("dataloader_num_workers", "eval_delay")
     },
+    "eval_steps": Inherited(Facts(at_least=0, resume="free", only_with=("eval_strategy: steps",))),
     "label_smoothing_factor": Inherited(Facts(at_least=0, at_most=0)),
 }
 """Setting -> what we make of it."""

@@ -43,7 +43,6 @@ RENAMED = {
     "shuffle_buffer_size": "shuffle_buffer",
     # steps
     "micro_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
     "num_epochs": "num_train_epochs",
     "optimizer": "optim",
     "lr_scheduler": "lr_scheduler_type",

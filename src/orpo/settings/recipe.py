@@ -20,6 +20,7 @@ import yaml
 from orpo.console import say
 from orpo.errors import ConfigError, raised_as
 from orpo.run.directory import RunDirectory, at_home
+from orpo.settings.config import idle_lines
 from orpo.settings.renamed import (
     MEANT,
     NO_EFFECT,
@@ -58,9 +59,14 @@ class Recipe:
     name: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def idle(self) -> list[str]:
+        """A line for each setting that waits for another one; a run says them by itself."""
+        return idle_lines(self.settings, {name: known.default for name, known in known_settings().items()})
+
     def say_notices(self, *, error: bool = False) -> None:
-        """Print them; with `error` beside a command's output, which is another thing."""
-        for notice in self.notices:
+        """Print both; with `error` beside a command's output, which is another thing."""
+        for notice in [*self.notices, *self.idle]:
             say(notice, error=error)
 
 
@@ -115,7 +121,6 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if problems:
         raise ConfigError("; ".join(problems))
     notices += _leave_behind(settings, of_file, {entry.key for entry in typed})
-    notices += _idle(settings)
     for name, value in environment.items():
         if not name or "=" in name or "\0" in name + value:
             raise ConfigError(f"env: {name!r} cannot be a variable with the value {value!r}")
@@ -143,27 +148,6 @@ def _leave_behind(settings: dict[str, Any], of_file: list[Entry], typed: set[str
         del settings[part]
     line = f"{', '.join(parts)}: of {written} in the recipe, not of the data on the command line"
     return [line] if parts else []
-
-
-def _idle(settings: Mapping[str, Any]) -> list[str]:
-    """A line for each setting that waits for another one to be turned on."""
-    checkpointing = ("gradient_checkpointing", "activation_checkpointing")
-    switches = {
-        "hub_": ("push_to_hub",),
-        "lora_": ("use_peft", "adapter_name_or_path"),
-        "gradient_checkpointing_kwargs": checkpointing,
-        "activation_checkpointing_kwargs": checkpointing,
-        "fsdp_config": ("fsdp",),
-    }
-    known = known_settings()
-    return [
-        f"{key}: no effect without {names[0]}: true"
-        for prefix, names in switches.items()
-        for key, value in settings.items()
-        if key.startswith(prefix)
-        and value != known[key].default
-        and not any(settings.get(name) for name in names)
-    ]
 
 
 def _apply(entry: Entry, settings: dict[str, Any], named: set[str], everything: Mapping[str, Any]) -> str:

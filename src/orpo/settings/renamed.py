@@ -20,7 +20,6 @@ RENAMED = other_tools.RENAMED | {
     "torch_dtype": "dtype",
     "no_cuda": "use_cpu",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
     "hub_model_revision": "hub_revision",
@@ -49,12 +48,14 @@ MEANT = {
     "max_len": ["max_length"],
     "max_seq_len": ["max_length"],
     "orpo_beta": ["beta"],
+    "per_device_batch_size": ["per_device_train_batch_size"],
 }
 """Names that no tool has and people write -> the settings that they may mean, where no word tells."""
 
 _LENGTHS = "a prompt that does not fit loses its oldest turns, a response is never cut"
 _POSITIONS = "the tokens that are scored are listed, nothing is masked by an id"
 _GONE = "transformers 5 has no such setting"
+_PACKED_EVALUATION = "an evaluation packs pairs as training does, and keeps a few numbers of each"
 
 NO_EFFECT = other_tools.NO_EFFECT | {
     "max_prompt_length": _LENGTHS,
@@ -71,6 +72,16 @@ NO_EFFECT = other_tools.NO_EFFECT | {
     "train_sampling_strategy": PACKED,
     "remove_unused_columns": "columns that are not needed are never read",
     "label_names": "the loss is computed inside the model's call, from no label column",
+    **dict.fromkeys(["per_device_eval_batch_size", "per_gpu_eval_batch_size"], _PACKED_EVALUATION),
+    **dict.fromkeys(["eval_batch_size", "eval_accumulation_steps"], _PACKED_EVALUATION),
+    **dict.fromkeys(["eval_do_concat_batches", "eval_use_gather_object"], _PACKED_EVALUATION),
+    "batch_eval_metrics": _PACKED_EVALUATION,
+    **dict.fromkeys(["bf16_full_eval", "fp16_full_eval"], "an evaluation computes in what training does"),
+    "include_for_metrics": "compute_metrics receives per-pair log-probs",
+    "torch_empty_cache_steps": "micro-batches are planned to fit into the memory there is",
+    "accelerator_config": "steps are dealt to the processes here, not by accelerate's loaders",
+    "dataloader_persistent_workers": "each epoch has workers of its own, which know its order",
+    "dataloader_in_order": "steps always come in their order",
     "average_tokens_across_devices": "the loss is always divided by the counts of the whole step",
     "precompute_ref_log_probs": "what the reference says is always computed once, before training",
     "logging_dir": "TensorBoard writes under output_dir/runs; the variable TENSORBOARD_LOGGING_DIR moves it",

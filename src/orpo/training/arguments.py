@@ -26,6 +26,7 @@ from orpo.settings.config import (
     Objective,
     OrpoSettings,
     check_settings,
+    idle_lines,
     objective_keys,
     resolve_objective,
     settings_where,
@@ -68,8 +69,8 @@ class _Arguments(OrpoSettings, TrainingArguments):
             setattr(self, key, value)
         self.notices: list[str] = notices + [
             f"{key} has no effect: {NO_EFFECT[key]}"
-            for key, default in ((f.name, f.default) for f in dataclasses.fields(self))
-            if key in NO_EFFECT and default is None and getattr(self, key) is not None
+            for key, default in _defaults().items()
+            if key in NO_EFFECT and getattr(self, key) != default
         ]
         if self.generate_during_eval and not self.num_samples:
             self.num_samples = 4
@@ -85,10 +86,22 @@ class _Arguments(OrpoSettings, TrainingArguments):
         self._settle_evaluation()
         self.better_is_open = self.greater_is_better is None
         check_settings(self)
+        self.notices += self.idle(on_the_hub=False)
         with raised_as(ConfigError, "these settings cannot be used"):
             super().__post_init__()
         if self.deepspeed_plugin is not None:  # DeepSpeed clips at 1.0 where its own file says nothing
             self.deepspeed_plugin.deepspeed_config.setdefault("gradient_clipping", self.max_grad_norm)
+
+    def idle(self, *, on_the_hub: bool) -> list[str]:
+        """Lines on settings that wait for another one: those of pushing to the hub, or all others.
+
+        Where a script trains, it may call `push_to_hub` itself.
+        """
+        defaults = _defaults()
+        settings = {name: getattr(self, name) for name in defaults}
+        if self.evaluation_is_open and self.eval_strategy == "no":
+            settings["eval_strategy"] = None  # until the data is known
+        return [line for line in idle_lines(settings, defaults) if line.startswith("hub_") == on_the_hub]
 
     @property
     def objective_settings(self) -> Objective:
@@ -189,6 +202,15 @@ class _Arguments(OrpoSettings, TrainingArguments):
             for name in names
             if name not in never and not (values[name] is None and defaults[name] is None)
         }
+
+
+def _defaults() -> dict[str, Any]:
+    """Every setting that can be given, at its default."""
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(_Arguments)
+        if f.init
+    }
 
 
 _OF_TRL_SCRIPTS = {"trl.scripts.utils": "ScriptArguments", "trl.trainer.model_config": "ModelConfig"}

@@ -26,7 +26,7 @@ from orpo.settings.config import check_recipe
 from orpo.settings.needs import check_needs
 from orpo.training.arguments import ORPOConfig
 from orpo.training.cautions import cautions
-from orpo.training.preflight import check_compilation, check_optimization, is_finished, summary
+from orpo.training.preflight import check_optimization, is_finished, summary
 from orpo.training.resuming import first_rank_decides
 from orpo.training.samples import FEW, SHORT, SampleWriter
 from orpo.training.trainer import ORPOTrainer
@@ -87,6 +87,7 @@ def train(settings: Mapping[str, Any], *, page: bool = True) -> Outcome:
     if settings.get("dry_run") and settings.get("fsdp") and "RANK" not in os.environ:
         say(f"dry run in one process: fsdp ({settings.pop('fsdp')}) is left out")
     config = ORPOConfig(**settings)
+    config.notices += config.idle(on_the_hub=True)  # nothing but the run itself can push
     folder = Path(str(config.output_dir))
     if first_rank_decides(config, lambda: is_finished(config)):
         say(f"{folder} already holds a finished run of this recipe; set another output_dir to train again")
@@ -103,10 +104,9 @@ def train(settings: Mapping[str, Any], *, page: bool = True) -> Outcome:
 
 def _checked_trainer(config: ORPOConfig) -> ORPOTrainer:
     trainer = ORPOTrainer(args=config)
-    check_optimization(trainer)
-    check_compilation(trainer.args)
+    notices = check_optimization(trainer)
     _ask_for_samples(trainer)
-    for line in [*summary(trainer), *cautions(trainer)]:
+    for line in [*notices, *summary(trainer), *cautions(trainer)]:
         say(line)
     return trainer
 

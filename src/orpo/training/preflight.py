@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from orpo.engine.precision import bfloat16_gain
 from orpo.errors import ConfigError, raised_as
 from orpo.run.directory import RunDirectory
 from orpo.run.finished import unfinished_because
-from orpo.settings.config import settings_where
+from orpo.settings.config import is_in_use, settings_where
 from orpo.training.arguments import ORPOConfig
 from orpo.training.cadence import number_of_steps
 from orpo.training.interruptible import changed
-from orpo.training.resuming import check_changes, is_in_use
+from orpo.training.resuming import check_changes
 from orpo.training.trainer import ORPOTrainer
 
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 WORTH_SAYING = 2.0
 """How many times as fast bfloat16 products must be: what autocast converts costs time too."""
 
@@ -49,8 +50,11 @@ def is_finished(config: ORPOConfig) -> bool:
     return True
 
 
-def check_optimization(trainer: ORPOTrainer) -> None:
+def check_optimization(trainer: ORPOTrainer) -> list[str]:
     """Make the optimizer and the schedule of a single number, so that what they refuse is refused now.
+
+    Returns:
+        A line for each setting of Adam that is not at its default, where another optimizer reads none.
 
     Raises:
         ConfigError: A package is missing, or a setting of either cannot be used.
@@ -62,8 +66,11 @@ def check_optimization(trainer: ORPOTrainer) -> None:
     )
     with raised_as(ConfigError, f"{optim} cannot be used"):
         kind, arguments = trainer.get_optimizer_cls_and_kwargs(config, trainer.model)
-        by_name = {"params", "model", "optimizer_dict"} & arguments.keys()
+        by_group = {"params", "optimizer_dict"} & arguments.keys()
+        by_name = by_group or "model" in arguments
         made = torch.optim.SGD([number]) if by_name else kind([number], **arguments)
+    if config.optim_target_modules and not by_group:
+        raise ConfigError(f"optim_target_modules: optim: {_text(config.optim)} takes none; leave it out")
     if not by_name:
         _check_optimizer_arguments(trainer)
     more = config.lr_scheduler_kwargs or {}
@@ -77,21 +84,10 @@ def check_optimization(trainer: ORPOTrainer) -> None:
         ConfigError, blamed, "what a schedule takes is written lr_scheduler_kwargs: {name: value}"
     ):
         get_scheduler(config.lr_scheduler_type, made, 1, 10, dict(more))
-
-
-def check_compilation(config: Any) -> None:
-    """Have torch.compile read its settings now, not when training begins.
-
-    Raises:
-        ConfigError: It refuses one of them.
-    """
-    if not config.torch_compile:
-        return
-    backend, mode = config.torch_compile_backend, config.torch_compile_mode
-    with raised_as(
-        ConfigError, f"torch_compile_backend: {backend} with torch_compile_mode: {mode} cannot be used"
-    ):
-        torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+    defaults = {f.name: f.default for f in fields(config)}
+    changes = [{name: defaults[name]} for name in _ADAM if getattr(config, name) != defaults[name]]
+    idle = [change for change in changes if not _is_read(trainer, {}, change)]
+    return [f"{name}: no effect with optim: {_text(config.optim)}" for (name,) in idle]
 
 
 def _text(value: Any) -> Any:
@@ -102,19 +98,22 @@ def _text(value: Any) -> Any:
 def _check_optimizer_arguments(trainer: ORPOTrainer) -> None:
     """Refuse what `optim_args` has and the optimizer never reads: what no value of it changes."""
     config: Any = trainer.args
-
-    def arguments(text: str | None) -> Any:
-        with changed(config, optim_args=text):
-            return trainer.get_optimizer_cls_and_kwargs(config, trainer.model)
-
     for part in config.optim_args.split(",") if config.optim_args else ():
         name = part.partition("=")[0].strip()
-        try:
-            is_read = arguments(f"{name}=?") != arguments(None)
-        except Exception:  # it is read, and `?` is nothing that it can be
-            is_read = True
-        if not is_read:
+        if not _is_read(trainer, {"optim_args": None}, {"optim_args": f"{name}=?"}):
             raise ConfigError(f"optim_args: {name}: optim: {_text(config.optim)} takes none; leave it out")
+
+
+def _is_read(trainer: ORPOTrainer, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the optimizer is made in another way with the one settings than with the other."""
+    made = []
+    for settings in (one, other):
+        with changed(trainer.args, **settings):
+            try:
+                made.append(trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model))
+            except Exception:  # it is read, and is nothing that the optimizer can be given
+                return True
+    return made[0] != made[1]
 
 
 def summary(trainer: ORPOTrainer) -> list[str]:

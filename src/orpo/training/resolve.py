@@ -55,6 +55,7 @@ def own_arguments(args: ORPOConfig | None) -> ORPOConfig:
         )
     check_in_backward(args)
     _check_checkpointing(args)
+    _check_compilation(args)
     args.notices = list(args.notices)
     if args.template_date is None:  # a run that resumes on another day trains on the same tokens
         before = earlier_recipe(Path(str(args.output_dir))).get("template_date")
@@ -87,6 +88,17 @@ def _check_checkpointing(args: ORPOConfig) -> None:
     with raised_as(ConfigError, "gradient_checkpointing_kwargs cannot be used"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoint(torch.neg, torch.zeros(1, requires_grad=True), **passed_on).backward()
+
+
+def _check_compilation(args: ORPOConfig) -> None:
+    """Have torch.compile read its settings, so that what it refuses is refused now."""
+    if not args.torch_compile:
+        return
+    backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
+    with raised_as(
+        ConfigError, f"torch_compile_backend: {backend} with torch_compile_mode: {mode} cannot be used"
+    ):
+        torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
 
 
 def resolve_model(model: Any, args: ORPOConfig, model_init: Any, peft_config: Any) -> Any:

@@ -20,7 +20,7 @@ from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.engine.steps import Step
 from orpo.errors import OrpoError, RunError
-from orpo.settings.config import FACTS, Objective
+from orpo.settings.config import FACTS, Objective, is_in_use
 from orpo.settings.facts import Facts
 from orpo.training.arguments import ORPOConfig
 
@@ -88,12 +88,6 @@ def add_weight(digest: Any, name: str, weight: Tensor) -> None:
 def _is_fixed(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether another value of a setting would make another model."""
     return is_in_use(name, settings) and FACTS.get(name, Facts()).resume in ("fixed", "built in")
-
-
-def is_in_use(name: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a setting has an effect, which some have only with another one."""
-    needed = FACTS.get(name, Facts()).only_with
-    return needed is None or bool(settings.get(needed))
 
 
 def check_changes(

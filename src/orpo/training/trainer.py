@@ -629,6 +629,22 @@ class ORPOTrainer(InterruptibleTrainer):
         summed: Tensor = self.accelerator.reduce(tensor, "sum")
         return summed
 
+    @functools.cached_property
+    def _weights_that_multiply(self) -> int:
+        count: int = self.model.num_parameters(exclude_embeddings=True)
+        return count
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a step of this rank as transformers counts them: six a token and weight."""
+        step: Step = inputs["step"]
+        return 6 * step.num_tokens * self._weights_that_multiply
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens that all ranks have read in a step, for `include_num_input_tokens_seen`."""
+        if self.args.include_num_input_tokens_seen != "no":
+            read = torch.tensor(inputs["step"].num_tokens, device=self.args.device)
+            self.state.num_input_tokens_seen += int(self._reduce(read))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record a line of training numbers; dashboards see TRL's names for them too."""
         of_training = self._evaluated_set is None and "train_runtime" not in logs
