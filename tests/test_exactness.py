@@ -255,6 +255,21 @@ def test_dropout_that_layers_read_from_the_configuration_is_turned_off(tmp_path)
     assert torch.equal(model(batch=batch).loss, model(batch=batch).loss)
 
 
+@pytest.mark.parametrize("name", ["opt", "xglm", "bart"])
+def test_layers_that_are_left_out_at_random_are_turned_off_as_dropout_is(name, tmp_path):
+    model = tiny_families.build(name)
+    drops = {key for module in model.modules() for key in vars(module) if "layerdrop" in key}
+    assert drops
+    for module in model.modules():
+        for key in drops & vars(module).keys():
+            setattr(module, key, 0.5)
+    trainer = tiny_trainer(tmp_path, model=model)
+    layout = trainer._preparation().layout
+    model.train()
+    batch = pack(PAIRS, OBJECTIVE, layout=layout)
+    assert len({model(batch=batch).loss.item() for _ in range(6)}) == 1
+
+
 def test_an_encoder_is_refused_for_what_it_is():
     model = tiny_families.build("bert", is_decoder=False)
     with pytest.raises(ModelError, match=r"BertLMHeadModel is no causal .*`is_decoder` being false"):

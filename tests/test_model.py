@@ -464,6 +464,40 @@ def test_what_stands_between_backbone_and_head_is_followed(layout):
         assert_exact((loss.item(), reference.gradients(each)), expected)
 
 
+class DropsBeforeItsHead(transformers.LlamaForCausalLM):
+    """Has a dropout between backbone and head, which only training shows."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, *args, use_cache=None, **kwargs):
+        hidden = self.model(*args, use_cache=use_cache, **kwargs).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(self.drop(hidden)))
+
+
+def test_a_dropout_between_backbone_and_head_is_applied():
+    model = DropsBeforeItsHead(tiny_models.build("Llama").config)
+    state = torch.random.get_rng_state()
+    assert prepare_model(model).has_transform
+    assert torch.equal(torch.random.get_rng_state(), state)
+    batch = pack(PAIRS, OBJECTIVE)
+    still = [model.eval()(batch=batch).loss.item() for _ in range(2)]
+    drawn = {model.train()(batch=batch).loss.item() for _ in range(3)}
+    assert still[0] == still[1] and len(drawn) == 3
+    model.drop.p = 0.0
+    assert not prepare_model(model).has_transform
+    assert model.train()(batch=batch).loss.item() == pytest.approx(still[0], rel=1e-5)
+
+
+def test_a_batch_normalisation_is_refused():
+    """In training it depends on what is packed together; a probe, which does not train, cannot see it."""
+    model = tiny_models.build("Llama")
+    model.model.layers[0].mlp.down_proj.register_module("norm", nn.BatchNorm1d(8))
+    with pytest.raises(ModelError, match=r"down_proj.norm is a batch normalisation, which mixes"):
+        prepare_model(model)
+
+
 class AddsItsPredecessor(nn.Module):
     """A layer that mixes in the token before by a weight that is zero in a new model."""
 

@@ -135,6 +135,12 @@ def test_micro_batches_of_a_rank_differ_by_a_pair_at_most_where_the_budget_has_r
             assert max(loads) - min(loads) <= max(tokens)
 
 
+def test_where_filling_makes_shorter_micro_batches_than_dealing_they_stay_filled():
+    lengths = np.array([[1, 1, 4], [1, 1, 4], [1, 1, 2], [1, 1, 2], [1, 1, 2]])  # 6, 6, 4, 4 and 4 tokens
+    (rank,) = plan_step(lengths, num_ranks=1, tokens_per_micro_batch=14)
+    assert sorted(sum(lengths[list(batch.pairs)].sum(1)) for batch in rank) == [12, 12]
+
+
 def test_two_micro_batches_are_of_equal_length_rather_than_one_full_and_one_short():
     lengths = np.array([[10, 10, 10]] * 8)
     step = {"lengths": lengths, "num_ranks": 1, "tokens_per_micro_batch": 180, "layout": "shared"}

@@ -243,6 +243,21 @@ def test_another_base_under_an_adapter_is_refused(tmp_path):
     run().train(resume_from_checkpoint=True)
 
 
+def test_another_configuration_of_the_base_is_refused(tmp_path):
+    """All weights come from the checkpoint; what they are multiplied by comes from the base's config.json."""
+
+    def run(callbacks=(), **config):
+        model = tiny_models.build("Llama", **config)
+        return tiny_trainer(tmp_path, model=model, **SAVING, arguments={"callbacks": list(callbacks)})
+
+    run(callbacks=[StopAt(3)]).train()
+    with pytest.raises(RunError, match=r"other settings \(config.rms_norm_eps: 1e-06 -> 0.5\)"):
+        run(rms_norm_eps=0.5).train(resume_from_checkpoint=True)
+    with pytest.raises(RunError, match=r"config.rope_parameters: "):
+        run(rope_parameters={"rope_theta": 100.0, "rope_type": "default"}).train(resume_from_checkpoint=True)
+    run(use_cache=False).train(resume_from_checkpoint=True)
+
+
 def test_another_reference_than_the_model_before_training_is_refused(tmp_path):
     def run(scale=1.0, callbacks=(), **settings):
         model = tiny_models.build("Llama")

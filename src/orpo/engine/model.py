@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from orpo.engine.adapters import refuse_adapters
@@ -76,6 +77,12 @@ def prepare_model(
     if inner.get_output_embeddings() is None:
         raise ModelError(f"{type(inner).__name__} has no language-model head to score tokens with")
     refuse_adapters(model, inner)
+    for name, module in inner.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ModelError(
+                f"{type(inner).__name__}: {name} is a batch normalisation, which mixes all texts of a"
+                " micro-batch while it trains; its loss depends on what is packed together"
+            )
     memory = logits_memory_mib or default_logits_memory_mib(
         on_cpu=next(model.parameters()).device.type != "cuda"
     )

@@ -246,9 +246,14 @@ def _even_out(
     """
     units = [unit for batch in batches for unit in batch]
     tokens = {unit: sizes[unit][0] * sizes[unit][1] for unit in units}
+
+    def longest(of: list[list[int]]) -> int:
+        return max(sum(tokens[unit] for unit in batch) for batch in of)
+
     if all(sizes[unit][1] == 1 for unit in units):
         dealt = [[units[i] for i in share] for share in _balance(list(tokens.values()), num_batches)]
-        if all(len(b) == 1 or sum(tokens[i] for i in b) <= tokens_per_micro_batch for b in dealt):
+        fits = all(len(b) == 1 or sum(tokens[i] for i in b) <= tokens_per_micro_batch for b in dealt)
+        if fits and (len(batches) < num_batches or longest(dealt) <= longest(batches)):
             return [sorted(batch) for batch in dealt]
     batches = [list(batch) for batch in batches]
     while len(batches) < num_batches and any(len(batch) > 1 for batch in batches):

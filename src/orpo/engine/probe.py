@@ -104,7 +104,9 @@ def measure(model: nn.Module, scorer: Scorer, longest: int | None = None) -> lis
             logits = scorer.plain_forward(input_ids=ids, use_cache=False).logits
         _check_causal(scorer, ids, logits, is_precise)
         hidden = found.output[0]
-        if found.entering is not None and is_transformed(hidden, found.entering):
+        if found.entering is not None and (
+            is_transformed(hidden, found.entering) or _drops_between(scorer, ids)
+        ):
             scorer.has_transform, hidden = True, found.entering
         flat_ND = hidden.flatten(0, 1)
         scorer.logit_scale = measured_scale(inner, logits.flatten(0, 1), flat_ND, is_precise)
@@ -121,6 +123,25 @@ def measure(model: nn.Module, scorer: Scorer, longest: int | None = None) -> lis
         return []
     finally:
         model.train(training)
+
+
+def _drops_between(scorer: Scorer, ids_BN: Tensor) -> bool:
+    """Whether training drops something between the backbone and the vocabulary matrix."""
+    model = scorer.model
+    if not any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return False
+    devices = [ids_BN.device] if ids_BN.device.type == "cuda" else []
+    model.train()
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            reading(scorer.backbone, model.get_output_embeddings()) as found,
+        ):
+            scorer.plain_forward(input_ids=ids_BN, use_cache=False)
+    finally:
+        model.eval()
+    return found.entering is not None and is_transformed(found.output[0], found.entering)
 
 
 def _check_causal(scorer: Scorer, ids_BN: Tensor, logits_BNV: Tensor, is_precise: bool) -> None:

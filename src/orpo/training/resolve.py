@@ -158,8 +158,21 @@ def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
     return settle_generation_config(model)
 
 
+_DROPS = ("dropout", "pdrop", "layerdrop", "layer_drop", "drop_path")
+"""Parts of the names under which models keep what share of units or layers they leave out in training."""
+
+
+def _drops(holder: Any) -> list[str]:
+    """Names of its attributes that are such shares."""
+    return [
+        name
+        for name, value in vars(holder).items()
+        if isinstance(value, float) and any(part in name for part in _DROPS)
+    ]
+
+
 def _disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, but an adapter's own, which is asked for by name.
+    """Set every dropout to 0, that of layers too, but an adapter's own, which is asked for by name.
 
     Some layers (Falcon, Persimmon) read theirs from the configuration while they run. They get a copy of it,
     so that the one that is saved with the model stays what it was.
@@ -170,14 +183,11 @@ def _disable_dropout(model: nn.Module) -> None:
             continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for attribute, value in vars(module).items():
-            if "dropout" in attribute and isinstance(value, float):
-                setattr(module, attribute, 0.0)
+        for attribute in _drops(module):
+            setattr(module, attribute, 0.0)
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
-            found = [
-                key for key, value in vars(config).items() if "dropout" in key and isinstance(value, float)
-            ]
+            found = _drops(config)
             if any(getattr(config, key) for key in found):
                 if id(config) not in copies:
                     copies[id(config)] = copy.copy(config)

@@ -5,6 +5,7 @@ differences. `force` lets those pass that take effect from there on; what is bui
 optimizer's state of a checkpoint cannot be changed.
 """
 
+import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from orpo.console import say
 from orpo.data.dataset import TokenizedDataset, prompt_index
+from orpo.engine.scorer import base_model
 from orpo.engine.steps import Step
 from orpo.errors import OrpoError, RunError
 from orpo.settings.config import FACTS, Objective, is_in_use
@@ -25,6 +27,8 @@ from orpo.settings.facts import Facts
 from orpo.training.arguments import ORPOConfig
 
 Result = TypeVar("Result")
+_NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+"""Of a model's configuration: what does not change the numbers, or is compared elsewhere."""
 _TRAINED, _BASE, _DTYPE = "trained_weights", "base_weights", "weights_dtype"
 _ORDER, _ANY_ORDER = "order", "each pair for itself"
 """How pairs follow each other; version 0.2.0 wrote nothing about it, and had this order alone."""
@@ -57,11 +61,23 @@ def run_identity(
     if model is not None:
         sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
         identity[_TRAINED] = f"{sum(sizes):,} in {len(sizes)} tensors"
+        identity |= _architecture(model)
         identity[_DTYPE] = ", ".join(sorted({str(weight.dtype)[6:] for weight in model.parameters()}))
         is_reference = first is not None and first.needs_reference
         if args.process_index == 0 and (base := _base_weights(model, is_reference)) is not None:
             identity[_BASE] = base
     return identity
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """What the model's configuration says of how it computes: a checkpoint's weights are of that alone."""
+    config = base_model(model).config.get_text_config()
+    settings = json.loads(json.dumps(config.to_diff_dict(), default=str))
+    return {
+        f"config.{name}": value
+        for name, value in settings.items()
+        if not name.endswith("_token_id") and name not in _NOT_COMPUTED
+    }
 
 
 def _base_weights(model: nn.Module, is_reference: bool) -> str | None:

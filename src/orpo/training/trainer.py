@@ -91,6 +91,7 @@ from orpo.training.in_backward import (
     stepping_in_backward,
 )
 from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
+from orpo.training.noise import noisy_embeddings
 from orpo.training.pair_log import PairLog, choosing_metric
 from orpo.training.progress import Progress, Stopwatch
 from orpo.training.recorder import Recorder, peak_memory
@@ -223,6 +224,7 @@ class ORPOTrainer(InterruptibleTrainer):
                 callbacks=callbacks,
                 optimizers=own_optimizers(args, optimizers),
             )
+        self.neftune_noise_alpha = None  # noise.py knows what a text is
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
         self.recorder = self._add_callbacks(data)
@@ -554,7 +556,8 @@ class ORPOTrainer(InterruptibleTrainer):
         with self.compute_loss_context_manager():
             batch = self.reference.attached(batch, self.train_dataset)
             batch = batch.to(self.args.device, non_blocking=True)
-            output = model(batch=batch, denominators=denominators)
+            with noisy_embeddings(self.model, batch, self.args.neftune_noise_alpha):
+                output = model(batch=batch, denominators=denominators)
         self._last_losses.append(output.loss.detach())
         if last and self._steps_in_backward:
             finite = torch.isfinite(torch.stack(self._last_losses)).all()
