@@ -35,6 +35,7 @@ from orpo.run.directory import read_run
 from orpo.settings.config import Objective
 from orpo.training.preflight import check_optimization, summary
 from orpo.training.progress import Stopwatch
+from orpo.training.stepping import SteppingTrainer
 
 OBJECTIVES = [
     Objective(),
@@ -81,7 +82,7 @@ def test_overridden_hooks_are_these():
     }
     overridden = {
         name
-        for name, value in vars(ORPOTrainer).items()
+        for name, value in [*vars(ORPOTrainer).items(), *vars(SteppingTrainer).items()]
         if inspect.isfunction(value) and hasattr(Trainer, name) and name != "__init__"
     }
     assert overridden == public.keys() | private.keys()

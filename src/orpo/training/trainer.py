@@ -1,9 +1,8 @@
 """`ORPOTrainer`: transformers.Trainer, taught what an ORPO step is.
 
-A loader item is a whole optimizer step (steps.py): `training_step` runs its micro-batches one after the other
-and lets ranks exchange gradients in the last one. What the Trainer calls gradient accumulation therefore
-stays 1, and its step counts, schedules and epochs are those of optimizer steps. The other overrides measure
-over examples, keep a run resumable, and stop before a loss that is not a number moves a weight.
+A loader item is a whole optimizer step (steps.py), whose micro-batches stepping.py runs. What the Trainer
+calls gradient accumulation therefore stays 1, and its step counts, schedules and epochs are those of
+optimizer steps. The other overrides measure over examples, and keep a run resumable.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import DistributedType, broadcast_object_list  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.serialization import config as serialization
@@ -43,11 +42,10 @@ from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
 from orpo.data.stages import following
 from orpo.data.token_ids import check_token_ids
-from orpo.engine.head import Denominators, PairScores
+from orpo.engine.head import PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
 from orpo.engine.model import Preparation, prepare_model
-from orpo.engine.packing import PackedBatch
 from orpo.engine.score import score
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.steps import (
@@ -57,11 +55,10 @@ from orpo.engine.steps import (
     StepDataset,
     StepStream,
     build_step,
-    split_batches,
     step_loader,
 )
 from orpo.engine.stop_tokens import save_generation_config, stop_token_ids
-from orpo.errors import ConfigError, DataError, RunError, first_line, raised_as
+from orpo.errors import ConfigError, DataError, RunError, raised_as
 from orpo.evaluation.per_pair import PairResults
 from orpo.pairs import TokenizedPair
 from orpo.run.card import write_model_card
@@ -84,14 +81,10 @@ from orpo.settings.config import Objective, Schedule, Stage, resolve_stages
 from orpo.training.arguments import ORPOConfig
 from orpo.training.cadence import number_of_steps, settle_cadence
 from orpo.training.in_backward import (
-    Norms,
     give_back_what_is_freed,
-    gradient_norm,
     own_optimizers,
-    stepping_in_backward,
 )
-from orpo.training.interruptible import InterruptibleTrainer, StopBetweenSteps, changed
-from orpo.training.noise import noisy_embeddings
+from orpo.training.interruptible import StopBetweenSteps, changed
 from orpo.training.pair_log import PairLog, choosing_metric
 from orpo.training.progress import Progress, Stopwatch
 from orpo.training.recorder import Recorder, peak_memory
@@ -112,6 +105,7 @@ from orpo.training.resolve import (
 from orpo.training.resuming import StreamCheck, check_changes, first_rank_decides, run_identity
 from orpo.training.samples import SampleWriter
 from orpo.training.saved_weights import load_renamed
+from orpo.training.stepping import SteppingTrainer
 from orpo.training.stopping import StopSignal
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
@@ -127,7 +121,7 @@ def _shown(args: ORPOConfig) -> Iterator[None]:
         yield
 
 
-class ORPOTrainer(InterruptibleTrainer):
+class ORPOTrainer(SteppingTrainer):
     """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
 
     Attributes:
@@ -144,7 +138,6 @@ class ORPOTrainer(InterruptibleTrainer):
     objective: Objective
     _prepared: tuple[nn.Module, Preparation] | None = None
     _tokens_per_micro_batch = 0
-    _moved: Norms
     _stage: Stage | None = None
     _evaluated_set: str | None = None  # its name, while an evaluation runs
     _tag_names = ("trl", "orpo")  # `trl` because dashboards filter on the tags TRL gives
@@ -211,7 +204,6 @@ class ORPOTrainer(InterruptibleTrainer):
         self.forced = []
         args.gradient_accumulation_steps = 1  # a loader item is a whole step already
         self.stop_signal = StopSignal()
-        self._printed: set[str] = set()
         with raised_as(ConfigError, "the run cannot be set up"):
             super().__init__(
                 model=loaded,
@@ -508,146 +500,6 @@ class ORPOTrainer(InterruptibleTrainer):
                 self.recorder.stage_began(step, self.state.epoch or 0.0, stage.name)
         self._stage = stage
 
-    def _run_batches(self, model: nn.Module, step: Step) -> list[Tensor]:
-        """Run all micro-batches; where one does not fit into memory, start again with each split in two."""
-        self._last_step = step
-        self._moved = {}
-        if self.args.optimizer_in_backward and len(step.batches) > 1:
-            self._say_once(
-                "optimizer_in_backward: a step of several micro-batches holds its gradients until the last of"
-                f" them; tokens_per_micro_batch (now {self._tokens_per_micro_batch:,}) or fewer pairs a step"
-                " make it one"
-            )
-        window = self.window.copy()
-        try:
-            self._last_losses: list[Tensor] = []
-            self._router_loss = torch.zeros((), device=self.args.device)
-            for number, batch in enumerate(step.batches):
-                last = number == len(step.batches) - 1
-                with self._syncing(model, last=last), self._stepping(last=last):
-                    self._run_batch(model, batch, step.denominators, last=last)
-            return self._last_losses
-        except torch.OutOfMemoryError as error:
-            halves = (
-                None
-                if self.args.world_size > 1 or self._moved
-                else split_batches(step, self._batch_settings(evaluating=False))
-            )
-            if halves is None:
-                back = "; some weights have moved, so go back to the last checkpoint" if self._moved else ""
-                raise RunError(
-                    f"step {self.state.global_step + 1}: out of memory ({first_line(error)});"
-                    f" lower tokens_per_micro_batch or max_length, or set gradient_checkpointing: true{back}"
-                ) from error
-        # Gradients of micro-batches that did fit, or of half a backward, are dropped with everything else.
-        self.window = window
-        model.zero_grad()
-        torch.cuda.empty_cache()
-        say(
-            f"step {self.state.global_step + 1}: out of memory;"
-            " retrying with micro-batches of half as many pairs"
-        )
-        return self._run_batches(model, halves)
-
-    def _run_batch(
-        self, model: nn.Module, batch: PackedBatch, denominators: Denominators, *, last: bool
-    ) -> None:
-        """Forward and backward of one micro-batch, whose share of the step's loss is noted."""
-        with self.compute_loss_context_manager():
-            batch = self.reference.attached(batch, self.train_dataset)
-            batch = batch.to(self.args.device, non_blocking=True)
-            with noisy_embeddings(self.model, batch, self.args.neftune_noise_alpha):
-                output = model(batch=batch, denominators=denominators)
-        self._last_losses.append(output.loss.detach())
-        if last and self._steps_in_backward:
-            finite = torch.isfinite(torch.stack(self._last_losses)).all()
-            self._check_finite(self._reduce(finite.float()) == self.args.world_size)
-        # DDP, FSDP and ZeRO average gradients over ranks; the denominators already count all of them.
-        scaled = output.loss * self.args.world_size
-        deepspeed = {"scale_wrt_gas": False} if self._uses_deepspeed else {}
-        self.accelerator.backward(scaled, **deepspeed)
-        if not batch.empty:
-            self.window.add_pairs(output.pairs, batch.num_context_tokens)
-        if output.router_loss is not None:
-            self._router_loss += output.router_loss
-
-    @property
-    def _uses_deepspeed(self) -> bool:
-        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
-
-    @property
-    def _steps_in_backward(self) -> bool:
-        """Whether weights move within the last backward pass of a step, so that a check after it is late."""
-        return self._uses_deepspeed or self.args.optimizer_in_backward
-
-    def _stepping(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Let weights move in the backward pass of a step's last micro-batch, where that is asked for."""
-        if not (last and self.args.optimizer_in_backward):
-            return contextlib.nullcontext()
-        return stepping_in_backward(self.optimizer, self._moved)
-
-    @contextlib.contextmanager
-    def _syncing(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Let ranks exchange gradients in the last micro-batch of a step only, unless weights are sharded.
-
-        A rank that shards its weights and did not exchange would hold the gradients of all weights, whole.
-        """
-        self.accelerator.gradient_state._set_sync_gradients(last)
-        every = last or self._uses_deepspeed or self.is_fsdp_enabled
-        with contextlib.nullcontext() if every else self.accelerator.no_sync(model):
-            yield
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm; stops where it, or the loss, is not finite, before the optimizer moves."""
-        norm = super()._get_grad_norm(model, gradient_norm(model, self._moved) if self._moved else grad_norm)
-        finite = torch.isfinite(torch.stack(self._last_losses)).all()
-        skips_by_itself = self.accelerator.scaler is not None  # float16 begins with infinite gradients
-        if norm is not None and not skips_by_itself:
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
-            finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device)).all()
-        # A step within the backward is taken: the losses were checked before it, the gradient could not be.
-        self._check_finite(finite, norm, after_the_step=self._steps_in_backward)
-        return norm
-
-    def _check_finite(self, finite: Tensor, norm: Any = None, *, after_the_step: bool = False) -> None:
-        if not finite.item():
-            size = "" if norm is None else f" (gradient norm {float(norm)})"
-            weights = "go back to the last checkpoint" if after_the_step else "no weight was changed"
-            raise RunError(
-                f"step {self.state.global_step + 1}: the loss or its gradient is not finite{size};"
-                f" {weights}. {self._guilty_pairs()}. Look at these rows, or lower learning_rate."
-            )
-
-    def _guilty_pairs(self) -> str:
-        """Where this rank's pairs in micro-batches without a finite loss come from; else all of its pairs."""
-        step = self._last_step
-        bad = [p for p, loss in zip(step.pairs, self._last_losses, strict=True) if not torch.isfinite(loss)]
-        sources = [pair.source for pairs in bad or step.pairs for pair in pairs]
-        more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
-        which = "Rows" if bad else "All rows"
-        return f"{which} of rank {self.args.process_index}: {', '.join(sources[:8])}{more}"
-
-    def _reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks."""
-        summed: Tensor = self.accelerator.reduce(tensor, "sum")
-        return summed
-
-    @functools.cached_property
-    def _weights_that_multiply(self) -> int:
-        count: int = self.model.num_parameters(exclude_embeddings=True)
-        return count
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a step of this rank as transformers counts them: six a token and weight."""
-        step: Step = inputs["step"]
-        return 6 * step.num_tokens * self._weights_that_multiply
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens that all ranks have read in a step, for `include_num_input_tokens_seen`."""
-        if self.args.include_num_input_tokens_seen != "no":
-            read = torch.tensor(inputs["step"].num_tokens, device=self.args.device)
-            self.state.num_input_tokens_seen += int(self._reduce(read))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record a line of training numbers; dashboards see TRL's names for them too."""
         of_training = self._evaluated_set is None and "train_runtime" not in logs
@@ -764,11 +616,6 @@ class ORPOTrainer(InterruptibleTrainer):
             elif is_ours(name):
                 self._say_once(f"compute_metrics: {name!r} replaces the metric of that name")
         return custom
-
-    def _say_once(self, line: str) -> None:
-        if line not in self._printed:
-            self._printed.add(line)
-            say(line)
 
     def _score(self, dataloader: DataLoader[Any]) -> PairScores:
         """Scores of all pairs of a loader, in the order of the data, the same on every rank."""
