@@ -117,7 +117,7 @@ class OrpoSettings:
     model_init_kwargs: dict[str, Any] | str | None = setting(
         None, "Further arguments of from_pretrained.", loading=True, resume="built in"
     )
-    disable_dropout: bool = setting(True, "Set every dropout of the model to 0.")
+    disable_dropout: bool = setting(True, "Set every dropout of the model to 0, that of whole layers too.")
     chat_template: str | None = setting(None, "Jinja template, a file, or one of our named templates.")
     chat_template_kwargs: dict[str, Any] | str | None = setting(
         None, "Arguments of the chat template: enable_thinking, reasoning_effort, ...", resume="derived"
