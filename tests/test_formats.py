@@ -1187,3 +1187,105 @@ def test_calls_as_openai_wrote_them_first_are_tool_calls():
 def test_a_column_without_a_name_is_shown_as_one():
     found = read({"prompt": "Q?", "chosen": "GOOD", "rejected": "BAD", "": 7})
     assert any(line.endswith("columns not used: ''") for line in found.notices)
+
+
+TWICE = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]'
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": TWICE, "rejected": "d"},
+        {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b",
+         "tools": '[{"name": "f", "name": "g"}]'},
+        {"prompt": [{"role": "user", "content": "q"}], "rejected": "b",
+         "chosen": [{"role": "assistant", "content": "", "tool_calls": '[{"name": "f", "name": "g"}]'}]},
+    ],
+)  # fmt: skip
+def test_a_key_that_text_in_a_cell_has_twice_stops_the_run(row):
+    with pytest.raises(DataError, match=r"row:0: .*has the key '(content|name)' twice in one object"):
+        read_preferences([row])
+
+
+@pytest.mark.parametrize(
+    ("mark", "counted"),
+    [
+        ({"train_on_turn": False}, True), ({"loss_weight": 0}, True), ({"trainable": False}, True),
+        ({"weight": "0"}, True), ({"train": "false"}, True), ({"weight": 0.5}, True), ({"mask": True}, True),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}, True),
+        ({"weight": 1}, False), ({"train": True}, False), ({"train": "true"}, False), ({"mask": 0}, False),
+        ({"loss": True, "trainable": "yes"}, False),
+    ],
+)  # fmt: skip
+def test_every_way_to_weigh_a_turn_is_counted(mark, counted):
+    answer = [{"role": "assistant", "content": "a", **mark}]
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": answer, "rejected": "b"}
+    lines = [line for line in read_preferences([row]).notices if "although a turn says" in line]
+    assert len(lines) == counted
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": -2},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score": {"chosen": 1, "rejected": 9}},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "preference": "rejected"},
+        {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a", "score_a": 1, "score_b": 9},
+        {"prompt": "q", "chosen": [{"role": "assistant", "content": "a", "score": 1}],
+         "rejected": [{"role": "assistant", "content": "b", "score": 2}]},
+    ],
+)  # fmt: skip
+def test_what_says_that_the_rejected_answer_is_better_is_counted(row):
+    (line,) = [line for line in read_preferences([row]).notices if "although" in line]
+    assert "1 of 1 rows train although" in line and "rejected" in line
+
+
+@pytest.mark.parametrize(
+    "more", [{"margin": 2}, {"preference": "chosen"}, {"score": {"chosen": 2, "rejected": 1}}]
+)
+def test_what_agrees_is_not_counted(more):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", **more}
+    assert not [line for line in read_preferences([row]).notices if "although" in line]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image", "text": ""}]},
+        {"role": "user", "content": "q", "images": ["a.png"]},
+    ],
+)
+def test_media_in_turns_stop_the_run(turn):
+    row = {"prompt": [turn], "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match=r"row:0: 'prompt' has a turn with .*image.*; only text is trained"):
+        read_preferences([row])
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_of_ranked_answers_is_a_part_of_them(key):
+    answers = [{"text": "good", key: "because", "score": 2}, {"text": "bad", "score": 1}]
+    (pair,) = read_preferences([{"prompt": "q", "answers": answers}]).pairs
+    assert pair.chosen == [{"role": "assistant", "content": "good", key: "because"}]
+    assert pair.rejected == [{"role": "assistant", "content": "bad"}]
+
+
+def test_ranked_answers_under_several_keys_stop_the_run():
+    answers = [{"response": None, "text": "a comment", "score": 2}, {"response": "b", "score": 1}]
+    with pytest.raises(DataError, match="has one answer in 'text' and another in 'response'"):
+        read_preferences([{"prompt": "q", "answers": answers}])
+
+
+def test_a_system_text_of_blanks_is_none():
+    row = {"system": "  ", "prompt": "q", "chosen": "a", "rejected": "b"}
+    (pair,) = read_preferences([row], data_format="instruction").pairs
+    assert pair.prompt == [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize(
+    ("sign", "said"), [(b"PAR1", "is Parquet"), (b"BZh91", "bzip2"), (b"7z\xbc\xaf\x27\x1c", "7z archive")]
+)
+def test_packed_files_with_the_name_of_a_text_are_told_by_their_first_bytes(tmp_path, sign, said):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(sign + bytes(20))
+    with pytest.raises(DataError, match=said):
+        read_preferences(path)

@@ -49,9 +49,15 @@ def test_standard_with_prompt_is_plain_text():
 def test_standard_with_the_prompt_repeated_in_both_sides():
     rows = [{"prompt": f"Q{i}:", "chosen": f"Q{i}: a", "rejected": f"Q{i}: b"} for i in range(3)]
     assert one(rows[0], "standard_repeated") == ("Q0:", " a", " b")
-    mixed = read(*rows, {"prompt": "Z", "chosen": "other", "rejected": "words"})
-    assert mixed.format.name == "standard" and "of the first" not in mixed.format.reason
-    assert mixed.pairs[0].chosen == "Q0: a"
+    plain = {"prompt": "Z", "chosen": "other", "rejected": "words"}
+    with pytest.raises(DataError, match=r"row:3: 'chosen' does not begin with the prompt, as those of most"):
+        read(*rows, plain)
+    mixed = read(rows[0], plain, plain | {"prompt": "Y"})  # some answers repeat a short prompt
+    assert mixed.format.name == "standard" and mixed.pairs[0].chosen == "Q0: a"
+    (line,) = [line for line in mixed.notices if "although" in line]
+    assert line.endswith(
+        "1 of 3 rows train although both sides begin with their prompt, which is then read twice"
+    )
 
 
 def test_implicit_prompt_of_texts_ends_between_words():

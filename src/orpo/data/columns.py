@@ -7,13 +7,12 @@ read, so that the columns that were of no use can be named.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orpo.data.messages import BadRow, kind
-from orpo.data.rows import Row, python_literal
+from orpo.data.rows import KeyTwice, Row, python_literal, strict_json
 from orpo.errors import DataError
 
 # Names other projects use for our columns; `columns` in the recipe maps any further ones.
@@ -198,11 +197,22 @@ class Columns:
         if not (is_opened or _OBJECT.match(text)):
             return text
         value = _literal(text)
+        if value is None and (is_opened or _begins_conversation(text)):
+            _refuse_key_twice(name, text)
         if value is not None and (is_opened or _is_conversation(_rename_keys(value, self._keys))):
             return value
         if value is None and _begins_conversation(text):
             raise BadRow(name, "begins like a conversation stored as text, but is neither JSON nor Python")
         return text
+
+
+def _refuse_key_twice(name: str, text: str) -> None:
+    try:
+        strict_json(text)
+    except KeyTwice as error:
+        raise BadRow(name, f"holds JSON as text, which {error}") from None
+    except (ValueError, RecursionError):
+        return
 
 
 def _begins_conversation(text: str) -> bool:
@@ -212,9 +222,11 @@ def _begins_conversation(text: str) -> bool:
 
 def _literal(text: str) -> Any:
     """The list or object that a text writes in JSON, in Python, or as numpy prints it; None for any other."""
-    for parse in (json.loads, python_literal, _numpy_literal):
+    for parse in (strict_json, python_literal, _numpy_literal):
         try:
             value = parse(text)
+        except KeyTwice:
+            return None
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(value, str) and value[:1] in ("[", "{"):  # JSON within JSON

@@ -302,7 +302,8 @@ def _in_word(character: str) -> bool:
     return character.isalnum() or character in "_'\u2019"
 
 
-def _is_standard_repeated(row: Row) -> bool:
+def is_standard_repeated(row: Row) -> bool:
+    """Whether a row of texts speaks for sides that begin with the prompt."""
     if not _has_texts(row, "prompt", "chosen", "rejected") or not row["prompt"]:
         return False
     return all(row[side].startswith(row["prompt"]) for side in ("chosen", "rejected"))
@@ -314,7 +315,11 @@ def _read_standard_repeated(row: Row) -> list[Sides]:
         assert isinstance(prompt, str)
         for field, side in (("chosen", chosen), ("rejected", rejected)):
             if side is not None and not side.startswith(prompt):  # type: ignore[union-attr]
-                raise BadRow(field, "does not begin with the prompt, as the other rows do")
+                raise BadRow(
+                    field,
+                    "does not begin with the prompt, as those of most rows do",
+                    "fix the row, or set data_format: standard to take all sides as they are,",
+                )
         cut = None if rejected is None else rejected[len(prompt) :]
         result.append(Sides(prompt, chosen[len(prompt) :], cut))
     return result
@@ -471,10 +476,8 @@ FORMATS = (
     Format(
         "standard_repeated",
         "texts; chosen and rejected begin with the prompt",
-        _is_standard_repeated,
+        is_standard_repeated,
         _read_standard_repeated,
-        # A few answers that happen to repeat their prompt must not change how the others are read.
-        yields_to="standard",
     ),
     Format(
         "standard",

@@ -7,12 +7,11 @@ understand.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orpo.data.rows import Row
+from orpo.data.rows import KeyTwice, Row, strict_json
 from orpo.errors import DataError
 from orpo.pairs import Message
 
@@ -109,6 +108,8 @@ def _message(value: object, field: str) -> Message:
     message.pop("from", None)
     content = message.pop("content", None)
     content = message.pop("value", None) if content is None else content
+    if media := sorted(MEDIA & {key for key, item in message.items() if item}):
+        raise BadRow(field, f"has a turn with {media[0]}; only text is trained")
     known = ROLES.get(str(role).lower())
     if known is None:
         raise BadRow(field, f"has a turn of unknown role {role!r}", "use system, user, assistant or tool")
@@ -124,7 +125,17 @@ def _message(value: object, field: str) -> Message:
     return {"role": known, "content": content, **message}
 
 
+MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
+"""Columns, keys of turns and types of content that are no text."""
+_PARTS = (None, "text", "input_text", "output_text")
+"""Types of a part of a content that is text."""
+
+
 def _content(content: object, field: str) -> str:
+    if isinstance(content, list):
+        media = [part for part in content if isinstance(part, Mapping) and part.get("type") not in _PARTS]
+        if media:
+            raise BadRow(field, f"has a turn with a part of type {media[0]['type']!r}; only text is trained")
     if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
         return "".join(str(part["text"]) for part in content)
     if not isinstance(content, str):
@@ -137,8 +148,10 @@ def _json(value: object, field: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        return strict_json(value)
+    except KeyTwice as error:
+        raise BadRow(field, f"holds JSON as text, which {error}") from None
+    except ValueError:
         raise BadRow(field, "holds text that should be JSON") from None
 
 
@@ -178,7 +191,7 @@ def with_system(row: Row, turns: Turns) -> Turns:
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise BadRow("system", f"is {type_name(system)}; expected text")
-    if not system:
+    if not system or not system.strip():
         return turns
     if turns and turns[0]["role"] == "system":
         if system.split() != turns[0]["content"].split():

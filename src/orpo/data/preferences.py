@@ -8,7 +8,6 @@ answer) is dropped and counted by reason.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -20,8 +19,9 @@ from orpo.data import ranked, turn_markers
 from orpo.data.columns import Columns, NamedRow, quoted
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
-from orpo.data.messages import BadRow, Untrainable, type_name, without_nulls
-from orpo.data.rows import ORIGIN, RawRow, nothing_readable, read_rows
+from orpo.data.formats import is_standard_repeated
+from orpo.data.messages import MEDIA, BadRow, Untrainable, type_name, without_nulls
+from orpo.data.rows import ORIGIN, KeyTwice, RawRow, nothing_readable, read_rows, strict_json
 from orpo.data.stages import EVERY, report
 from orpo.data.verdicts import contradiction, marked_turn, side_scores, unpaired_reason
 from orpo.errors import ConfigError, DataError
@@ -246,7 +246,12 @@ class _Reading:
             for pair in pairs:
                 reason = cannot_train(pair) or self._cannot_use_alone(pair, named_row)
                 if reason is None:
-                    said = (contradiction(named_row), self._other_best(named_row), marked_turn(pair))
+                    said = (
+                        contradiction(named_row, pair),
+                        self._other_best(named_row),
+                        marked_turn(pair),
+                        self._repeats(named_row),
+                    )
                     self.contradictions.update(filter(None, said))
                     yield pair
                 else:
@@ -289,6 +294,11 @@ class _Reading:
             _check_texts(pair)
         return row, pairs
 
+    def _repeats(self, row: NamedRow) -> str | None:
+        """Whether both sides begin with the prompt, in data whose answers stand alone."""
+        repeats = self.detected.name == "standard" and is_standard_repeated(row)
+        return "both sides begin with their prompt, which is then read twice" if repeats else None
+
     def _other_best(self, row: NamedRow) -> str | None:
         return ranked.other_best(row) if self.detected.name == "ranked" else None
 
@@ -300,13 +310,10 @@ class _Reading:
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
 
 
-_MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
-
-
 def _refuse_media(row: NamedRow) -> None:
-    if _MEDIA.isdisjoint(row):
+    if MEDIA.isdisjoint(row):
         return
-    for name in sorted(_MEDIA & row.keys()):
+    for name in sorted(MEDIA & row.keys()):
         if row[name]:
             raise BadRow(name, "belongs to the question, and only text is trained", "leave the column out")
 
@@ -383,7 +390,9 @@ def _from_json(row: NamedRow, name: str) -> Any:
 
 def _loaded(text: str, name: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json(text)
+    except KeyTwice as error:
+        raise BadRow(name, f"is JSON as text, which {error}") from None
     except ValueError:
         raise BadRow(name, "is text, but not JSON") from None
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from orpo.data.columns import NamedRow
 from orpo.data.messages import BadRow, kind, number_of
 from orpo.data.questions import question
+from orpo.data.reasoning import REASONING_KEYS
 from orpo.data.rows import Row
 from orpo.data.sides import Sides, pair_up
 
@@ -53,7 +54,9 @@ _INDEX = (
 _TEXT_KEYS = (
     "response", "answer", "content", "text", "completion", "output", "summary", "generation", "reply", "body",
 )  # fmt: skip
-_MESSAGE_KEYS = ("role", "from", "content", "value", "tool_calls", "reasoning_content", "thinking", "name")
+_BESIDE_TEXT = ("tool_calls", *REASONING_KEYS)
+"""Keys of what belongs to an answer beside its text."""
+_MESSAGE_KEYS = ("role", "from", "content", "value", "name", *_BESIDE_TEXT)
 
 
 class Ranking(NamedTuple):
@@ -133,6 +136,7 @@ def _answers(row: Row) -> list[Any]:
 
 
 def _best_against_worse(row: Row, answers: Sequence[Any], scores: Sequence[float]) -> list[Sides]:
+    _check_keys(answers)
     texts = [_answer_text(answer) for answer in answers]
     best = max(range(len(scores)), key=lambda index: scores[index])
     worse = sorted((i for i in range(len(scores)) if scores[i] < scores[best]), key=lambda i: -scores[i])
@@ -149,11 +153,26 @@ def _answer_text(answer: object) -> object:
     if kind(answer) == "message":
         return {key: answer[key] for key in _MESSAGE_KEYS if key in answer}  # type: ignore[index,operator]
     if isinstance(answer, Mapping):
-        for field in _TEXT_KEYS:
-            if isinstance(answer.get(field), str):
-                return answer[field]
-        raise BadRow("answers", "has an entry without a response")
+        text = answer[_text_key(answer)]
+        beside = {key: answer[key] for key in _BESIDE_TEXT if answer.get(key)}
+        return {"role": "assistant", "content": text, **beside} if beside else text
     return answer
+
+
+def _text_key(answer: Mapping[str, Any]) -> str:
+    """The key of a record that holds the answer."""
+    found = next((key for key in _TEXT_KEYS if isinstance(answer.get(key), str)), None)
+    if found is None:
+        raise BadRow("answers", "has an entry without a response")
+    return found
+
+
+def _check_keys(answers: Sequence[Any]) -> None:
+    """Refuse records of which one holds its answer under another key than the others."""
+    records = [one for one in answers if isinstance(one, Mapping) and kind(one) != "message"]
+    keys = list(dict.fromkeys(map(_text_key, records)))
+    if len(keys) > 1:
+        raise BadRow("answers", f"has one answer in {keys[0]!r} and another in {keys[1]!r}")
 
 
 def ranking(row: Row, answers: Sequence[Any]) -> Ranking | None:

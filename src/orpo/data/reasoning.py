@@ -22,7 +22,7 @@ _TAGS = (
     (r"<\|(\w+)>", "<{}|>"),
     (r"◁(\w+)▷", "◁/{}▷"),
 )
-_KEYS = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold its reasoning."""
 
 
@@ -81,7 +81,7 @@ def behind_opening(text: str, block: Block) -> str:
 
 def lost(message: Message, written: str) -> str | None:
     """What of an answer its rendering lacks, in words for the table of reasons; None if it lacks nothing."""
-    for key in _KEYS:
+    for key in REASONING_KEYS:
         if isinstance(said := message.get(key), str) and _lacks(written, said):
             return f"the chat template does not write the reasoning of an answer (its key {key!r})"
     content = message["content"]

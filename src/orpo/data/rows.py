@@ -238,6 +238,10 @@ _FOREIGN_FILES = (
     (b"PK\x03\x04", "is a zip archive; unpack it"),
     (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it"),
     (b"\xfd7zXZ\x00", "is compressed by xz; unpack it"),
+    (b"BZh", "is compressed by bzip2; unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it"),
+    (b"PAR1", "is Parquet; name it so, with the ending .parquet"),
+    (b"ARROW1", "is Arrow; name it so, with the ending .arrow"),
     (b"\xff\xfe\x00\x00", "is UTF-32, not UTF-8; save the file as UTF-8"),
     (b"\x00\x00\xfe\xff", "is UTF-32, not UTF-8; save the file as UTF-8"),
     (b"\xff\xfe", "is UTF-16, not UTF-8; save the file as UTF-8"),
@@ -303,15 +307,25 @@ def _parse_json(text: str, source: str) -> RawRow:
     if (foreign := _not_utf8(text)) is not None:
         return RawRow(foreign, source)
     try:
-        return _as_row(json.loads(text, object_pairs_hook=_object), source)
-    except _KeyTwice as error:
+        return _as_row(strict_json(text), source)
+    except KeyTwice as error:
         return RawRow(DataError(str(error)), source)
     except (ValueError, RecursionError) as error:
         return RawRow(DataError(f"is not JSON ({first_line(error)})"), source)
 
 
-class _KeyTwice(Exception):  # noqa: N818 - a verdict on an object
+class KeyTwice(Exception):  # noqa: N818 - a verdict on an object
     """An object names a key twice, and only one of its values could be taken."""
+
+
+def strict_json(text: str) -> Any:
+    """What a text writes in JSON.
+
+    Raises:
+        ValueError: It is none.
+        KeyTwice: An object in it names a key twice.
+    """
+    return json.loads(text, object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -319,7 +333,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _KeyTwice(f"has the key {twice!r} twice in one object; keep one of them")
+        raise KeyTwice(f"has the key {twice!r} twice in one object; keep one of them")
     return found
 
 
@@ -332,8 +346,8 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         if (foreign := _not_utf8(text)) is not None and "\n" not in text.strip():
             raise DataError(f"{path.name}: {foreign}")
         try:
-            loaded = json.loads(text, object_pairs_hook=_object)
-        except _KeyTwice as error:
+            loaded = strict_json(text)
+        except KeyTwice as error:
             with suppress(json.JSONDecodeError):  # a line of several
                 json.loads(text)
                 raise DataError(f"{path.name}: {error}") from None
@@ -374,7 +388,7 @@ def _read_array(text: str, position: int, name: str) -> Iterator[RawRow]:
         twice: DataError | None = None
         try:
             row, position = decoder.raw_decode(text, position)
-        except _KeyTwice as error:
+        except KeyTwice as error:
             twice = DataError(str(error))
             row, position = lenient.raw_decode(text, position)
         except json.JSONDecodeError as error:

@@ -77,11 +77,23 @@ _MARGINS = ("margin", "score_margin", "score_diff", "reward_margin")
 """How much better chosen is than rejected."""
 
 
+_BOTH = ("score", "scores", "rating", "ratings", "reward", "rewards")
+"""Columns that may hold an object with a number of each side, as {chosen: 9, rejected: 1}."""
+_BETTER = ("preference", "preferred", "winner", "better", "label")
+"""Columns that may name the better side, beside chosen and rejected."""
+
+
 def side_scores(row: NamedRow) -> tuple[float, float] | None:
     """Scores of chosen and rejected that stand next to them, if any; a margin counts against 0."""
     for chosen, rejected in _SIDE_SCORES.items():
         if chosen in row and rejected in row:
             high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
+            if high is not None and low is not None:
+                return high, low
+    for name in _BOTH:
+        both = dict.get(row, name)
+        if isinstance(both, dict):
+            high, low = number_of(both.get("chosen")), number_of(both.get("rejected"))
             if high is not None and low is not None:
                 return high, low
     margins = (number_of(dict.get(row, name)) for name in _MARGINS if name in row)
@@ -93,8 +105,8 @@ SCORE_COLUMNS = frozenset(_MARGINS) | _SIDE_SCORES.keys() | set(_SIDE_SCORES.val
 """Names of columns with the scores of chosen and rejected."""
 
 
-def contradiction(row: NamedRow) -> str | None:
-    """Which columns say that chosen is not better than rejected; None where none does."""
+def contradiction(row: NamedRow, pair: PreferencePair) -> str | None:
+    """What says of a pair of this row that chosen is not better than rejected; None where nothing does."""
     for chosen in row:
         rejected = _SIDE_SCORES.get(chosen)
         if rejected is None:
@@ -102,21 +114,46 @@ def contradiction(row: NamedRow) -> str | None:
         high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
         if high is not None and low is not None and high <= low:
             return f"{chosen} is not above {rejected}"
+    if pair.scores is not None and pair.scores[0] < pair.scores[1]:
+        return "their numbers say that the rejected answer is the better one"
+    if "rejected" in row:
+        for name in _BETTER:
+            if str(dict.get(row, name)).strip().lower() == "rejected":
+                return f"{row.theirs(name)} is rejected"
     if str(dict.get(row, "status")).lower() in ("tie", "tied"):
         return f"status is {dict.get(row, 'status')}"
+    high, low = (_own_score(side) for side in (pair.chosen, pair.rejected))
+    if high is not None and low is not None and high < low:
+        return "the scores in their turns say that the rejected answer is the better one"
     return None
 
 
-_UNTRAINED = (("weight", 0), ("train", False), ("training", False), ("loss", False))
-"""Keys by which other trainers leave a turn out of the loss, and the value that does."""
+def _own_score(side: object) -> float | None:
+    """The number that an answer carries in its last turn."""
+    if not isinstance(side, list) or not side:
+        return None
+    return next((number_of(side[-1][key]) for key in ("score", "rating", "reward") if key in side[-1]), None)
+
+
+_WEIGHTS = ("weight", "loss_weight", "train", "training", "loss", "train_on_turn", "trainable")
+"""Keys by which other trainers weigh a turn in the loss, or leave it out."""
+_MASKS = ("mask", "masked", "train_detail")
+"""Keys by which they leave out a turn, or parts of it."""
 
 
 def marked_turn(pair: PreferencePair) -> str | None:
-    """Which key of an answer or an earlier one says that it is not to be trained; None where none does."""
+    """Which key of an answer or an earlier one weighs it in the loss; None where all count as they are."""
     sides = (side for side in (pair.prompt, pair.chosen, pair.rejected) if isinstance(side, list))
     for turn in (turn for side in sides for turn in side):
         if len(turn) > 2 and turn["role"] == "assistant":
-            for key, value in _UNTRAINED:
-                if turn.get(key) == value:
+            for key in (*_WEIGHTS, *_MASKS):
+                if key in turn and _weighs(key, turn[key]):
                     return f"a turn says {key}: {str(turn[key]).lower()}, which is not read"
     return None
+
+
+def _weighs(key: str, value: object) -> bool:
+    word, number = str(value).strip().lower(), number_of(value)
+    if key in _MASKS:
+        return bool(value) and word not in _BAD
+    return word in _BAD if number is None else number != 1
