@@ -734,3 +734,27 @@ def test_a_template_for_contents_in_parts_is_given_parts():
 def test_a_list_of_parts_written_out_as_text_is_no_answer():
     with pytest.raises(ConfigError, match="does not write the assistant's answer once"):
         prepare_template(with_template(asked_with("", "m.content[:9] | string")))
+
+
+LAST_ALONE = (
+    "{% set last = messages|rejectattr('role', 'equalto', 'assistant')|list|last %}"
+    "{% for message in messages %}{% if message.role == 'assistant' or message == last %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{{ message.content|tojson if message.role == 'tool' else message.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_turn_that_the_template_passes_over_is_counted():
+    def notes(*turns):
+        tokenizer = tiny_tokenizer("chatml")
+        tokenizer.chat_template = LAST_ALONE
+        tokens, encoder = encoded(tokenizer, pair_of(list(turns), "yes", "no"))
+        assert tokens is not None
+        return [note for note in encoder.counts.changed if "does not write" in note]
+
+    assert notes(user("Context"), user("Is it?")) == [
+        "the chat template does not write a user turn of the prompt"
+    ]
+    assert notes(user("Is it?")) == []
+    assert notes({"role": "tool", "content": 'a "quote"\nb'}) == []  # written as JSON

@@ -151,3 +151,23 @@ def test_a_run_remembers_how_it_asked_and_chat_and_eval_ask_the_same_way(
     assert (ChatModel.load(str(moved_checkpoint(run, tmp_path))).template is not None) == (reading == "chat")
     said = "through the chat template" if reading == "chat" else "without a chat template"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("most", "few", "do"), [(QUESTIONS, HEADED, "continue"), (HEADED, QUESTIONS, "do not")]
+)
+def test_texts_that_read_the_other_way_are_counted(tmp_path, most, few, do):
+    rows = [*most, *few[:3]]
+    _, lines = first(write(tmp_path / "pairs.jsonl", rows), tiny_tokenizer("chatml"))
+    (line,) = [line for line in lines if "read as most are" in line]
+    assert "3 of 15 texts" in line and f"their answers {do}" in line and "pairs.jsonl:13" in line
+    for decided in ("chat", "plain"):
+        _, lines = first(str(tmp_path / "pairs.jsonl"), tiny_tokenizer("chatml"), text_rows=decided)
+        assert not [line for line in lines if "read as most are" in line]
+
+
+def test_tools_of_plain_texts_are_counted_as_not_read(tmp_path):
+    rows = [{**row, "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}} for row in CONTINUED]
+    _, lines = first(write(tmp_path / "pairs.jsonl", rows), tiny_tokenizer("chatml"))
+    said = [line for line in lines if "not read, since a plain text takes no chat template" in line]
+    assert len(said) == 2 and all("12" in line for line in said)

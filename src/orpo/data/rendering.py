@@ -133,7 +133,10 @@ class Renderer:
         if isinstance(pair.prompt, str):
             answers = [answer for answer in (pair.chosen, pair.rejected) if isinstance(answer, str)]
             sides = [RenderedSide(pair.prompt + self._end(answer), len(pair.prompt), 0) for answer in answers]
-            return Rendered(sides, [len(pair.prompt)], [], self.foreign_ends(answers), [], None)
+            notes = self.foreign_ends(answers)
+            unread = [name for name in ("tools", "chat_template_kwargs") if getattr(pair, name)]
+            notes += [f"{name}: not read, since a plain text takes no chat template" for name in unread]
+            return Rendered(sides, [len(pair.prompt)], [], notes, [], None)
         template = self._template_of(pair)
         try:
             return _PairRenderer(self, pair, template).render()
@@ -316,6 +319,7 @@ class _PairRenderer:
             self.notes.append(
                 "an earlier answer was not found in the rendering: not part of nll_on: assistant"
             )
+        self.notes += _left_out(self.prompt, text)
         return Rendered(
             sides, shared, spans, self.notes, [part for part in lost_parts if part], self.template
         )
@@ -468,6 +472,25 @@ class _PairRenderer:
         if not ends:
             raise Dropped("no boundary: the sides share no whole message once rendered")
         return ends
+
+
+def _left_out(turns: Sequence[Message], text: str) -> list[str]:
+    """A note for each role of which a turn is not in the rendered prompt: the template passes over it."""
+    roles = {
+        turn["role"]: None
+        for turn in turns
+        if turn["role"] != "assistant" and not _is_written(turn["content"].strip(), text)
+    }
+    return [f"the chat template does not write a {role} turn of the prompt" for role in roles]
+
+
+def _is_written(content: str, text: str) -> bool:
+    """Whether a text is in another one: as it stands, escaped as in JSON, or with other blanks."""
+    if content in text:
+        return True
+    if any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (True, False)):
+        return True
+    return "".join(content.split()) in "".join(text.split())
 
 
 def _counterpart(shown: str, written: str) -> int:

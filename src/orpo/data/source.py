@@ -37,6 +37,7 @@ from orpo.data.text_rows import (
     are_rendered,
     as_conversations,
     decide,
+    read_otherwise,
 )
 from orpo.data.tokenize import PairTokenizer, stream_tokenized
 from orpo.errors import ConfigError, DataError
@@ -333,6 +334,9 @@ class _Reading:
         if rendered and decided == "chat":
             raise DataError(f"{name}: {RENDERED_AGAIN}")
         read.notices.append(RENDERED if rendered else LINES[decided])
+        by_rows = text_rows is None and self.settings.text_rows is None and self.settings.data_format is None
+        if by_rows and has_template and not rendered and (line := read_otherwise(read.pairs, decided)):
+            read.notices.append(line)
         pairs = as_conversations(read.pairs) if decided == "chat" else read.pairs
         return replace(read, pairs=pairs, text_rows=decided)
 

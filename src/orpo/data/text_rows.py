@@ -35,6 +35,19 @@ def _continues(pair: PreferencePair) -> bool:
     return ends_with_header(prompt) or chosen[:1].isspace() or prompt[-1:].isspace()
 
 
+def read_otherwise(pairs: Sequence[PreferencePair], decided: TextRows) -> str | None:
+    """A line about texts that would be read the other way by themselves; None where there are none."""
+    texts = [pair for pair in pairs if pair.is_text]
+    others = [pair for pair in texts if _continues(pair) == (decided == "chat")]
+    if not others:
+        return None
+    do = "continue" if decided == "chat" else "do not continue"
+    return (
+        f"{len(others)} of {len(texts)} texts: read as most are, although their answers {do} the text of the"
+        f" prompt; the first is {others[0].source}"
+    )
+
+
 def are_rendered(pairs: Sequence[PreferencePair]) -> bool:
     """Whether most of the texts among some pairs went through a chat template already."""
     texts = [str(pair.prompt) for pair in pairs if pair.is_text]
