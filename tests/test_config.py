@@ -365,6 +365,10 @@ def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
         ("objective: paper", "expected one of orpo, sft, tempered_odds, simpo"),
         ("report_to: no", "quote it"),
         ("beta: 1\nbeta: 2", "recipe.yaml:2: 'beta' is set twice; first at recipe.yaml:1"),
+        ("dataset_name:\n  a: 2\n  a: 1", "recipe.yaml:3: 'a' is set twice; first at recipe.yaml:2"),
+        ("stages: [{share: 1, share: 1}]", "recipe.yaml:1: 'share' is set twice; first at recipe.yaml:1"),
+        ('lr_scheduler_kwargs: \'{"a": 1, "a": 2}\'', "lr_scheduler_kwargs: 'a' is set twice in {"),
+        ("<<: 5", "expected a mapping or list of mappings for merging"),
         ("beta: [1", "not valid YAML"),
         ("- beta", "a recipe is a mapping"),
         ("beta.x: 1", "unknown setting 'beta.x'"),
@@ -377,6 +381,24 @@ def test_a_mistake_is_named_with_its_place_and_what_is_expected(tmp_path, text, 
         load_text(tmp_path, text)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dataset_name", '{"a.jsonl": 2, "a.jsonl": 0.5}'),
+        ("stages", "[{objective: sft, objective: simpo}]"),
+        ("lr_scheduler_kwargs", "{x: {num_cycles: 1, num_cycles: 2}}"),
+    ],
+)
+def test_a_name_that_is_there_twice_is_refused_on_the_command_line_too(key, value):
+    with pytest.raises(ConfigError, match=f"^command line: {key}: '.*' is set twice in "):
+        load_recipe(overrides=[f"--{key}", value])
+
+
+def test_a_merged_mapping_is_read_and_what_stands_beside_it_beats_it(tmp_path):
+    recipe = load_text(tmp_path, "<<: {beta: 0.2, seed: 3}\nseed: 4\nlr_scheduler_kwargs: {<<: {a: 1}, a: 2}")
+    assert recipe.settings == {"beta": 0.2, "seed": 4, "lr_scheduler_kwargs": {"a": 2}}
 
 
 @pytest.mark.parametrize(
