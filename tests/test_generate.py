@@ -171,7 +171,8 @@ def test_what_would_fail_as_answers_are_made_is_refused_before(tmp_path, setting
     "settings",
     [
         {"return_dict_in_generate": True, "output_scores": True}, {"dola_layers": "high"},
-        {"constraints": [1]}, {"prompt_lookup_num_tokens": 3}, {"eos_token_id": -1}, {"eos_token_id": [2, 2**40]},
+        {"constraints": [1]}, {"prompt_lookup_num_tokens": 3}, {"eos_token_id": -1},
+        {"eos_token_id": [2, 2**40]},
     ],
 )  # fmt: skip
 def test_ways_to_generate_that_are_not_taken_change_no_answer_and_are_named(settings):

@@ -86,10 +86,14 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 def _check_optimizer_arguments(given: Any) -> None:
     """Check `optim_args`, a text of `name=value` parts."""
+    known: set[str] = set()
     for part in given.split(",") if isinstance(given, str) and given else ():
         name, equals, value = (word.strip() for word in part.partition("="))
         if not (name and equals and value) or "=" in value:
             raise ConfigError(f"optim_args: {part!r} is no name=value; write them as 'momentum=0.9,eps=1e-8'")
+        if name in known:
+            raise ConfigError(f"optim_args: {name!r} is set twice in {given}")
+        known.add(name)
         if name in _WITH_A_NAME:
             raise ConfigError(f"optim_args: {name} is a setting; write {_WITH_A_NAME[name]}: {value}")
         if value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
