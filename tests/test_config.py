@@ -465,6 +465,7 @@ def test_a_merged_mapping_is_read_and_what_stands_beside_it_beats_it(tmp_path):
         ({"max_steps": -7}, "max_steps: -7 makes no step"),
         ({"num_train_epochs": 1e300}, "at most 1000000"),
         ({"neftune_noise_alpha": -1}, "neftune_noise_alpha: -1 is out of range"),
+        ({"neftune_noise_alpha": 10**39}, "and at most 1000000"),
         ({"dataloader_prefetch_factor": -5}, "dataloader_prefetch_factor: -5 is out of range"),
         ({"ddp_bucket_cap_mb": -5}, "ddp_bucket_cap_mb: -5 is out of range"),
         ({"optim_args": "momentum=0.9, momentum=0.5"}, "optim_args: 'momentum' is set twice"),

@@ -305,6 +305,25 @@ def test_settings_of_an_optimizer_that_another_one_does_not_read_are_told(tmp_pa
     assert check_optimization(trainer) == []
 
 
+@pytest.mark.parametrize(
+    ("schedule", "kwargs"),
+    [
+        ("cosine", {"num_cycles": "x"}), ("polynomial", {"power": "x"}), ("inverse_sqrt", {"timescale": "x"}),
+        ("inverse_sqrt", {"timescale": 0}),
+    ],
+)  # fmt: skip
+def test_what_a_schedule_cannot_compute_with_is_refused_before_the_first_step(tmp_path, schedule, kwargs):
+    trainer = tiny_trainer(tmp_path, lr_scheduler_type=schedule, lr_scheduler_kwargs=kwargs)
+    with pytest.raises(ConfigError, match=f"lr_scheduler_kwargs: .* cannot be used with .*{schedule}"):
+        check_optimization(trainer)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau", "greedy", "constant"])
+def test_schedules_that_can_be_computed_pass(tmp_path, schedule):
+    settings = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 1}
+    check_optimization(tiny_trainer(tmp_path, evaluation=random_pairs(3), **settings))
+
+
 def test_user_arguments_are_left_alone(tmp_path):
     args = tiny_config(tmp_path, gradient_accumulation_steps=3)
     tiny = ORPOTrainer(

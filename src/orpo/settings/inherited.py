@@ -173,7 +173,7 @@ INHERITED: dict[str, Inherited] = {
     **{name: Inherited(Facts(resume="built in")) for name in ("optim_args", "optim_target_modules")},
     "seed": Inherited(Facts(at_least=0, below=2**32, in_recipe="always")),
     "data_seed": Inherited(Facts(at_least=0, below=2**32)),
-    "neftune_noise_alpha": Inherited(Facts(at_least=0)),
+    "neftune_noise_alpha": Inherited(Facts(at_least=0, at_most=1_000_000)),
     "ddp_bucket_cap_mb": Inherited(Facts(at_least=1, resume="free")),
     "dataloader_prefetch_factor": Inherited(
         Facts(at_least=1, resume="free", only_with=("dataloader_num_workers",))
