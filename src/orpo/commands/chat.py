@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from orpo.errors import ConfigError
+from orpo.console import is_text
+from orpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from orpo.evaluation.generation import ChatModel, Sampling
@@ -106,15 +107,33 @@ def _answer_all(models: list[ChatModel], text: str, sampling: Sampling, system: 
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, line by line; Ctrl-D and Ctrl-C at the prompt end it."""
+    """What the user types, line by line, without the blanks around it.
+
+    Raises:
+        DataError: A line is not UTF-8.
+    """
+    try:
+        for line in _typed():
+            if not is_text(line):
+                raise DataError(f"{line.strip()!r} holds bytes that are not UTF-8; {_IN_UTF_8}")
+            yield line.strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"what was typed is not UTF-8 ({error.reason}); {_IN_UTF_8}") from None
+
+
+_IN_UTF_8 = "type it in UTF-8"
+
+
+def _typed() -> Iterator[str]:
+    """The lines of stdin; Ctrl-D and Ctrl-C at the prompt of a terminal end them."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+        yield from sys.stdin
         return
     import readline  # noqa: F401  (gives input() its history and editing)
 
     while True:
         try:
-            yield input("> ").strip()
+            yield input("> ")
         except (EOFError, KeyboardInterrupt):
             print()
             return
