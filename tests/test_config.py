@@ -469,6 +469,7 @@ def test_a_merged_mapping_is_read_and_what_stands_beside_it_beats_it(tmp_path):
         ({"dataloader_prefetch_factor": -5}, "dataloader_prefetch_factor: -5 is out of range"),
         ({"ddp_bucket_cap_mb": -5}, "ddp_bucket_cap_mb: -5 is out of range"),
         ({"optim_args": "momentum=0.9, momentum=0.5"}, "optim_args: 'momentum' is set twice"),
+        ({"parallelism_config": {"tp_size": 2}}, "parallelism_config: {'tp_size': 2}: rows and layers"),
         ({"save_steps": -3}, "save_steps: -3 is out of range"),
         ({"eval_steps": -3}, "eval_steps: -3 is out of range"),
         ({"logging_steps": -3}, "logging_steps: -3 is out of range"),

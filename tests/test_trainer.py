@@ -324,6 +324,14 @@ def test_schedules_that_can_be_computed_pass(tmp_path, schedule):
     check_optimization(tiny_trainer(tmp_path, evaluation=random_pairs(3), **settings))
 
 
+def test_things_of_the_wrong_kind_are_refused_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="peft_config is a dict; expected a configuration of PEFT"):
+        tiny_trainer(tmp_path, arguments={"peft_config": {"r": 4}})
+    frame = type("DataFrame", (list,), {})([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(DataError, match=r"DataFrame; pass Dataset.from_pandas\(...\)"):
+        tiny_trainer(tmp_path, train=frame)
+
+
 def test_user_arguments_are_left_alone(tmp_path):
     args = tiny_config(tmp_path, gradient_accumulation_steps=3)
     tiny = ORPOTrainer(

@@ -46,12 +46,23 @@ def check_values(settings: Mapping[str, Any]) -> None:
         for name, value in given.items() if isinstance(given, Mapping) else ():
             if name in _SWITCHES and not isinstance(value, bool):
                 raise ConfigError(f"{key}: {name}: {value!r} is not usable; expected true or false")
+    _check_division(settings)
+    _check_optimizer_arguments(settings.get("optim_args"))
+
+
+def _check_division(settings: Mapping[str, Any]) -> None:
+    """Check how weights are divided over processes."""
     fsdp = settings.get("fsdp")
     options = fsdp.split() if isinstance(fsdp, str) else fsdp if isinstance(fsdp, list) else []
     for option in map(str, options):
         if option.lower() not in _FSDP:
             raise ConfigError(f"fsdp: {option!r} is not one of {', '.join(_FSDP)}")
-    _check_optimizer_arguments(settings.get("optim_args"))
+    divided = settings.get("parallelism_config")
+    if isinstance(divided, (Mapping, str)):
+        raise ConfigError(
+            f"parallelism_config: {divided!r}: rows and layers are not divided over processes here; leave it"
+            " out, fsdp cuts the weights"
+        )
 
 
 def _check_mapping(key: str, value: Any) -> None:
