@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from orpo.console import is_text
-from orpo.errors import ConfigError, DataError
+from orpo.errors import ConfigError
+from orpo.evaluation.typed import typed_lines
 
 if TYPE_CHECKING:
     from orpo.evaluation.generation import ChatModel, Sampling
@@ -75,7 +74,7 @@ def _second_model(args: argparse.Namespace) -> str | None:
 def _talk(models: list[ChatModel], sampling: Sampling, system: str | None) -> None:
     if sys.stdin.isatty():
         print(f"{' and '.join(model.name for model in models)}. {_COMMANDS}.")
-    for text in _lines():
+    for text in typed_lines():
         word, _, rest = text.partition(" ")
         if word in ("/quit", "/exit"):
             return
@@ -103,37 +102,4 @@ def _answer_all(models: list[ChatModel], text: str, sampling: Sampling, system: 
             model.answer(text, sampling, system=system, stream=True)
         except KeyboardInterrupt:
             print("\n(stopped)")
-            return
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, line by line, without the blanks around it.
-
-    Raises:
-        DataError: A line is not UTF-8.
-    """
-    try:
-        for line in _typed():
-            if not is_text(line):
-                raise DataError(f"{line.strip()!r} holds bytes that are not UTF-8; {_IN_UTF_8}")
-            yield line.strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"what was typed is not UTF-8 ({error.reason}); {_IN_UTF_8}") from None
-
-
-_IN_UTF_8 = "type it in UTF-8"
-
-
-def _typed() -> Iterator[str]:
-    """The lines of stdin; Ctrl-D and Ctrl-C at the prompt of a terminal end them."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    import readline  # noqa: F401  (gives input() its history and editing)
-
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
             return
