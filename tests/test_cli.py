@@ -46,6 +46,28 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
     return lines[-1]
 
 
+@pytest.mark.parametrize(
+    "words", [["chat", "m", "--system", "caf\udce9"], ["train", "--output_dir", "\udce9"]]
+)
+def test_arguments_that_are_not_utf_8_are_refused_before_anything_is_loaded(capsys, words):
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("orpo: error: command line: ") and "not UTF-8; write it in UTF-8" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("eval m --data f --suite pairs:f", "--data and --suite are both given; leave one out"),
+        ("eval m", "name what to evaluate on"),
+        ("generate m --prompts f --out o.json --concurrency 0", "--concurrency: 0 is out of range"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(capsys, words, expected):
+    assert cli.main(words.split()) == 2
+    assert expected in capsys.readouterr().err
+
+
 def test_help_names_every_word_in_under_three_tenths_of_a_second():
     done = orpo_command("--help")
     assert done.returncode == 0

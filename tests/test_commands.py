@@ -490,6 +490,14 @@ def test_chat_refuses_what_it_cannot_do(world, words, expected):
     assert expected in printed
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_refuses_a_line_that_is_not_utf_8(world, monkeypatch, errors):
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", typed)
+    status, printed = orpo_main("chat", world / "base")
+    assert status == 2 and "not UTF-8" in printed and "type it in UTF-8" in printed
+
+
 # ---------------------------------------------------------------------------------------- report
 
 

@@ -191,6 +191,63 @@ def test_settings_that_wait_for_another_are_named():
     assert not load_recipe(None, [*words, "--num_samples", "2"]).idle
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, "with lr_scheduler_type: constant"),
+        ({"dataloader_prefetch_factor": 2}, "without dataloader_num_workers above 0"),
+        ({"dataloader_multiprocessing_context": "fork"}, "without dataloader_num_workers above 0"),
+        ({"model_revision": "foo", "model_name_or_path": "/"}, "on /, which is not on the hub"),
+        (
+            {"dataset_config": "foo", "dataset_name": [__file__]},
+            f"on {[__file__]}, which is not on the hub",
+        ),
+    ],
+)
+def test_settings_that_another_leaves_without_effect_are_named(given, line):
+    words = [f"--{name}={value if isinstance(value, str) else str(value)}" for name, value in given.items()]
+    assert load_recipe(None, words).idle == [f"{next(iter(given))}: no effect {line}"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--warmup_steps=5"],
+        ["--warmup_steps=5", "--lr_scheduler_type=constant_with_warmup"],
+        ["--dataloader_prefetch_factor=2", "--dataloader_num_workers=1"],
+        ["--model_revision=foo", "--model_name_or_path=me/it"],
+        ["--dataset_config=foo", "--dataset_name=me/it"],
+        ["--dataset_config=foo", f"--dataset_name={__file__}", "--eval_dataset_name=me/it"],
+        ["--dataset_config=foo", "--dataset_name=/"],
+        ["--do_train", "true"],
+    ],
+)
+def test_settings_that_have_an_effect_are_not_named(words):
+    recipe = load_recipe(None, words)
+    assert not recipe.idle and not recipe.notices
+
+
+def test_a_run_that_is_told_not_to_train_says_that_it_does():
+    (line,) = load_recipe(None, ["--do_train", "false"]).notices
+    assert line.startswith("do_train (command line): no effect: `orpo train` always trains")
+    (line,) = load_recipe(None, ["--train_sampling_strategy", "sequential"]).notices
+    assert "pairs are always shuffled, by data_seed" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({"objective": "dpo", "nll_reduction": "pair"}, ["nll_reduction: no effect with nll_weight: 0"]),
+        ({"objective": "simpo", "nll_on": "assistant"}, ["nll_on: no effect with nll_weight: 0"]),
+        ({"nll_weight": 0.0, "nll_on": "response"}, ["nll_on: no effect with nll_weight: 0"]),
+        ({"objective": "dpo", "nll_on": "full"}, []),
+        ({"nll_on": "response"}, []),
+    ],
+)
+def test_settings_of_an_nll_that_weighs_nothing_are_named(settings, lines):
+    assert resolve_objective(OrpoSettings(**settings))[1] == lines
+
+
 def test_trl_environment_section_is_kept_apart(tmp_path):
     recipe = load_text(tmp_path, "env:\n  WANDB_MODE: offline\nbeta: 0.1\n")
     assert recipe.environment == {"WANDB_MODE": "offline"}
@@ -365,6 +422,10 @@ def test_yaml_values_become_what_their_key_takes(tmp_path, text, expected):
         ("objective: paper", "expected one of orpo, sft, tempered_odds, simpo"),
         ("report_to: no", "quote it"),
         ("beta: 1\nbeta: 2", "recipe.yaml:2: 'beta' is set twice; first at recipe.yaml:1"),
+        ("dataset_name:\n  a: 2\n  a: 1", "recipe.yaml:3: 'a' is set twice; first at recipe.yaml:2"),
+        ("stages: [{share: 1, share: 1}]", "recipe.yaml:1: 'share' is set twice; first at recipe.yaml:1"),
+        ('lr_scheduler_kwargs: \'{"a": 1, "a": 2}\'', "lr_scheduler_kwargs: 'a' is set twice in {"),
+        ("<<: 5", "expected a mapping or list of mappings for merging"),
         ("beta: [1", "not valid YAML"),
         ("- beta", "a recipe is a mapping"),
         ("beta.x: 1", "unknown setting 'beta.x'"),
@@ -380,13 +441,35 @@ def test_a_mistake_is_named_with_its_place_and_what_is_expected(tmp_path, text, 
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dataset_name", '{"a.jsonl": 2, "a.jsonl": 0.5}'),
+        ("stages", "[{objective: sft, objective: simpo}]"),
+        ("lr_scheduler_kwargs", "{x: {num_cycles: 1, num_cycles: 2}}"),
+    ],
+)
+def test_a_name_that_is_there_twice_is_refused_on_the_command_line_too(key, value):
+    with pytest.raises(ConfigError, match=f"^command line: {key}: '.*' is set twice in "):
+        load_recipe(overrides=[f"--{key}", value])
+
+
+def test_a_merged_mapping_is_read_and_what_stands_beside_it_beats_it(tmp_path):
+    recipe = load_text(tmp_path, "<<: {beta: 0.2, seed: 3}\nseed: 4\nlr_scheduler_kwargs: {<<: {a: 1}, a: 2}")
+    assert recipe.settings == {"beta": 0.2, "seed": 4, "lr_scheduler_kwargs": {"a": 2}}
+
+
+@pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"max_steps": 0}, "max_steps: 0 makes no step; write -1"),
         ({"max_steps": -7}, "max_steps: -7 makes no step"),
         ({"num_train_epochs": 1e300}, "at most 1000000"),
         ({"neftune_noise_alpha": -1}, "neftune_noise_alpha: -1 is out of range"),
+        ({"neftune_noise_alpha": 10**39}, "and at most 1000000"),
         ({"dataloader_prefetch_factor": -5}, "dataloader_prefetch_factor: -5 is out of range"),
+        ({"ddp_bucket_cap_mb": -5}, "ddp_bucket_cap_mb: -5 is out of range"),
+        ({"optim_args": "momentum=0.9, momentum=0.5"}, "optim_args: 'momentum' is set twice"),
+        ({"parallelism_config": {"tp_size": 2}}, "parallelism_config: {'tp_size': 2}: rows and layers"),
         ({"save_steps": -3}, "save_steps: -3 is out of range"),
         ({"eval_steps": -3}, "eval_steps: -3 is out of range"),
         ({"logging_steps": -3}, "logging_steps: -3 is out of range"),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import orpo
 from orpo import cli
-from orpo.errors import ConfigError, ModelError, RunError
+from orpo.errors import ConfigError, DataError, ModelError, RunError
 from orpo.evaluation.generation import ChatModel, Sampling
 from orpo.export.check import LIMITS, Found, compare
 from orpo.export.folder import write_folder
@@ -314,6 +314,8 @@ def test_mistakes_are_one_line_before_anything_is_loaded(full_run, exported, tmp
         ({"dtype": "int8"}, "expected one of float32"),
         ({"gguf": ["q4_k"]}, "expected f32, f16, bf16, q8_0"),
         ({"push": "no owner"}, "--push no owner"),
+        ({"private": True}, "--private: nothing is uploaded without --push"),
+        ({"max_shard_size": "x"}, "--max_shard_size x: expected a size"),
         ({"push": "name"}, "name the owner too"),
         ({"push": "owner/name"}, "nobody is logged in"),
     ):
@@ -321,6 +323,8 @@ def test_mistakes_are_one_line_before_anything_is_loaded(full_run, exported, tmp
             export_run(str(full_run), **({"output_dir": tmp_path / "out"} | words))
     with pytest.raises(ConfigError, match="is no adapter"):
         export_run(str(full_run), tmp_path / "out", base="x")
+    with pytest.raises(DataError, match="/nope: neither a local file"):
+        export_run(str(full_run), tmp_path / "out", data="/nope")
 
 
 # --------------------------------------------------------------------------------------------------- parts

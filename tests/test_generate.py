@@ -21,14 +21,16 @@ import transformers
 from answer_server import answer_server
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
+from tiny_training import random_pairs, tiny_trainer
 
 import orpo
 from orpo import cli
 from orpo.data.refusals import refuses
+from orpo.engine.stop_tokens import stop_token_ids
 from orpo.errors import ConfigError, DataError, ModelError, RunError
 from orpo.evaluation import answer_options
 from orpo.evaluation.answer_summary import repetition
-from orpo.evaluation.decoding import Decoding, decode
+from orpo.evaluation.decoding import Decoding, check_decoding, decode
 from orpo.evaluation.endpoint import Endpoint
 from orpo.evaluation.generation import ChatModel, Sampling
 from orpo.evaluation.prompts import read_prompts
@@ -136,6 +138,61 @@ def test_what_a_model_ships_for_its_own_sampling_neither_counts_nor_warns():
         transformers.logging.get_logger("transformers").removeHandler(handler)
     assert heard.getvalue() == ""
     assert model.generation_config.to_dict() == before
+
+
+def with_generation(**settings):
+    model = tiny_models.build("Llama")
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"repetition_penalty": -1.0}, "repetition_penalty -1.0 cannot be used to generate"),
+        ({"no_repeat_ngram_size": 2, "bad_words_ids": [4]}, r"bad_words_ids \[4\] cannot"),
+        ({"bad_words_ids": [[999999]]}, r"bad_words_ids \[\[999999\]\] cannot"),
+        ({"sequence_bias": [[[4], "x"]]}, "sequence_bias .* cannot"),
+        ({"forced_eos_token_id": 999999}, "forced_eos_token_id 999999 cannot"),
+    ],
+)
+def test_what_would_fail_as_answers_are_made_is_refused_before(tmp_path, settings, expected):
+    with pytest.raises(ModelError, match=f"^generation_config.json: {expected}"):
+        check_decoding(with_generation(**settings))
+    with pytest.raises(ModelError, match=expected):
+        tiny_trainer(
+            tmp_path, model=with_generation(**settings), evaluation=random_pairs(3), num_samples=1,
+            eval_strategy="steps",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True, "output_scores": True}, {"dola_layers": "high"},
+        {"constraints": [1]}, {"prompt_lookup_num_tokens": 3}, {"eos_token_id": -1},
+        {"eos_token_id": [2, 2**40]},
+    ],
+)  # fmt: skip
+def test_ways_to_generate_that_are_not_taken_change_no_answer_and_are_named(settings):
+    prompt, model = tiny_models.token_ids(5), with_generation(**settings)
+    stops = stop_token_ids(model)
+    assert -1 not in stops and 2**40 not in stops
+    answers = decode(model, [prompt] * 2, Decoding(max_tokens=4, ends=stops, pad=0))
+    assert answers == decode(
+        tiny_models.build("Llama"), [prompt] * 2, Decoding(max_tokens=4, ends=stops, pad=0)
+    )
+    lines = check_decoding(model)
+    ways = [name for name in settings if not name.startswith(("return", "output", "eos"))]
+    assert [line.split()[1] for line in lines] == ways and not model.generation_config.num_beams
+
+
+def test_settings_that_can_be_used_pass_and_the_model_is_as_it_was():
+    model = with_generation(repetition_penalty=1.1, suppress_tokens=[3]).train()
+    before = model.generation_config.to_dict()
+    assert check_decoding(model) == []
+    assert model.training and model.generation_config.to_dict() == before
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

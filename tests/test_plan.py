@@ -250,6 +250,7 @@ def test_training_and_planning_choose_the_same_micro_batches(monkeypatch):
     assert default_tokens_per_micro_batch(model, torch.device("cpu")) == 1280
     assert token_budget(room, footprint.per_token(), 2048) == 1280
     assert token_budget(1e15, 1.0, 2048) == 2048 and token_budget(0, 1.0, 2048) == 1024
+    assert token_budget(1e9, 0.0, 2048) == 2048, "only the vocabulary matrix is trained"
 
 
 def test_optimizers_by_name():

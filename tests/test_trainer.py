@@ -306,6 +306,33 @@ def test_settings_of_an_optimizer_that_another_one_does_not_read_are_told(tmp_pa
     assert check_optimization(trainer) == []
 
 
+@pytest.mark.parametrize(
+    ("schedule", "kwargs"),
+    [
+        ("cosine", {"num_cycles": "x"}), ("polynomial", {"power": "x"}), ("inverse_sqrt", {"timescale": "x"}),
+        ("inverse_sqrt", {"timescale": 0}),
+    ],
+)  # fmt: skip
+def test_what_a_schedule_cannot_compute_with_is_refused_before_the_first_step(tmp_path, schedule, kwargs):
+    trainer = tiny_trainer(tmp_path, lr_scheduler_type=schedule, lr_scheduler_kwargs=kwargs)
+    with pytest.raises(ConfigError, match=f"lr_scheduler_kwargs: .* cannot be used with .*{schedule}"):
+        check_optimization(trainer)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau", "greedy", "constant"])
+def test_schedules_that_can_be_computed_pass(tmp_path, schedule):
+    settings = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 1}
+    check_optimization(tiny_trainer(tmp_path, evaluation=random_pairs(3), **settings))
+
+
+def test_things_of_the_wrong_kind_are_refused_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="peft_config is a dict; expected a configuration of PEFT"):
+        tiny_trainer(tmp_path, arguments={"peft_config": {"r": 4}})
+    frame = type("DataFrame", (list,), {})([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(DataError, match=r"DataFrame; pass Dataset.from_pandas\(...\)"):
+        tiny_trainer(tmp_path, train=frame)
+
+
 def test_user_arguments_are_left_alone(tmp_path):
     args = tiny_config(tmp_path, gradient_accumulation_steps=3)
     tiny = ORPOTrainer(

@@ -14,8 +14,8 @@ from contextlib import nullcontext
 
 from orpo import __version__
 from orpo.commands import COMMANDS
-from orpo.console import say, say_error, speaking_aside
-from orpo.errors import OrpoError, RunError
+from orpo.console import is_text, say, say_error, speaking_aside
+from orpo.errors import ConfigError, OrpoError, RunError
 
 _EPILOG = """examples:
   orpo demo
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    _check_encoding(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args, settings = parser.parse_known_args(argv)
     if args.word is None:
@@ -59,6 +60,13 @@ def _run(argv: Sequence[str] | None) -> int:
     args.settings = settings
     with speaking_aside() if getattr(args, "json", False) else nullcontext():
         return int(args.run(args))
+
+
+def _check_encoding(words: Sequence[str]) -> None:
+    """Refuse bytes that no file of a run could be written with, nor any tokenizer read."""
+    for word in words:
+        if not is_text(word):
+            raise ConfigError(f"command line: {word!r} holds bytes that are not UTF-8; write it in UTF-8")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -57,6 +57,15 @@ def say_error(error: BaseException, *, everywhere: bool = False) -> None:
         print(_printable(line), file=sys.stderr, flush=True)
 
 
+def is_text(words: str) -> bool:
+    """Whether what was typed is UTF-8: Python keeps a byte that is not as half of a character."""
+    try:
+        words.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _printable(line: str) -> str:
     """A line that any terminal can encode: names from data may hold half of a character."""
     return line.encode("utf-8", "backslashreplace").decode("utf-8")

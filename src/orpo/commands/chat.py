@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from orpo.errors import ConfigError
+from orpo.evaluation.typed import typed_lines
 
 if TYPE_CHECKING:
     from orpo.evaluation.generation import ChatModel, Sampling
@@ -74,7 +74,7 @@ def _second_model(args: argparse.Namespace) -> str | None:
 def _talk(models: list[ChatModel], sampling: Sampling, system: str | None) -> None:
     if sys.stdin.isatty():
         print(f"{' and '.join(model.name for model in models)}. {_COMMANDS}.")
-    for text in _lines():
+    for text in typed_lines():
         word, _, rest = text.partition(" ")
         if word in ("/quit", "/exit"):
             return
@@ -102,19 +102,4 @@ def _answer_all(models: list[ChatModel], text: str, sampling: Sampling, system: 
             model.answer(text, sampling, system=system, stream=True)
         except KeyboardInterrupt:
             print("\n(stopped)")
-            return
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, line by line; Ctrl-D and Ctrl-C at the prompt end it."""
-    if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
-        return
-    import readline  # noqa: F401  (gives input() its history and editing)
-
-    while True:
-        try:
-            yield input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
             return

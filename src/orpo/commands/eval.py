@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     settings = load_recipe(overrides=args.settings).settings
     if len(args.models) > 2:
         raise ConfigError(f"eval compares two models; {len(args.models)} are named")
-    if (args.data is None) == (args.suite is None):
+    if args.data is not None and args.suite is not None:
+        raise ConfigError("--data and --suite are both given; leave one out, or write --suite pairs:FILE")
+    if args.data is None and args.suite is None:
         raise ConfigError("name what to evaluate on: --data FILE, or --suite NAMES (pairs:FILE is one)")
     if args.suite is not None:
         return run_chosen(args, settings)

@@ -61,6 +61,11 @@ def read_rows(data: object, *, split: str | None = DEFAULT, config: str | None =
                 known = ", ".join(map(str, data))
                 raise DataError(f"the data set has no split {part.name!r}; it has {known}")
             yield from part.take(_object_rows(data[part.name], "row"))
+    elif type(data).__name__ == "DataFrame":
+        raise DataError(
+            "cannot read rows from a DataFrame; pass Dataset.from_pandas(...) of the package datasets, or a"
+            " list of rows"
+        )
     elif isinstance(data, Iterable):
         yield from _object_rows(data, "row")
     else:

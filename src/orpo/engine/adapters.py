@@ -46,11 +46,15 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     """Freeze `model` and put a new adapter on it; a quantised model is made trainable first.
 
     Raises:
-        ConfigError: A setting of the adapter names nothing that the model has.
+        ConfigError: It is no configuration of PEFT, or a setting of the adapter names nothing that the model
+            has.
         ModelError: The adapter does not fit the model.
     """
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 
+    if not isinstance(peft_config, PeftConfig):
+        kind = type(peft_config).__name__
+        raise ConfigError(f"peft_config is a {kind}; expected a configuration of PEFT, as LoraConfig(r=16)")
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     _resolve_all_linear(model, peft_config)
@@ -58,7 +62,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     with raised_as(ModelError, f"the adapter does not fit {type(model).__name__}", "see lora_target_modules"):
-        adapted: PreTrainedModel = get_peft_model(model, peft_config)
+        adapted: Any = get_peft_model(model, peft_config)
     for setting, wanted in asked.items():
         if _names_asked_for(peft_config).get(setting) == wanted:  # PEFT translates names of old families
             _check_names(setting, wanted, modules, weights, type(model).__name__)

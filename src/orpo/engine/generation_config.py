@@ -13,6 +13,7 @@ from orpo.errors import DataError, ModelError, raised_as
 from orpo.run.directory import read_json
 
 _FILE = "generation_config.json"
+_MOST_IDS = 2**31
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -29,6 +30,15 @@ def check_generation_file(name: str) -> None:
         raise ModelError(
             f"{path}: no JSON object can be read from it; correct the file, or delete it"
         ) from None
+
+
+def stop_ids(generation: Any) -> list[int]:
+    """The ids that end an answer, but for those that no vocabulary has (-1: none).
+
+    Raises:
+        ModelError: The setting holds something else than ids.
+    """
+    return [one for one in token_ids(generation, "eos_token_id") if 0 <= one < _MOST_IDS]
 
 
 def token_ids(generation: Any, name: str) -> list[int]:

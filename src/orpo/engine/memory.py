@@ -64,8 +64,11 @@ def default_tokens_per_micro_batch(
 
 
 def token_budget(room: float, per_token: float, most: int) -> int:
-    """Tokens that half of `room` bytes hold: a multiple of 256, from 1024 to `most`."""
-    return int(min(max(room / 2 / per_token, 1024), most)) // 256 * 256
+    """Tokens that half of `room` bytes hold: a multiple of 256, from 1024 to `most`.
+
+    Layers keep nothing where only the vocabulary matrix is trained.
+    """
+    return int(min(max(room / 2 / max(per_token, 1.0), 1024), most)) // 256 * 256
 
 
 def footprint_of(model: nn.Module) -> Footprint:

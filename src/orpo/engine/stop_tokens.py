@@ -10,7 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo.console import say
-from orpo.engine.generation_config import check_generation_file, settle_generation_config, token_ids
+from orpo.engine.generation_config import check_generation_file, settle_generation_config, stop_ids
 from orpo.engine.gguf_model import gguf_stop_token_ids
 from orpo.engine.scorer import base_model
 from orpo.errors import ModelError, raised_as
@@ -24,7 +24,7 @@ KEEP_THEIR_EOS = frozenset({"<end_of_turn>", "<turn|>", "<|end|>"})
 def stop_token_ids(model: Any) -> list[int]:
     """Ids that generation stops at by the model's generation_config; none where it has none."""
     generation = None if model is None else getattr(base_model(model), "generation_config", None)
-    return [] if generation is None else token_ids(generation, "eos_token_id")
+    return [] if generation is None else stop_ids(generation)
 
 
 def saved_stop_token_ids(name: str) -> list[int]:
@@ -34,7 +34,7 @@ def saved_stop_token_ids(name: str) -> list[int]:
     check_generation_file(name)
     with raised_as(ModelError, f"{name}: its generation_config.json cannot be used"):
         try:
-            return token_ids(GenerationConfig.from_pretrained(name), "eos_token_id")
+            return stop_ids(GenerationConfig.from_pretrained(name))
         except OSError:
             return []
 

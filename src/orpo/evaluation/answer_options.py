@@ -76,6 +76,8 @@ def endpoint_of(args: argparse.Namespace, url: str | None = None) -> Endpoint | 
     from orpo.errors import ConfigError
     from orpo.evaluation.endpoint import Endpoint
 
+    if args.concurrency < 1:
+        raise ConfigError(f"--concurrency: {args.concurrency} is out of range; expected at least 1")
     url = url or getattr(args, "endpoint", None)
     if url is None:
         if args.endpoint_model or args.api_key_env or args.request:

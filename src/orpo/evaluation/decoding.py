@@ -16,10 +16,26 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from orpo.engine.scorer import base_model
+from orpo.engine.scorer import base_model, num_embeddings
+from orpo.engine.stop_tokens import stop_token_ids
+from orpo.errors import ModelError
 
 _NOT_DRAWN_HERE = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Fields of a generation_config that say how transformers draws; `_Draws` does that."""
+_NOT_KEPT = (*_NOT_DRAWN_HERE, "max_length", "min_length", "stop_strings")
+_OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+            "output_hidden_states")  # fmt: skip
+"""What else `generate` would return; nobody here reads it."""
+_WAYS = ("assistant_early_exit", "constraints", "diversity_penalty", "dola_layers", "force_words_ids",
+         "num_beam_groups", "penalty_alpha", "prompt_lookup_num_tokens", "use_mtp")  # fmt: skip
+"""Further ways to generate, most of which are no longer in transformers itself."""
+_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+_ORDINARY = {
+    *(*_NOT_KEPT, *_OUTPUTS, *_WAYS, "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("do_sample", "num_beams", "num_return_sequences", "max_new_tokens", "use_cache"),
+    "transformers_version",
+}
+"""Fields that cannot make generation fail here: left out, set by us, or checked as the model is loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +102,75 @@ def decode(
     return [_until_end(row, ends) for row in output[:, width:].tolist()]
 
 
+def check_decoding(model: nn.Module) -> list[str]:
+    """Answer one token with the model's generation_config, so that what `generate` refuses is refused now.
+
+    Returns:
+        A line for each way to generate that the configuration asks for, and that is not taken here.
+
+    Raises:
+        ModelError: A setting of it cannot be used.
+    """
+    own = getattr(base_model(model), "generation_config", None)
+    if own is None:
+        return []
+    given = {name: value for name, value in vars(own).items() if value is not None and name[0] != "_"}
+    lines = [
+        f"generation_config.json: {name} {given[name]} means nothing here, where answers are made token by"
+        " token"
+        for name in _WAYS
+        if given.get(name)
+    ]
+    number = num_embeddings(model)
+    for name in _FORCED:
+        ids = given.get(name, [])
+        for one in ids if isinstance(ids, list) else [ids]:
+            if not (type(one) is int and 0 <= one < number):
+                raise _unusable(name, one, f"expected the id of one of the model's {number:,} tokens")
+    asked = [name for name in given if name not in _ORDINARY]
+    if not asked or any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        return lines
+    with _as_in_use(model):
+        if (problem := _problem(model, asked)) is not None:
+            alone = {name: _problem(model, [name]) for name in asked}
+            name = next((name for name in asked if alone[name] is not None), asked[0])
+            raise _unusable(name, given[name], alone[name] or problem)
+    return lines
+
+
+def _unusable(name: str, value: Any, problem: str) -> ModelError:
+    return ModelError(
+        f"generation_config.json: {name} {value!r} cannot be used to generate ({problem}); correct the file"
+    )
+
+
+def _problem(model: nn.Module, names: Sequence[str]) -> str | None:
+    """What is wrong where the model answers with only these of its further settings."""
+    inner = base_model(model)
+    own = inner.generation_config
+    inner.generation_config = copy.deepcopy(own)
+    for name in vars(own).keys() - _ORDINARY - set(names):
+        if not name.startswith("_"):
+            setattr(inner.generation_config, name, None)
+    try:
+        decode(model, [[0]], Decoding(max_tokens=1, ends=stop_token_ids(model), pad=0))
+    except Exception as error:  # whatever transformers makes of a value it does not expect
+        return " ".join(str(error).split()) or type(error).__name__
+    finally:
+        inner.generation_config = own
+    return None
+
+
+@contextlib.contextmanager
+def _as_in_use(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     end = next((number for number, token in enumerate(tokens, start=1) if token in ends), len(tokens))
     return tokens[:end]
@@ -100,7 +185,7 @@ def _generation_config(model: nn.Module, decoding: Decoding) -> Iterator[Any]:
     inner = base_model(model)
     own = inner.generation_config
     config = copy.deepcopy(own)
-    for name in (*_NOT_DRAWN_HERE, "max_length", "min_length", "stop_strings"):
+    for name in (*_NOT_KEPT, *_OUTPUTS, *_WAYS):
         setattr(config, name, None)
     config.update(
         do_sample=False,

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
+from orpo.console import say
 from orpo.data.chat_template import ChatTemplate
 from orpo.data.templates import prepare_template, with_arguments
 from orpo.data.token_ids import check_ids
@@ -24,7 +25,7 @@ from orpo.engine.loading import load_model, load_tokenizer
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import saved_stop_token_ids, stop_token_ids
 from orpo.errors import ConfigError, ModelError, first_line
-from orpo.evaluation.decoding import Decoding, decode
+from orpo.evaluation.decoding import Decoding, check_decoding, decode
 from orpo.pairs import Message
 from orpo.run.checkpoints import model_folder, run_recipe
 from orpo.run.directory import gguf_file, is_adapter
@@ -170,7 +171,10 @@ class ChatModel:
             tokenizer.chat_template = None  # it never saw one
         arguments: Any = settings.chat_template_kwargs
         template = chat_template or settings.chat_template
-        return cls(name, load_trained(name, settings), tokenizer, template, arguments)
+        model = load_trained(name, settings)
+        for line in check_decoding(model):
+            say(line, error=True)
+        return cls(name, model, tokenizer, template, arguments)
 
     def answer(
         self, text: str, sampling: Sampling, *, system: str | None = None, stream: bool = False

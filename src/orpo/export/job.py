@@ -7,6 +7,7 @@ renamed. What fails its check is deleted: a wrong model under a good name is wor
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Sequence
@@ -159,6 +160,12 @@ def _check_arguments(run: str, target: Path, asked: Options) -> None:
     """Refuse what can be refused before a model is loaded."""
     if asked.dtype is not None and asked.dtype not in LIMITS:
         raise ConfigError(f"--dtype {asked.dtype}: expected one of {', '.join(LIMITS)}")
+    if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", str(asked.max_shard_size), re.IGNORECASE):
+        raise ConfigError(f"--max_shard_size {asked.max_shard_size}: expected a size, such as 5GB or 500MB")
+    if asked.private and asked.push is None:
+        raise ConfigError(
+            "--private: nothing is uploaded without --push OWNER/NAME; leave it out, or add that"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not asked.force:
             raise ConfigError(f"{target} is there already; name another --output_dir, or add --force")

@@ -101,8 +101,9 @@ def merge_run(
     if template is not None:
         stop_at(template.end_token, tokenizer, model)
         tokenizer.chat_template = template.saved
-    data, split = (data, split) if data is not None else _own_data(recipe)
-    sample, lines = read_sample(data, split, settings, tokenizer, template, stops)
+    named = data is not None
+    data, split = (data, split) if named else _own_data(recipe)
+    sample, lines = read_sample(data, split, settings, tokenizer, template, stops, must_be_read=named)
     for line in lines:
         say(line)
     trained_from = base or base_model_name(name)

@@ -73,6 +73,8 @@ def read_sample(
     tokenizer: Any,
     template: ChatTemplate | None,
     stops: Sequence[int],
+    *,
+    must_be_read: bool = False,
 ) -> tuple[Sample, list[str]]:
     """Take a sample of a data set; where there is none, or it cannot be read, of made-up texts.
 
@@ -83,15 +85,21 @@ def read_sample(
         tokenizer: Of the run.
         template: Of the run; None where it trained on plain text.
         stops: Ids that generation stops at.
+        must_be_read: Whether the data was named for this, so that made-up texts do not stand in for it.
 
     Returns:
         The sample, and lines to print.
+
+    Raises:
+        OrpoError: Data that must be read cannot be.
     """
     read, lines = None, []
     if data is not None:
         try:
             read = read_pairs(data, settings, tokenizer, split=split, name="rows", stop_tokens=stops)
         except OrpoError as error:
+            if must_be_read:
+                raise
             lines.append(f"compared on made-up texts, because {data} cannot be read: {error}")
     sequences, texts = _of_pairs(read, tokenizer) if read is not None else ([], [])
     source = f"{data}" if sequences else "made-up texts"

@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from orpo.errors import ConfigError
@@ -85,6 +86,7 @@ _OF_SETTINGS: dict[ObjectiveName, dict[str, str]] = {
     "sft": {},
 }
 """Objective -> setting -> the part of it that the setting is."""
+_OF_NLL = ("nll_on", "nll_reduction")
 
 
 @dataclass
@@ -352,13 +354,38 @@ def settings_where(holds: Callable[[Facts], bool]) -> set[str]:
 
 def is_in_use(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether a setting has an effect, which some have never, and some only with another one."""
-    return name not in NO_EFFECT and not _lacking(name, settings)
+    return name not in NO_EFFECT and not _why_idle(name, settings)
 
 
-def _lacking(name: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The settings of which a setting would need one, where it has none of them."""
-    needed = FACTS.get(name, Facts()).only_with
-    return () if any(_holds(other, settings) for other in needed) else needed
+def idle_lines(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that is not at its default, and has no effect beside the others."""
+    set_here = [name for name, value in settings.items() if value != defaults[name]]
+    return [f"{name}: no effect {why}" for name in set_here if (why := _why_idle(name, settings))]
+
+
+_OF_THE_HUB = {
+    "model_revision": ("model_name_or_path",),
+    "dataset_config": ("dataset_name", "eval_dataset_name"),
+}
+"""Setting -> those whose names on the hub it is about."""
+
+
+def _why_idle(name: str, settings: Mapping[str, Any]) -> str:
+    """Why a setting has no effect beside the others; empty where it may have one."""
+    facts = FACTS.get(name, Facts())
+    for other in facts.not_with:
+        if settings.get(other.partition(": ")[0]) is not None and _holds(other, settings):
+            return f"with {other}"
+    if name in _OF_THE_HUB and _all_local(name, settings):
+        return f"on {settings[_OF_THE_HUB[name][0]]}, which is not on the hub"
+    needed = facts.only_with
+    if not needed or any(_holds(other, settings) for other in needed):
+        return ""
+    if needed[0] == "use_peft" and settings.get("adapter_name_or_path"):
+        return "on the adapter of adapter_name_or_path, which has its own"
+    if needed[0] == "dataloader_num_workers":
+        return "without dataloader_num_workers above 0"
+    return f"without {needed[0]}" if ":" in needed[0] else f"without {needed[0]}: true"
 
 
 def _holds(needed: str, settings: Mapping[str, Any]) -> bool:
@@ -368,20 +395,16 @@ def _holds(needed: str, settings: Mapping[str, Any]) -> bool:
     return value is None or getattr(value, "value", value) == wanted if asks else bool(value)
 
 
-def idle_lines(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """A line for each setting that is not at its default, and waits for another one to be turned on."""
-    set_here = [name for name, value in settings.items() if value != defaults[name]]
-    return [
-        f"{name}: no effect {_why_idle(lacking[0], settings)}"
-        for name in set_here
-        if (lacking := _lacking(name, settings))
-    ]
+def _all_local(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether all that a setting of the hub is about is here: a model, or files of data.
 
-
-def _why_idle(needed: str, settings: Mapping[str, Any]) -> str:
-    if needed == "use_peft" and settings.get("adapter_name_or_path"):
-        return "on the adapter of adapter_name_or_path, which has its own"
-    return f"without {needed}" if ":" in needed else f"without {needed}: true"
+    A folder of data may have configurations too.
+    """
+    given = [settings.get(other) for other in _OF_THE_HUB[name]]
+    names = [one for value in given if value for one in ([value] if isinstance(value, str) else value)]
+    paths = [Path(str(one)).expanduser() for one in names]
+    is_model = name == "model_revision"
+    return bool(paths) and all(path.is_file() or (is_model and path.is_dir()) for path in paths)
 
 
 def inherited_by_evaluation(recipe: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
@@ -401,7 +424,8 @@ def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
     """The preset named by `settings.objective`, with every explicit key put over it; of stages the last one.
 
     Returns:
-        The objective, and one line for each explicit key that differs from a preset other than `orpo`.
+        The objective, and one line for each explicit key that differs from a preset other than `orpo`,
+        or that is of an NLL which weighs nothing.
 
     Raises:
         ConfigError: The preset is unknown or has no such setting, or nothing would be trained.
@@ -417,12 +441,15 @@ def resolve_objective(settings: OrpoSettings) -> tuple[Objective, list[str]]:
             having = ", ".join(other for other in PRESETS if key in _parts(other))
             raise ConfigError(f"{key}: {getattr(settings, key)}: objective {name} has none; {having} do")
     explicit = {key: value for key in parts if (value := getattr(settings, key)) is not None}
-    notices = [
-        f"{key}: {value} beats {getattr(preset, parts[key])}, the value in objective: {name}"
-        for key, value in explicit.items()
-        if name != "orpo" and value != getattr(preset, parts[key])
-    ]
     objective = replace(preset, **{parts[key]: value for key, value in explicit.items()})
+    notices = [
+        f"{key}: no effect with nll_weight: 0"
+        if key in _OF_NLL and objective.nll_weight == 0
+        else f"{key}: {value} beats {getattr(preset, parts[key])}, the value in objective: {name}"
+        for key, value in explicit.items()
+        if value != getattr(preset, parts[key])
+        and (name != "orpo" or (key in _OF_NLL and objective.nll_weight == 0))
+    ]
     if objective.scale == 0:
         raise ConfigError(f"beta: 0 would leave nothing of the comparison in objective: {name}; raise it")
     if objective.preference_weight == 0 and objective.nll_weight == 0:
@@ -565,7 +592,7 @@ class Schedule:
 def _parts(name: ObjectiveName) -> dict[str, str]:
     """Setting -> the part of an objective that it is, for those that the objective of this name has."""
     smoothed = {"label_smoothing": "label_smoothing"} if _OF_SETTINGS[name] else {}
-    return _OF_SETTINGS[name] | smoothed | {key: key for key in ("nll_weight", "nll_on", "nll_reduction")}
+    return _OF_SETTINGS[name] | smoothed | {key: key for key in ("nll_weight", *_OF_NLL)}
 
 
 _ALL_PARTS = frozenset(key for name in PRESETS for key in _parts(name))

@@ -44,6 +44,7 @@ class Facts(str):
             it follows from others.
         only_with: Other settings, one of which has to be on, or to have the value in `name: value`, for this
             one to have an effect.
+        not_with: Settings as `name: value` beside which this one has no effect.
         loading: Whether it says how a model is loaded, and so cannot apply to one that is loaded already.
         evaluation: Whether `orpo eval` takes the value that the run was trained with.
         trl: TRL's default where it differs from ours.
@@ -56,6 +57,7 @@ class Facts(str):
     resume: Resume
     in_recipe: InRecipe
     only_with: tuple[str, ...]
+    not_with: tuple[str, ...]
     loading: bool
     evaluation: bool
     trl: TrlDefault | None
@@ -71,6 +73,7 @@ class Facts(str):
         resume: Resume = "fixed",
         in_recipe: InRecipe = "changed",
         only_with: tuple[str, ...] = (),
+        not_with: tuple[str, ...] = (),
         loading: bool = False,
         evaluation: bool = False,
         trl: TrlDefault | None = None,
@@ -79,7 +82,8 @@ class Facts(str):
         facts = super().__new__(cls, help_text)
         facts.at_least, facts.above, facts.at_most, facts.below = at_least, above, at_most, below
         facts.resume, facts.in_recipe, facts.loading = resume, in_recipe, loading
-        facts.only_with, facts.evaluation, facts.trl = only_with, evaluation, trl
+        facts.only_with, facts.not_with = only_with, not_with
+        facts.evaluation, facts.trl = evaluation, trl
         return facts
 
     def check(self, key: str, value: Any) -> None:

@@ -34,15 +34,14 @@ def _default(value: Any, help_text: str, **facts: Any) -> Inherited:
 
 
 _FREE = (
-    "auto_find_batch_size", "dataloader_multiprocessing_context", "ddp_backend", "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm",
-    "do_predict", "do_train", "fsdp", "greater_is_better", "ignore_data_skip",
-    "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica", "log_on_each_node",
-    "logging_strategy", "metric_for_best_model", "output_dir", "parallelism_config", "prediction_loss_only",
-    "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
-    "save_only_model", "save_strategy", "skip_memory_metrics", "torch_compile", "torch_compile_backend",
-    "torch_compile_mode", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cache",
-    "use_cpu",
+    "auto_find_batch_size", "ddp_backend", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_timeout",
+    "debug", "deepspeed", "disable_tqdm", "do_predict", "do_train", "fsdp", "greater_is_better",
+    "ignore_data_skip", "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica",
+    "log_on_each_node", "logging_strategy", "metric_for_best_model", "output_dir", "parallelism_config",
+    "prediction_loss_only", "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name",
+    "save_on_each_node", "save_only_model", "save_strategy", "skip_memory_metrics", "torch_compile",
+    "torch_compile_backend", "torch_compile_mode", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "use_cache", "use_cpu",
 )  # fmt: skip
 """Where and how a run computes, logs, evaluates and saves: none of these changes what a step does."""
 
@@ -53,10 +52,15 @@ _WAITING = {
     ),
     **dict.fromkeys(["hub_strategy", "hub_token"], ("push_to_hub",)),
     "gradient_checkpointing_kwargs": _CHECKPOINTING,
+    "dataloader_multiprocessing_context": ("dataloader_num_workers",),
     "fsdp_config": ("fsdp",),
     "liger_kernel_config": ("use_liger_kernel",),
 }
 """Setting -> those of which one has to be on for it to have an effect."""
+
+_WITHOUT_WARM_UP = tuple(
+    f"lr_scheduler_type: {schedule}" for schedule in ("constant", "reduce_lr_on_plateau", "greedy")
+)
 
 INHERITED: dict[str, Inherited] = {
     **{name: Inherited(Facts(resume="free")) for name in _FREE},
@@ -161,7 +165,7 @@ INHERITED: dict[str, Inherited] = {
     "num_train_epochs": Inherited(Facts(above=0, at_most=1_000_000, in_recipe="always")),
     "per_device_train_batch_size": Inherited(Facts(at_least=1, resume="derived", in_recipe="always")),
     "gradient_accumulation_steps": Inherited(Facts(at_least=1, resume="derived", in_recipe="always")),
-    "warmup_steps": Inherited(Facts(at_least=0, in_recipe="always")),
+    "warmup_steps": Inherited(Facts(at_least=0, in_recipe="always", not_with=_WITHOUT_WARM_UP)),
     "weight_decay": Inherited(Facts(at_least=0, in_recipe="always")),
     "max_grad_norm": Inherited(Facts(at_least=0, in_recipe="always")),
     **{name: Inherited(Facts(in_recipe="always")) for name in ("lr_scheduler_type", "max_steps")},
@@ -169,8 +173,11 @@ INHERITED: dict[str, Inherited] = {
     **{name: Inherited(Facts(resume="built in")) for name in ("optim_args", "optim_target_modules")},
     "seed": Inherited(Facts(at_least=0, below=2**32, in_recipe="always")),
     "data_seed": Inherited(Facts(at_least=0, below=2**32)),
-    "neftune_noise_alpha": Inherited(Facts(at_least=0)),
-    "dataloader_prefetch_factor": Inherited(Facts(at_least=1, resume="free")),
+    "neftune_noise_alpha": Inherited(Facts(at_least=0, at_most=1_000_000)),
+    "ddp_bucket_cap_mb": Inherited(Facts(at_least=1, resume="free")),
+    "dataloader_prefetch_factor": Inherited(
+        Facts(at_least=1, resume="free", only_with=("dataloader_num_workers",))
+    ),
     **{
         name: Inherited(Facts(at_least=0, resume="free")) for name in ("dataloader_num_workers", "eval_delay")
     },

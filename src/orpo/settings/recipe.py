@@ -31,6 +31,7 @@ from orpo.settings.renamed import (
     understood_names,
 )
 from orpo.settings.schema import (
+    SetTwice,
     YamlLoader,
     accepts_mapping,
     convert,
@@ -194,6 +195,8 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
         if name == "stages" and converted:
             converted = [_stage(entry) for entry in converted]
         settings[name] = at_home(converted) if name in _MODELS else converted
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
     except ValueError:
         written = "nothing" if typed and value is True else _shown(value)
         raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None
@@ -271,13 +274,7 @@ def _read_yaml(path: Path) -> list[Entry]:
             reason = "no such file (a setting is written --key value or key=value)"
         raise ConfigError(f"{path}: cannot read the recipe: {reason}") from None
     with raised_as(ConfigError, f"{path}: not valid YAML"):
-        entries = _entries(text, path)
-    seen: dict[str, str] = {}
-    for entry in entries:
-        if entry.key in seen:
-            raise ConfigError(f"{entry.where}: {entry.key!r} is set twice; first at {seen[entry.key]}")
-        seen[entry.key] = entry.where
-    return entries
+        return _entries(text, path)
 
 
 def _entries(text: str, path: Path) -> list[Entry]:
@@ -291,12 +288,16 @@ def _entries(text: str, path: Path) -> list[Entry]:
             raise ConfigError(
                 f"{path}: a recipe is a mapping of settings (`learning_rate: 5e-6`), one on each line"
             )
-        entries = []
+        loader.flatten_mapping(node)  # what `<<` merges comes first, so that the recipe's own beats it
+        entries = {}
         for key_node, value_node in node.value:
             key = str(loader.construct_object(key_node, deep=True))
             value = loader.construct_object(value_node, deep=True)
-            entries.append(Entry(key, value, f"{path.name}:{key_node.start_mark.line + 1}"))
-        return entries
+            entries[key] = Entry(key, value, f"{path.name}:{key_node.start_mark.line + 1}")
+        return list(entries.values())
+    except SetTwice as error:
+        first, again = (f"{path.name}:{line}" for line in error.lines)
+        raise ConfigError(f"{again}: {error.name!r} is set twice; first at {first}") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None

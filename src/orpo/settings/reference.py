@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from orpo.run.directory import dump_yaml
 from orpo.settings.config import FACTS
+from orpo.settings.renamed import current_entries
 from orpo.settings.schema import Known, convert, describe, known_settings, members
 
 
@@ -20,18 +21,19 @@ def resolved_yaml(settings: Mapping[str, Any], *, inherited: bool = False) -> st
     defaults = {
         name: known.default
         for name, known in known_settings().items()
-        if name not in settings and (known.own or inherited) and _is_writable(known)
+        if name not in settings and (known.own or inherited) and _is_writable(name, known)
     }
     return (dump_yaml(settings) if settings else "") + "# Defaults\n" + dump_yaml(defaults)
 
 
-def _is_writable(known: Known) -> bool:
-    """Whether the default is a value, not an expression that only its module can compute."""
+def _is_writable(name: str, known: Known) -> bool:
+    """Whether the default is a value that a recipe may have: no expression, and nothing to be told about."""
     try:
         convert(known.default, known.kind)
+        _, notice = current_entries(name, known.default)
     except ValueError:
         return False
-    return True
+    return not notice
 
 
 def json_schema() -> dict[str, Any]:

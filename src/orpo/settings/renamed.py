@@ -69,7 +69,7 @@ NO_EFFECT = other_tools.NO_EFFECT | {
     "packing": PACKED,
     "group_by_length": PACKED,
     "length_column_name": PACKED,
-    "train_sampling_strategy": PACKED,
+    "train_sampling_strategy": f"pairs are always shuffled, by data_seed; {PACKED}",
     "remove_unused_columns": "columns that are not needed are never read",
     "label_names": "the loss is computed inside the model's call, from no label column",
     **dict.fromkeys(["per_device_eval_batch_size", "per_gpu_eval_batch_size"], _PACKED_EVALUATION),
@@ -269,6 +269,12 @@ def _encoder_decoder(value: Any) -> tuple[dict[str, Any], str]:
     return {}, "no effect: every model is a causal language model"
 
 
+def _do_train(value: Any) -> tuple[dict[str, Any], str]:
+    if str(value).lower() in ("false", "0", "no", "off"):
+        return {}, "no effect: `orpo train` always trains; `orpo eval` scores a model without training"
+    return {"do_train": value}, ""
+
+
 _TRANSLATED: dict[str, Callable[[Any], tuple[dict[str, Any], str]]] = {
     "dataset_mixer": _dataset_mixer,
     "dataset_splits": _dataset_splits,
@@ -276,6 +282,7 @@ _TRANSLATED: dict[str, Callable[[Any], tuple[dict[str, Any], str]]] = {
     "use_flash_attention_2": _flash_attention,
     "flash_attention_2": _flash_attention,
     "adafactor": _adafactor,
+    "do_train": _do_train,
     "warmup_ratio": _warmup_ratio,
     "is_encoder_decoder": _encoder_decoder,
 }

@@ -185,6 +185,7 @@ def convert(value: Any, kind: Any, *, split_commas: bool = False) -> Any:
         split_commas: Text `a,b` becomes a list where one is accepted; for the command line.
 
     Raises:
+        ConfigError: A mapping in it has a name twice.
         ValueError: It cannot be converted.
     """
     accepted = members(kind)
@@ -199,6 +200,8 @@ def convert(value: Any, kind: Any, *, split_commas: bool = False) -> Any:
     for member in sorted(accepted, key=_rank):
         try:
             return _convert_to(value, member, keep_text=str in accepted)
+        except ConfigError:  # no other type makes it right
+            raise
         except (ValueError, TypeError):
             continue
     raise ValueError(value)
@@ -320,12 +323,36 @@ def _describe_one(member: Any) -> str:
     return names.get(origin, "a value")
 
 
+class SetTwice(yaml.MarkedYAMLError):
+    """A mapping has a name twice, of whose values YAML would keep the last.
+
+    Attributes:
+        name: The name.
+        lines: The lines, counted from 1, on which it is written first and again.
+    """
+
+    def __init__(self, name: str, again: yaml.Mark, first: yaml.Mark) -> None:
+        super().__init__(problem=f"{name!r} is set twice", problem_mark=again)
+        self.name, self.lines = name, (first.line + 1, again.line + 1)
+
+
 class YamlLoader(yaml.SafeLoader):
     """SafeLoader whose numbers are those of the command line: `5e-6` is one, `010` and `12:30` are text.
 
     YAML 1.1 reads the latter as 8 and as 750, and a day as a date. As text they are converted, or refused, as
-    typed ones are.
+    typed ones are. A name that a mapping has twice is refused, on every level.
     """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping, before anything is merged into it, and compare its names."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.Mark] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in first:
+                    raise SetTwice(key.value, key.start_mark, first[key.value])
+                first[key.value] = key.start_mark
+        return node
 
 
 _NUMBERS = {
@@ -348,9 +375,12 @@ def parse_yaml(text: str) -> Any:
     """Parse a value written in YAML.
 
     Raises:
+        ConfigError: A mapping in it has a name twice.
         ValueError: It is not valid YAML.
     """
     try:
         return yaml.load(text, Loader=YamlLoader)
+    except SetTwice as error:
+        raise ConfigError(f"{error.name!r} is set twice in {text}") from None
     except yaml.YAMLError:
         raise ValueError(text) from None

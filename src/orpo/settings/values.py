@@ -46,12 +46,23 @@ def check_values(settings: Mapping[str, Any]) -> None:
         for name, value in given.items() if isinstance(given, Mapping) else ():
             if name in _SWITCHES and not isinstance(value, bool):
                 raise ConfigError(f"{key}: {name}: {value!r} is not usable; expected true or false")
+    _check_division(settings)
+    _check_optimizer_arguments(settings.get("optim_args"))
+
+
+def _check_division(settings: Mapping[str, Any]) -> None:
+    """Check how weights are divided over processes."""
     fsdp = settings.get("fsdp")
     options = fsdp.split() if isinstance(fsdp, str) else fsdp if isinstance(fsdp, list) else []
     for option in map(str, options):
         if option.lower() not in _FSDP:
             raise ConfigError(f"fsdp: {option!r} is not one of {', '.join(_FSDP)}")
-    _check_optimizer_arguments(settings.get("optim_args"))
+    divided = settings.get("parallelism_config")
+    if isinstance(divided, (Mapping, str)):
+        raise ConfigError(
+            f"parallelism_config: {divided!r}: rows and layers are not divided over processes here; leave it"
+            " out, fsdp cuts the weights"
+        )
 
 
 def _check_mapping(key: str, value: Any) -> None:
@@ -86,10 +97,14 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 def _check_optimizer_arguments(given: Any) -> None:
     """Check `optim_args`, a text of `name=value` parts."""
+    known: set[str] = set()
     for part in given.split(",") if isinstance(given, str) and given else ():
         name, equals, value = (word.strip() for word in part.partition("="))
         if not (name and equals and value) or "=" in value:
             raise ConfigError(f"optim_args: {part!r} is no name=value; write them as 'momentum=0.9,eps=1e-8'")
+        if name in known:
+            raise ConfigError(f"optim_args: {name!r} is set twice in {given}")
+        known.add(name)
         if name in _WITH_A_NAME:
             raise ConfigError(f"optim_args: {name} is a setting; write {_WITH_A_NAME[name]}: {value}")
         if value.lower().lstrip("+-") in ("nan", "inf", "infinity"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,6 +26,8 @@ from orpo.training.resuming import check_changes
 from orpo.training.trainer import ORPOTrainer
 
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_STEPS = 10
+"""Steps of a schedule that are tried."""
 WORTH_SAYING = 2.0
 """How many times as fast bfloat16 products must be: what autocast converts costs time too."""
 
@@ -83,11 +87,20 @@ def check_optimization(trainer: ORPOTrainer) -> list[str]:
     with raised_as(
         ConfigError, blamed, "what a schedule takes is written lr_scheduler_kwargs: {name: value}"
     ):
-        get_scheduler(config.lr_scheduler_type, made, 1, 10, dict(more))
+        _try(get_scheduler(config.lr_scheduler_type, made, 1, _STEPS, dict(more)))
     defaults = {f.name: f.default for f in fields(config)}
     changes = [{name: defaults[name]} for name in _ADAM if getattr(config, name) != defaults[name]]
     idle = [change for change in changes if not _is_read(trainer, {}, change)]
     return [f"{name}: no effect with optim: {_text(config.optim)}" for (name,) in idle]
+
+
+def _try(schedule: Any) -> None:
+    """Take the steps of a schedule, which reads its arguments only then."""
+    asks_for_a_loss = "metrics" in inspect.signature(schedule.step).parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer takes no step
+        for _ in range(_STEPS):
+            schedule.step(*([1.0] if asks_for_a_loss else []))
 
 
 def _text(value: Any) -> Any:

@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from orpo.console import say
 from orpo.engine.lengths import positions_in_window
 from orpo.engine.scorer import base_model
 from orpo.engine.stop_tokens import stop_token_ids
-from orpo.evaluation.decoding import Decoding, decode
+from orpo.evaluation.decoding import Decoding, check_decoding, decode
 from orpo.evaluation.generation import pad_id
 from orpo.run.directory import RunDirectory, write_json
 
@@ -27,6 +28,9 @@ class SampleWriter(TrainerCallback):
         longest: Tokens of an answer; None: `max_completion_length`, else `DEFAULT_LENGTH`.
         at_ends: Whether only the model before training and the one that training ends with answer, not the
             one at each evaluation.
+
+    Raises:
+        ModelError: The model's generation_config cannot be used.
     """
 
     def __init__(
@@ -36,6 +40,8 @@ class SampleWriter(TrainerCallback):
         self.number = number
         self.longest = trainer.args.max_completion_length or longest or DEFAULT_LENGTH
         self.at_ends = at_ends
+        for line in check_decoding(trainer.model):
+            say(line)
         self._answered = -1  # the step of the last answers; each named evaluation set calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
