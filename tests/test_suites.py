@@ -665,7 +665,7 @@ def test_suites_are_named_with_commas_or_one_by_one_and_bias_is_several(tmp_path
         (["--suite", "mt_bench"], "needs a judge: --judge endpoint:URL"),
         (["--suite", "mt_bench", "--judge", "gpt"], "--judge gpt: expected endpoint:URL or model:MODEL"),
         (["--suite", "answers", "--limit", "0"], "limit: 0 is out of range"),
-        (["--suite", "answers", "--data", "x"], "--data FILE, or --suite NAMES"),
+        (["--suite", "answers", "--data", "x"], "--data and --suite are both given"),
         ([], "--data FILE, or --suite NAMES"),
         (["--data", "x", "--limit", "3"], "--limit is of a suite; name one with --suite"),
         (["third", "--suite", "answers"], "eval compares two models; 3 are named"),
