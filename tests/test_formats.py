@@ -1289,3 +1289,17 @@ def test_packed_files_with_the_name_of_a_text_are_told_by_their_first_bytes(tmp_
     path.write_bytes(sign + bytes(20))
     with pytest.raises(DataError, match=said):
         read_preferences(path)
+
+
+def test_what_is_wrong_with_one_of_several_files_names_it(tmp_path):
+    good, empty = tmp_path / "good.jsonl", tmp_path / "empty.jsonl"
+    good.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    empty.write_text("")
+    with pytest.raises(DataError, match=r"empty.jsonl: the data set is empty"):
+        read_preferences([str(good), str(empty)])
+
+
+def test_a_blank_history_is_none():
+    row = {"instruction": "q", "chosen": "a", "rejected": "b", "history": " "}
+    (pair,) = read_preferences([row]).pairs
+    assert pair.prompt == [{"role": "user", "content": "q"}]

@@ -101,7 +101,7 @@ def read_preferences(
     result = PreferenceSet([])
     sources = _sources(data)
     for name, (source, weight) in sources.items():
-        reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
+        reading = _Reading(name, settings, RowCounts(), one_of_several=len(sources) > 1)
         pairs = list(_reported(reading, name, source, first))
         result.counts.add(reading.counts)
         result.formats[name] = reading.detected
@@ -161,7 +161,7 @@ def stream_preferences(
         if weight not in (None, 1):
             raise ConfigError(f"{name}: a weight needs the whole data set; leave streaming or the weight out")
         counts = RowCounts() if counts is None else counts
-        yield from _Reading(settings, counts, one_of_several=len(sources) > 1).pairs(source)
+        yield from _Reading(name, settings, counts, one_of_several=len(sources) > 1).pairs(source)
 
 
 def resample(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[PreferencePair]:
@@ -203,13 +203,17 @@ def split_holdout(
     return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held]
 
 
+_OBJECT = "data"
+"""Name of rows that come from no file."""
+
+
 def _sources(data: object) -> dict[str, tuple[object, float | None]]:
     """Name -> (what to read, weight)."""
     if isinstance(data, Mapping) and data and all(isinstance(value, int | float) for value in data.values()):
         return {str(name): (name, float(weight)) for name, weight in data.items()}
     if isinstance(data, list | tuple) and data and all(isinstance(item, str | Path) for item in data):
         return {str(item): (item, None) for item in data}
-    return {str(data) if isinstance(data, str | Path) else "data": (data, None)}
+    return {str(data) if isinstance(data, str | Path) else _OBJECT: (data, None)}
 
 
 class _Reading:
@@ -217,7 +221,8 @@ class _Reading:
 
     detected: Detected
 
-    def __init__(self, settings: ReadSettings, counts: RowCounts, *, one_of_several: bool) -> None:
+    def __init__(self, name: str, settings: ReadSettings, counts: RowCounts, *, one_of_several: bool) -> None:
+        self._name = name
         self.settings = settings
         self.counts = counts
         self.columns = Columns(settings.columns)
@@ -274,7 +279,10 @@ class _Reading:
                 problems.append(f"{row.source}: {bad}")
         if problems and not rows:
             raise DataError(problems[0])
-        detected = detect(rows)
+        try:
+            detected = detect(rows)
+        except DataError as error:
+            raise DataError(f"{self._name}: {error}" if self._name != _OBJECT else str(error)) from None
         self.columns.forget()
         return detected
 

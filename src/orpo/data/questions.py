@@ -83,6 +83,8 @@ def _exchanges(history: object) -> Turns:
     turns: Turns = []
     if kind(history) == "messages":
         return turns_of(history, "history")
+    if isinstance(history, str) and not history.strip():  # a blank cell of a CSV file
+        return []
     if history is not None and not isinstance(history, list):
         raise BadRow("history", f"is {type_name(history)}; expected a list of [question, answer]")
     for exchange in history or []:
