@@ -667,8 +667,9 @@ def test_good_answers_with_a_label_train_where_sft_rows_are_used():
 def test_scores_that_do_not_say_chosen_is_better_are_counted_and_printed():
     row = {"prompt": "Q?", "chosen": "a", "rejected": "b", "score_chosen": 8.0, "score_rejected": 5.0}
     found = read(row, {**row, "score_chosen": 1.0}, {**row, "score_chosen": "5.0"}, {**row, "status": "tie"})
-    assert "data: 2 of 4 rows train although score_chosen is not above score_rejected" in found.notices
-    assert "data: 1 of 4 rows train although status is tie" in found.notices
+    said = "data: 2 of 4 rows train although score_chosen is not above score_rejected (first: row:1)"
+    assert said in found.notices
+    assert "data: 1 of 4 rows train although status is tie (first: row:3)" in found.notices
     assert found.unused_columns["data"] == ["score_chosen", "score_rejected", "status"]
     assert len(read({"prompt": "Q?", "chosen": "a", "rejected": "b", "status": "ok"}).notices) == 2
 
@@ -844,7 +845,7 @@ def test_numbers_that_disagree_on_the_best_answer_are_counted(row, said):
     found = read({"prompt": "Q?", **row})
     assert found.pairs[0].chosen == [bot("a")]
     lines = [line for line in found.notices if "train although" in line]
-    assert lines == ([f"data: 1 of 1 rows train although {said}"] if said else [])
+    assert lines == ([f"data: 1 of 1 rows train although {said} (first: row:0)"] if said else [])
 
 
 def test_numbers_that_the_recipe_names_are_not_questioned():
@@ -860,9 +861,9 @@ def test_turns_that_are_marked_as_not_to_be_trained_are_counted(mark):
         "rejected": [NO[1]],
     }
     key, value = next(iter(mark.items()))
-    line = f"data: 1 of 2 rows train although a turn says {key}: {str(value).lower()}, which is not read"
+    line = f"although a turn says {key}: {str(value).lower()}, which is not read (first: row:0)"
     other = {**row, "prompt": [user("Hi"), {**bot("Hello"), "weight": 1}, user("Q?")]}
-    assert line in read(row, other).notices
+    assert f"data: 1 of 2 rows train {line}" in read(row, other).notices
 
 
 def test_a_side_without_an_answer_is_told_by_its_roles():

@@ -19,11 +19,18 @@ from orpo.data import ranked, turn_markers
 from orpo.data.columns import Columns, NamedRow, quoted
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
-from orpo.data.formats import is_standard_repeated
+from orpo.data.formats import has_text_sides, is_standard_repeated
 from orpo.data.messages import MEDIA, BadRow, Untrainable, type_name, without_nulls
 from orpo.data.rows import ORIGIN, KeyTwice, RawRow, nothing_readable, read_rows, strict_json
 from orpo.data.stages import EVERY, report
-from orpo.data.verdicts import contradiction, marked_turn, side_scores, unpaired_reason
+from orpo.data.verdicts import (
+    REPEATED,
+    contradiction,
+    marked_turn,
+    repeated_prompt,
+    side_scores,
+    unpaired_reason,
+)
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
@@ -140,7 +147,10 @@ def _notices(name: str, reading: _Reading) -> list[str]:
     if unused := [quoted(column) for column in reading.columns.unused]:
         lines.append(f"{name}: columns not used: {', '.join(unused)}")
     for words, number in reading.contradictions.items():
-        lines.append(f"{name}: {number} of {reading.counts.total} rows train although {words}")
+        first = reading.first_of[words]
+        lines.append(
+            f"{name}: {number} of {reading.counts.total} rows train although {words} (first: {first})"
+        )
     return lines
 
 
@@ -222,6 +232,7 @@ class _Reading:
         self.counts = counts
         self.columns = Columns(settings.columns)
         self.contradictions: Counter[str] = Counter()
+        self.first_of: dict[str, str] = {}
         self._one_of_several = one_of_several
 
     def pairs(self, data: object, first: int | None = None) -> Iterator[PreferencePair]:
@@ -250,12 +261,15 @@ class _Reading:
                         contradiction(named_row, pair),
                         self._other_best(named_row),
                         marked_turn(pair),
-                        self._repeats(named_row),
+                        repeated_prompt(pair),
                     )
-                    self.contradictions.update(filter(None, said))
+                    for words in filter(None, said):
+                        self.contradictions[words] += 1
+                        self.first_of.setdefault(words, pair.source)
                     yield pair
                 else:
                     self.counts.drop(reason, pair.source)
+        self._check_repeated()
 
     def _detect(self, head: Sequence[RawRow]) -> Detected:
         parsed = [row for row in head if not isinstance(row.data, DataError)]
@@ -266,15 +280,18 @@ class _Reading:
         )
         if self.settings.data_format is not None:
             return named(self.settings.data_format)
-        rows, problems = [], []
+        rows: list[tuple[str, NamedRow]] = []
+        problems = []
         for row in parsed:
             try:
-                rows.append(self.columns.name(row.data))  # type: ignore[arg-type]
+                rows.append((row.source, self.columns.name(row.data)))  # type: ignore[arg-type]
             except BadRow as bad:
                 problems.append(f"{row.source}: {bad}")
         if problems and not rows:
             raise DataError(problems[0])
-        detected = detect(rows)
+        detected = detect(row for _, row in rows)
+        if detected.name == "standard_repeated" and self.settings.on_bad_row == "stop":
+            _refuse_unrepeated(rows)
         self.columns.forget()
         return detected
 
@@ -294,10 +311,14 @@ class _Reading:
             _check_texts(pair)
         return row, pairs
 
-    def _repeats(self, row: NamedRow) -> str | None:
-        """Whether both sides begin with the prompt, in data whose answers stand alone."""
-        repeats = self.detected.name == "standard" and is_standard_repeated(row)
-        return "both sides begin with their prompt, which is then read twice" if repeats else None
+    def _check_repeated(self) -> None:
+        """Stop where rows behind those that tell the format make most rows repeat their prompt."""
+        number, total = self.contradictions[REPEATED], self.counts.total
+        if self.settings.data_format is None and self.detected.name == "standard" and number * 2 > total:
+            raise DataError(
+                f"{self.first_of[REPEATED]}: {number} of {total} rows begin both sides with their prompt,"
+                f" this one first, and the first {SAMPLE} mostly do not; {_ONE_WAY}"
+            )
 
     def _other_best(self, row: NamedRow) -> str | None:
         return ranked.other_best(row) if self.detected.name == "ranked" else None
@@ -308,6 +329,24 @@ class _Reading:
             return None
         uses = self.settings.sft_rows == "use"
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
+
+
+_ONE_WAY = (
+    "write all rows one way, or set data_format: standard_repeated to cut the prompt off, or standard to take"
+    " all sides as they are"
+)
+
+
+def _refuse_unrepeated(rows: Sequence[tuple[str, NamedRow]]) -> None:
+    """Refuse rows of texts that do not begin with their prompt where the others do, each with its source."""
+    pairs = [(source, row) for source, row in rows if has_text_sides(row)]
+    others = [source for source, row in pairs if not is_standard_repeated(row)]
+    if others:
+        repeated = len(pairs) - len(others)
+        raise DataError(
+            f"{others[0]}: the sides of {repeated} of the first {len(rows)} rows begin with their prompt, and"
+            f" those of {len(others)} do not, this one first; {_ONE_WAY}, or set on_bad_row: skip"
+        )
 
 
 def _refuse_media(row: NamedRow) -> None:

@@ -1,13 +1,15 @@
 """What further columns say of the answers: of one without a counterpart, and of a pair.
 
 A single answer with a verdict, as in KTO, must not train as a good one where it is bad. Scores of chosen and
-rejected that say the opposite are counted and printed, and so are turns that are marked as not to be trained.
+rejected that say the opposite are counted and printed, and so are turns that are marked as not to be trained
+and answers that repeat their prompt.
 """
 
 from __future__ import annotations
 
 from orpo.data.columns import NamedRow
 from orpo.data.messages import number_of
+from orpo.data.sides import goes_on
 from orpo.pairs import PreferencePair
 
 VERDICTS = (
@@ -157,3 +159,24 @@ def _weighs(key: str, value: object) -> bool:
     if key in _MASKS:
         return bool(value) and word not in _BAD
     return word in _BAD if number is None else number != 1
+
+
+REPEATED = "both sides begin with their prompt, which is then read twice"
+_HALF_REPEATED = "one side begins with the prompt and the other does not"
+
+
+def repeated_prompt(pair: PreferencePair) -> str | None:
+    """What to say of a pair whose answers repeat what was asked; None where none does."""
+    asked = _said_at(pair.prompt, -1).strip()
+    if not asked:
+        return None
+    sides = [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
+    repeat = [goes_on(asked, _said_at(side, 0).lstrip()) for side in sides]
+    if all(repeat):
+        return REPEATED
+    return _HALF_REPEATED if any(repeat) else None
+
+
+def _said_at(side: object, index: int) -> str:
+    """The text of a side; of messages, of the one at an index."""
+    return side if isinstance(side, str) else str(side[index]["content"]) if side else ""  # type: ignore[index]
