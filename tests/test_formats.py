@@ -1197,6 +1197,9 @@ TWICE = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
     "row",
     [
         {"prompt": "q", "chosen": TWICE, "rejected": "d"},
+        {"prompt": "q", "chosen": TWICE.replace('"', "'"), "rejected": "d"},
+        {"prompt": "q", "chosen": TWICE.replace('"', "'").replace("}, {", "} {"), "rejected": "d"},
+        {"prompt": "q", "chosen": json.dumps(TWICE), "rejected": "d"},
         {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b",
          "tools": '[{"name": "f", "name": "g"}]'},
         {"prompt": [{"role": "user", "content": "q"}], "rejected": "b",
