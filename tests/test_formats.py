@@ -1218,14 +1218,22 @@ def test_a_key_that_text_in_a_cell_has_twice_stops_the_run(row):
         ({"weight": "0"}, True), ({"train": "false"}, True), ({"weight": 0.5}, True), ({"mask": True}, True),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}, True),
         ({"weight": 1}, False), ({"train": True}, False), ({"train": "true"}, False), ({"mask": 0}, False),
-        ({"loss": True, "trainable": "yes"}, False),
+        ({"loss": True, "trainable": "yes"}, False), ({"loss_mask": 0}, True), ({"ignore": "no"}, False),
     ],
 )  # fmt: skip
 def test_every_way_to_weigh_a_turn_is_counted(mark, counted):
     answer = [{"role": "assistant", "content": "a", **mark}]
-    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": answer, "rejected": "b"}
-    lines = [line for line in read_preferences([row]).notices if "although a turn says" in line]
-    assert len(lines) == counted
+    asked = [{"role": "user", "content": "q"}]
+    answers = [{**answer[0], "score": 2}, {"role": "assistant", "content": "b", "score": 1}]
+    records = [{"text": "a", "score": 2, **mark}, {"text": "b", "score": 1}]
+    for row in (
+        {"prompt": asked, "chosen": answer, "rejected": "b"},
+        {"prompt": [{**asked[0], **mark}], "chosen": "a", "rejected": "b"},
+        {"prompt": asked, "answers": answers},
+        {"prompt": asked, "answers": records},
+    ):
+        lines = [line for line in read_preferences([row]).notices if "although a turn says" in line]
+        assert len(lines) == counted, row
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from orpo.data.questions import question
 from orpo.data.reasoning import REASONING_KEYS
 from orpo.data.rows import Row
 from orpo.data.sides import Sides, pair_up
+from orpo.data.verdicts import MARKS
 
 # What a number is called -> which way it goes; the first of these that is there decides.
 MEANINGS = {
@@ -54,7 +55,7 @@ _INDEX = (
 _TEXT_KEYS = (
     "response", "answer", "content", "text", "completion", "output", "summary", "generation", "reply", "body",
 )  # fmt: skip
-_BESIDE_TEXT = ("tool_calls", *REASONING_KEYS)
+_BESIDE_TEXT = ("tool_calls", *REASONING_KEYS, *MARKS)
 """Keys of what belongs to an answer beside its text."""
 _MESSAGE_KEYS = ("role", "from", "content", "value", "name", *_BESIDE_TEXT)
 
@@ -154,7 +155,7 @@ def _answer_text(answer: object) -> object:
         return {key: answer[key] for key in _MESSAGE_KEYS if key in answer}  # type: ignore[index,operator]
     if isinstance(answer, Mapping):
         text = answer[_text_key(answer)]
-        beside = {key: answer[key] for key in _BESIDE_TEXT if answer.get(key)}
+        beside = {key: answer[key] for key in _BESIDE_TEXT if answer.get(key) not in (None, "", [])}
         return {"role": "assistant", "content": text, **beside} if beside else text
     return answer
 

@@ -137,21 +137,31 @@ def _own_score(side: object) -> float | None:
     return next((number_of(side[-1][key]) for key in ("score", "rating", "reward") if key in side[-1]), None)
 
 
-_WEIGHTS = ("weight", "loss_weight", "train", "training", "loss", "train_on_turn", "trainable")
+_WEIGHTS = (
+    "weight", "loss_weight", "train", "training", "loss", "train_on_turn", "trainable", "learnable",
+    "is_trainable", "calculate_loss", "compute_loss", "loss_mask",
+)  # fmt: skip
 """Keys by which other trainers weigh a turn in the loss, or leave it out."""
-_MASKS = ("mask", "masked", "train_detail")
+_MASKS = ("mask", "masked", "train_detail", "training_detail", "ignore", "skip")
 """Keys by which they leave out a turn, or parts of it."""
+MARKS = (*_WEIGHTS, *_MASKS)
+"""Keys of a turn that say how it is to be trained, and are no part of what it says."""
 
 
 def marked_turn(pair: PreferencePair) -> str | None:
-    """Which key of an answer or an earlier one weighs it in the loss; None where all count as they are."""
+    """Which key of a turn weighs it in the loss; None where all count as they are."""
     sides = (side for side in (pair.prompt, pair.chosen, pair.rejected) if isinstance(side, list))
     for turn in (turn for side in sides for turn in side):
-        if len(turn) > 2 and turn["role"] == "assistant":
-            for key in (*_WEIGHTS, *_MASKS):
+        if len(turn) > 2:
+            for key in MARKS:
                 if key in turn and _weighs(key, turn[key]):
-                    return f"a turn says {key}: {str(turn[key]).lower()}, which is not read"
+                    return f"a turn says {key}: {_shown(turn[key])}, which is not read"
     return None
+
+
+def _shown(value: object) -> str:
+    """A value for a line; of what holds others, only that it does."""
+    return "[...]" if isinstance(value, list | dict) else str(value).lower()
 
 
 def _weighs(key: str, value: object) -> bool:
