@@ -1301,3 +1301,23 @@ def test_packed_files_with_the_name_of_a_text_are_told_by_their_first_bytes(tmp_
     path.write_bytes(sign + bytes(20))
     with pytest.raises(DataError, match=said):
         read_preferences(path)
+
+
+def test_a_blank_history_in_csv_is_none(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('instruction,history,chosen,rejected\nQ?,,yes,no\nR?,"[[""a"", ""b""]]",yes,no\n')
+    short, long = read_preferences(path).pairs
+    assert short.prompt == [user("Q?")] and long.prompt == [user("a"), bot("b"), user("R?")]
+
+
+def test_data_without_rows_or_a_known_format_is_named(tmp_path):
+    good, empty, odd = (tmp_path / f"{name}.jsonl" for name in ("good", "empty", "odd"))
+    good.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    empty.write_text("")
+    odd.write_text('{"foo": 1}\n')
+    with pytest.raises(DataError, match=r"empty\.jsonl: the data set is empty"):
+        read_preferences([str(good), str(empty)])
+    with pytest.raises(DataError, match=r"odd\.jsonl: cannot tell the format from the columns foo"):
+        read_preferences([str(good), str(odd)])
+    with pytest.raises(DataError, match="the data: the data set is empty"):
+        read_preferences([])

@@ -108,7 +108,7 @@ def read_preferences(
     result = PreferenceSet([])
     sources = _sources(data)
     for name, (source, weight) in sources.items():
-        reading = _Reading(settings, RowCounts(), one_of_several=len(sources) > 1)
+        reading = _Reading(settings, RowCounts(), source, one_of_several=len(sources) > 1)
         pairs = list(_reported(reading, name, source, first))
         result.counts.add(reading.counts)
         result.formats[name] = reading.detected
@@ -171,7 +171,7 @@ def stream_preferences(
         if weight not in (None, 1):
             raise ConfigError(f"{name}: a weight needs the whole data set; leave streaming or the weight out")
         counts = RowCounts() if counts is None else counts
-        yield from _Reading(settings, counts, one_of_several=len(sources) > 1).pairs(source)
+        yield from _Reading(settings, counts, source, one_of_several=len(sources) > 1).pairs(source)
 
 
 def resample(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[PreferencePair]:
@@ -227,8 +227,11 @@ class _Reading:
 
     detected: Detected
 
-    def __init__(self, settings: ReadSettings, counts: RowCounts, *, one_of_several: bool) -> None:
+    def __init__(
+        self, settings: ReadSettings, counts: RowCounts, name: object, *, one_of_several: bool
+    ) -> None:
         self.settings = settings
+        self.name = name if isinstance(name, str | Path) else "the data"
         self.counts = counts
         self.columns = Columns(settings.columns)
         self.contradictions: Counter[str] = Counter()
@@ -289,7 +292,10 @@ class _Reading:
                 problems.append(f"{row.source}: {bad}")
         if problems and not rows:
             raise DataError(problems[0])
-        detected = detect(row for _, row in rows)
+        try:
+            detected = detect(row for _, row in rows)
+        except DataError as error:
+            raise DataError(f"{self.name}: {error}") from None
         if detected.name == "standard_repeated" and self.settings.on_bad_row == "stop":
             _refuse_unrepeated(rows)
         self.columns.forget()

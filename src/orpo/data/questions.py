@@ -81,6 +81,8 @@ def instruction(row: Row) -> Turns:
 
 def _exchanges(history: object) -> Turns:
     turns: Turns = []
+    if isinstance(history, str) and not history.strip():  # a blank cell of CSV
+        return turns
     if kind(history) == "messages":
         return turns_of(history, "history")
     if history is not None and not isinstance(history, list):

@@ -447,7 +447,8 @@ class _Reading:
 
 def _of_set(name: str, error: DataError) -> DataError:
     """An error with the name of the set that it is about in front."""
-    return DataError(f"{name}: {str(error).removeprefix('the data: ')}")
+    said = str(error).removeprefix("the data: ").removeprefix(f"{name}: ")
+    return DataError(f"{name}: {said}")
 
 
 def _with_warning(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:
