@@ -1321,3 +1321,21 @@ def test_data_without_rows_or_a_known_format_is_named(tmp_path):
         read_preferences([str(good), str(odd)])
     with pytest.raises(DataError, match="the data: the data set is empty"):
         read_preferences([])
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"role": "user", "from": "gpt", "content": "q"}, "two roles, role 'user' and from 'gpt'"),
+        ({"role": "user", "content": "q", "value": "r"}, "one text in 'content' and another in 'value'"),
+    ],
+)
+def test_a_turn_that_says_two_things_stops_the_run(turn, said):
+    with pytest.raises(DataError, match=f"'prompt' has a turn .*{said}"):
+        read_preferences([{"prompt": [turn], "chosen": "a", "rejected": "b"}])
+
+
+def test_a_turn_that_says_one_thing_twice_is_read():
+    turn = {"role": "user", "from": "human", "content": "q", "value": "q"}
+    (pair,) = read_preferences([{"prompt": [turn], "chosen": "a", "rejected": "b"}]).pairs
+    assert pair.prompt == [user("q")]

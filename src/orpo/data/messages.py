@@ -104,10 +104,7 @@ def _message(value: object, field: str) -> Message:
     if len(value) == 2 and isinstance(content, str) and role in _PLAIN_ROLES:
         return {"role": role, "content": content}  # by far the commonest
     message = without_nulls(value)
-    role = message.pop("role", None) or message.pop("from", None)
-    message.pop("from", None)
-    content = message.pop("content", None)
-    content = message.pop("value", None) if content is None else content
+    role, content = _role_and_content(message, field)
     if media := sorted(MEDIA & {key for key, item in message.items() if item}):
         raise BadRow(field, f"has a turn with {media[0]}; only text is trained")
     known = ROLES.get(str(role).lower())
@@ -123,6 +120,21 @@ def _message(value: object, field: str) -> Message:
         message.pop("tool_calls", None)
     content = "" if content is None and "tool_calls" in message else _content(content, field)
     return {"role": known, "content": content, **message}
+
+
+def _role_and_content(message: Message, field: str) -> tuple[Any, Any]:
+    """The role and the content, taken out of a message, under whichever of their names they stand."""
+    role, sender = message.pop("role", None), message.pop("from", None)
+    content, value = message.pop("content", None), message.pop("value", None)
+    if role and sender and ROLES.get(str(sender).lower()) != ROLES.get(str(role).lower()):
+        if str(sender).lower() in ROLES:
+            raise BadRow(field, f"has a turn of two roles, role {role!r} and from {sender!r}")
+        message["from"] = sender
+    if content is not None and value is not None and content != value:
+        if isinstance(value, str):
+            raise BadRow(field, "has a turn with one text in 'content' and another in 'value'")
+        message["value"] = value
+    return role or sender, value if content is None else content
 
 
 MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}

@@ -130,11 +130,15 @@ def contradiction(row: NamedRow, pair: PreferencePair) -> str | None:
     return None
 
 
+OWN_SCORES = ("score", "rating", "reward")
+"""Keys by which an answer says how good it is."""
+
+
 def _own_score(side: object) -> float | None:
     """The number that an answer carries in its last turn."""
     if not isinstance(side, list) or not side:
         return None
-    return next((number_of(side[-1][key]) for key in ("score", "rating", "reward") if key in side[-1]), None)
+    return next((number_of(side[-1][key]) for key in OWN_SCORES if key in side[-1]), None)
 
 
 _WEIGHTS = (
