@@ -1242,6 +1242,9 @@ def test_every_way_to_weigh_a_turn_is_counted(mark, counted):
         {"prompt": "q", "chosen": "a", "rejected": "b", "margin": -2},
         {"prompt": "q", "chosen": "a", "rejected": "b", "score": {"chosen": 1, "rejected": 9}},
         {"prompt": "q", "chosen": "a", "rejected": "b", "preference": "rejected"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_helpfulness": 1, "rejected_helpfulness": 3},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rank": 2, "rejected_rank": 1},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, 9]},
         {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a", "score_a": 1, "score_b": 9},
         {"prompt": "q", "chosen": [{"role": "assistant", "content": "a", "score": 1}],
          "rejected": [{"role": "assistant", "content": "b", "score": 2}]},
@@ -1253,8 +1256,34 @@ def test_what_says_that_the_rejected_answer_is_better_is_counted(row):
 
 
 @pytest.mark.parametrize(
-    "more", [{"margin": 2}, {"preference": "chosen"}, {"score": {"chosen": 2, "rejected": 1}}]
+    ("row", "said"),
+    [
+        (
+            {"winner": "a", "preference": "b"},
+            "preference says that the other answer is better than winner does",
+        ),
+        ({"winner": "a", "preference": "response_a"}, None),
+        ({"winner": "a", "label": "a topic"}, None),
+        (
+            {"winner": "a", "score_a": 1, "score_b": 1},
+            "their numbers say that neither answer is the better one",
+        ),
+    ],
 )
+def test_labels_that_disagree_on_the_better_answer_are_counted(row, said):
+    found = read_preferences([{"prompt": "q", "response_a": "a", "response_b": "b", **row}])
+    assert found.pairs[0].chosen == [bot("a")]
+    lines = [line for line in found.notices if "although" in line]
+    assert len(lines) == (said is not None) and all(str(said) in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"margin": 2}, {"preference": "chosen"}, {"score": {"chosen": 2, "rejected": 1}}, {"scores": [9, 1]},
+        {"chosen_rank": 1, "rejected_rank": 2},
+    ],
+)  # fmt: skip
 def test_what_agrees_is_not_counted(more):
     row = {"prompt": "q", "chosen": "a", "rejected": "b", **more}
     assert not [line for line in read_preferences([row]).notices if "although" in line]

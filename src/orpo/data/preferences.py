@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orpo.data import ranked, turn_markers
+from orpo.data import pairwise, ranked, turn_markers
 from orpo.data.columns import Columns, NamedRow, quoted
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
@@ -327,6 +327,9 @@ class _Reading:
             )
 
     def _other_best(self, row: NamedRow) -> str | None:
+        """Which numbers or labels say that another answer is the best."""
+        if self.detected.name == "pairwise":
+            return pairwise.other_winner(row)
         return ranked.other_best(row) if self.detected.name == "ranked" else None
 
     def _cannot_use_alone(self, pair: PreferencePair, row: NamedRow) -> str | None:

@@ -70,8 +70,29 @@ def _verdict(name: str, value: object) -> bool | None:
 # Score of chosen -> score of rejected, by the names they are published under.
 _SIDE_SCORES = {
     names.format(side="chosen"): names.format(side="rejected")
-    for word in ("score", "rating", "avg_rating", "reward", "rm_score")
+    for word in (
+        "score",
+        "rating",
+        "avg_rating",
+        "reward",
+        "rm_score",
+        "reward_score",
+        "overall_score",
+        "overall_rating",
+        "preference_score",
+        "quality",
+        "helpfulness",
+        "votes",
+        "upvotes",
+        "likes",
+    )
     for names in (f"{word}_{{side}}", f"{word}-{{side}}", f"{{side}}_{word}", f"{{side}}-{word}")
+}
+# Rank of chosen -> rank of rejected; less is better.
+_SIDE_RANKS = {
+    names.format(side="chosen"): names.format(side="rejected")
+    for word in ("rank", "ranking")
+    for names in (f"{word}_{{side}}", f"{{side}}_{word}")
 }
 
 
@@ -109,24 +130,47 @@ SCORE_COLUMNS = frozenset(_MARGINS) | _SIDE_SCORES.keys() | set(_SIDE_SCORES.val
 
 def contradiction(row: NamedRow, pair: PreferencePair) -> str | None:
     """What says of a pair of this row that chosen is not better than rejected; None where nothing does."""
-    for chosen in row:
-        rejected = _SIDE_SCORES.get(chosen)
-        if rejected is None:
-            continue
-        high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
-        if high is not None and low is not None and high <= low:
-            return f"{chosen} is not above {rejected}"
+    if (said := _by_columns(row)) is not None:
+        return said
     if pair.scores is not None and pair.scores[0] < pair.scores[1]:
         return "their numbers say that the rejected answer is the better one"
+    if pair.scores is not None and pair.scores[0] == pair.scores[1]:
+        return "their numbers say that neither answer is the better one"
+    high, low = (_own_score(side) for side in (pair.chosen, pair.rejected))
+    if high is not None and low is not None and high < low:
+        return "the scores in their turns say that the rejected answer is the better one"
+    return None
+
+
+def _by_columns(row: NamedRow) -> str | None:
+    """Which columns say that chosen is not better than rejected."""
+    for chosen in row:
+        better, worse = (chosen, _SIDE_SCORES[chosen]) if chosen in _SIDE_SCORES else ("", "")
+        if chosen in _SIDE_RANKS:
+            better, worse = _SIDE_RANKS[chosen], chosen
+        high, low = number_of(dict.get(row, better)), number_of(dict.get(row, worse))
+        if high is not None and low is not None and high <= low:
+            return f"{better} is not above {worse}"
+    if (name := _pair_of_numbers(row)) is not None:
+        return f"{row.theirs(name)} has a smaller number for chosen than for rejected"
     if "rejected" in row:
         for name in _BETTER:
             if str(dict.get(row, name)).strip().lower() == "rejected":
                 return f"{row.theirs(name)} is rejected"
     if str(dict.get(row, "status")).lower() in ("tie", "tied"):
         return f"status is {dict.get(row, 'status')}"
-    high, low = (_own_score(side) for side in (pair.chosen, pair.rejected))
-    if high is not None and low is not None and high < low:
-        return "the scores in their turns say that the rejected answer is the better one"
+    return None
+
+
+def _pair_of_numbers(row: NamedRow) -> str | None:
+    """A column with two numbers beside chosen and rejected of which the first is not the larger one."""
+    if not {"chosen", "rejected"} <= row.keys() or "answers" in row:
+        return None
+    for name in _BOTH:
+        both = dict.get(row, name)
+        numbers = [number_of(one) for one in both] if isinstance(both, list) and len(both) == 2 else []
+        if numbers and None not in numbers and numbers[0] < numbers[1]:  # type: ignore[operator]
+            return name
     return None
 
 
