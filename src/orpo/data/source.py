@@ -37,6 +37,7 @@ from orpo.data.text_rows import (
     are_rendered,
     as_conversations,
     decide,
+    not_rendered,
     read_otherwise,
 )
 from orpo.data.tokenize import PairTokenizer, stream_tokenized
@@ -334,8 +335,11 @@ class _Reading:
         if rendered and decided == "chat":
             raise DataError(f"{name}: {RENDERED_AGAIN}")
         read.notices.append(RENDERED if rendered else LINES[decided])
-        by_rows = text_rows is None and self.settings.text_rows is None and self.settings.data_format is None
-        if by_rows and has_template and not rendered and (line := read_otherwise(read.pairs, decided)):
+        by_rows = self.settings.text_rows is None and self.settings.data_format is None and _is_name(data)
+        line = not_rendered(read.pairs) if rendered else None
+        if by_rows and has_template and not rendered:
+            line = read_otherwise(read.pairs, decided)
+        if line is not None:
             read.notices.append(line)
         pairs = as_conversations(read.pairs) if decided == "chat" else read.pairs
         return replace(read, pairs=pairs, text_rows=decided)

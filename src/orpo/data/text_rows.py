@@ -41,10 +41,22 @@ def read_otherwise(pairs: Sequence[PreferencePair], decided: TextRows) -> str | 
     others = [pair for pair in texts if _continues(pair) == (decided == "chat")]
     if not others:
         return None
-    do = "continue" if decided == "chat" else "do not continue"
+    do, otherwise = ("continue", "plain") if decided == "chat" else ("do not continue", "chat")
     return (
-        f"{len(others)} of {len(texts)} texts: read as most are, although their answers {do} the text of the"
-        f" prompt; the first is {others[0].source}"
+        f"{len(others)} of {len(texts)} texts: read as all are, although their answers {do} the text of the"
+        f" prompt (first: {others[0].source}); text_rows: {otherwise} reads all texts the other way"
+    )
+
+
+def not_rendered(pairs: Sequence[PreferencePair]) -> str | None:
+    """A line about texts among rendered ones that went through no template; None where there are none."""
+    texts = [pair for pair in pairs if pair.is_text]
+    others = [pair for pair in texts if not asks(str(pair.prompt))]
+    if not others:
+        return None
+    return (
+        f"{len(others)} of {len(texts)} texts went through no chat template, unlike the others, and are"
+        f" taken as they are, too (first: {others[0].source}); give all rows as they were before the template"
     )
 
 
