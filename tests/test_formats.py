@@ -1294,6 +1294,8 @@ def test_what_agrees_is_not_counted(more):
     [
         {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image", "text": ""}]},
         {"role": "user", "content": "q", "images": ["a.png"]},
+        {"role": "user", "content": "q", "image_url": {"url": "a.png"}},
+        {"role": "user", "content": [{"type": "text", "text": "q", "image_url": {"url": "a.png"}}]},
     ],
 )
 def test_media_in_turns_stop_the_run(turn):
@@ -1368,3 +1370,12 @@ def test_a_turn_that_says_one_thing_twice_is_read():
     turn = {"role": "user", "from": "human", "content": "q", "value": "q"}
     (pair,) = read_preferences([{"prompt": [turn], "chosen": "a", "rejected": "b"}]).pairs
     assert pair.prompt == [user("q")]
+
+
+@pytest.mark.parametrize(
+    "answer", [{"text": "a", "score": 2}, {"role": "assistant", "content": "a", "score": 2}]
+)
+def test_media_in_ranked_answers_stop_the_run(answer):
+    answers = [{**answer, "images": ["a.png"]}, {**answer, "score": 1}]
+    with pytest.raises(DataError, match="has a turn with images; only text is trained"):
+        read_preferences([{"prompt": "q", "answers": answers}])

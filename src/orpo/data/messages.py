@@ -105,7 +105,7 @@ def _message(value: object, field: str) -> Message:
         return {"role": role, "content": content}  # by far the commonest
     message = without_nulls(value)
     role, content = _role_and_content(message, field)
-    if media := sorted(MEDIA & {key for key, item in message.items() if item}):
+    if media := sorted(MEDIA_KEYS & {key for key, item in message.items() if item}):
         raise BadRow(field, f"has a turn with {media[0]}; only text is trained")
     known = ROLES.get(str(role).lower())
     if known is None:
@@ -139,6 +139,11 @@ def _role_and_content(message: Message, field: str) -> tuple[Any, Any]:
 
 MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
 """Columns, keys of turns and types of content that are no text."""
+MEDIA_KEYS = MEDIA | {
+    "image_url", "image_urls", "image_file", "video_url", "audio_url", "input_image", "input_audio",
+    "files", "attachments",
+}  # fmt: skip
+"""Further keys of turns, and of parts of their content, that hold what is no text."""
 _PARTS = (None, "text", "input_text", "output_text")
 """Types of a part of a content that is text."""
 
@@ -148,6 +153,9 @@ def _content(content: object, field: str) -> str:
         media = [part for part in content if isinstance(part, Mapping) and part.get("type") not in _PARTS]
         if media:
             raise BadRow(field, f"has a turn with a part of type {media[0]['type']!r}; only text is trained")
+        keys = {key for part in content if isinstance(part, Mapping) for key, item in part.items() if item}
+        if held := sorted(MEDIA_KEYS & keys):
+            raise BadRow(field, f"has a turn with {held[0]} in a part of it; only text is trained")
     if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
         return "".join(str(part["text"]) for part in content)
     if not isinstance(content, str):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from orpo.data.columns import NamedRow
-from orpo.data.messages import BadRow, kind, number_of
+from orpo.data.messages import MEDIA_KEYS, BadRow, kind, number_of
 from orpo.data.questions import question
 from orpo.data.reasoning import REASONING_KEYS
 from orpo.data.rows import Row
@@ -55,7 +55,7 @@ _INDEX = (
 _TEXT_KEYS = (
     "response", "answer", "content", "text", "completion", "output", "summary", "generation", "reply", "body",
 )  # fmt: skip
-_BESIDE_TEXT = ("tool_calls", *REASONING_KEYS, *MARKS)
+_BESIDE_TEXT = ("tool_calls", "function_call", *REASONING_KEYS, *MARKS, *sorted(MEDIA_KEYS))
 """Keys of what belongs to an answer beside its text."""
 _MESSAGE_KEYS = ("role", "from", "content", "value", "name", *_BESIDE_TEXT)
 
