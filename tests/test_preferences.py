@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from turns import bot, system, user
 
+from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE
 from orpo.data.formats import FORMATS, common_words
 from orpo.data.preferences import read_preferences, resample, split_holdout, stream_preferences
@@ -696,3 +697,11 @@ def test_whatever_a_row_holds_it_is_read_or_told(rows, data_format, sft_rows):
             turns = [turn for side in (pair.prompt, *sides) for turn in side]
             assert all(isinstance(turn["content"], str) for turn in turns)
             assert all(side[-1]["role"] == "assistant" for side in sides)
+
+
+def test_what_speaks_against_rows_of_a_stream_is_counted():
+    counts = RowCounts()
+    list(stream_preferences([{**GOOD, "margin": -1}, GOOD, {**GOOD, "margin": -2}], counts=counts))
+    said = "doubtful 2: their numbers say that the rejected answer is the better one (first: row:0)"
+    assert said in counts.lines()
+    assert RowCounts.from_dict(counts.to_dict()).doubtful == counts.doubtful

@@ -15,6 +15,7 @@ from orpo.errors import DataError
 from orpo.evaluation.generation import ChatModel
 from orpo.pairs import PreferencePair
 from orpo.settings.config import OrpoSettings
+from orpo.training.arguments import ORPOConfig
 
 QUESTIONS = [
     {"prompt": f"Convert {n} kilometers to meters.", "chosen": f"{n}000 meters.", "rejected": "Look it up."}
@@ -189,3 +190,12 @@ def test_texts_of_an_evaluation_set_that_read_the_other_way_are_counted(tmp_path
 def test_texts_from_python_are_not_said_to_read_the_other_way():
     _, lines = first(QUESTIONS, tiny_tokenizer("chatml"))
     assert not [line for line in lines if "read as all are" in line]
+
+
+def test_texts_of_a_stream_that_read_the_other_way_are_counted(tmp_path):
+    data = write(tmp_path / "pairs.jsonl", [*QUESTIONS, *HEADED[:3]])
+    settings = ORPOConfig(output_dir=str(tmp_path), dataset_name=data, streaming=True, max_steps=1)
+    stream = read_training(None, None, settings, tiny_tokenizer("chatml"), evaluates=False).train
+    assert len(list(stream)) == 15
+    (line,) = [line for line in stream.counts.lines() if line.startswith("doubtful")]
+    assert line.startswith("doubtful 3: a text that would be read the other way") and "pairs.jsonl:13" in line

@@ -171,7 +171,8 @@ def stream_preferences(
         if weight not in (None, 1):
             raise ConfigError(f"{name}: a weight needs the whole data set; leave streaming or the weight out")
         counts = RowCounts() if counts is None else counts
-        yield from _Reading(settings, counts, source, one_of_several=len(sources) > 1).pairs(source)
+        reading = _Reading(settings, counts, source, one_of_several=len(sources) > 1, streams=True)
+        yield from reading.pairs(source)
 
 
 def resample(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[PreferencePair]:
@@ -228,7 +229,13 @@ class _Reading:
     detected: Detected
 
     def __init__(
-        self, settings: ReadSettings, counts: RowCounts, name: object, *, one_of_several: bool
+        self,
+        settings: ReadSettings,
+        counts: RowCounts,
+        name: object,
+        *,
+        one_of_several: bool,
+        streams: bool = False,
     ) -> None:
         self.settings = settings
         self.name = name if isinstance(name, str | Path) else "the data"
@@ -237,6 +244,7 @@ class _Reading:
         self.contradictions: Counter[str] = Counter()
         self.first_of: dict[str, str] = {}
         self._one_of_several = one_of_several
+        self._streams = streams  # then nobody sees the whole set, and `counts` tell all
 
     def pairs(self, data: object, first: int | None = None) -> Iterator[PreferencePair]:
         """The pairs of a data set, or of its first rows, the others counted; sets `detected` early."""
@@ -269,6 +277,8 @@ class _Reading:
                     for words in filter(None, said):
                         self.contradictions[words] += 1
                         self.first_of.setdefault(words, pair.source)
+                        if self._streams:
+                            self.counts.doubt(words, pair.source)
                     yield pair
                 else:
                     self.counts.drop(reason, pair.source)

@@ -29,6 +29,11 @@ def decide(pairs: Sequence[PreferencePair], *, has_template: bool) -> TextRows |
     return "chat" if has_template and continuing * 2 < len(texts) else "plain"
 
 
+def reads_otherwise(pair: PreferencePair, decided: TextRows | None) -> bool:
+    """Whether a plain text by itself would be read the other way than was decided."""
+    return pair.is_text and _continues(pair) == (decided == "chat")
+
+
 def _continues(pair: PreferencePair) -> bool:
     """Whether the answer continues the text of the prompt: after a header, or in the middle of a line."""
     prompt, chosen = str(pair.prompt), str(pair.chosen)
@@ -38,7 +43,7 @@ def _continues(pair: PreferencePair) -> bool:
 def read_otherwise(pairs: Sequence[PreferencePair], decided: TextRows) -> str | None:
     """A line about texts that would be read the other way by themselves; None where there are none."""
     texts = [pair for pair in pairs if pair.is_text]
-    others = [pair for pair in texts if _continues(pair) == (decided == "chat")]
+    others = [pair for pair in texts if reads_otherwise(pair, decided)]
     if not others:
         return None
     do, otherwise = ("continue", "plain") if decided == "chat" else ("do not continue", "chat")
