@@ -1379,3 +1379,15 @@ def test_media_in_ranked_answers_stop_the_run(answer):
     answers = [{**answer, "images": ["a.png"]}, {**answer, "score": 1}]
     with pytest.raises(DataError, match="has a turn with images; only text is trained"):
         read_preferences([{"prompt": "q", "answers": answers}])
+
+
+def test_keys_of_ranked_answers_that_are_not_used_are_named():
+    answers = [
+        {"text": "a", "score": 2, "critique": "good", "model": None},
+        {"text": "b", "score": 1, "rank": 2},
+    ]
+    lines = read_preferences([{"prompt": "q", "answers": answers}]).notices
+    assert "data: keys of answers not used: critique" in lines
+    mapped = [{"text": "a", "mine": 2}, {"text": "b", "mine": 1}]
+    found = read_preferences([{"prompt": "q", "answers": mapped}], columns={"scores": "answers.mine"})
+    assert not [line for line in found.notices if "keys of answers" in line]

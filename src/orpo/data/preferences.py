@@ -146,6 +146,8 @@ def _notices(name: str, reading: _Reading) -> list[str]:
     lines = [f"{name}: format {reading.detected.name} ({reading.detected.reason})"]
     if unused := [quoted(column) for column in reading.columns.unused]:
         lines.append(f"{name}: columns not used: {', '.join(unused)}")
+    if reading.unread_keys:
+        lines.append(f"{name}: keys of answers not used: {', '.join(map(quoted, reading.unread_keys))}")
     for words, number in reading.contradictions.items():
         first = reading.first_of[words]
         lines.append(
@@ -243,6 +245,7 @@ class _Reading:
         self.columns = Columns(settings.columns)
         self.contradictions: Counter[str] = Counter()
         self.first_of: dict[str, str] = {}
+        self.unread_keys: dict[str, None] = {}
         self._one_of_several = one_of_several
         self._streams = streams  # then nobody sees the whole set, and `counts` tell all
 
@@ -268,21 +271,12 @@ class _Reading:
             for pair in pairs:
                 reason = cannot_train(pair) or self._cannot_use_alone(pair, named_row)
                 if reason is None:
-                    said = (
-                        contradiction(named_row, pair),
-                        self._other_best(named_row),
-                        marked_turn(pair),
-                        repeated_prompt(pair),
-                    )
-                    for words in filter(None, said):
-                        self.contradictions[words] += 1
-                        self.first_of.setdefault(words, pair.source)
-                        if self._streams:
-                            self.counts.doubt(words, pair.source)
+                    self._doubt(named_row, pair)
                     yield pair
                 else:
                     self.counts.drop(reason, pair.source)
-        self._check_repeated()
+        if not self._streams:  # of a stream the rows are trained on by now
+            self._check_repeated()
 
     def _detect(self, head: Sequence[RawRow]) -> Detected:
         parsed = [row for row in head if not isinstance(row.data, DataError)]
@@ -325,7 +319,18 @@ class _Reading:
         ]
         for pair in pairs:
             _check_texts(pair)
+        if self.detected.name == "ranked":
+            self.unread_keys.update(dict.fromkeys(ranked.unread_keys(row)))
         return row, pairs
+
+    def _doubt(self, row: NamedRow, pair: PreferencePair) -> None:
+        """Count what speaks against training a pair as its row says."""
+        said = (contradiction(row, pair), self._other_best(row), marked_turn(pair), repeated_prompt(pair))
+        for words in filter(None, said):
+            self.contradictions[words] += 1
+            self.first_of.setdefault(words, pair.source)
+            if self._streams:
+                self.counts.doubt(words, pair.source)
 
     def _check_repeated(self) -> None:
         """Stop where rows behind those that tell the format make most rows repeat their prompt."""

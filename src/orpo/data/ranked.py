@@ -215,6 +215,21 @@ def other_best(row: NamedRow) -> str | None:
     return None
 
 
+def unread_keys(row: NamedRow) -> list[str]:
+    """Keys of the answers that hold something and are neither trained nor say how good one is."""
+    records = [one for one in answer_list(row) if isinstance(one, Mapping)]
+    if not records:
+        return []
+    found = ranking(row, answer_list(row))
+    read = {*row.theirs("scores").split("."), *(found.name.split(".") if found is not None else ())}
+    for one in records:
+        read.update(_MESSAGE_KEYS if kind(one) == "message" else (_text_key(one), *_BESIDE_TEXT))
+    held = dict.fromkeys(
+        key for one in records for key, value in one.items() if value not in (None, "", [], {})
+    )
+    return [key for key in held if key not in read and _bare(key) not in MEANINGS]
+
+
 def unknown_numbers(row: Row, answers: Sequence[Any]) -> list[str]:
     """Columns with a number for each answer; for the message where none of them has a known meaning."""
     column = answer_column(row)
