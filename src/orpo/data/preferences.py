@@ -355,10 +355,7 @@ class _Reading:
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
 
 
-_ONE_WAY = (
-    "write all rows one way, or set data_format: standard_repeated to cut the prompt off, or standard to take"
-    " all sides as they are"
-)
+_ONE_WAY = "write all rows one way, or set data_format: standard to take all sides as they are"
 
 
 def _refuse_unrepeated(rows: Sequence[tuple[str, NamedRow]]) -> None:
