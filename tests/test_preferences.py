@@ -55,7 +55,7 @@ def test_standard_with_the_prompt_repeated_in_both_sides():
     said = (
         r"row:3: the sides of 3 of the first 4 rows begin with their prompt, and those of 1 do not, this one"
     )
-    with pytest.raises(DataError, match=said + "; .* data_format: standard .* on_bad_row: skip"):
+    with pytest.raises(DataError, match=said + " first; .* data_format: standard .* on_bad_row: skip"):
         read(*rows, plain)
     with pytest.raises(DataError, match=r"row:0: the sides of 1 of the first 2 rows begin"):
         read(plain, rows[0])  # as many as not

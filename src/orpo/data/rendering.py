@@ -44,6 +44,8 @@ _NO_BOUNDARY = (
 )
 _HANDLED = frozenset({"role", "content", "tool_calls", "tool_call_id", *MARKS, *OWN_SCORES})
 """Keys of turns that need no note here: they are written, or counted when rows are read."""
+_OF_ANSWERS = _HANDLED | set(REASONING_KEYS)
+"""The same of answers, of which lost reasoning is counted as such."""
 _NO_CALL = "the chat template does not write tool calls; give a chat_template that does"
 
 
@@ -487,14 +489,16 @@ class _PairRenderer:
         """Notes about turns, and keys of turns, that the template passes over."""
         roles: dict[str, None] = {}
         keys: dict[str, None] = {}
-        for answer, side in zip(self.answers, sides, strict=True):
+        for number, (answer, side) in enumerate(zip(self.answers, sides, strict=True)):
+            keys |= dict.fromkeys(self._unwritten_keys(answer[-1], side.text, _OF_ANSWERS))
+            if number and len(answer) == 1:  # then what stands before it is the prompt, as on the first side
+                continue
             before, text = [*self.prompt, *answer[:-1]], side.text[: side.boundary]
             roles |= dict.fromkeys(self.renderer.passed_over(self.template, before, self.pair.tools))
             for turn in before:
                 if _is_asked(turn) and not _is_written(turn["content"].strip(), text):
                     roles[turn["role"]] = None
                 keys |= dict.fromkeys(self._unwritten_keys(turn, side.text, _HANDLED))
-            keys |= dict.fromkeys(self._unwritten_keys(answer[-1], side.text, _HANDLED | set(REASONING_KEYS)))
         return [
             *(f"the chat template does not write a {role} turn of the prompt" for role in roles),
             *(f"the chat template does not write {key!r} of a turn" for key in keys),
