@@ -667,8 +667,9 @@ def test_good_answers_with_a_label_train_where_sft_rows_are_used():
 def test_scores_that_do_not_say_chosen_is_better_are_counted_and_printed():
     row = {"prompt": "Q?", "chosen": "a", "rejected": "b", "score_chosen": 8.0, "score_rejected": 5.0}
     found = read(row, {**row, "score_chosen": 1.0}, {**row, "score_chosen": "5.0"}, {**row, "status": "tie"})
-    assert "data: 2 of 4 rows train although score_chosen is not above score_rejected" in found.notices
-    assert "data: 1 of 4 rows train although status is tie" in found.notices
+    said = "data: 2 of 4 rows train although score_chosen is not above score_rejected (first: row:1)"
+    assert said in found.notices
+    assert "data: 1 of 4 rows train although status is tie (first: row:3)" in found.notices
     assert found.unused_columns["data"] == ["score_chosen", "score_rejected", "status"]
     assert len(read({"prompt": "Q?", "chosen": "a", "rejected": "b", "status": "ok"}).notices) == 2
 
@@ -844,7 +845,7 @@ def test_numbers_that_disagree_on_the_best_answer_are_counted(row, said):
     found = read({"prompt": "Q?", **row})
     assert found.pairs[0].chosen == [bot("a")]
     lines = [line for line in found.notices if "train although" in line]
-    assert lines == ([f"data: 1 of 1 rows train although {said}"] if said else [])
+    assert lines == ([f"data: 1 of 1 rows train although {said} (first: row:0)"] if said else [])
 
 
 def test_numbers_that_the_recipe_names_are_not_questioned():
@@ -860,9 +861,9 @@ def test_turns_that_are_marked_as_not_to_be_trained_are_counted(mark):
         "rejected": [NO[1]],
     }
     key, value = next(iter(mark.items()))
-    line = f"data: 1 of 2 rows train although a turn says {key}: {str(value).lower()}, which is not read"
+    line = f"although a turn says {key}: {str(value).lower()}, which is not read (first: row:0)"
     other = {**row, "prompt": [user("Hi"), {**bot("Hello"), "weight": 1}, user("Q?")]}
-    assert line in read(row, other).notices
+    assert f"data: 1 of 2 rows train {line}" in read(row, other).notices
 
 
 def test_a_side_without_an_answer_is_told_by_its_roles():
@@ -1196,6 +1197,9 @@ TWICE = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
     "row",
     [
         {"prompt": "q", "chosen": TWICE, "rejected": "d"},
+        {"prompt": "q", "chosen": TWICE.replace('"', "'"), "rejected": "d"},
+        {"prompt": "q", "chosen": TWICE.replace('"', "'").replace("}, {", "} {"), "rejected": "d"},
+        {"prompt": "q", "chosen": json.dumps(TWICE), "rejected": "d"},
         {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b",
          "tools": '[{"name": "f", "name": "g"}]'},
         {"prompt": [{"role": "user", "content": "q"}], "rejected": "b",
@@ -1214,14 +1218,22 @@ def test_a_key_that_text_in_a_cell_has_twice_stops_the_run(row):
         ({"weight": "0"}, True), ({"train": "false"}, True), ({"weight": 0.5}, True), ({"mask": True}, True),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}, True),
         ({"weight": 1}, False), ({"train": True}, False), ({"train": "true"}, False), ({"mask": 0}, False),
-        ({"loss": True, "trainable": "yes"}, False),
+        ({"loss": True, "trainable": "yes"}, False), ({"loss_mask": 0}, True), ({"ignore": "no"}, False),
     ],
 )  # fmt: skip
 def test_every_way_to_weigh_a_turn_is_counted(mark, counted):
     answer = [{"role": "assistant", "content": "a", **mark}]
-    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": answer, "rejected": "b"}
-    lines = [line for line in read_preferences([row]).notices if "although a turn says" in line]
-    assert len(lines) == counted
+    asked = [{"role": "user", "content": "q"}]
+    answers = [{**answer[0], "score": 2}, {"role": "assistant", "content": "b", "score": 1}]
+    records = [{"text": "a", "score": 2, **mark}, {"text": "b", "score": 1}]
+    for row in (
+        {"prompt": asked, "chosen": answer, "rejected": "b"},
+        {"prompt": [{**asked[0], **mark}], "chosen": "a", "rejected": "b"},
+        {"prompt": asked, "answers": answers},
+        {"prompt": asked, "answers": records},
+    ):
+        lines = [line for line in read_preferences([row]).notices if "although a turn says" in line]
+        assert len(lines) == counted, row
 
 
 @pytest.mark.parametrize(
@@ -1230,6 +1242,9 @@ def test_every_way_to_weigh_a_turn_is_counted(mark, counted):
         {"prompt": "q", "chosen": "a", "rejected": "b", "margin": -2},
         {"prompt": "q", "chosen": "a", "rejected": "b", "score": {"chosen": 1, "rejected": 9}},
         {"prompt": "q", "chosen": "a", "rejected": "b", "preference": "rejected"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_helpfulness": 1, "rejected_helpfulness": 3},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rank": 2, "rejected_rank": 1},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, 9]},
         {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a", "score_a": 1, "score_b": 9},
         {"prompt": "q", "chosen": [{"role": "assistant", "content": "a", "score": 1}],
          "rejected": [{"role": "assistant", "content": "b", "score": 2}]},
@@ -1241,8 +1256,34 @@ def test_what_says_that_the_rejected_answer_is_better_is_counted(row):
 
 
 @pytest.mark.parametrize(
-    "more", [{"margin": 2}, {"preference": "chosen"}, {"score": {"chosen": 2, "rejected": 1}}]
+    ("row", "said"),
+    [
+        (
+            {"winner": "a", "preference": "b"},
+            "preference says that the other answer is better than winner does",
+        ),
+        ({"winner": "a", "preference": "response_a"}, None),
+        ({"winner": "a", "label": "a topic"}, None),
+        (
+            {"winner": "a", "score_a": 1, "score_b": 1},
+            "their numbers say that neither answer is the better one",
+        ),
+    ],
 )
+def test_labels_that_disagree_on_the_better_answer_are_counted(row, said):
+    found = read_preferences([{"prompt": "q", "response_a": "a", "response_b": "b", **row}])
+    assert found.pairs[0].chosen == [bot("a")]
+    lines = [line for line in found.notices if "although" in line]
+    assert len(lines) == (said is not None) and all(str(said) in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"margin": 2}, {"preference": "chosen"}, {"score": {"chosen": 2, "rejected": 1}}, {"scores": [9, 1]},
+        {"chosen_rank": 1, "rejected_rank": 2},
+    ],
+)  # fmt: skip
 def test_what_agrees_is_not_counted(more):
     row = {"prompt": "q", "chosen": "a", "rejected": "b", **more}
     assert not [line for line in read_preferences([row]).notices if "although" in line]
@@ -1253,6 +1294,8 @@ def test_what_agrees_is_not_counted(more):
     [
         {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image", "text": ""}]},
         {"role": "user", "content": "q", "images": ["a.png"]},
+        {"role": "user", "content": "q", "image_url": {"url": "a.png"}},
+        {"role": "user", "content": [{"type": "text", "text": "q", "image_url": {"url": "a.png"}}]},
     ],
 )
 def test_media_in_turns_stop_the_run(turn):
@@ -1291,15 +1334,60 @@ def test_packed_files_with_the_name_of_a_text_are_told_by_their_first_bytes(tmp_
         read_preferences(path)
 
 
-def test_what_is_wrong_with_one_of_several_files_names_it(tmp_path):
-    good, empty = tmp_path / "good.jsonl", tmp_path / "empty.jsonl"
+def test_a_blank_history_in_csv_is_none(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('instruction,history,chosen,rejected\nQ?,,yes,no\nR?,"[[""a"", ""b""]]",yes,no\n')
+    short, long = read_preferences(path).pairs
+    assert short.prompt == [user("Q?")] and long.prompt == [user("a"), bot("b"), user("R?")]
+
+
+def test_data_without_rows_or_a_known_format_is_named(tmp_path):
+    good, empty, odd = (tmp_path / f"{name}.jsonl" for name in ("good", "empty", "odd"))
     good.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
     empty.write_text("")
-    with pytest.raises(DataError, match=r"empty.jsonl: the data set is empty"):
+    odd.write_text('{"foo": 1}\n')
+    with pytest.raises(DataError, match=r"empty\.jsonl: the data set is empty"):
         read_preferences([str(good), str(empty)])
+    with pytest.raises(DataError, match=r"odd\.jsonl: cannot tell the format from the columns foo"):
+        read_preferences([str(good), str(odd)])
+    with pytest.raises(DataError, match="the data: the data set is empty"):
+        read_preferences([])
 
 
-def test_a_blank_history_is_none():
-    row = {"instruction": "q", "chosen": "a", "rejected": "b", "history": " "}
-    (pair,) = read_preferences([row]).pairs
-    assert pair.prompt == [{"role": "user", "content": "q"}]
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"role": "user", "from": "gpt", "content": "q"}, "two roles, role 'user' and from 'gpt'"),
+        ({"role": "user", "content": "q", "value": "r"}, "one text in 'content' and another in 'value'"),
+    ],
+)
+def test_a_turn_that_says_two_things_stops_the_run(turn, said):
+    with pytest.raises(DataError, match=f"'prompt' has a turn .*{said}"):
+        read_preferences([{"prompt": [turn], "chosen": "a", "rejected": "b"}])
+
+
+def test_a_turn_that_says_one_thing_twice_is_read():
+    turn = {"role": "user", "from": "human", "content": "q", "value": "q"}
+    (pair,) = read_preferences([{"prompt": [turn], "chosen": "a", "rejected": "b"}]).pairs
+    assert pair.prompt == [user("q")]
+
+
+@pytest.mark.parametrize(
+    "answer", [{"text": "a", "score": 2}, {"role": "assistant", "content": "a", "score": 2}]
+)
+def test_media_in_ranked_answers_stop_the_run(answer):
+    answers = [{**answer, "images": ["a.png"]}, {**answer, "score": 1}]
+    with pytest.raises(DataError, match="has a turn with images; only text is trained"):
+        read_preferences([{"prompt": "q", "answers": answers}])
+
+
+def test_keys_of_ranked_answers_that_are_not_used_are_named():
+    answers = [
+        {"text": "a", "score": 2, "critique": "good", "model": None},
+        {"text": "b", "score": 1, "rank": 2},
+    ]
+    lines = read_preferences([{"prompt": "q", "answers": answers}]).notices
+    assert "data: keys of answers not used: critique" in lines
+    mapped = [{"text": "a", "mine": 2}, {"text": "b", "mine": 1}]
+    found = read_preferences([{"prompt": "q", "answers": mapped}], columns={"scores": "answers.mine"})
+    assert not [line for line in found.notices if "keys of answers" in line]

@@ -482,7 +482,7 @@ def test_without_the_extra_the_rest_is_looked_at(planted, monkeypatch, capsys):
         (["{file}", "--against", "{odd}"], "no row says what it asks"),
         (["{file}", "--out", "{file}/x"], "--out {file}/x: cannot be made"),
         (["{file}", "--max_lenght", "9"], "did you mean 'max_length'"),
-        (["{odd}"], "cannot tell the format"),
+        (["{odd}"], "error: {odd}: cannot tell the format"),
     ],
 )
 def test_a_mistake_is_one_line(words, line, tmp_path, capsys):

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from turns import bot, system, user
 
+from orpo.data.counts import RowCounts
+from orpo.data.detect import SAMPLE
 from orpo.data.formats import FORMATS, common_words
 from orpo.data.preferences import read_preferences, resample, split_holdout, stream_preferences
 from orpo.errors import ConfigError, DataError
@@ -50,14 +52,61 @@ def test_standard_with_the_prompt_repeated_in_both_sides():
     rows = [{"prompt": f"Q{i}:", "chosen": f"Q{i}: a", "rejected": f"Q{i}: b"} for i in range(3)]
     assert one(rows[0], "standard_repeated") == ("Q0:", " a", " b")
     plain = {"prompt": "Z", "chosen": "other", "rejected": "words"}
-    with pytest.raises(DataError, match=r"row:3: 'chosen' does not begin with the prompt, as those of most"):
+    said = (
+        r"row:3: the sides of 3 of the first 4 rows begin with their prompt, and those of 1 do not, this one"
+    )
+    with pytest.raises(DataError, match=said + " first; .* data_format: standard .* on_bad_row: skip"):
         read(*rows, plain)
+    with pytest.raises(DataError, match=r"row:0: the sides of 1 of the first 2 rows begin"):
+        read(plain, rows[0])  # as many as not
+    with pytest.raises(DataError, match=r"row:1: 'chosen' does not begin with the prompt, as those of most"):
+        read(rows[0], plain, data_format="standard_repeated")
+    several = {"prompt": "Q:", "chosen": "Q: a", "rejected": ["Q: b", "Q: c"]}
+    assert [pair.rejected for pair in read(several).pairs] == [" b", " c"]
     mixed = read(rows[0], plain, plain | {"prompt": "Y"})  # some answers repeat a short prompt
     assert mixed.format.name == "standard" and mixed.pairs[0].chosen == "Q0: a"
     (line,) = [line for line in mixed.notices if "although" in line]
     assert line.endswith(
         "1 of 3 rows train although both sides begin with their prompt, which is then read twice"
+        " (first: row:0)"
     )
+
+
+def test_repeated_prompts_behind_the_first_rows_stop_the_run():
+    plain = [{"prompt": f"Z{i}", "chosen": "other", "rejected": "words"} for i in range(SAMPLE)]
+    rows = [{"prompt": f"Q{i}:", "chosen": f"Q{i}: a", "rejected": f"Q{i}: b"} for i in range(SAMPLE + 1)]
+    with pytest.raises(DataError, match=f"row:{SAMPLE}: {SAMPLE + 1} of {2 * SAMPLE + 1} rows begin both"):
+        read(*plain, *rows)
+    assert len(read(*plain, *rows, data_format="standard")) == 2 * SAMPLE + 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "The sky is", "chosen": "The sky is blue.", "rejected": "red."}, "one side begins with"),
+        (
+            {
+                "prompt": "The sky is",
+                "chosen": "The sky is blue.",
+                "rejected": "The sky is red.",
+                "system": "S",
+            },
+            "both sides begin with",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "Why? "}], "chosen": "Why? So.", "rejected": "Why? Not."},
+            "both sides begin with",
+        ),
+        ({"prompt": "Hi", "chosen": "Hint", "rejected": "Hide"}, None),
+    ],
+)
+def test_answers_that_repeat_their_prompt_are_counted_in_every_format(row, said):
+    lines = [
+        line
+        for line in read(row, {"prompt": "Z", "chosen": "a", "rejected": "b"}).notices
+        if "although" in line
+    ]
+    assert len(lines) == (said is not None) and all(str(said) in line for line in lines)
 
 
 def test_implicit_prompt_of_texts_ends_between_words():
@@ -648,3 +697,11 @@ def test_whatever_a_row_holds_it_is_read_or_told(rows, data_format, sft_rows):
             turns = [turn for side in (pair.prompt, *sides) for turn in side]
             assert all(isinstance(turn["content"], str) for turn in turns)
             assert all(side[-1]["role"] == "assistant" for side in sides)
+
+
+def test_what_speaks_against_rows_of_a_stream_is_counted():
+    counts = RowCounts()
+    list(stream_preferences([{**GOOD, "margin": -1}, GOOD, {**GOOD, "margin": -2}], counts=counts))
+    said = "doubtful 2: their numbers say that the rejected answer is the better one (first: row:0)"
+    assert said in counts.lines()
+    assert RowCounts.from_dict(counts.to_dict()).doubtful == counts.doubtful

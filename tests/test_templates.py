@@ -756,5 +756,46 @@ def test_a_turn_that_the_template_passes_over_is_counted():
     assert notes(user("Context"), user("Is it?")) == [
         "the chat template does not write a user turn of the prompt"
     ]
+    assert (
+        notes(user("i"), user("Is it?")) == notes(user("Same"), user("Same")) == notes(user("a"), user("b"))
+    )
     assert notes(user("Is it?")) == []
     assert notes({"role": "tool", "content": 'a "quote"\nb'}) == []  # written as JSON
+
+
+def test_a_turn_within_an_answer_that_the_template_passes_over_is_counted():
+    template = CHATML.replace("in messages %}", "in messages if m['content'] != 'then this' %}")
+    pair = PreferencePair(
+        [user("Q?")],
+        [bot("a"), user("then this"), bot("b")],
+        [bot("c"), user("or this"), bot("d")],
+        source="p",
+    )
+    _, encoder = encoded(with_template(template), pair)
+    assert "the chat template does not write a user turn of the prompt" in encoder.counts.changed
+
+
+@pytest.mark.parametrize(
+    ("more", "counted"),
+    [
+        ({"context": "Paris is in France"}, True), ({"annotations": ["u"]}, True), ({"name": "Alice"}, True),
+        ({"reasoning_content": "so"}, True), ({"context": ""}, False), ({"id": None}, False),
+        ({"weight": 1, "score": 3}, False),
+    ],
+)  # fmt: skip
+def test_keys_of_turns_that_the_template_does_not_write_are_counted(more, counted):
+    def notes(template, turn):
+        _, encoder = encoded(with_template(template), pair_of([user("Hi"), turn, user("Q?")]))
+        return [note for note in encoder.counts.changed if "does not write" in note]
+
+    (key,) = list(more)[:1]
+    said = [f"the chat template does not write {key!r} of a turn"] if counted else []
+    assert notes(CHATML, {**bot("Yes"), **more}) == said
+    writes = CHATML.replace("m['content']", f"m['content'] + (m.{key} | default('', true) | string)")
+    assert writes != CHATML and notes(writes, {**bot("Yes"), **more}) == []
+
+
+def test_names_of_tools_beside_their_results_are_not_counted():
+    turns = [user("Q?"), bot(""), {"role": "tool", "content": "3", "name": "f", "tool_call_id": "1"}]
+    _, encoder = encoded(with_template(CHATML), pair_of(turns))
+    assert not [note for note in encoder.counts.changed if "of a turn" in note]

@@ -15,6 +15,7 @@ from orpo.errors import DataError
 from orpo.evaluation.generation import ChatModel
 from orpo.pairs import PreferencePair
 from orpo.settings.config import OrpoSettings
+from orpo.training.arguments import ORPOConfig
 
 QUESTIONS = [
     {"prompt": f"Convert {n} kilometers to meters.", "chosen": f"{n}000 meters.", "rejected": "Look it up."}
@@ -90,6 +91,8 @@ def test_texts_that_went_through_a_template_do_not_go_through_one_again(tmp_path
         line.endswith("went through a chat template already and are taken as they are") for line in lines
     )
     assert not any("text_rows" in line for line in lines)
+    (line,) = [line for line in lines if "went through no chat template" in line]
+    assert "1 of 4 texts" in line and "pairs.jsonl:4" in line
     with pytest.raises(DataError, match="text_rows: chat would write them through one again; give the rows"):
         first(data, tiny_tokenizer("chatml"), text_rows="chat")
 
@@ -159,11 +162,12 @@ def test_a_run_remembers_how_it_asked_and_chat_and_eval_ask_the_same_way(
 def test_texts_that_read_the_other_way_are_counted(tmp_path, most, few, do):
     rows = [*most, *few[:3]]
     _, lines = first(write(tmp_path / "pairs.jsonl", rows), tiny_tokenizer("chatml"))
-    (line,) = [line for line in lines if "read as most are" in line]
+    (line,) = [line for line in lines if "read as all are" in line]
     assert "3 of 15 texts" in line and f"their answers {do}" in line and "pairs.jsonl:13" in line
+    assert f"text_rows: {'plain' if most is QUESTIONS else 'chat'}" in line
     for decided in ("chat", "plain"):
         _, lines = first(str(tmp_path / "pairs.jsonl"), tiny_tokenizer("chatml"), text_rows=decided)
-        assert not [line for line in lines if "read as most are" in line]
+        assert not [line for line in lines if "read as all are" in line]
 
 
 def test_tools_of_plain_texts_are_counted_as_not_read(tmp_path):
@@ -171,3 +175,27 @@ def test_tools_of_plain_texts_are_counted_as_not_read(tmp_path):
     _, lines = first(write(tmp_path / "pairs.jsonl", rows), tiny_tokenizer("chatml"))
     said = [line for line in lines if "not read, since a plain text takes no chat template" in line]
     assert len(said) == 2 and all("12" in line for line in said)
+
+
+def test_texts_of_an_evaluation_set_that_read_the_other_way_are_counted(tmp_path):
+    train, evals = (
+        write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", QUESTIONS), ("b", HEADED))
+    )
+    settings = OrpoSettings(dataset_name=train, eval_dataset_name=evals)
+    read = read_training(None, None, settings, tiny_tokenizer("chatml"), evaluates=True)
+    (line,) = [line for line in read.lines() if "read as all are" in line]
+    assert line.startswith("eval: 12 of 12 texts")
+
+
+def test_texts_from_python_are_not_said_to_read_the_other_way():
+    _, lines = first(QUESTIONS, tiny_tokenizer("chatml"))
+    assert not [line for line in lines if "read as all are" in line]
+
+
+def test_texts_of_a_stream_that_read_the_other_way_are_counted(tmp_path):
+    data = write(tmp_path / "pairs.jsonl", [*QUESTIONS, *HEADED[:3]])
+    settings = ORPOConfig(output_dir=str(tmp_path), dataset_name=data, streaming=True, max_steps=1)
+    stream = read_training(None, None, settings, tiny_tokenizer("chatml"), evaluates=False).train
+    assert len(list(stream)) == 15
+    (line,) = [line for line in stream.counts.lines() if line.startswith("doubtful")]
+    assert line.startswith("doubtful 3: a text that would be read the other way") and "pairs.jsonl:13" in line

@@ -207,11 +207,15 @@ class Columns:
 
 
 def _refuse_key_twice(name: str, text: str) -> None:
-    try:
-        strict_json(text)
-    except KeyTwice as error:
-        raise BadRow(name, f"holds JSON as text, which {error}") from None
-    except (ValueError, RecursionError):
+    for parse in _PARSERS:
+        try:
+            value = parse(text)
+        except KeyTwice as error:
+            raise BadRow(name, f"holds an object as text, which {error}") from None
+        except _NOT_PARSED:
+            continue
+        if isinstance(value, str):  # JSON within JSON
+            _refuse_key_twice(name, value)
         return
 
 
@@ -222,12 +226,12 @@ def _begins_conversation(text: str) -> bool:
 
 def _literal(text: str) -> Any:
     """The list or object that a text writes in JSON, in Python, or as numpy prints it; None for any other."""
-    for parse in (strict_json, python_literal, _numpy_literal):
+    for parse in _PARSERS:
         try:
             value = parse(text)
         except KeyTwice:
             return None
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        except _NOT_PARSED:
             continue
         if isinstance(value, str) and value[:1] in ("[", "{"):  # JSON within JSON
             return _literal(value)
@@ -238,6 +242,10 @@ def _literal(text: str) -> Any:
 def _numpy_literal(text: str) -> Any:
     """An array of objects as numpy prints it: no commas between them (pandas writes parquet to CSV so)."""
     return python_literal(_BETWEEN_OBJECTS.sub(lambda match: match[1] or "}, {", text))
+
+
+_PARSERS = (strict_json, python_literal, _numpy_literal)
+_NOT_PARSED = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -23,6 +23,7 @@ class RowCounts:
         dropped: Well-formed rows that cannot train.
         changed: Rows that train, though not as written (oldest turns dropped, system text folded, ...).
         lost: Rows that train without a part of their answers; each row counts once.
+        doubtful: Rows of a stream that train as written, although something speaks against it.
         examples: Where the first row of each reason came from.
         more_examples: Where the second and the third came from; not saved.
     """
@@ -32,6 +33,7 @@ class RowCounts:
     dropped: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
+    doubtful: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     more_examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -61,6 +63,10 @@ class RowCounts:
         """Count a row that trains without a part of its answers."""
         self._add(self.lost, reason, source)
 
+    def doubt(self, reason: str, source: str) -> None:
+        """Count a row that trains as written, although something speaks against it."""
+        self._add(self.doubtful, reason, source)
+
     def _add(self, table: dict[str, int], reason: str, source: str) -> None:
         table[reason] = table.get(reason, 0) + 1
         self.name(reason, source)
@@ -88,6 +94,7 @@ class RowCounts:
             (self.dropped, other.dropped),
             (self.changed, other.changed),
             (self.lost, other.lost),
+            (self.doubtful, other.doubtful),
         ):
             for reason, count in theirs.items():
                 mine[reason] = mine.get(reason, 0) + count
@@ -99,7 +106,7 @@ class RowCounts:
         """The table, one printable line per reason, the most frequent first."""
         lines = [f"using {self.kept} of {self.total} rows"]
         tables = {"skipped": self.skipped, "dropped": self.dropped}
-        tables |= {"incomplete": self.lost, "changed": self.changed}
+        tables |= {"incomplete": self.lost, "changed": self.changed, "doubtful": self.doubtful}
         for verb, table in tables.items():
             for reason, count in sorted(table.items(), key=lambda item: -item[1]):
                 lines.append(f"{verb} {count}: {reason} (first: {self.examples[reason]})")
@@ -137,11 +144,12 @@ class RowCounts:
             "dropped": self.dropped,
             "changed": self.changed,
             "lost": self.lost,
+            "doubtful": self.doubtful,
             "examples": self.examples,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RowCounts:
         """Inverse of `to_dict`."""
-        tables = {name: dict(data[name]) for name in ("skipped", "dropped", "changed", "lost", "examples")}
-        return cls(total=data["total"], **tables)
+        names = ("skipped", "dropped", "changed", "lost", "doubtful", "examples")
+        return cls(total=data["total"], **{name: dict(data.get(name, {})) for name in names})

@@ -38,7 +38,7 @@ Int64 = npt.NDArray[np.int64]
 _ARRAYS = ("tokens", "offsets", "contexts", "spans", "span_offsets", "pair_index")
 TOKENIZING = "tokenizing"
 _MANIFEST = "manifest.json"
-_VERSION = 4
+_VERSION = 5
 _NO_TOKENS: Int32 = np.zeros(0, dtype=np.int32)
 
 

@@ -71,7 +71,8 @@ def detect(rows: Iterable[NamedRow]) -> Detected:
         general = _format(one.yields_to)
         if general is not None and votes[general]:
             votes[general] += votes.pop(one)
-    winner, count = votes.most_common(1)[0]
+    winner = min(votes, key=lambda one: (-votes[one], FORMATS.index(one)))
+    count = votes[winner]
     parts = [winner.reason, _detail(winner, examples[winner])]
     share = "" if count == len(seen) else f" ({count} of the first {len(seen)} rows)"
     return Detected(winner, ": ".join(filter(None, parts)) + share)

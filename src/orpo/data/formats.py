@@ -25,7 +25,7 @@ from orpo.data.messages import (
 )
 from orpo.data.questions import asked_in, check_asked, instruction, is_transcript, transcript
 from orpo.data.rows import ORIGIN, Row
-from orpo.data.sides import Sides, pair_up, part
+from orpo.data.sides import Sides, goes_on, pair_up, part
 
 
 def _has_texts(row: Row, *names: str) -> bool:
@@ -304,9 +304,15 @@ def _in_word(character: str) -> bool:
 
 def is_standard_repeated(row: Row) -> bool:
     """Whether a row of texts speaks for sides that begin with the prompt."""
-    if not _has_texts(row, "prompt", "chosen", "rejected") or not row["prompt"]:
+    if not has_text_sides(row) or not row["prompt"]:
         return False
-    return all(row[side].startswith(row["prompt"]) for side in ("chosen", "rejected"))
+    sides = [row["chosen"], *alternatives(row["rejected"], "rejected")]
+    return all(goes_on(row["prompt"], side) for side in sides)
+
+
+def has_text_sides(row: Row) -> bool:
+    """Whether prompt and both sides are texts, of the rejected ones one or several."""
+    return _has_texts(row, "prompt", "chosen") and kind(row.get("rejected")) in ("text", "texts")
 
 
 def _read_standard_repeated(row: Row) -> list[Sides]:

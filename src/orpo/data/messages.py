@@ -104,11 +104,8 @@ def _message(value: object, field: str) -> Message:
     if len(value) == 2 and isinstance(content, str) and role in _PLAIN_ROLES:
         return {"role": role, "content": content}  # by far the commonest
     message = without_nulls(value)
-    role = message.pop("role", None) or message.pop("from", None)
-    message.pop("from", None)
-    content = message.pop("content", None)
-    content = message.pop("value", None) if content is None else content
-    if media := sorted(MEDIA & {key for key, item in message.items() if item}):
+    role, content = _role_and_content(message, field)
+    if media := sorted(MEDIA_KEYS & {key for key, item in message.items() if item}):
         raise BadRow(field, f"has a turn with {media[0]}; only text is trained")
     known = ROLES.get(str(role).lower())
     if known is None:
@@ -125,8 +122,28 @@ def _message(value: object, field: str) -> Message:
     return {"role": known, "content": content, **message}
 
 
+def _role_and_content(message: Message, field: str) -> tuple[Any, Any]:
+    """The role and the content, taken out of a message, under whichever of their names they stand."""
+    role, sender = message.pop("role", None), message.pop("from", None)
+    content, value = message.pop("content", None), message.pop("value", None)
+    if role and sender and ROLES.get(str(sender).lower()) != ROLES.get(str(role).lower()):
+        if str(sender).lower() in ROLES:
+            raise BadRow(field, f"has a turn of two roles, role {role!r} and from {sender!r}")
+        message["from"] = sender
+    if content is not None and value is not None and content != value:
+        if isinstance(value, str):
+            raise BadRow(field, "has a turn with one text in 'content' and another in 'value'")
+        message["value"] = value
+    return role or sender, value if content is None else content
+
+
 MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
 """Columns, keys of turns and types of content that are no text."""
+MEDIA_KEYS = MEDIA | {
+    "image_url", "image_urls", "image_file", "video_url", "audio_url", "input_image", "input_audio",
+    "files", "attachments",
+}  # fmt: skip
+"""Further keys of turns, and of parts of their content, that hold what is no text."""
 _PARTS = (None, "text", "input_text", "output_text")
 """Types of a part of a content that is text."""
 
@@ -136,6 +153,9 @@ def _content(content: object, field: str) -> str:
         media = [part for part in content if isinstance(part, Mapping) and part.get("type") not in _PARTS]
         if media:
             raise BadRow(field, f"has a turn with a part of type {media[0]['type']!r}; only text is trained")
+        keys = {key for part in content if isinstance(part, Mapping) for key, item in part.items() if item}
+        if held := sorted(MEDIA_KEYS & keys):
+            raise BadRow(field, f"has a turn with {held[0]} in a part of it; only text is trained")
     if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
         return "".join(str(part["text"]) for part in content)
     if not isinstance(content, str):

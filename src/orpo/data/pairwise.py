@@ -234,6 +234,27 @@ def read_pairwise(row: Row) -> list[Sides]:
     return [part(sides[better], sides[1 - better])._replace(scores=_scores(row, label, judge, duel, better))]
 
 
+def other_winner(row: Row) -> str | None:
+    """Which further label says that the other answer is the better one; None where none does."""
+    plain = dict(row)  # a look at a column is not yet a use
+    duel = find_duel(plain)
+    found = _judge(plain, duel) if duel is not None else None
+    if duel is None or found is None:
+        return None
+    label, judge = found
+    better = judge(plain, label, duel)
+    for name, other in LABELS.items():
+        if name == label or plain.get(name) is None:
+            continue
+        try:
+            says = _SPECIAL.get((duel.first, name), other)(plain, name, duel)
+        except BadRow:  # a column of the same name with another meaning
+            continue
+        if says is not None and says != better:
+            return f"{name} says that the other answer is better than {label} does, which decides"
+    return None
+
+
 def _scores(row: Row, label: str, judge: Judge, duel: Duel, better: int) -> tuple[float, float] | None:
     """Numbers of the better and the other answer, or the strength of the label; those found are not noted."""
     if judge is _by_sign and (strength := number_of(row[label])) is not None:

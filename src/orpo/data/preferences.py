@@ -15,15 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orpo.data import ranked, turn_markers
+from orpo.data import pairwise, ranked, turn_markers
 from orpo.data.columns import Columns, NamedRow, quoted
 from orpo.data.counts import RowCounts
 from orpo.data.detect import SAMPLE, Detected, detect, named
-from orpo.data.formats import is_standard_repeated
+from orpo.data.formats import has_text_sides, is_standard_repeated
 from orpo.data.messages import MEDIA, BadRow, Untrainable, type_name, without_nulls
 from orpo.data.rows import ORIGIN, KeyTwice, RawRow, nothing_readable, read_rows, strict_json
 from orpo.data.stages import EVERY, report
-from orpo.data.verdicts import contradiction, marked_turn, side_scores, unpaired_reason
+from orpo.data.verdicts import (
+    REPEATED,
+    contradiction,
+    marked_turn,
+    repeated_prompt,
+    side_scores,
+    unpaired_reason,
+)
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import TextRows
@@ -101,7 +108,7 @@ def read_preferences(
     result = PreferenceSet([])
     sources = _sources(data)
     for name, (source, weight) in sources.items():
-        reading = _Reading(name, settings, RowCounts(), one_of_several=len(sources) > 1)
+        reading = _Reading(settings, RowCounts(), source, one_of_several=len(sources) > 1)
         pairs = list(_reported(reading, name, source, first))
         result.counts.add(reading.counts)
         result.formats[name] = reading.detected
@@ -139,8 +146,13 @@ def _notices(name: str, reading: _Reading) -> list[str]:
     lines = [f"{name}: format {reading.detected.name} ({reading.detected.reason})"]
     if unused := [quoted(column) for column in reading.columns.unused]:
         lines.append(f"{name}: columns not used: {', '.join(unused)}")
+    if reading.unread_keys:
+        lines.append(f"{name}: keys of answers not used: {', '.join(map(quoted, reading.unread_keys))}")
     for words, number in reading.contradictions.items():
-        lines.append(f"{name}: {number} of {reading.counts.total} rows train although {words}")
+        first = reading.first_of[words]
+        lines.append(
+            f"{name}: {number} of {reading.counts.total} rows train although {words} (first: {first})"
+        )
     return lines
 
 
@@ -161,7 +173,8 @@ def stream_preferences(
         if weight not in (None, 1):
             raise ConfigError(f"{name}: a weight needs the whole data set; leave streaming or the weight out")
         counts = RowCounts() if counts is None else counts
-        yield from _Reading(name, settings, counts, one_of_several=len(sources) > 1).pairs(source)
+        reading = _Reading(settings, counts, source, one_of_several=len(sources) > 1, streams=True)
+        yield from reading.pairs(source)
 
 
 def resample(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[PreferencePair]:
@@ -203,17 +216,13 @@ def split_holdout(
     return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held]
 
 
-_OBJECT = "data"
-"""Name of rows that come from no file."""
-
-
 def _sources(data: object) -> dict[str, tuple[object, float | None]]:
     """Name -> (what to read, weight)."""
     if isinstance(data, Mapping) and data and all(isinstance(value, int | float) for value in data.values()):
         return {str(name): (name, float(weight)) for name, weight in data.items()}
     if isinstance(data, list | tuple) and data and all(isinstance(item, str | Path) for item in data):
         return {str(item): (item, None) for item in data}
-    return {str(data) if isinstance(data, str | Path) else _OBJECT: (data, None)}
+    return {str(data) if isinstance(data, str | Path) else "data": (data, None)}
 
 
 class _Reading:
@@ -221,13 +230,24 @@ class _Reading:
 
     detected: Detected
 
-    def __init__(self, name: str, settings: ReadSettings, counts: RowCounts, *, one_of_several: bool) -> None:
-        self._name = name
+    def __init__(
+        self,
+        settings: ReadSettings,
+        counts: RowCounts,
+        name: object,
+        *,
+        one_of_several: bool,
+        streams: bool = False,
+    ) -> None:
         self.settings = settings
+        self.name = name if isinstance(name, str | Path) else "the data"
         self.counts = counts
         self.columns = Columns(settings.columns)
         self.contradictions: Counter[str] = Counter()
+        self.first_of: dict[str, str] = {}
+        self.unread_keys: dict[str, None] = {}
         self._one_of_several = one_of_several
+        self._streams = streams  # then nobody sees the whole set, and `counts` tell all
 
     def pairs(self, data: object, first: int | None = None) -> Iterator[PreferencePair]:
         """The pairs of a data set, or of its first rows, the others counted; sets `detected` early."""
@@ -251,16 +271,12 @@ class _Reading:
             for pair in pairs:
                 reason = cannot_train(pair) or self._cannot_use_alone(pair, named_row)
                 if reason is None:
-                    said = (
-                        contradiction(named_row, pair),
-                        self._other_best(named_row),
-                        marked_turn(pair),
-                        self._repeats(named_row),
-                    )
-                    self.contradictions.update(filter(None, said))
+                    self._doubt(named_row, pair)
                     yield pair
                 else:
                     self.counts.drop(reason, pair.source)
+        if not self._streams:  # of a stream the rows are trained on by now
+            self._check_repeated()
 
     def _detect(self, head: Sequence[RawRow]) -> Detected:
         parsed = [row for row in head if not isinstance(row.data, DataError)]
@@ -271,18 +287,21 @@ class _Reading:
         )
         if self.settings.data_format is not None:
             return named(self.settings.data_format)
-        rows, problems = [], []
+        rows: list[tuple[str, NamedRow]] = []
+        problems = []
         for row in parsed:
             try:
-                rows.append(self.columns.name(row.data))  # type: ignore[arg-type]
+                rows.append((row.source, self.columns.name(row.data)))  # type: ignore[arg-type]
             except BadRow as bad:
                 problems.append(f"{row.source}: {bad}")
         if problems and not rows:
             raise DataError(problems[0])
         try:
-            detected = detect(rows)
+            detected = detect(row for _, row in rows)
         except DataError as error:
-            raise DataError(f"{self._name}: {error}" if self._name != _OBJECT else str(error)) from None
+            raise DataError(f"{self.name}: {error}") from None
+        if detected.name == "standard_repeated" and self.settings.on_bad_row == "stop":
+            _refuse_unrepeated(rows)
         self.columns.forget()
         return detected
 
@@ -300,14 +319,32 @@ class _Reading:
         ]
         for pair in pairs:
             _check_texts(pair)
+        if self.detected.name == "ranked":
+            self.unread_keys.update(dict.fromkeys(ranked.unread_keys(row)))
         return row, pairs
 
-    def _repeats(self, row: NamedRow) -> str | None:
-        """Whether both sides begin with the prompt, in data whose answers stand alone."""
-        repeats = self.detected.name == "standard" and is_standard_repeated(row)
-        return "both sides begin with their prompt, which is then read twice" if repeats else None
+    def _doubt(self, row: NamedRow, pair: PreferencePair) -> None:
+        """Count what speaks against training a pair as its row says."""
+        said = (contradiction(row, pair), self._other_best(row), marked_turn(pair), repeated_prompt(pair))
+        for words in filter(None, said):
+            self.contradictions[words] += 1
+            self.first_of.setdefault(words, pair.source)
+            if self._streams:
+                self.counts.doubt(words, pair.source)
+
+    def _check_repeated(self) -> None:
+        """Stop where rows behind those that tell the format make most rows repeat their prompt."""
+        number, total = self.contradictions[REPEATED], self.counts.total
+        if self.settings.data_format is None and self.detected.name == "standard" and number * 2 > total:
+            raise DataError(
+                f"{self.first_of[REPEATED]}: {number} of {total} rows begin both sides with their prompt,"
+                f" this one first, and the first {SAMPLE} mostly do not; {_ONE_WAY}"
+            )
 
     def _other_best(self, row: NamedRow) -> str | None:
+        """Which numbers or labels say that another answer is the best."""
+        if self.detected.name == "pairwise":
+            return pairwise.other_winner(row)
         return ranked.other_best(row) if self.detected.name == "ranked" else None
 
     def _cannot_use_alone(self, pair: PreferencePair, row: NamedRow) -> str | None:
@@ -316,6 +353,21 @@ class _Reading:
             return None
         uses = self.settings.sft_rows == "use"
         return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
+
+
+_ONE_WAY = "write all rows one way, or set data_format: standard to take all sides as they are"
+
+
+def _refuse_unrepeated(rows: Sequence[tuple[str, NamedRow]]) -> None:
+    """Refuse rows of texts that do not begin with their prompt where the others do, each with its source."""
+    pairs = [(source, row) for source, row in rows if has_text_sides(row)]
+    others = [source for source, row in pairs if not is_standard_repeated(row)]
+    if others:
+        repeated = len(pairs) - len(others)
+        raise DataError(
+            f"{others[0]}: the sides of {repeated} of the first {len(rows)} rows begin with their prompt, and"
+            f" those of {len(others)} do not, this one first; {_ONE_WAY}, or set on_bad_row: skip"
+        )
 
 
 def _refuse_media(row: NamedRow) -> None:

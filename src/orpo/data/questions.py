@@ -81,10 +81,10 @@ def instruction(row: Row) -> Turns:
 
 def _exchanges(history: object) -> Turns:
     turns: Turns = []
+    if isinstance(history, str) and not history.strip():  # a blank cell of CSV
+        return turns
     if kind(history) == "messages":
         return turns_of(history, "history")
-    if isinstance(history, str) and not history.strip():  # a blank cell of a CSV file
-        return []
     if history is not None and not isinstance(history, list):
         raise BadRow("history", f"is {type_name(history)}; expected a list of [question, answer]")
     for exchange in history or []:

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from orpo.data.columns import NamedRow
-from orpo.data.messages import BadRow, kind, number_of
+from orpo.data.messages import MEDIA_KEYS, BadRow, kind, number_of
 from orpo.data.questions import question
 from orpo.data.reasoning import REASONING_KEYS
 from orpo.data.rows import Row
 from orpo.data.sides import Sides, pair_up
+from orpo.data.verdicts import MARKS
 
 # What a number is called -> which way it goes; the first of these that is there decides.
 MEANINGS = {
@@ -54,7 +55,7 @@ _INDEX = (
 _TEXT_KEYS = (
     "response", "answer", "content", "text", "completion", "output", "summary", "generation", "reply", "body",
 )  # fmt: skip
-_BESIDE_TEXT = ("tool_calls", *REASONING_KEYS)
+_BESIDE_TEXT = ("tool_calls", "function_call", *REASONING_KEYS, *MARKS, *sorted(MEDIA_KEYS))
 """Keys of what belongs to an answer beside its text."""
 _MESSAGE_KEYS = ("role", "from", "content", "value", "name", *_BESIDE_TEXT)
 
@@ -154,7 +155,7 @@ def _answer_text(answer: object) -> object:
         return {key: answer[key] for key in _MESSAGE_KEYS if key in answer}  # type: ignore[index,operator]
     if isinstance(answer, Mapping):
         text = answer[_text_key(answer)]
-        beside = {key: answer[key] for key in _BESIDE_TEXT if answer.get(key)}
+        beside = {key: answer[key] for key in _BESIDE_TEXT if answer.get(key) not in (None, "", [])}
         return {"role": "assistant", "content": text, **beside} if beside else text
     return answer
 
@@ -212,6 +213,21 @@ def other_best(row: NamedRow) -> str | None:
         if not any(here and value == max(signed) for here, value in zip(best, signed, strict=True)):
             return f"{name} says that another answer is the best than {found.name} does, which decides"
     return None
+
+
+def unread_keys(row: NamedRow) -> list[str]:
+    """Keys of the answers that hold something and are neither trained nor say how good one is."""
+    records = [one for one in answer_list(row) if isinstance(one, Mapping)]
+    if not records:
+        return []
+    found = ranking(row, answer_list(row))
+    read = {*row.theirs("scores").split("."), *(found.name.split(".") if found is not None else ())}
+    for one in records:
+        read.update(_MESSAGE_KEYS if kind(one) == "message" else (_text_key(one), *_BESIDE_TEXT))
+    held = dict.fromkeys(
+        key for one in records for key, value in one.items() if value not in (None, "", [], {})
+    )
+    return [key for key in held if key not in read and _bare(key) not in MEANINGS]
 
 
 def unknown_numbers(row: Row, answers: Sequence[Any]) -> list[str]:

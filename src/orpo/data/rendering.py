@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from orpo.data import turn_markers
 from orpo.data.chat_template import ChatTemplate, settled, switch
 from orpo.data.reasoning import (
+    REASONING_KEYS,
     Block,
     begins_with_tag,
     behind_opening,
@@ -30,6 +31,7 @@ from orpo.data.spans import assistant_spans
 from orpo.data.templates import prepare_template, with_arguments
 from orpo.data.turn_ends import added_ids
 from orpo.data.verbatim import VerbatimWriter, looks_for
+from orpo.data.verdicts import MARKS, OWN_SCORES
 from orpo.errors import ConfigError, ModelError, first_line
 from orpo.pairs import Message, PreferencePair
 
@@ -40,6 +42,10 @@ _NO_BOUNDARY = (
     "no boundary: the chat template writes the prompt differently once it is answered; "
     "give another chat_template"
 )
+_HANDLED = frozenset({"role", "content", "tool_calls", "tool_call_id", *MARKS, *OWN_SCORES})
+"""Keys of turns that need no note here: they are written, or counted when rows are read."""
+_OF_ANSWERS = _HANDLED | set(REASONING_KEYS)
+"""The same of answers, of which lost reasoning is counted as such."""
 _NO_CALL = "the chat template does not write tool calls; give a chat_template that does"
 
 
@@ -107,6 +113,7 @@ class Renderer:
         self._end_ids: dict[frozenset[str], set[int]] = {}
         self._elsewhere: dict[tuple[str, Block | None], str] = {}
         self._writers: dict[int, VerbatimWriter | None] = {}
+        self._passed_over: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -195,6 +202,24 @@ class Renderer:
         if tokens not in self._end_ids:
             self._end_ids[tokens] = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens)))
         return self._end_ids[tokens]
+
+    def passed_over(
+        self, template: ChatTemplate, turns: Sequence[Message], tools: list[Any] | None
+    ) -> tuple[str, ...]:
+        """Roles of turns that the template does not write, whatever they say; none where it refuses."""
+        key = (id(template), bool(tools), *((turn["role"], "tool_calls" in turn) for turn in turns))
+        if key not in self._passed_over:
+            marks = {index: f"{_MARKER} {index}." for index, turn in enumerate(turns) if _is_asked(turn)}
+            marked = [
+                {**turn, "content": marks.get(index, turn["content"])} for index, turn in enumerate(turns)
+            ]
+            try:
+                text = template.render(self.tokenizer, marked, tools, ask=True)
+            except Exception:  # templates raise whatever they like
+                text = "".join(marks.values())
+            roles = (turns[index]["role"] for index, mark in marks.items() if mark not in text)
+            self._passed_over[key] = tuple(dict.fromkeys(roles))
+        return self._passed_over[key]
 
     def finish(self, text: str, template: ChatTemplate) -> str:
         """A rendered conversation, cut behind the end-of-turn token of its last turn."""
@@ -319,7 +344,7 @@ class _PairRenderer:
             self.notes.append(
                 "an earlier answer was not found in the rendering: not part of nll_on: assistant"
             )
-        self.notes += _left_out(self.prompt, text)
+        self.notes += self._left_out(sides)
         return Rendered(
             sides, shared, spans, self.notes, [part for part in lost_parts if part], self.template
         )
@@ -460,6 +485,38 @@ class _PairRenderer:
             return _NO_CALL
         return lost(last, written)
 
+    def _left_out(self, sides: list[RenderedSide]) -> list[str]:
+        """Notes about turns, and keys of turns, that the template passes over."""
+        roles: dict[str, None] = {}
+        keys: dict[str, None] = {}
+        for number, (answer, side) in enumerate(zip(self.answers, sides, strict=True)):
+            keys |= dict.fromkeys(self._unwritten_keys(answer[-1], side.text, _OF_ANSWERS))
+            if number and len(answer) == 1:  # then what stands before it is the prompt, as on the first side
+                continue
+            before, text = [*self.prompt, *answer[:-1]], side.text[: side.boundary]
+            roles |= dict.fromkeys(self.renderer.passed_over(self.template, before, self.pair.tools))
+            for turn in before:
+                if _is_asked(turn) and not _is_written(turn["content"].strip(), text):
+                    roles[turn["role"]] = None
+                keys |= dict.fromkeys(self._unwritten_keys(turn, side.text, _HANDLED))
+        return [
+            *(f"the chat template does not write a {role} turn of the prompt" for role in roles),
+            *(f"the chat template does not write {key!r} of a turn" for key in keys),
+        ]
+
+    def _unwritten_keys(self, turn: Message, text: str, handled: Collection[str]) -> list[str]:
+        """Keys of a turn that hold something and are not in its rendering."""
+        if len(turn) == 2:
+            return []
+        return [
+            key
+            for key, value in turn.items()
+            if key not in handled
+            and value
+            and (key, turn["role"]) != ("name", "tool")
+            and (not self.template.reads(key) or (key not in REASONING_KEYS and not _says(value, text)))
+        ]
+
     def _shared(self, sides: list[RenderedSide]) -> list[int]:
         """Where both conversations could be cut, if they part before the last turn."""
         ends = []
@@ -474,14 +531,9 @@ class _PairRenderer:
         return ends
 
 
-def _left_out(turns: Sequence[Message], text: str) -> list[str]:
-    """A note for each role of which a turn is not in the rendered prompt: the template passes over it."""
-    roles = {
-        turn["role"]: None
-        for turn in turns
-        if turn["role"] != "assistant" and not _is_written(turn["content"].strip(), text)
-    }
-    return [f"the chat template does not write a {role} turn of the prompt" for role in roles]
+def _is_asked(turn: Message) -> bool:
+    """Whether a turn says something that is no answer."""
+    return turn["role"] != "assistant" and bool(turn["content"].strip())
 
 
 def _is_written(content: str, text: str) -> bool:
@@ -491,6 +543,11 @@ def _is_written(content: str, text: str) -> bool:
     if any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (True, False)):
         return True
     return "".join(content.split()) in "".join(text.split())
+
+
+def _says(value: object, text: str) -> bool:
+    """Whether a value is in a text; of one that is no text itself nobody can tell."""
+    return not isinstance(value, str) or _is_written(value.strip(), text)
 
 
 def _counterpart(shown: str, written: str) -> int:

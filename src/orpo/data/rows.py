@@ -476,7 +476,7 @@ def _cell(text: str) -> object:
         for parse in (json.loads, python_literal):
             try:
                 value = parse(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, KeyTwice):
                 continue
             return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else text
     return text
@@ -490,10 +490,16 @@ def python_literal(text: str) -> Any:
 
     Raises:
         ValueError: It is no literal; so say `SyntaxError`, `TypeError`, `RecursionError` and `MemoryError`.
+        KeyTwice: An object in it names a key twice.
     """
     with warnings.catch_warnings():  # of escapes that Python does not know
         warnings.simplefilter("ignore")
-        return ast.literal_eval(_BETWEEN_TEXTS.sub(r"\1, ", text))
+        tree = ast.parse(_BETWEEN_TEXTS.sub(r"\1, ", text).lstrip(" \t"), mode="eval")
+    value = ast.literal_eval(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            _object([(key.value, None) for key in node.keys if isinstance(key, ast.Constant)])  # type: ignore[misc]
+    return value
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:

@@ -23,6 +23,14 @@ class Sides(NamedTuple):
     """How good the row says chosen and rejected are; more is better."""
 
 
+def goes_on(asked: str, answer: str) -> bool:
+    """Whether an answer begins with what was asked, up to the end of a word."""
+    if not answer.startswith(asked):
+        return False
+    around = asked[-1:] + answer[len(asked) :][:1]
+    return len(around) < 2 or not (around.isascii() and around.isalnum())
+
+
 def part(chosen: Turns, rejected: Turns) -> Sides:
     """Two whole conversations, cut where they part; each keeps at least its last turn."""
     shared = 0

@@ -37,7 +37,9 @@ from orpo.data.text_rows import (
     are_rendered,
     as_conversations,
     decide,
+    not_rendered,
     read_otherwise,
+    reads_otherwise,
 )
 from orpo.data.tokenize import PairTokenizer, stream_tokenized
 from orpo.errors import ConfigError, DataError
@@ -323,8 +325,7 @@ class _Reading:
             conversations := sum(not pair.is_text for pair in read.pairs)
         ):
             read.notices.append(f"{conversations} of {len(read)} pairs are conversations: {THROUGH_TEMPLATE}")
-        has_template = bool(self.settings.chat_template or self.tokenizer.chat_template)
-        decided = decide(read.pairs, has_template=has_template and _is_name(data))
+        decided = decide(read.pairs, has_template=self._has_template and _is_name(data))
         if decided is None:
             return read
         if self.settings.data_format is not None:
@@ -334,8 +335,10 @@ class _Reading:
         if rendered and decided == "chat":
             raise DataError(f"{name}: {RENDERED_AGAIN}")
         read.notices.append(RENDERED if rendered else LINES[decided])
-        by_rows = text_rows is None and self.settings.text_rows is None and self.settings.data_format is None
-        if by_rows and has_template and not rendered and (line := read_otherwise(read.pairs, decided)):
+        line = not_rendered(read.pairs) if rendered else None
+        if self._by_rows(data) and not rendered:
+            line = read_otherwise(read.pairs, decided)
+        if line is not None:
             read.notices.append(line)
         pairs = as_conversations(read.pairs) if decided == "chat" else read.pairs
         return replace(read, pairs=pairs, text_rows=decided)
@@ -409,6 +412,8 @@ class _Reading:
 
         def tokens() -> Iterator[TokenizedPair]:
             pairs = stream_preferences(data, counts=counts, settings=self._read_settings(split))
+            if self._by_rows(data):
+                pairs = _doubting(pairs, head.text_rows, counts)
             if head.text_rows == "chat":
                 pairs = (pair for one in pairs for pair in as_conversations([one]))
             return stream_tokenized(
@@ -421,11 +426,20 @@ class _Reading:
             )
 
         text = end_token = None
-        if self.settings.chat_template or self.tokenizer.chat_template:
+        if self._has_template:
             template = prepare_template(self.tokenizer, self.settings.chat_template, **self._template_options)
             text, end_token = template.saved, template.end_token
         read = self.tokenized(head, name)
         return TokenizedStream(tokens, read, counts, text, end_token), head.text_rows
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(self.settings.chat_template or self.tokenizer.chat_template)
+
+    def _by_rows(self, data: Any) -> bool:
+        """Whether the rows themselves decide how plain texts are read."""
+        is_set = self.settings.text_rows is not None or self.settings.data_format is not None
+        return self._has_template and _is_name(data) and not is_set
 
     def _read_settings(self, split: str | None) -> ReadSettings:
         s = self.settings
@@ -445,10 +459,20 @@ class _Reading:
         }
 
 
+def _doubting(
+    pairs: Iterator[PreferencePair], decided: TextRows | None, counts: RowCounts
+) -> Iterator[PreferencePair]:
+    """The pairs of a stream; texts among them that read otherwise than was decided are counted."""
+    for pair in pairs:
+        if reads_otherwise(pair, decided):
+            counts.doubt("a text that would be read the other way by itself (text_rows)", pair.source)
+        yield pair
+
+
 def _of_set(name: str, error: DataError) -> DataError:
     """An error with the name of the set that it is about in front."""
-    words = str(error).removeprefix("the data: ").removeprefix(f"{name}: ")
-    return DataError(f"{name}: {words}")
+    said = str(error).removeprefix("the data: ").removeprefix(f"{name}: ")
+    return DataError(f"{name}: {said}")
 
 
 def _with_warning(read: PreferenceSet, trained: Collection[Any]) -> PreferenceSet:

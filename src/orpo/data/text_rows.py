@@ -29,6 +29,11 @@ def decide(pairs: Sequence[PreferencePair], *, has_template: bool) -> TextRows |
     return "chat" if has_template and continuing * 2 < len(texts) else "plain"
 
 
+def reads_otherwise(pair: PreferencePair, decided: TextRows | None) -> bool:
+    """Whether a plain text by itself would be read the other way than was decided."""
+    return pair.is_text and _continues(pair) == (decided == "chat")
+
+
 def _continues(pair: PreferencePair) -> bool:
     """Whether the answer continues the text of the prompt: after a header, or in the middle of a line."""
     prompt, chosen = str(pair.prompt), str(pair.chosen)
@@ -38,13 +43,25 @@ def _continues(pair: PreferencePair) -> bool:
 def read_otherwise(pairs: Sequence[PreferencePair], decided: TextRows) -> str | None:
     """A line about texts that would be read the other way by themselves; None where there are none."""
     texts = [pair for pair in pairs if pair.is_text]
-    others = [pair for pair in texts if _continues(pair) == (decided == "chat")]
+    others = [pair for pair in texts if reads_otherwise(pair, decided)]
     if not others:
         return None
-    do = "continue" if decided == "chat" else "do not continue"
+    do, otherwise = ("continue", "plain") if decided == "chat" else ("do not continue", "chat")
     return (
-        f"{len(others)} of {len(texts)} texts: read as most are, although their answers {do} the text of the"
-        f" prompt; the first is {others[0].source}"
+        f"{len(others)} of {len(texts)} texts: read as all are, although their answers {do} the text of the"
+        f" prompt (first: {others[0].source}); text_rows: {otherwise} reads all texts the other way"
+    )
+
+
+def not_rendered(pairs: Sequence[PreferencePair]) -> str | None:
+    """A line about texts among rendered ones that went through no template; None where there are none."""
+    texts = [pair for pair in pairs if pair.is_text]
+    others = [pair for pair in texts if not asks(str(pair.prompt))]
+    if not others:
+        return None
+    return (
+        f"{len(others)} of {len(texts)} texts went through no chat template, unlike the others, and are"
+        f" taken as they are, too (first: {others[0].source}); give all rows as they were before the template"
     )
 
 

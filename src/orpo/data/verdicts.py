@@ -1,13 +1,15 @@
 """What further columns say of the answers: of one without a counterpart, and of a pair.
 
 A single answer with a verdict, as in KTO, must not train as a good one where it is bad. Scores of chosen and
-rejected that say the opposite are counted and printed, and so are turns that are marked as not to be trained.
+rejected that say the opposite are counted and printed, and so are turns that are marked as not to be trained
+and answers that repeat their prompt.
 """
 
 from __future__ import annotations
 
 from orpo.data.columns import NamedRow
 from orpo.data.messages import number_of
+from orpo.data.sides import goes_on
 from orpo.pairs import PreferencePair
 
 VERDICTS = (
@@ -68,8 +70,29 @@ def _verdict(name: str, value: object) -> bool | None:
 # Score of chosen -> score of rejected, by the names they are published under.
 _SIDE_SCORES = {
     names.format(side="chosen"): names.format(side="rejected")
-    for word in ("score", "rating", "avg_rating", "reward", "rm_score")
+    for word in (
+        "score",
+        "rating",
+        "avg_rating",
+        "reward",
+        "rm_score",
+        "reward_score",
+        "overall_score",
+        "overall_rating",
+        "preference_score",
+        "quality",
+        "helpfulness",
+        "votes",
+        "upvotes",
+        "likes",
+    )
     for names in (f"{word}_{{side}}", f"{word}-{{side}}", f"{{side}}_{word}", f"{{side}}-{word}")
+}
+# Rank of chosen -> rank of rejected; less is better.
+_SIDE_RANKS = {
+    names.format(side="chosen"): names.format(side="rejected")
+    for word in ("rank", "ranking")
+    for names in (f"{word}_{{side}}", f"{{side}}_{word}")
 }
 
 
@@ -107,49 +130,86 @@ SCORE_COLUMNS = frozenset(_MARGINS) | _SIDE_SCORES.keys() | set(_SIDE_SCORES.val
 
 def contradiction(row: NamedRow, pair: PreferencePair) -> str | None:
     """What says of a pair of this row that chosen is not better than rejected; None where nothing does."""
-    for chosen in row:
-        rejected = _SIDE_SCORES.get(chosen)
-        if rejected is None:
-            continue
-        high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
-        if high is not None and low is not None and high <= low:
-            return f"{chosen} is not above {rejected}"
+    if (said := _by_columns(row)) is not None:
+        return said
     if pair.scores is not None and pair.scores[0] < pair.scores[1]:
         return "their numbers say that the rejected answer is the better one"
-    if "rejected" in row:
-        for name in _BETTER:
-            if str(dict.get(row, name)).strip().lower() == "rejected":
-                return f"{row.theirs(name)} is rejected"
-    if str(dict.get(row, "status")).lower() in ("tie", "tied"):
-        return f"status is {dict.get(row, 'status')}"
+    if pair.scores is not None and pair.scores[0] == pair.scores[1]:
+        return "their numbers say that neither answer is the better one"
     high, low = (_own_score(side) for side in (pair.chosen, pair.rejected))
     if high is not None and low is not None and high < low:
         return "the scores in their turns say that the rejected answer is the better one"
     return None
 
 
+def _by_columns(row: NamedRow) -> str | None:
+    """Which columns say that chosen is not better than rejected."""
+    for chosen in row:
+        better, worse = (chosen, _SIDE_SCORES[chosen]) if chosen in _SIDE_SCORES else ("", "")
+        if chosen in _SIDE_RANKS:
+            better, worse = _SIDE_RANKS[chosen], chosen
+        high, low = number_of(dict.get(row, better)), number_of(dict.get(row, worse))
+        if high is not None and low is not None and high <= low:
+            return f"{better} is not above {worse}"
+    if (name := _pair_of_numbers(row)) is not None:
+        return f"{row.theirs(name)} has a smaller number for chosen than for rejected"
+    if "rejected" in row:
+        for name in _BETTER:
+            if str(dict.get(row, name)).strip().lower() == "rejected":
+                return f"{row.theirs(name)} is rejected"
+    if str(dict.get(row, "status")).lower() in ("tie", "tied"):
+        return f"status is {dict.get(row, 'status')}"
+    return None
+
+
+def _pair_of_numbers(row: NamedRow) -> str | None:
+    """A column with two numbers beside chosen and rejected of which the first is not the larger one."""
+    if not {"chosen", "rejected"} <= row.keys() or "answers" in row:
+        return None
+    for name in _BOTH:
+        both = dict.get(row, name)
+        numbers = [number_of(one) for one in both] if isinstance(both, list) and len(both) == 2 else []
+        if numbers and None not in numbers and numbers[0] < numbers[1]:  # type: ignore[operator]
+            return name
+    return None
+
+
+OWN_SCORES = ("score", "rating", "reward")
+"""Keys by which an answer says how good it is."""
+
+
 def _own_score(side: object) -> float | None:
     """The number that an answer carries in its last turn."""
     if not isinstance(side, list) or not side:
         return None
-    return next((number_of(side[-1][key]) for key in ("score", "rating", "reward") if key in side[-1]), None)
+    return next((number_of(side[-1][key]) for key in OWN_SCORES if key in side[-1]), None)
 
 
-_WEIGHTS = ("weight", "loss_weight", "train", "training", "loss", "train_on_turn", "trainable")
+_WEIGHTS = (
+    "weight", "loss_weight", "train", "training", "loss", "train_on_turn", "trainable", "learnable",
+    "is_trainable", "calculate_loss", "compute_loss", "loss_mask",
+)  # fmt: skip
 """Keys by which other trainers weigh a turn in the loss, or leave it out."""
-_MASKS = ("mask", "masked", "train_detail")
+_MASKS = ("mask", "masked", "train_detail", "training_detail", "ignore", "skip")
 """Keys by which they leave out a turn, or parts of it."""
+MARKS = (*_WEIGHTS, *_MASKS)
+"""Keys of a turn that say how it is to be trained, and are no part of what it says."""
 
 
 def marked_turn(pair: PreferencePair) -> str | None:
-    """Which key of an answer or an earlier one weighs it in the loss; None where all count as they are."""
+    """Which key of a turn weighs it in the loss; None where all count as they are."""
     sides = (side for side in (pair.prompt, pair.chosen, pair.rejected) if isinstance(side, list))
     for turn in (turn for side in sides for turn in side):
-        if len(turn) > 2 and turn["role"] == "assistant":
-            for key in (*_WEIGHTS, *_MASKS):
+        if len(turn) > 2:
+            for key in MARKS:
                 if key in turn and _weighs(key, turn[key]):
-                    return f"a turn says {key}: {str(turn[key]).lower()}, which is not read"
+                    return f"a turn says {key}: {_shown(turn[key])}, which is not read"
     return None
+
+
+def _shown(value: object) -> str:
+    """A value for a line; of what holds others, only that it does."""
+    return "[...]" if isinstance(value, list | dict) else str(value).lower()
 
 
 def _weighs(key: str, value: object) -> bool:
@@ -157,3 +217,24 @@ def _weighs(key: str, value: object) -> bool:
     if key in _MASKS:
         return bool(value) and word not in _BAD
     return word in _BAD if number is None else number != 1
+
+
+REPEATED = "both sides begin with their prompt, which is then read twice"
+_HALF_REPEATED = "one side begins with the prompt and the other does not"
+
+
+def repeated_prompt(pair: PreferencePair) -> str | None:
+    """What to say of a pair whose answers repeat what was asked; None where none does."""
+    asked = _said_at(pair.prompt, -1).strip()
+    if not asked:
+        return None
+    sides = [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
+    repeat = [goes_on(asked, _said_at(side, 0).lstrip()) for side in sides]
+    if all(repeat):
+        return REPEATED
+    return _HALF_REPEATED if any(repeat) else None
+
+
+def _said_at(side: object, index: int) -> str:
+    """The text of a side; of messages, of the one at an index."""
+    return side if isinstance(side, str) else str(side[index]["content"]) if side else ""  # type: ignore[index]
