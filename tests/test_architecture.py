@@ -243,7 +243,7 @@ def test_commands_are_short():
 
 
 def test_nothing_reads_the_source_of_this_package():
-    """The recipe reader parses the source of transformers, the row reader cells; no other module parses any."""
+    """The recipe reader parses the source of transformers, the row reader cells, and no other module any."""
     parsing = ("orpo.settings.schema", "orpo.data.rows")
     for path in MODULES:
         text = _text(path)
