@@ -134,15 +134,6 @@ class PackedBatch:
         """Tokens the model reads, padding included."""
         return self.input_ids_BN.numel()
 
-    @property
-    def side_lengths_BN(self) -> Tensor:
-        """Tokens of the side that each token is of; of the first one, where several share it. float32."""
-        if self.attention_mask_BN is not None:
-            return self.attention_mask_BN.sum(1, keepdim=True).float().expand_as(self.input_ids_BN)
-        tokens = torch.tensor([segment.tokens for segment in self.tree], device=self.input_ids_BN.device)
-        ends = self.position_ids_BN.flatten()[tokens.cumsum(0) - 1] + 1
-        return ends.float().repeat_interleave(tokens).view_as(self.input_ids_BN)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the micro-batch with its tensors on `device`."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -53,6 +53,15 @@ class Pass(NamedTuple):
     attention_mask_BN: Tensor | None
     tree: tuple[Segment, ...]
 
+    @property
+    def side_lengths_BN(self) -> Tensor:
+        """Tokens of the side that each token is of; of the first one, where several share it. float32."""
+        if self.attention_mask_BN is not None:
+            return self.attention_mask_BN.sum(1, keepdim=True).float().expand_as(self.input_ids_BN)
+        tokens = torch.tensor([segment.tokens for segment in self.tree], device=self.input_ids_BN.device)
+        ends = self.position_ids_BN.flatten()[tokens.cumsum(0) - 1] + 1
+        return ends.float().repeat_interleave(tokens).view_as(self.input_ids_BN)
+
 
 def split_passes(batch: PackedBatch, limits: PassLimits) -> tuple[list[Pass], PackedBatch]:
     """Cut a micro-batch into passes that a model with these limits follows exactly.

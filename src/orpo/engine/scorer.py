@@ -21,6 +21,7 @@ from orpo.engine.attention import attend
 from orpo.engine.head import Denominators, PairScores, score_batch
 from orpo.engine.lengths import mask_chunk, mask_window, may_share, pass_limits, reset_dynamic_rope
 from orpo.engine.masks import Limit
+from orpo.engine.noise import noisy_embeddings
 from orpo.engine.packing import SHARE_FROM, PackedBatch
 from orpo.engine.passes import Pass, split_passes
 from orpo.engine.router import RouterLoss
@@ -131,12 +132,13 @@ class Scorer:
             *args: Any,
             batch: PackedBatch | None = None,
             denominators: Denominators | None = None,
+            noise: float | None = None,
             **kwargs: Any,
         ) -> Any:
             if batch is None:
                 return scorer.plain_forward(*args, **kwargs)
             own = Denominators(batch.nll_weight, batch.num_preferences, max(batch.num_pairs, 1))
-            return scorer.score(batch, denominators or own)
+            return scorer.score(batch, denominators or own, noise)
 
         forward.__signature__ = _joined_signature(self.plain_forward, forward)  # type: ignore[attr-defined]
         self.model.forward = MethodType(forward, self.model)
@@ -164,14 +166,15 @@ class Scorer:
                 config._attn_implementation = ATTENTION
 
     @_passed_over
-    def score(self, batch: PackedBatch, denominators: Denominators) -> ORPOOutput:
-        """Run a micro-batch through the model and its head."""
+    def score(self, batch: PackedBatch, denominators: Denominators, noise: float | None = None) -> ORPOOutput:
+        """Run a micro-batch through the model and its head; `noise` is NEFTune's alpha."""
         passes, batch = self._begin(batch)
         outputs = []
         for each in passes:
             segments, inputs = self._enter(each)
             try:
-                output = self._run(each.input_ids_BN, inputs)
+                with noisy_embeddings(self.model.get_input_embeddings(), each, noise):
+                    output = self._run(each.input_ids_BN, inputs)
             finally:
                 self.attend_to(None)
             outputs.append(self._leave(output, segments))

@@ -22,7 +22,6 @@ from orpo.engine.steps import BatchSettings, Step, split_batches
 from orpo.errors import RunError, first_line
 from orpo.training.in_backward import Norms, gradient_norm, stepping_in_backward
 from orpo.training.interruptible import InterruptibleTrainer
-from orpo.training.noise import noisy_embeddings
 from orpo.training.reference import Reference
 
 
@@ -97,8 +96,8 @@ class SteppingTrainer(InterruptibleTrainer):
         with self.compute_loss_context_manager():
             batch = self.reference.attached(batch, self.train_dataset)
             batch = batch.to(self.args.device, non_blocking=True)
-            with noisy_embeddings(self.model, batch, self.args.neftune_noise_alpha):
-                output = model(batch=batch, denominators=denominators)
+            noise = self.args.neftune_noise_alpha
+            output = model(batch=batch, denominators=denominators, noise=noise)
         self._last_losses.append(output.loss.detach())
         if last and self._steps_in_backward:
             finite = torch.isfinite(torch.stack(self._last_losses)).all()

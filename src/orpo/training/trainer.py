@@ -216,7 +216,7 @@ class ORPOTrainer(SteppingTrainer):
                 callbacks=callbacks,
                 optimizers=own_optimizers(args, optimizers),
             )
-        self.neftune_noise_alpha = None  # noise.py knows what a text is
+        self.neftune_noise_alpha = None  # the engine knows what a text is
         self.window = MetricWindow(self.objective, self.args.device)
         self.stopwatch = Stopwatch()
         self.recorder = self._add_callbacks(data)

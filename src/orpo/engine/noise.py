@@ -6,27 +6,24 @@ of what the embeddings are given at once, which here are many texts in one line,
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orpo.engine.packing import PackedBatch
-from orpo.engine.scorer import base_model
+from orpo.engine.passes import Pass
 
 
 @contextmanager
-def noisy_embeddings(model: nn.Module, batch: PackedBatch, alpha: float | None) -> Iterator[None]:
-    """Add noise to what the embeddings return for this micro-batch; with None, or 0, none."""
+def noisy_embeddings(embeddings: nn.Module, each: Pass, alpha: float | None) -> Iterator[None]:
+    """Add noise to what a model's embeddings return in a pass; with None, or 0, none."""
     if not alpha:
         yield
         return
 
     def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        bound = alpha / (batch.side_lengths_BN * output.shape[-1]).sqrt()[..., None]
+        bound = alpha / (each.side_lengths_BN * output.shape[-1]).sqrt()[..., None]
         return output + (torch.rand_like(output) * 2 - 1) * bound.to(output.dtype)
 
-    embeddings: Any = base_model(model).get_input_embeddings()
     hook = embeddings.register_forward_hook(add)
     try:
         yield
