@@ -58,7 +58,9 @@ def say_error(error: BaseException, *, everywhere: bool = False) -> None:
 
 
 def is_text(words: str) -> bool:
-    """Whether what was typed is UTF-8: Python keeps a byte that is not as half of a character."""
+    """Whether words can be written as UTF-8: Python keeps a byte that is not as half of a character."""
+    if words.isascii():
+        return True
     try:
         words.encode("utf-8")
     except UnicodeEncodeError:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orpo.console import is_text
 from orpo.data import pairwise, ranked, turn_markers
 from orpo.data.columns import Columns, NamedRow, quoted
 from orpo.data.counts import RowCounts
@@ -408,12 +409,7 @@ def _refuse_unwritable(name: str, value: Any) -> None:
 def _unwritable(value: Any) -> str | None:
     """Why a text, or what holds texts at any depth, cannot be written as JSON in UTF-8; None where it can."""
     if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                return "holds half of a character (a lone surrogate), as cut texts do"
-        return None
+        return None if is_text(value) else "holds half of a character (a lone surrogate), as cut texts do"
     if isinstance(value, dict):
         if strange := [key for key in value if not isinstance(key, str)]:
             return f"has a key that is {type_name(strange[0])}; expected text"
