@@ -253,6 +253,26 @@ def test_training_and_planning_choose_the_same_micro_batches(monkeypatch):
     assert token_budget(1e9, 0.0, 2048) == 2048, "only the vocabulary matrix is trained"
 
 
+@pytest.mark.parametrize(
+    ("objective", "tokens"),
+    [
+        ({"objective": "orpo"}, 2048),
+        ({"objective": "dpo"}, 2048),
+        ({"objective": "sft"}, 1024),
+        ({"stages": [{"objective": "sft", "share": 0.5}, {"objective": "orpo"}]}, 2048),
+    ],
+    ids=str,
+)
+def test_where_nothing_is_compared_micro_batches_are_smaller(objective, tokens, tmp_path, monkeypatch):
+    """On a CPU, by the trainer and on paper."""
+    monkeypatch.setattr("orpo.engine.memory.free_memory", lambda device: 2**36)
+    settings = {"model_name_or_path": str(files("orpo") / "demo" / "model"), "dataset_name": "demo"} | objective
+    plan = make_plan(settings, cluster("h100-80", 1), drawn_lengths(UF, 16, settings), on_cpu=True)
+    trainer = tiny_trainer(tmp_path, **objective)
+    trainer.get_train_dataloader()
+    assert plan.budget == trainer._tokens_per_micro_batch == tokens
+
+
 def test_optimizers_by_name():
     sizes = {"adamw_torch": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "lion_8bit": 1, "x": 8}
     assert {name: optimizer_bytes(name) for name in sizes} == sizes

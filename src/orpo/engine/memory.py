@@ -26,6 +26,8 @@ OPTIMIZER_BYTES = {
 GRADIENT_BYTES = 4
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 65536, 2048
 """Larger micro-batches are not faster (on a CPU: benchmarks/RESULTS.md)."""
+MAX_TOKENS_OF_SFT = 1024
+"""On a CPU, where nothing is compared: a ranked list is one answer and needs no large micro-batch (LOG.md)."""
 
 
 def default_tokens_per_micro_batch(
@@ -37,6 +39,7 @@ def default_tokens_per_micro_batch(
     num_shards: int = 1,
     optim: str = "adamw_torch",
     in_backward: bool = False,
+    compares: bool = True,
 ) -> int:
     """Token budget of a micro-batch: what half of the memory left by gradients and moments has room for.
 
@@ -49,9 +52,11 @@ def default_tokens_per_micro_batch(
         optim: Name of the optimizer.
         in_backward: Whether it frees each gradient in the backward pass; a step that is one micro-batch then
             holds none, and the other half of the memory is there for those of one that is not.
+        compares: Whether rejected answers are read too.
 
     Returns:
-        A multiple of 256, at least 1024; at most 65536 on a CUDA device and 2048 elsewhere.
+        A multiple of 256, at least 1024; at most 65536 on a CUDA device, and elsewhere 2048, or 1024 where nothing
+        is compared.
     """
     footprint = footprint_of(model)
     states = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) * trains
@@ -60,7 +65,14 @@ def default_tokens_per_micro_batch(
         to_come = (to_come + sum(weight.nbytes for weight in model.parameters())) / num_shards
     room = free_memory(device) - to_come - footprint.whatever_tokens(checkpointing=checkpointing) * trains
     per_token = footprint.per_token(trains=trains, checkpointing=checkpointing)
-    return token_budget(room, per_token, MAX_TOKENS if device.type == "cuda" else MAX_TOKENS_ON_CPU)
+    return token_budget(room, per_token, most_tokens(on_cpu=device.type != "cuda", compares=compares))
+
+
+def most_tokens(*, on_cpu: bool, compares: bool) -> int:
+    """The largest micro-batch that is chosen, in tokens, however much memory there is."""
+    if not on_cpu:
+        return MAX_TOKENS
+    return MAX_TOKENS_ON_CPU if compares else min(MAX_TOKENS_OF_SFT, MAX_TOKENS_ON_CPU)
 
 
 def token_budget(room: float, per_token: float, most: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from orpo.engine.memory import MAX_TOKENS, MAX_TOKENS_ON_CPU, default_logits_memory_mib, token_budget
+from orpo.engine.memory import default_logits_memory_mib, most_tokens, token_budget
 from orpo.engine.packing import SHARE_FROM, find_sharing, runs_rejected
 from orpo.engine.planning import (
     BatchPlan,
@@ -164,11 +164,12 @@ def lay_out(
     drop_last = bool(get("dataloader_drop_last"))
     in_epoch = steps_in_epoch(lengths.num_pairs, pairs_per_step, drop_last=drop_last)
     steps = steps_of_run(in_epoch, int(get("max_steps")), float(get("num_train_epochs")))
-    budget = own.tokens_per_micro_batch or _budget(model, setup, where)
+    stages = resolve_stages(own)
+    compares = any(runs_rejected(stage.objective, None) for stage in stages)
+    budget = own.tokens_per_micro_batch or _budget(model, setup, where, compares=compares)
     layout: LayoutName = own.layout or "shared"
     seed = get("seed") if get("data_seed") is None else get("data_seed")
     shown = _first_steps(lengths, pairs_per_step, seed=int(seed), drop_last=drop_last)
-    stages = resolve_stages(own)
     laid_out = [
         _laid_out(lengths, shown, stage.objective, where.ranks, budget, layout, shares=model.shares)
         for stage in stages
@@ -267,14 +268,14 @@ def _deepspeed_stage(config: Any) -> int:
     return int(found.get("zero_optimization", {}).get("stage", 0))
 
 
-def _budget(model: PaperModel, setup: Setup, where: Cluster) -> int:
+def _budget(model: PaperModel, setup: Setup, where: Cluster, *, compares: bool) -> int:
     """The tokens of a micro-batch that training would choose: engine/memory.py, with what is free there."""
     weights, gradients, state = states(model, setup)
     fixed = 0.0 if setup.cut > 1 else model.footprint.whatever_tokens(checkpointing=setup.checkpointing)
     gradients *= not setup.in_backward
     room = where.gpu.memory_gib * GIB - weights - gradients - state - fixed
     per_token = model.footprint.per_token(checkpointing=setup.checkpointing)
-    return token_budget(room, per_token, MAX_TOKENS_ON_CPU if setup.on_cpu else MAX_TOKENS)
+    return token_budget(room, per_token, most_tokens(on_cpu=setup.on_cpu, compares=compares))
 
 
 @dataclass(frozen=True, slots=True)

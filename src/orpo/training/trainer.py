@@ -46,6 +46,7 @@ from orpo.engine.head import PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
 from orpo.engine.model import Preparation, prepare_model
+from orpo.engine.packing import runs_rejected
 from orpo.engine.score import score
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.steps import (
@@ -305,6 +306,7 @@ class ORPOTrainer(SteppingTrainer):
                     num_shards=self.args.world_size if self.is_fsdp_enabled else 1,
                     optim=str(getattr(self.args.optim, "value", self.args.optim)),
                     in_backward=self.args.optimizer_in_backward,
+                    compares=any(runs_rejected(stage.objective, None) for stage in self.schedule.stages),
                 )
             )
 
