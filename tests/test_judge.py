@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import shutil
 import statistics
 import urllib.request
 
@@ -352,6 +353,18 @@ def test_what_is_no_reward_model_is_refused(tmp_path, reward_folder):
     ):
         with pytest.raises(ModelError, match=words):
             RewardModel(str(name), OrpoSettings())
+
+
+def test_a_reward_model_without_an_embedding_for_a_token_is_one_line(tmp_path, reward_folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reward_folder)
+    tokenizer.add_tokens(["rewriteword"])
+    other = tmp_path / "other"
+    shutil.copytree(reward_folder, other)
+    tokenizer.save_pretrained(other)
+    first = answers(tmp_path / "a.jsonl", "one", [("q", "the sea")])
+    second = answers(tmp_path / "b.jsonl", "two", [("q", "the rewriteword")])
+    with pytest.raises(ModelError, match=r"reward model .*: token \d+ \('rewriteword'\) has no embedding"):
+        judge(first, second, f"reward:{other}")
 
 
 # ------------------------------------------------------------------------------------------- the command

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tiny_tokenizer import tiny_tokenizer
 import orpo
 from orpo import cli, run_suites, write_report
 from orpo.engine.metrics import write_change_with_unit, write_with_unit
-from orpo.errors import ConfigError, DataError
+from orpo.errors import ConfigError, DataError, ModelError
 from orpo.html_page import typeset
 from orpo.judging.llm_judge import judge_prompt
 from orpo.suites import bbq, crows_pairs, ifeval, mt_bench, rewardbench
@@ -347,6 +348,22 @@ def test_crows_pairs_counts_the_likelier_sentence_of_two_models_and_saves(models
             write_change_with_unit(found.changes[name].figure, unit),
         ):
             assert f"<td>{typeset(str(written))}</td>" in row
+
+
+def test_a_text_that_the_model_cannot_read_is_one_line(models, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(models[0], model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["rewriteword"])
+    tokenizer.save_pretrained(model)
+    for about, words in (
+        ("a rewriteword", r"crows_pairs: text 2: token \d+ \('rewriteword'\) has no embedding"),
+        ("so " * 5000, r"crows_pairs: text 2: [\d,]+ tokens do not fit into the 512 it can read"),
+    ):
+        file = tmp_path / "pairs.csv"
+        file.write_text(f"sent_more,sent_less,bias_type\na,{about},age\n")
+        with pytest.raises(ModelError, match=words):
+            run_suites(str(model), [f"crows_pairs:{file}"])
 
 
 def test_the_shipped_sentences_are_all_of_crows_pairs_and_other_files_are_refused(tmp_path):

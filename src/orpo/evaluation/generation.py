@@ -256,6 +256,16 @@ class ChatModel:
         check_ids(ids, num_embeddings(self.model), self.tokenizer, source)
         return ids
 
+    def check_text(self, ids: Sequence[int], source: str) -> None:
+        """Check that a text can be read as a whole; the line begins with `source`.
+
+        Raises:
+            ModelError: The model has no embedding for one of its tokens, or too few positions.
+        """
+        check_ids(ids, num_embeddings(self.model), self.tokenizer, source)
+        if self.max_context is not None and len(ids) > self.max_context:
+            raise ModelError(f"{source}: {len(ids):,} tokens do not fit into the {self.max_context:,} it can read")
+
     def text(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without special tokens, with the blanks around it."""
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)

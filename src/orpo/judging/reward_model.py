@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from orpo.data.stages import report
+from orpo.data.token_ids import check_ids
+from orpo.engine.scorer import num_embeddings
 from orpo.errors import ModelError, raised_as
 from orpo.evaluation.answers import Failure
 from orpo.evaluation.generation import this_device
@@ -85,11 +87,15 @@ class RewardModel:
         if self._tokenizer.chat_template is None:
             question = "\n\n".join(str(turn["content"]) for turn in turns)
             pair = self._tokenizer(question, answer)
-            return [pair[name] for name in ("input_ids", "token_type_ids") if name in pair]
+            return self._checked([pair[name] for name in ("input_ids", "token_type_ids") if name in pair])
         with raised_as(ModelError, f"the chat template of {self.name} refuses a conversation"):
             conversation = [*turns, {"role": "assistant", "content": answer}]
             text = self._tokenizer.apply_chat_template(conversation, tokenize=False)
-        return [self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return self._checked([self._tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+    def _checked(self, ids: list[list[int]]) -> list[list[int]]:
+        check_ids(ids[0], num_embeddings(self._model), self._tokenizer, f"the reward model {self.name}")
+        return ids
 
     def _padding(self, batch: Sequence[Sequence[Sequence[int]]]) -> int:
         """The model's padding token; without one, a token that the batch does not hold.

@@ -115,8 +115,15 @@ class Subject:
         return None if self._endpoint is None else self._endpoint.url
 
     def log_likelihoods(self, suite: str, asked: Sequence[Continuation]) -> list[float]:
-        """The sum of the log-probs of each continuation, in nats."""
+        """The sum of the log-probs of each continuation, in nats.
+
+        Raises:
+            ModelError: The model has no embedding for a token, or reads no text of that length.
+        """
         chat = self.chat(suite)
+        for number, one in enumerate(asked, start=1):
+            source = f"{self.name}: {suite}: text {number}"
+            chat.check_text([*one.context, *one.tokens], source)
         identity = self.answerer.identity
         kept = KeptValues(f"likelihoods-{identity}")
         return log_likelihoods(chat.model, asked, kept, f"{self.name}: {suite}")
