@@ -174,9 +174,7 @@ def agreement(shape: str, data: str, per_step: int, dtype: str = "fp32") -> dict
     }  # fmt: skip
 
 
-def _largest_error(
-    found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], names: list[str]
-) -> float:
+def _largest_error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], names: list[str]) -> float:
     """The largest relative error of a gradient."""
     return max(((found[n] - exact[n]).norm() / exact[n].norm()).item() for n in names)
 

@@ -266,7 +266,8 @@ def test_training_and_planning_choose_the_same_micro_batches(monkeypatch):
 def test_where_nothing_is_compared_micro_batches_are_smaller(objective, tokens, tmp_path, monkeypatch):
     """On a CPU, by the trainer and on paper."""
     monkeypatch.setattr("orpo.engine.memory.free_memory", lambda device: 2**36)
-    settings = {"model_name_or_path": str(files("orpo") / "demo" / "model"), "dataset_name": "demo"} | objective
+    model = str(files("orpo") / "demo" / "model")
+    settings = {"model_name_or_path": model, "dataset_name": "demo"} | objective
     plan = make_plan(settings, cluster("h100-80", 1), drawn_lengths(UF, 16, settings), on_cpu=True)
     trainer = tiny_trainer(tmp_path, **objective)
     trainer.get_train_dataloader()

@@ -27,7 +27,7 @@ GRADIENT_BYTES = 4
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 65536, 2048
 """Larger micro-batches are not faster (on a CPU: benchmarks/RESULTS.md)."""
 MAX_TOKENS_OF_SFT = 1024
-"""On a CPU, where nothing is compared: a ranked list is one answer and needs no large micro-batch (LOG.md)."""
+"""On a CPU, where nothing is compared: a ranked list is one answer, and larger ones gain nothing (LOG.md)."""
 
 
 def default_tokens_per_micro_batch(
@@ -55,8 +55,8 @@ def default_tokens_per_micro_batch(
         compares: Whether rejected answers are read too.
 
     Returns:
-        A multiple of 256, at least 1024; at most 65536 on a CUDA device, and elsewhere 2048, or 1024 where nothing
-        is compared.
+        A multiple of 256, at least 1024; at most 65536 on a CUDA device, and elsewhere 2048, or 1024 where
+        nothing is compared.
     """
     footprint = footprint_of(model)
     states = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) * trains

@@ -264,7 +264,9 @@ class ChatModel:
         """
         check_ids(ids, num_embeddings(self.model), self.tokenizer, source)
         if self.max_context is not None and len(ids) > self.max_context:
-            raise ModelError(f"{source}: {len(ids):,} tokens do not fit into the {self.max_context:,} it can read")
+            raise ModelError(
+                f"{source}: {len(ids):,} tokens do not fit into the {self.max_context:,} it can read"
+            )
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without special tokens, with the blanks around it."""
