@@ -2,19 +2,24 @@
 
 import dataclasses
 import math
+import re
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from transformers.trainer_utils import IntervalStrategy
 
 from orpo.errors import ConfigError
 from orpo.run.directory import dump_yaml
 from orpo.settings.config import (
     FACTS,
+    OWN,
     PRESETS,
     Objective,
     OrpoSettings,
@@ -24,10 +29,11 @@ from orpo.settings.config import (
     resolve_objective,
 )
 from orpo.settings.inherited import INHERITED
+from orpo.settings.kinds import convert, describe
 from orpo.settings.recipe import Recipe, load_recipe
 from orpo.settings.reference import json_schema, settings_markdown
 from orpo.settings.renamed import MEANT, NO_EFFECT, RENAMED, current_entries
-from orpo.settings.schema import _class_fields, _training_arguments, convert, known_settings
+from orpo.settings.schema import _class_fields, _training_arguments, known_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -753,3 +759,33 @@ def test_a_model_under_the_home_folder_is_found_there(tmp_path, monkeypatch):
 def test_what_settings_may_be_meant_by_are_settings():
     for names in MEANT.values():
         assert set(names) <= known_settings().keys()
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_a_script_gives_values_of_the_right_type_or_one_line_says_what_is_expected(name, tmp_path):
+    """As a recipe does: a misspelled choice, a number that is none, a switch that is no switch."""
+    from orpo import ORPOConfig
+
+    kind = known_settings()[name].kind
+    for value in ("zzz", {"zzz"}, 1.5, [object()], "0.25"):
+        try:
+            convert(value, kind)
+        except ValueError:
+            expected = rf"{name}: .* is not usable; expected {re.escape(describe(kind))}"
+            with pytest.raises(ConfigError, match=expected):
+                ORPOConfig(output_dir=str(tmp_path), **{name: value})
+            with pytest.raises(ConfigError, match=expected):
+                OrpoSettings.from_recipe({name: value})
+
+
+def test_values_of_python_are_taken_as_a_recipe_writes_them(tmp_path):
+    from orpo import ORPOConfig
+
+    made = ORPOConfig(
+        output_dir=str(tmp_path), beta=np.float32(0.5), max_length=np.int64(64), dtype=torch.bfloat16,
+        dataset_name=tmp_path / "pairs.jsonl", learning_rate="1e-5", eval_strategy=IntervalStrategy.NO,
+        lora_target_modules=("q_proj", "v_proj"),
+    )  # fmt: skip
+    assert (made.beta, made.max_length, made.dtype, made.learning_rate) == (0.5, 64, "torch.bfloat16", 1e-5)
+    assert made.dataset_name == str(tmp_path / "pairs.jsonl")
+    assert made.lora_target_modules == ["q_proj", "v_proj"]

@@ -11,12 +11,14 @@ import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args, get_type_hints
 
 from orpo.errors import ConfigError
 from orpo.settings.facts import Facts, TrlDefault, setting
 from orpo.settings.inherited import INHERITED
+from orpo.settings.kinds import usable
 from orpo.settings.renamed import NO_EFFECT
 from orpo.settings.values import check_values
 
@@ -332,8 +334,30 @@ class OrpoSettings:
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
-        """Our own settings of a recipe; those of `TrainingArguments` in it are left out."""
-        return cls(**{f.name: recipe[f.name] for f in fields(OrpoSettings) if f.name in recipe})
+        """Our own settings of a recipe; those of `TrainingArguments` in it are left out.
+
+        Raises:
+            ConfigError: A value is not of its setting's type.
+        """
+        made = cls(**{f.name: recipe[f.name] for f in fields(OrpoSettings) if f.name in recipe})
+        made.convert_values()
+        return made
+
+    def convert_values(self) -> None:
+        """Convert our own settings to their types, as values of a recipe are.
+
+        Raises:
+            ConfigError: A value cannot be converted.
+        """
+        for name, kind in _kinds().items():
+            setattr(self, name, usable(name, getattr(self, name), kind))
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """The type of each of our own settings."""
+    hints = get_type_hints(OrpoSettings)
+    return {f.name: hints[f.name] for f in fields(OrpoSettings)}
 
 
 ONE_WEIGHT_AT_A_TIME = frozenset(

@@ -21,6 +21,17 @@ from orpo.console import say
 from orpo.errors import ConfigError, raised_as
 from orpo.run.directory import RunDirectory, at_home
 from orpo.settings.config import idle_lines
+from orpo.settings.kinds import (
+    SetTwice,
+    YamlLoader,
+    accepts_mapping,
+    convert,
+    is_boolean_word,
+    members,
+    not_usable,
+    only_boolean,
+    parse_yaml,
+)
 from orpo.settings.renamed import (
     MEANT,
     NO_EFFECT,
@@ -30,18 +41,7 @@ from orpo.settings.renamed import (
     takes_as,
     understood_names,
 )
-from orpo.settings.schema import (
-    SetTwice,
-    YamlLoader,
-    accepts_mapping,
-    convert,
-    describe,
-    is_boolean_word,
-    known_settings,
-    members,
-    only_boolean,
-    parse_yaml,
-)
+from orpo.settings.schema import known_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def _set(settings: dict[str, Any], key: str, value: Any, *, typed: bool) -> None
         raise ConfigError(f"{key}: {error}") from None
     except ValueError:
         written = "nothing" if typed and value is True else _shown(value)
-        raise ValueError(f"{key}: {written} is not usable; expected {describe(known.kind)}") from None
+        raise ValueError(not_usable(key, written, known.kind)) from None
 
 
 def _stage(entry: dict[str, Any]) -> dict[str, Any]:

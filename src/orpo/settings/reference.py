@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from orpo.run.directory import dump_yaml
 from orpo.settings.config import FACTS
+from orpo.settings.kinds import convert, describe, members
 from orpo.settings.renamed import current_entries
-from orpo.settings.schema import Known, convert, describe, known_settings, members
+from orpo.settings.schema import Known, known_settings
 
 
 def resolved_yaml(settings: Mapping[str, Any], *, inherited: bool = False) -> str:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_origin
 
 import torch
 from transformers import TrainingArguments
@@ -32,8 +33,10 @@ from orpo.settings.config import (
     settings_where,
 )
 from orpo.settings.inherited import INHERITED, inherited
+from orpo.settings.kinds import members, usable
 from orpo.settings.recipe import nearest
 from orpo.settings.renamed import NO_EFFECT, current_keywords
+from orpo.settings.schema import known_settings
 
 
 @dataclass
@@ -64,6 +67,7 @@ class _Arguments(OrpoSettings, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        self.convert_values()
         _, notices = resolve_objective(self)
         for key, value in objective_keys(self).items():
             setattr(self, key, value)
@@ -91,6 +95,17 @@ class _Arguments(OrpoSettings, TrainingArguments):
             super().__post_init__()
         if self.deepspeed_plugin is not None:  # DeepSpeed clips at 1.0 where its own file says nothing
             self.deepspeed_plugin.deepspeed_config.setdefault("gradient_clipping", self.max_grad_norm)
+
+    def convert_values(self) -> None:
+        """Convert our settings, and those of `TrainingArguments` that are numbers, switches or choices.
+
+        Raises:
+            ConfigError: A value cannot be converted.
+        """
+        super().convert_values()
+        for name, known in known_settings().items():
+            if name not in OWN and all(_is_plain(member) for member in members(known.kind)):
+                setattr(self, name, usable(name, getattr(self, name), known.kind))
 
     def idle(self, *, on_the_hub: bool) -> list[str]:
         """Lines on settings that wait for another one: those of pushing to the hub, or all others.
@@ -202,6 +217,10 @@ class _Arguments(OrpoSettings, TrainingArguments):
             for name in names
             if name not in never and not (values[name] is None and defaults[name] is None)
         }
+
+
+def _is_plain(member: Any) -> bool:
+    return member in (bool, int, float, NoneType) or get_origin(member) is Literal
 
 
 def _defaults() -> dict[str, Any]:
