@@ -118,12 +118,12 @@ def _held_out(trainer: ORPOTrainer) -> Iterator[str]:
 def _prompts(trainer: ORPOTrainer) -> Iterator[str]:
     """Where the NLL is mostly over prompts, how much of that is the same opening every time."""
     pairs: Any = trainer.train_dataset
-    if not isinstance(pairs, TokenizedDataset) or trainer.objective.nll_on != "full":
+    if not isinstance(pairs, TokenizedDataset) or trainer.final_objective.nll_on != "full":
         return
-    if trainer.objective.nll_weight == 0 or not len(pairs):
+    if trainer.final_objective.nll_weight == 0 or not len(pairs):
         return
     sample = [pairs[int(i)] for i in np.linspace(0, len(pairs) - 1, min(len(pairs), 2000))]
-    ranges = [nll_ranges(pair, trainer.objective) for pair in sample]
+    ranges = [nll_ranges(pair, trainer.final_objective) for pair in sample]
     total = sum(stop - start for pair in ranges for start, stop in pair)
     context = sum(stop - start for *before, _ in ranges for start, stop in before)
     if context <= MOSTLY * total:

@@ -126,7 +126,7 @@ class ORPOTrainer(SteppingTrainer):
     """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
 
     Attributes:
-        objective: What is minimised; of several stages in the last one, by which the run is evaluated.
+        final_objective: What is minimised; of several stages in the last one, by which the run is evaluated.
         schedule: What is minimised in each step.
         pairs_per_step: Pairs of one optimizer step, over all ranks.
         stopped_by: Name of the signal that ended `train` early, or None.
@@ -136,7 +136,7 @@ class ORPOTrainer(SteppingTrainer):
     deepspeed: Any
     train_dataset: Any
     eval_dataset: Any
-    objective: Objective
+    final_objective: Objective
     _prepared: tuple[nn.Module, Preparation] | None = None
     _tokens_per_micro_batch = 0
     _stage: Stage | None = None
@@ -197,7 +197,7 @@ class ORPOTrainer(SteppingTrainer):
         settle_evaluation(args, list(data.evals), has_own_metrics=compute_metrics is not None)
         settle_cadence(args, data, loaded)
         keep_template(data.template, tokenizer, loaded)
-        self.objective = args.objective_settings
+        self.final_objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
         self.schedule = _schedule(args, data.train_pairs)
         self._recipe = args.recipe()
@@ -218,7 +218,7 @@ class ORPOTrainer(SteppingTrainer):
                 optimizers=own_optimizers(args, optimizers),
             )
         self.neftune_noise_alpha = None  # the engine knows what a text is
-        self.window = MetricWindow(self.objective, self.args.device)
+        self.window = MetricWindow(self.final_objective, self.args.device)
         self.stopwatch = Stopwatch()
         self.recorder = self._add_callbacks(data)
         base_model(self.model).add_model_tags(list(self._tag_names))
@@ -339,7 +339,7 @@ class ORPOTrainer(SteppingTrainer):
 
     def _batch_settings(self, *, evaluating: bool) -> BatchSettings:
         return self._preparation().batches(
-            self.objective,
+            self.final_objective,
             self._tokens_per_micro_batch,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,
@@ -581,7 +581,7 @@ class ORPOTrainer(SteppingTrainer):
             scores = self._score(dataloader)
         pairs: Any = dataloader.dataset
         results = PairResults.of(self.reference.beside(scores, pairs.pairs), pairs.pairs)
-        figures = dict(results.figures(self.objective))
+        figures = dict(results.figures(self.final_objective))
         ours = {name: figure.mean for name, figure in figures.items()}
         chosen, rejected = scores.chosen_logprob_P.numpy(), scores.rejected_logprob_P.numpy()
         rejected = np.where(scores.has_rejected_P.numpy(), rejected, np.nan)
@@ -596,7 +596,7 @@ class ORPOTrainer(SteppingTrainer):
             if self._evaluated_set in self._own_sets:
                 self._pair_log.evaluated(self.args, self.state, self._evaluated_set, results)
         named = {f"{metric_key_prefix}_{name}": value for name, value in custom.items()}
-        for name, value in trl_names(ours, self.objective).items():
+        for name, value in trl_names(ours, self.final_objective).items():
             named.setdefault(f"{metric_key_prefix}_{name}", value)
         return EvalLoopOutput(
             predictions=predictions,
