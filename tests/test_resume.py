@@ -258,6 +258,42 @@ def test_another_configuration_of_the_base_is_refused(tmp_path):
     run(use_cache=False).train(resume_from_checkpoint=True)
 
 
+def test_an_adapter_of_other_settings_than_the_recipe_s_is_refused(tmp_path):
+    """Of a folder, or of a script: its weights come from the checkpoint, what they are scaled by does not."""
+
+    def run(callbacks=(), **changes):
+        adapter = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["v_proj", "q_proj"]} | changes)
+        arguments = {"callbacks": list(callbacks), "peft_config": adapter}
+        return tiny_trainer(tmp_path, **SAVING, arguments=arguments)
+
+    run(callbacks=[StopAt(3)]).train()
+    for changes, said in (
+        ({"lora_alpha": 40}, r"adapter\.default\.lora_alpha: 4 -> 40"),
+        ({"use_rslora": True}, r"adapter\.default\.use_rslora: False -> True"),
+        ({"lora_dropout": 0.1}, r"adapter\.default\.lora_dropout: 0\.0 -> 0\.1"),
+    ):
+        with pytest.raises(RunError, match=rf"other settings \({said}\)"):
+            run(**changes).train(resume_from_checkpoint=True)
+    run(target_modules=["q_proj", "v_proj"], base_model_name_or_path="x").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pair: replace(pair, prompt=[*pair.prompt, pair.chosen[0]], chosen=pair.chosen[1:]),
+        lambda pair: replace(pair, chosen=[*pair.chosen, pair.rejected[0]], rejected=pair.rejected[1:]),
+        lambda pair: replace(pair, chosen_context=1),
+        lambda pair: replace(pair, assistant_spans=((0, 1),)),
+    ],
+)
+def test_the_same_tokens_with_other_ends_of_their_parts_are_refused(change, tmp_path):
+    pairs = random_pairs(12, seed=1)
+    make(tmp_path, train=pairs, save_total_limit=1, arguments={"callbacks": [StopAt(2)]}).train()
+    pairs[5] = change(pairs[5])
+    with pytest.raises(RunError, match=r"other settings \(pairs_parts: \d+ -> \d+\)"):
+        make(tmp_path, train=pairs).train(resume_from_checkpoint=True)
+
+
 def test_another_reference_than_the_model_before_training_is_refused(tmp_path):
     def run(scale=1.0, callbacks=(), **settings):
         model = tiny_models.build("Llama")

@@ -29,6 +29,10 @@ from orpo.training.arguments import ORPOConfig
 Result = TypeVar("Result")
 _NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 """Of a model's configuration: what does not change the numbers, or is compared elsewhere."""
+_NOT_OF_ADAPTERS = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
+}  # fmt: skip
+"""Of an adapter's configuration: the same."""
 _TRAINED, _BASE, _DTYPE = "trained_weights", "base_weights", "weights_dtype"
 _ORDER, _ANY_ORDER = "order", "each pair for itself"
 """How pairs follow each other; version 0.2.0 wrote nothing about it, and had this order alone."""
@@ -57,11 +61,13 @@ def run_identity(
             "num_pairs": len(pairs),
             _ORDER: "pairs of a prompt together" if repeated else _ANY_ORDER,
             "pairs_checksum": zlib.crc32(np.ascontiguousarray(pairs.tokens).data),
+            "pairs_parts": _parts_checksum(pairs),
         }
     if model is not None:
         sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
         identity[_TRAINED] = f"{sum(sizes):,} in {len(sizes)} tensors"
         identity |= _architecture(model)
+        identity |= {} if args.use_peft else _adapters(model)
         identity[_DTYPE] = ", ".join(sorted({str(weight.dtype)[6:] for weight in model.parameters()}))
         is_reference = first is not None and first.needs_reference
         if args.process_index == 0 and (base := _base_weights(model, is_reference)) is not None:
@@ -78,6 +84,25 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
         for name, value in settings.items()
         if not name.endswith("_token_id") and name not in _NOT_COMPUTED
     }
+
+
+def _parts_checksum(pairs: TokenizedDataset) -> int:
+    """Of where the parts of pairs begin and end: prompt, answers, earlier turns and assistant spans."""
+    checksum = 0
+    for bounds in (pairs.offsets, pairs.contexts, pairs.spans, pairs.span_offsets):
+        checksum = zlib.crc32(np.ascontiguousarray(bounds, np.int64).data, checksum)
+    return checksum
+
+
+def _adapters(model: nn.Module) -> dict[str, Any]:
+    """What adapters that no setting describes say of themselves: those of a folder, or of a script."""
+    found = {}
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        for name, value in config.to_dict().items():
+            if name not in _NOT_OF_ADAPTERS:
+                value = sorted(value) if isinstance(value, set) else value
+                found[f"adapter.{adapter}.{name}"] = json.loads(json.dumps(value, default=str))
+    return found
 
 
 def _base_weights(model: nn.Module, is_reference: bool) -> str | None:
