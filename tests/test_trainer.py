@@ -143,6 +143,82 @@ def test_epochs_have_orders_of_their_own(tmp_path):
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(13)) and epochs[0] != epochs[1]
 
 
+def test_an_epoch_that_a_callback_ends_early_is_followed_by_the_next(tmp_path, capsys):
+    """By its order of pairs, and by the stage that each step belongs to."""
+    stages = [{"objective": "sft", "share": 0.25}, {"objective": "orpo"}]
+    plain = tiny_trainer(tmp_path / "plain", max_steps=8, stages=stages)
+    trainer = tiny_trainer(tmp_path / "early", max_steps=8, stages=stages)
+    runs = {trainer: [], plain: []}
+
+    class Watch(TrainerCallback):
+        def __init__(self, run, ends):
+            self.run, self.ends = run, ends
+
+        def on_step_end(self, args, state, control, **kwargs):
+            step = self.run._last_step
+            index = [i for batch in step.batches for i in batch.index]
+            runs[self.run].append((index, step.objective.preference_weight > 0))
+            control.should_epoch_stop = state.global_step in self.ends
+
+    for run, ends in ((plain, ()), (trainer, (2,))):
+        run.add_callback(Watch(run, ends))
+        run.train()
+    expected, seen = ([sorted(index) for index, _ in runs[run]] for run in (plain, trainer))
+    assert seen == expected[:2] + expected[4:8]
+    assert [compares for _, compares in runs[trainer]] == [False] * 2 + [True] * 4
+    printed = capsys.readouterr().out
+    assert printed.count("step 2: a callback ended the epoch early; a run that resumes after it counts") == 1
+
+
+def test_a_search_minimises_the_loss_and_tries_what_it_says(tmp_path):
+    pytest.importorskip("optuna")
+    pairs = random_pairs(4, seed=3)
+
+    def trainer(name, **more):
+        return ORPOTrainer(
+            model_init=lambda: tiny_models.build("Llama"), processing_class=tiny_tokenizer(),
+            args=tiny_config(tmp_path / name, eval_strategy="epoch", max_steps=2),
+            train_dataset=random_pairs(), eval_dataset=pairs, **more,
+        )  # fmt: skip
+
+    def space(trial):
+        return {"beta": trial.suggest_categorical("beta", [0.7]), "max_steps": 3}
+
+    found = trainer("search").hyperparameter_search(space, n_trials=1, backend="optuna")
+    alone = tiny_trainer(tmp_path / "alone", evaluation=pairs, eval_strategy="epoch", max_steps=3, beta=0.7)
+    alone.train()
+    assert found.objective == pytest.approx(alone.evaluate()["eval_loss"])
+    searched = trainer("refused")
+    for name, value in (("max_length", 30), ("per_device_train_batch_size", 2), ("lora_r", 4)):
+        with pytest.raises(ConfigError, match=f"hyperparameter_search: {name}: data and model were made"):
+            trainer(name).hyperparameter_search(
+                lambda trial, n=name, v=value: {n: v}, n_trials=1, backend="optuna"
+            )
+    with pytest.raises(ConfigError, match=r"beta: -1.0 is out of range"):
+        searched.hyperparameter_search(lambda trial: {"beta": -1}, n_trials=1, backend="optuna")
+    with pytest.raises(ConfigError, match="direction: maximize, and the loss is what is not named"):
+        searched.hyperparameter_search(space, direction="maximize")
+    with pytest.raises(ConfigError, match="give model_init"):
+        tiny_trainer(tmp_path / "model").hyperparameter_search(space)
+
+
+@pytest.mark.parametrize("given", [None, [1, 2], 3.0])
+def test_compute_metrics_that_gives_no_mapping_is_one_line(given, tmp_path):
+    arguments = {"compute_metrics": lambda _: given}
+    trainer = tiny_trainer(tmp_path, evaluation=random_pairs(3), arguments=arguments)
+    with pytest.raises(ConfigError, match=r"compute_metrics gave .*; expected a mapping of names to numbers"):
+        trainer.evaluate()
+
+
+def test_a_metric_that_no_evaluation_finds_is_one_line(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, evaluation=random_pairs(3), **EACH_STEP, metric_for_best_model="zz",
+        greater_is_better=True, arguments={"compute_metrics": lambda _: {"mine": 1.0}},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"metric_for_best_model: 'zz' is none of an evaluation's: .*mine"):
+        trainer.train()
+
+
 def test_stream_steps_are_alike_on_every_rank_and_begin_anew():
     pairs = random_pairs(5)
     steps = []

@@ -182,11 +182,11 @@ class StepDataset(Dataset[Step]):
             plan_epoch, len(pairs), pairs_per_step, seed=seed, shuffle=shuffle, drop_last=drop_last,
             prompts=prompts,
         )  # fmt: skip
-        self.set_epoch(0)
+        self.set_epoch(0, 0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order of `epoch`."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, start: int | None = None) -> None:
+        """Take the order of `epoch`, which begins with step `start`; None: all epochs before were whole."""
+        self._start = epoch * len(self) if start is None else start
         self._steps = self._plan(epoch=epoch)
 
     def __len__(self) -> int:
@@ -194,7 +194,7 @@ class StepDataset(Dataset[Step]):
 
     def __getitem__(self, step: int) -> Step:
         index = self._steps[step].tolist()
-        settings = self.settings.at(self._epoch * len(self) + step)
+        settings = self.settings.at(self._start + step)
         return build_step([self.pairs[i] for i in index], index, settings)
 
 

@@ -15,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from orpo.data.dataset import TokenizedDataset
 from orpo.data.source import TrainingData
 from orpo.errors import ConfigError
+from orpo.settings.config import Schedule, resolve_stages
 from orpo.settings.inherited import INHERITED
 
 MOST = 10
@@ -103,6 +104,12 @@ def number_of_steps(args: Any, pairs: Any, pairs_per_step: int) -> int:
         return max(0, int(args.max_steps))
     in_epoch = steps_in_epoch(len(pairs), pairs_per_step, drop_last=args.dataloader_drop_last)
     return steps_of_run(in_epoch, args.max_steps, args.num_train_epochs)
+
+
+def schedule_of(args: Any, pairs: Any, pairs_per_step: int) -> Schedule:
+    """What is minimised in each step of a run; one that may train nothing has a single stage at most."""
+    steps = number_of_steps(args, pairs, pairs_per_step)
+    return Schedule(resolve_stages(args), steps if args.stages else max(steps, 1))
 
 
 def steps_in_epoch(num_pairs: int, pairs_per_step: int, *, drop_last: bool) -> int:

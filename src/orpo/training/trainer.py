@@ -7,7 +7,7 @@ optimizer steps. The other overrides measure over examples, and keep a run resum
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,9 @@ from orpo.run.finished import mark_finished
 from orpo.run.lock import check_output_dir, held
 from orpo.run.log import Figure, flat, flat_name, is_number
 from orpo.run.repair import put_damaged_aside
-from orpo.settings.config import Objective, Schedule, Stage, resolve_stages
+from orpo.settings.config import Objective, Stage
 from orpo.training.arguments import ORPOConfig
-from orpo.training.cadence import number_of_steps, settle_cadence
+from orpo.training.cadence import schedule_of, settle_cadence
 from orpo.training.in_backward import (
     give_back_what_is_freed,
     own_optimizers,
@@ -106,7 +106,7 @@ from orpo.training.resolve import (
 from orpo.training.resuming import StreamCheck, check_changes, first_rank_decides, run_identity
 from orpo.training.samples import SampleWriter
 from orpo.training.saved_weights import load_renamed
-from orpo.training.stepping import SteppingTrainer
+from orpo.training.searching import SearchingTrainer
 from orpo.training.stopping import StopSignal
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
@@ -122,7 +122,7 @@ def _shown(args: ORPOConfig) -> Iterator[None]:
         yield
 
 
-class ORPOTrainer(SteppingTrainer):
+class ORPOTrainer(SearchingTrainer):
     """Trains a causal language model on preference pairs; takes the arguments of TRL's class.
 
     Attributes:
@@ -199,7 +199,7 @@ class ORPOTrainer(SteppingTrainer):
         keep_template(data.template, tokenizer, loaded)
         self.final_objective = args.objective_settings
         self.pairs_per_step = args.pairs_per_step
-        self.schedule = _schedule(args, data.train_pairs)
+        self.schedule = schedule_of(args, data.train_pairs, self.pairs_per_step)
         self._recipe = args.recipe()
         self._identity = run_identity(args, data.train_pairs, loaded, self.schedule.stages[0].objective)
         self.forced = []
@@ -255,7 +255,7 @@ class ORPOTrainer(SteppingTrainer):
             self.remove_callback(printer)
         self.add_callback(_EpochOrder())
         self.add_callback(StopBetweenSteps(self))
-        self.add_callback(_StageEnds(self.schedule))
+        self.add_callback(_StageEnds(self))
         recorder = Recorder(
             str(self.args.output_dir), self._recipe, data.to_json(), writes=self.is_world_process_zero()
         )
@@ -558,8 +558,18 @@ class ORPOTrainer(SteppingTrainer):
         return metrics
 
     def can_choose(self, metrics: dict[str, float]) -> bool:
-        """Whether an evaluation may be the best one: not where that depends on a reference yet to come."""
-        return not self.reference.is_awaited or choosing_metric(self.args) in metrics
+        """Whether an evaluation may be the best one: not where that depends on a reference yet to come.
+
+        Raises:
+            ConfigError: It lacks the metric that is to choose.
+        """
+        chooser = self.args.metric_for_best_model
+        if chooser is None or choosing_metric(self.args) in metrics:
+            return True
+        if not self.reference.is_awaited:
+            found = ", ".join(name.removeprefix(flat_name("")) for name in metrics)
+            raise ConfigError(f"metric_for_best_model: {chooser!r} is none of an evaluation's: {found}")
+        return False
 
     def _evaluate_set(self, name: str, rows: Any, prefix: str) -> dict[str, float]:
         self._evaluated_set = name
@@ -610,6 +620,10 @@ class ORPOTrainer(SteppingTrainer):
         if self.compute_metrics is None:
             return {}
         found = denumpify_detensorize(self.compute_metrics(predictions))
+        if not isinstance(found, Mapping):
+            raise ConfigError(
+                f"compute_metrics gave {found!r}; expected a mapping of names to numbers, or {{}}"
+            )
         found = {name: _item(value) for name, value in found.items()}
         custom = {str(name).removeprefix(f"{prefix}_"): value for name, value in found.items()}
         for name, value in custom.items():
@@ -874,29 +888,44 @@ class ORPOTrainer(SteppingTrainer):
 
 
 class _EpochOrder(TrainerCallback):
-    """Gives each epoch its order; a callback, since the loader of a resumed epoch shares only the steps."""
+    """Gives each epoch its order; a callback, since the loader of a resumed epoch shares only the steps.
+
+    Epochs are counted, since another callback may end one early.
+    """
+
+    _epoch: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._epoch = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps = kwargs["train_dataloader"].dataset
-        if isinstance(steps, StepDataset):
-            steps.set_epoch(state.global_step // len(steps))
+        if not isinstance(steps, StepDataset):
+            return
+        whole, within = divmod(state.global_step, len(steps))
+        resumed = within if self._epoch is None else 0
+        self._epoch = whole if self._epoch is None else self._epoch + 1
+        steps.set_epoch(self._epoch, state.global_step - resumed)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ended = control.should_epoch_stop and not control.should_training_stop
+        if ended and isinstance(kwargs["train_dataloader"].dataset, StepDataset):
+            say(
+                f"step {state.global_step}: a callback ended the epoch early; a run that resumes after it"
+                " counts epochs by steps, and will not equal this one"
+            )
 
 
 class _StageEnds(TrainerCallback):
     """Asks for a line of the log where a stage ends, so that none is of two objectives."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.starts = schedule.starts
+    def __init__(self, trainer: ORPOTrainer) -> None:
+        self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.logging_strategy != IntervalStrategy.NO and state.global_step in self.starts:
+        starts = self.trainer.schedule.starts
+        if args.logging_strategy != IntervalStrategy.NO and state.global_step in starts:
             control.should_log = True
-
-
-def _schedule(args: ORPOConfig, pairs: Any) -> Schedule:
-    """What is minimised in each step; one that may train nothing has a single stage at most."""
-    steps = number_of_steps(args, pairs, args.pairs_per_step)
-    return Schedule(resolve_stages(args), steps if args.stages else max(steps, 1))
 
 
 def _item(value: Any) -> Any:
