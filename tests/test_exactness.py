@@ -270,6 +270,19 @@ def test_layers_that_are_left_out_at_random_are_turned_off_as_dropout_is(name, t
     assert len({model(batch=batch).loss.item() for _ in range(6)}) == 1
 
 
+def test_layers_that_may_be_left_out_at_random_train_in_padded_rows(tmp_path):
+    """Where that is asked for: pairs that share a pass are of its layers, and no attention is looked for."""
+    model = tiny_families.build("opt")
+    model.model.decoder.layerdrop = 0.5
+    trainer = tiny_trainer(tmp_path, model=model, disable_dropout=False, max_steps=6)
+    preparation = trainer._preparation()
+    assert preparation.layout == "padded"
+    assert "decoder leaves layers out at random (layerdrop: 0.5)" in preparation.notices[-1]
+    trainer.train()
+    with pytest.raises(ModelError, match=r"leaves layers out at random \(layerdrop: 0.5\); disable_dropout"):
+        prepare_model(model, layout="shared")
+
+
 def test_an_encoder_is_refused_for_what_it_is():
     model = tiny_families.build("bert", is_decoder=False)
     with pytest.raises(ModelError, match=r"BertLMHeadModel is no causal .*`is_decoder` being false"):

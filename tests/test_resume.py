@@ -337,8 +337,8 @@ def test_a_mixture_of_experts_resumes_exactly_and_keeps_its_best(tmp_path, name)
     rest.train(resume_from_checkpoint=True)
     assert torch.equal(weights(rest), weights(whole))
 
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "margin", "eval_strategy": "steps"}
-    trainer = run("best", **best, eval_steps=1, greater_is_better=False, learning_rate=0.5)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps"}
+    trainer = run("best", **best, eval_steps=1, learning_rate=0.5)
     trainer.train()
     kept = Path(trainer.state.best_model_checkpoint)
     assert kept.name != "checkpoint-4"
@@ -444,6 +444,26 @@ def test_a_checkpoint_with_another_order_of_pairs_is_refused(tmp_path, repeated)
 
 def test_checkpoint_of_plain_transformers_is_not_compared():
     check_changes(Path("checkpoint-1"), None, {"beta": 0.1})
+
+
+def test_a_resumed_run_is_evaluated_and_saved_as_often_as_it_is_told(tmp_path):
+    """Settings that cannot change where a run goes; transformers goes by those of the checkpoint."""
+    often = {"eval_strategy": "steps", "save_strategy": "steps", "eval_on_start": False}
+
+    def run(callbacks=(), **steps):
+        arguments = {"callbacks": list(callbacks)}
+        return tiny_trainer(
+            tmp_path, evaluation=random_pairs(3, seed=2), max_steps=8, load_best_model_at_end=False,
+            save_total_limit=9, arguments=arguments, **often, **steps,
+        )  # fmt: skip
+
+    run([StopAt(4)], eval_steps=4, save_steps=4, logging_steps=4).train()
+    again = run(eval_steps=2, save_steps=1, logging_steps=1)
+    again.train(resume_from_checkpoint=True)
+    history = [line for line in again.state.log_history if line["step"] > 4]
+    assert [line["step"] for line in history if "eval_loss" in line] == [6, 8]
+    assert [line["step"] for line in history if "loss" in line] == [5, 6, 7, 8]
+    assert {f"checkpoint-{n}" for n in range(4, 9)} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_no_checkpoint_is_said(tmp_path):

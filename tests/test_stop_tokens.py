@@ -97,6 +97,8 @@ def model_with(**generation):
         ({"temperature": 0.9, "top_p": 0.6}, "do_sample", {"do_sample": True, "top_p": 0.6}),
         ({"temperature": 0.9, "do_sample": False}, "temperature", {"do_sample": False, "temperature": None}),
         ({"early_stopping": True}, "early_stopping", {"do_sample": None, "early_stopping": None}),
+        ({"temperature": 0.0}, "likeliest", {"do_sample": False, "temperature": None}),
+        ({"temperature": 0.0, "do_sample": True}, "likeliest", {"do_sample": False, "temperature": None}),
     ],
 )  # fmt: skip
 def test_generation_settings_that_could_not_be_saved_are_repaired_before_the_first_step(
@@ -115,6 +117,7 @@ def test_generation_settings_that_could_not_be_saved_are_repaired_before_the_fir
     "written",
     [
         {"eos_token_id": "x"}, {"eos_token_id": [2, None]}, {"bos_token_id": 1.5}, {"temperature": "x"},
+        {"temperature": -1.0, "do_sample": True}, {"temperature": float("nan"), "do_sample": True},
         {"repetition_penalty": "x"}, {"max_new_tokens": -4}, {"suppress_tokens": 3},
     ],
 )  # fmt: skip

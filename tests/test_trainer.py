@@ -219,6 +219,17 @@ def test_a_metric_that_no_evaluation_finds_is_one_line(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater", "better"), [("loss", True, "less"), ("accuracy", False, "more")]
+)
+def test_a_best_checkpoint_that_would_be_the_worst_is_refused(metric, greater, better, tmp_path):
+    with pytest.raises(ConfigError, match=rf"greater_is_better: \w+: {better} of '{metric}' is better"):
+        tiny_trainer(
+            tmp_path, evaluation=random_pairs(3), **EACH_STEP, metric_for_best_model=metric,
+            greater_is_better=greater, load_best_model_at_end=True,
+        )  # fmt: skip
+
+
 def test_stream_steps_are_alike_on_every_rank_and_begin_anew():
     pairs = random_pairs(5)
     steps = []

@@ -67,7 +67,11 @@ def settle_generation_config(model: Any) -> list[str]:
     if generation is None:
         return []
     _check_types(generation)
-    names, lines = _refused(generation), _beyond_vocabulary(generation, num_embeddings(model))
+    lines = _beyond_vocabulary(generation, num_embeddings(model))
+    if generation.temperature == 0:
+        generation.temperature, generation.do_sample = None, False
+        lines.append(f"{_FILE}: temperature 0 means the likeliest token: do_sample is set to false instead")
+    names = _refused(generation)
     if names and generation.do_sample is None:
         generation.do_sample = True
         left = _refused(generation)
@@ -106,6 +110,8 @@ def _check_types(generation: Any) -> None:
         kinds = (int, float) if type(default) in (int, float) else object
         if value is not None and not isinstance(value, kinds):
             raise ModelError(f"{_FILE}: {name} is {value!r}; expected a number, such as {default}")
+    if generation.temperature is not None and not generation.temperature >= 0:
+        raise ModelError(f"{_FILE}: temperature is {generation.temperature}; expected a number above 0")
 
 
 def _refused(generation: Any) -> list[str]:

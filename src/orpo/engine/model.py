@@ -98,7 +98,9 @@ def prepare_model(
     problems: list[str] = []
     for candidate in candidates:
         scorer.use_layout(candidate, longest)
-        problem = layout_problem(model, scorer, candidate) if probe else None
+        problem = None if candidate == "padded" else _left_out(inner)
+        if problem is None and probe:
+            problem = layout_problem(model, scorer, candidate)
         if problem is None:
             notices += _fallback_notice(inner, candidate, problems)
             return Preparation(
@@ -115,6 +117,16 @@ def prepare_model(
         f"{type(inner).__name__}: layout `{candidates[-1]}` does not reproduce the model's own loss "
         f"({problems[-1]}); it does something to its hidden states or logits that this package does not know"
     )
+
+
+def _left_out(model: nn.Module) -> str | None:
+    """Why attention cannot be followed from layer to layer: some are left out, others in each pass."""
+    for name, module in model.named_modules():
+        for key in ("layerdrop", "layer_drop"):
+            share = getattr(module, key, None)
+            if isinstance(share, float) and share > 0:
+                return f"{name} leaves layers out at random ({key}: {share}); disable_dropout turns that off"
+    return None
 
 
 def _fallback_notice(model: PreTrainedModel, layout: LayoutName, problems: list[str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ run that resumes makes it again. A run whose last step is made does not train an
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,21 @@ class InterruptibleTrainer(Trainer):
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Begin or resume; how often is logged, evaluated and saved is what the settings say.
+
+        transformers goes by what the checkpoint says of that, with a warning that it differs.
+        """
+        logger = logging.getLogger("transformers.trainer_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            found = super()._init_training_state(max_steps, *args, **kwargs)
+        finally:
+            logger.setLevel(level)
+        self.state.compute_steps(self.args, max_steps)
+        return found
 
     def received_signal(self) -> bool:
         """Whether any rank was asked to stop; all ranks call this together."""

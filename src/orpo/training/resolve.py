@@ -327,6 +327,12 @@ def _settle_best(args: ORPOConfig, set_names: Sequence[str], has_own_metrics: bo
         raise ConfigError(f"metric_for_best_model: neither more nor less of {chosen_by!r} is better")
     elif args.better_is_open:  # transformers goes by whether a name ends in "loss"
         args.greater_is_better = metric.better > 0
+    elif bool(args.greater_is_better) != (metric.better > 0) and not has_own_metrics:
+        better = "more" if metric.better > 0 else "less"
+        raise ConfigError(
+            f"greater_is_better: {str(bool(args.greater_is_better)).lower()}: {better} of {chosen_by!r} is"
+            " better; leave it out"
+        )
 
 
 def unused(**given: Any) -> list[str]:

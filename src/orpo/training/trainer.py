@@ -566,7 +566,7 @@ class ORPOTrainer(SearchingTrainer):
         chooser = self.args.metric_for_best_model
         if chooser is None or choosing_metric(self.args) in metrics:
             return True
-        if not self.reference.is_awaited:
+        if metrics and not self.reference.is_awaited:
             found = ", ".join(name.removeprefix(flat_name("")) for name in metrics)
             raise ConfigError(f"metric_for_best_model: {chooser!r} is none of an evaluation's: {found}")
         return False
