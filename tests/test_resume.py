@@ -1,6 +1,7 @@
 """Never lose work: exact resuming, signals, whole checkpoints, damaged ones, killed and full-disk saves."""
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -322,13 +323,13 @@ def test_without_a_reference_the_checkpoint_holds_all_weights(tmp_path):
 def test_a_mixture_of_experts_resumes_exactly_and_keeps_its_best(tmp_path, name):
     """Its weights have other names in the file; transformers' Trainer goes on without the experts'."""
 
-    def run(folder, callbacks=(), **settings):
+    def run(folder, callbacks=(), compute_metrics=None, **settings):
         return tiny_trainer(
             tmp_path / folder,
             model=tiny_models.build(name),
             evaluation=random_pairs(3, seed=1),
             **(SAVING | settings),
-            arguments={"callbacks": list(callbacks)},
+            arguments={"callbacks": list(callbacks), "compute_metrics": compute_metrics},
         )
 
     whole, part, rest = run("whole"), run("part", [StopAt(3)]), run("part")
@@ -337,8 +338,9 @@ def test_a_mixture_of_experts_resumes_exactly_and_keeps_its_best(tmp_path, name)
     rest.train(resume_from_checkpoint=True)
     assert torch.equal(weights(rest), weights(whole))
 
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps"}
-    trainer = run("best", **best, eval_steps=1, learning_rate=0.5)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "mine", "eval_strategy": "steps"}
+    worse = itertools.count()
+    trainer = run("best", (), lambda _: {"mine": next(worse)}, **best, eval_steps=1, greater_is_better=False)
     trainer.train()
     kept = Path(trainer.state.best_model_checkpoint)
     assert kept.name != "checkpoint-4"
