@@ -151,6 +151,7 @@ def test_a_llama_factory_recipe_loads_unchanged(load):
         "objective": "llamafactory",
         "dataset_name": "data/pairs.json",
         "data_format": "sharegpt",
+        "columns": NO_MORE,
         "chat_template": "chatml",
         "max_length": 1024,
         "dataset_num_proc": 16,
@@ -340,13 +341,15 @@ def test_names_of_other_tools_lead_to_settings_and_hide_none():
 
 # ------------------------------------------------------------------------------- data of LLaMA-Factory
 
+NO_MORE = {"system": None, "tools": None}
+"""Columns that LLaMA-Factory does not read where others are named and these are not."""
 ALPACA = {"prompt": "question", "query": "extra", "chosen": "good", "rejected": "bad", "system": "system"}
 
 
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        (SHAREGPT, {"dataset_name": "data/pairs.json", "data_format": "sharegpt"}),
+        (SHAREGPT, {"dataset_name": "data/pairs.json", "data_format": "sharegpt", "columns": NO_MORE}),
         (
             {"hf_hub_url": "some/pairs", "ranking": True, "split": "en", "subset": "v2", "columns": ALPACA},
             {
@@ -354,7 +357,10 @@ ALPACA = {"prompt": "question", "query": "extra", "chosen": "good", "rejected": 
                 "dataset_train_split": "en",
                 "dataset_config": "v2",
                 "data_format": "instruction",
-                "columns": {"instruction": "question", "input": "extra", "chosen": "good", "rejected": "bad"},
+                "columns": {
+                    "instruction": "question", "input": "extra", "chosen": "good", "rejected": "bad",
+                    "history": None, "tools": None,
+                },
             },
         ),
         ({"file_name": "b", "ranking": True}, {"dataset_name": "data/b", "data_format": "instruction"}),
@@ -367,7 +373,7 @@ ALPACA = {"prompt": "question", "query": "extra", "chosen": "good", "rejected": 
             {
                 "dataset_name": "data/pairs.json",
                 "data_format": "messages",
-                "columns": {"messages": "turns", "rejected": "worse", "role": "speaker"},
+                "columns": {"messages": "turns", "rejected": "worse", "role": "speaker", **NO_MORE},
             },
         ),
     ],
@@ -384,6 +390,7 @@ def test_the_folder_and_several_sets_of_dataset_info(load):
     assert recipe.settings == {
         "dataset_name": ["sets/pairs.json", "sets/more.json"],
         "data_format": "sharegpt",
+        "columns": NO_MORE,
         "eval_dataset_name": "sets/more.json",
     }
 
@@ -398,6 +405,9 @@ def test_the_folder_and_several_sets_of_dataset_info(load):
         ),
         ({"ms_hub_url": "some/pairs", "ranking": True}, "only hf_hub_url and file_name"),
         ({**SHAREGPT, "formatting": "other"}, "formatting other is not known"),
+        ({**SHAREGPT, "tags": {"user_tag": "customer"}}, "user_tag: turns of 'customer' are not known; name"),
+        ({**SHAREGPT, "tags": {"user_tag": "gpt", "assistant_tag": "human"}}, "user_tag: turns of 'gpt' are"),
+        ({**SHAREGPT, "tags": {"rank_tag": "x"}}, "no counterpart here for rank_tag"),
     ],
 )
 def test_an_entry_that_has_no_counterpart_is_named(load, entry, says):

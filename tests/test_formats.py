@@ -1391,3 +1391,28 @@ def test_keys_of_ranked_answers_that_are_not_used_are_named():
     mapped = [{"text": "a", "mine": 2}, {"text": "b", "mine": 1}]
     found = read_preferences([{"prompt": "q", "answers": mapped}], columns={"scores": "answers.mine"})
     assert not [line for line in found.notices if "keys of answers" in line]
+
+
+# ------------------------------------------------------------------------------------------- columns
+
+
+def test_a_column_is_mapped_to_a_name_that_something_reads(tmp_path):
+    row = {"prompt": "Capital?", "chosen": "The capital is Paris.", "rejected": "The capital is Rome."}
+    for mapping, said in (
+        ({"prompts": "prompt"}, r"columns: prompts: nothing here reads .*; did you mean prompt\?"),
+        ({"sytem": None}, r"columns: sytem: nothing here reads .*; did you mean system\?"),
+        ({"zzz": "prompt"}, r"columns: zzz: nothing here reads .*; prompt, chosen and rejected are"),
+    ):
+        with pytest.raises(DataError, match=said):
+            read_preferences([row] * 3, columns=mapping)
+    for ours in ("prompt", "chosen", "rejected", "system", "tools", "chosen_score", "source"):
+        read_preferences([row | {"x": None, ours: row.get(ours)}] * 3, columns={ours: ours})
+
+
+def test_a_column_that_is_mapped_to_null_is_not_read_and_said_to_be_unused():
+    row = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go.", "system": "Be kind."}
+    read = read_preferences([row], columns={"system": None})
+    assert read.pairs[0].prompt == read_preferences([{**row, "system": None}]).pairs[0].prompt
+    assert list(read.unused_columns.values()) == [["system"]]
+    other = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go.", "system_prompt": "Be kind."}
+    assert read_preferences([other], columns={"system": None}).pairs[0].prompt == read.pairs[0].prompt

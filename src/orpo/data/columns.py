@@ -7,8 +7,9 @@ read, so that the columns that were of no use can be named.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from orpo.data.messages import BadRow, kind
@@ -55,12 +56,13 @@ def quoted(name: str) -> str:
 
 
 class NamedRow(dict[str, Any]):
-    """A row under our column names that notes which of the data's columns are read."""
+    """A row under our column names that notes which of the data's columns are read, and what is asked for."""
 
-    def __init__(self, row: Row, theirs: Mapping[str, str], used: set[str]) -> None:
+    def __init__(self, row: Row, theirs: Mapping[str, str], used: set[str], asked: set[str]) -> None:
         super().__init__(row)
         self._theirs = theirs
         self._used = used
+        self._asked = asked
 
     def theirs(self, name: str) -> str:
         """The data's name of one of our columns."""
@@ -68,12 +70,17 @@ class NamedRow(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """As of a dict, and noted."""
-        self._used.add(self._theirs.get(name, name))
+        self._note(name)
         return super().get(name, default)
 
     def __getitem__(self, name: str) -> Any:
-        self._used.add(self._theirs.get(name, name))
+        self._note(name)
         return super().__getitem__(name)
+
+    def _note(self, name: str) -> None:
+        if name in self:
+            self._used.add(self._theirs.get(name, name))
+        self._asked.add(name)
 
 
 class Columns:
@@ -81,17 +88,20 @@ class Columns:
 
     Args:
         mapping: Our name -> the data's name, `input.messages` for one inside another, `answers.votes` for one
-            inside every entry of a list. `role` and `content` rename the keys of messages.
+            inside every entry of a list; None: no column is ours, not even one of that name. `role` and
+            `content` rename the keys of messages.
     """
 
-    def __init__(self, mapping: Mapping[str, str] | None = None) -> None:
-        mapping = mapping or {}
-        self.mapping = {ours: theirs for ours, theirs in mapping.items() if ours not in _KEYS}
-        self._keys = {mapping[ours]: ours for ours in _KEYS if ours in mapping}
+    def __init__(self, mapping: Mapping[str, str | None] | None = None) -> None:
+        self._left_out = {ours for ours, theirs in (mapping or {}).items() if theirs is None}
+        named = {ours: theirs for ours, theirs in (mapping or {}).items() if theirs is not None}
+        self.mapping = {ours: theirs for ours, theirs in named.items() if ours not in _KEYS}
+        self._keys = {named[ours]: ours for ours in _KEYS if ours in named}
         self._opened = {theirs.split(".")[0] for theirs in self.mapping.values() if "." in theirs}
         self._plans: dict[tuple[tuple[str, ...], tuple[type, ...]], dict[str, str]] = {}
         self._seen: dict[str, None] = {}
         self._used: set[str] = set()
+        self._asked: set[str] = set()
 
     @property
     def unused(self) -> list[str]:
@@ -126,6 +136,23 @@ class Columns:
             if theirs not in keys and not may_lack:
                 raise DataError(f"columns: {ours}: no message has a key {theirs!r}")
 
+    def check_names(self, looks_at: Callable[[str], bool]) -> None:
+        """Stop where a column is mapped to a name that nothing has asked for in the rows so far.
+
+        Args:
+            looks_at: Whether a name is looked at without being asked for.
+
+        Raises:
+            DataError: It names the nearest of those that are.
+        """
+        for ours in (*self.mapping, *self._left_out):
+            if ours not in self._asked and not looks_at(ours):
+                near = difflib.get_close_matches(ours, sorted(self._asked), n=1)
+                hint = (
+                    f"did you mean {near[0]}?" if near else "prompt, chosen and rejected are the usual ones"
+                )
+                raise DataError(f"columns: {quoted(ours)}: nothing here reads a column of that name; {hint}")
+
     def name(self, raw: Row) -> NamedRow:
         """The row under our column names.
 
@@ -141,23 +168,25 @@ class Columns:
             if len(self._plans) < 1000 and not any(isinstance(value, Mapping) for value in row.values()):
                 self._plans[pattern] = theirs
         named = row
-        if theirs:
-            taken = theirs.values()
+        if theirs or self._left_out:
+            taken = {*theirs.values(), *self._left_out}
             named = {name: value for name, value in row.items() if name not in taken}
             named |= {ours: _find(row, path) for ours, path in theirs.items()}
         _unwrap(named)
-        return NamedRow(named, theirs, self._used)
+        return NamedRow(named, theirs, self._used, self._asked)
 
     def _plan(self, row: Row) -> dict[str, str]:
         """Our names of the columns that have others -> the data's names or paths; notes what was seen."""
         theirs = {ours: path for ours, path in self.mapping.items() if _find(row, path) is not _MISSING}
         taken = set(theirs.values())
 
+        taken |= self._left_out
+
         def has(ours: str) -> bool:
             return ours in theirs or (ours not in taken and row.get(ours) is not None)
 
         for ours, paths in ALIASES.items():
-            if has(ours):
+            if has(ours) or ours in self._left_out:
                 continue
             free = (path for path in paths if path not in taken and _holds(row, path))
             if (path := next(free, None)) is not None:

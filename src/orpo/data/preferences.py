@@ -7,6 +7,7 @@ answer) is dropped and counted by reason.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections import Counter
@@ -27,6 +28,7 @@ from orpo.data.stages import EVERY, report
 from orpo.data.verdicts import (
     REPEATED,
     contradiction,
+    looks_at,
     marked_turn,
     repeated_prompt,
     side_scores,
@@ -76,7 +78,7 @@ class ReadSettings:
     split: str | None = "train"
     config: str | None = None
     data_format: str | None = None
-    columns: Mapping[str, str] | None = None
+    columns: Mapping[str, str | None] | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
     sft_rows: Literal["drop", "use"] = "drop"
 
@@ -256,6 +258,8 @@ class _Reading:
         raw = itertools.islice(rows, first)
         head = list(itertools.islice(raw, SAMPLE))
         self.detected = self._detect(head)
+        if self.settings.columns:
+            self._check_names(head)
         for row in itertools.chain(head, raw):
             self.counts.total += 1
             try:
@@ -305,6 +309,19 @@ class _Reading:
             _refuse_unrepeated(rows)
         self.columns.forget()
         return detected
+
+    def _check_names(self, head: Sequence[RawRow]) -> None:
+        """Stop where the settings map a column to a name that reading the first rows asks for nowhere."""
+        for row in head:
+            with contextlib.suppress(BadRow, Untrainable):
+                named_row, pairs = self._row_pairs(row)
+                for pair in pairs:
+                    contradiction(named_row, pair)
+                    self._other_best(named_row)
+                    self._cannot_use_alone(pair, named_row)
+        if not self._one_of_several and head:
+            self.columns.check_names(looks_at)
+        self.columns.forget()
 
     def _row_pairs(self, raw: RawRow) -> tuple[NamedRow, list[PreferencePair]]:
         if isinstance(raw.data, DataError):

@@ -7,6 +7,8 @@ and answers that repeat their prompt.
 
 from __future__ import annotations
 
+import re
+
 from orpo.data.columns import NamedRow
 from orpo.data.messages import number_of
 from orpo.data.sides import goes_on
@@ -126,6 +128,12 @@ def side_scores(row: NamedRow) -> tuple[float, float] | None:
 
 SCORE_COLUMNS = frozenset(_MARGINS) | _SIDE_SCORES.keys() | set(_SIDE_SCORES.values())
 """Names of columns with the scores of chosen and rejected."""
+
+
+def looks_at(name: str) -> bool:
+    """Whether a column of this name is looked at beside the answers, though not every row is asked for it."""
+    sides = {"chosen", "rejected"}.intersection(re.split(r"[^a-z]+", name.lower()))
+    return bool(sides) or name in {*VERDICTS, *_MARGINS, *_BOTH, *_BETTER}
 
 
 def contradiction(row: NamedRow, pair: PreferencePair) -> str | None:

@@ -206,8 +206,10 @@ class OrpoSettings:
         resume="derived",
         evaluation=True,
     )
-    columns: dict[str, str] | None = setting(
-        None, "Our column name -> the data's column name.", resume="derived"
+    columns: dict[str, str | None] | None = setting(
+        None,
+        "Our column name -> the data's column name; null: that column is not read.",
+        resume="derived",
     )
     max_length: int | None = setting(
         2048,

@@ -9,7 +9,7 @@ otherwise than described.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,13 @@ def _from_info(key: str, name: str, entry: Mapping[str, Any], folder: Path) -> D
         )
     unknown = [part for part in ("folder", "num_samples", "revision") if not is_off(entry.get(part))]
     unknown += [part for part in columns if part not in _INFO_COLUMNS]
+    unknown += [part for part in tags if part not in ("role_tag", "content_tag", *_ROLE_TAGS)]
     _refuse(key, name, unknown)
+    for tag, known in _ROLE_TAGS.items():
+        if tag in tags and tags[tag] not in known:
+            raise ValueError(
+                f"{key}: {name}: {tag}: turns of {tags[tag]!r} are not known; name them {known[0]}"
+            )
     if "hf_hub_url" in entry:
         where = str(entry["hf_hub_url"])
     elif "file_name" in entry:
@@ -206,19 +212,30 @@ _INFO_COLUMNS = (
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 
 
+# Columns that LLaMA-Factory reads by default, and not where `columns` names others without them.
+_UNNAMED = {"alpaca": ("query", "history", "system", "tools"), "sharegpt": ("system", "tools")}
+# The tags of roles, with the names that are read as such.
+_ROLE_TAGS = {
+    "user_tag": ("human", "user"), "assistant_tag": ("gpt", "assistant"), "system_tag": ("system",),
+    "observation_tag": ("observation", "tool"), "function_tag": ("function_call",),
+}  # fmt: skip
+
+
 def _alpaca(columns: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, Any]:
     ours = {_ALPACA.get(name, name): theirs for name, theirs in columns.items() if name != "messages"}
-    return _reading("instruction", ours)
+    left_out = [_ALPACA.get(name, name) for name in _UNNAMED["alpaca"] if columns and not columns.get(name)]
+    return _reading("instruction", ours, left_out)
 
 
 def _sharegpt(columns: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, Any]:
     ours = {name: theirs for name, theirs in columns.items() if name not in _ALPACA and name != "history"}
+    left_out = [name for name in _UNNAMED["sharegpt"] if columns and not columns.get(name)]
     if ours.get("messages") == "conversations":
         del ours["messages"]
     role, content = tags.get("role_tag", "from"), tags.get("content_tag", "value")
     if (role, content) == ("from", "value"):
-        return _reading("sharegpt", ours)
-    return _reading("messages", {**ours, "role": role, "content": content})
+        return _reading("sharegpt", ours, left_out)
+    return _reading("messages", {**ours, "role": role, "content": content}, left_out)
 
 
 _INFO_READERS: dict[str, Callable[[Mapping[str, str], Mapping[str, str]], dict[str, Any]]] = {
@@ -227,9 +244,12 @@ _INFO_READERS: dict[str, Callable[[Mapping[str, str], Mapping[str, str]], dict[s
 }
 
 
-def _reading(data_format: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of a format and of the columns that have other names than ours."""
-    other = {ours: str(theirs) for ours, theirs in columns.items() if theirs and theirs != ours}
+def _reading(
+    data_format: str | None, columns: Mapping[str, str], left_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The settings of a format, of columns that have other names than ours, and of those not to be read."""
+    other: dict[str, str | None] = dict.fromkeys(left_out)
+    other |= {ours: str(theirs) for ours, theirs in columns.items() if theirs and theirs != ours}
     return ({"data_format": data_format} if data_format else {}) | ({"columns": other} if other else {})
 
 

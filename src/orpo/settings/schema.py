@@ -120,7 +120,7 @@ def _known_field(item: ast.AnnAssign, choices: Mapping[str, Any], constants: Map
         default = _literal(item.value)
     kind = _evaluate(annotation, choices)
     if isinstance(metadata.get("choices"), (list, tuple)):
-        chosen = Literal[tuple(metadata["choices"])]
+        chosen: Any = Literal[tuple(metadata["choices"])]
         kind = chosen | None if NoneType in members(kind) else chosen
     return Known(kind, default, " ".join(str(metadata.get("help", "")).split()), own=False)
 

@@ -24,10 +24,12 @@ class SearchingTrainer(SteppingTrainer):
     Attributes:
         final_objective: What is minimised; of several stages in the last one, by which the run is evaluated.
         schedule: What is minimised in each step.
+        pairs_per_step: Pairs of one optimizer step, over all ranks.
     """
 
     final_objective: Objective
     schedule: Schedule
+    pairs_per_step: int
     _recipe: dict[str, Any]
 
     def hyperparameter_search(
