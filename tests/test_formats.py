@@ -991,7 +991,7 @@ def test_prompt_wins_over_question_and_instruction_which_are_named_as_not_used()
     assert read(context).unused_columns["data"] == ["context"]
 
 
-@pytest.mark.parametrize("name", ["image", "images", "video", "audio"])
+@pytest.mark.parametrize("name", ["image", "images", "video", "audio", "image_url", "image_path"])
 def test_a_question_about_a_picture_stops_the_run(name):
     row = {
         name: {"path": "a.jpg"},
@@ -1001,6 +1001,33 @@ def test_a_question_about_a_picture_stops_the_run(name):
     }
     stops(row, match=f"'{name}' belongs to the question, and only text is trained; leave the column out")
     assert len(read({**row, name: None})) == len(read({**row, name: []})) == 1
+
+
+@pytest.mark.parametrize("place", ["<image>\nWhat is it?", "What is it? <image>", "<|image_1|>What is it?"])
+def test_the_place_of_a_picture_is_counted(place):
+    plain = {"prompt": "Write <image> in HTML, please.", "chosen": "a cat", "rejected": "a dog"}
+    found = read({**plain, "prompt": place}, plain, plain)
+    (line,) = [line for line in found.notices if "place of a picture" in line]
+    assert "1 of 3 rows" in line
+    turns = {"chosen": [bot("a cat")], "rejected": [bot("a dog")]}
+    assert "place of a picture" in "".join(
+        read({**turns, "prompt": [user(place), bot("Hm"), user("?")]}).notices
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [user(" ")], "chosen": [bot("a")], "rejected": [bot("b")]},
+        {"prompt": [user("Hi"), bot("Hello"), user("")], "chosen": "a", "rejected": "b"},
+        {"instruction": "", "chosen": "a", "rejected": "b"},
+        {"prompt": " ", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_a_question_that_asks_nothing_is_dropped_and_counted(row):
+    found = read(row, {"prompt": "Hi", "chosen": "a", "rejected": "b"}, max_dropped=1.0)
+    assert len(found) == 1 and sum(found.counts.dropped.values()) == 1
+    assert next(iter(found.counts.dropped)).startswith("no prompt: ")
 
 
 def test_transcripts_whose_turns_are_lines():

@@ -195,7 +195,8 @@ def test_texts_from_python_are_not_said_to_read_the_other_way():
 def test_texts_of_a_stream_that_read_the_other_way_are_counted(tmp_path):
     data = write(tmp_path / "pairs.jsonl", [*QUESTIONS, *HEADED[:3]])
     settings = ORPOConfig(output_dir=str(tmp_path), dataset_name=data, streaming=True, max_steps=1)
-    stream = read_training(None, None, settings, tiny_tokenizer("chatml"), evaluates=False).train
+    read = read_training(None, None, settings, tiny_tokenizer("chatml"), evaluates=False)
+    stream, settings.text_rows = read.train, read.text_rows  # as the trainer notes what was found
     assert len(list(stream)) == 15
     (line,) = [line for line in stream.counts.lines() if line.startswith("doubtful")]
     assert line.startswith("doubtful 3: a text that would be read the other way") and "pairs.jsonl:13" in line

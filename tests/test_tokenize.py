@@ -177,6 +177,16 @@ def test_an_end_token_inside_the_data_is_neither_doubled_nor_trained_midway():
     }
 
 
+def test_earlier_turns_that_bring_their_end_token_have_one():
+    tokenizer = tiny_tokenizer("chatml")
+    turns = [user("Q<|im_end|>"), bot("old<|im_end|>\n"), user("More")]
+    plain = [user("Q"), bot("old"), user("More")]
+    tokens, counts = encode(tokenizer, chat(turns, "A", "B"))
+    expected, _ = encode(tokenizer, chat(plain, "A", "B"))
+    assert tokens == expected and tokenizer.decode(tokens.prompt).count("<|im_end|>") == 3
+    assert counts.changed == {"<|im_end|> at the end of an earlier turn: not repeated": 1}
+
+
 def test_answers_that_are_nothing_once_rendered_are_dropped():
     tokenizer = tiny_tokenizer("chatml")
     assert encode(tokenizer, chat([user("Q")], "<|im_end|>", "B"))[1].dropped == {

@@ -137,12 +137,12 @@ def _role_and_content(message: Message, field: str) -> tuple[Any, Any]:
     return role or sender, value if content is None else content
 
 
-MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
-"""Columns, keys of turns and types of content that are no text."""
-MEDIA_KEYS = MEDIA | {
-    "image_url", "image_urls", "image_file", "video_url", "audio_url", "input_image", "input_audio",
-    "files", "attachments",
+MEDIA = {
+    "image", "images", "video", "videos", "audio", "audios", "pixel_values", "image_url", "image_urls",
+    "image_file", "image_path", "video_url", "audio_url", "input_image", "input_audio",
 }  # fmt: skip
+"""Columns, keys of turns and types of content that are no text."""
+MEDIA_KEYS = MEDIA | {"files", "attachments"}
 """Further keys of turns, and of parts of their content, that hold what is no text."""
 _PARTS = (None, "text", "input_text", "output_text")
 """Types of a part of a content that is text."""

@@ -30,6 +30,7 @@ from orpo.data.verdicts import (
     contradiction,
     looks_at,
     marked_turn,
+    picture,
     repeated_prompt,
     side_scores,
     unpaired_reason,
@@ -343,7 +344,10 @@ class _Reading:
 
     def _doubt(self, row: NamedRow, pair: PreferencePair) -> None:
         """Count what speaks against training a pair as its row says."""
-        said = (contradiction(row, pair), self._other_best(row), marked_turn(pair), repeated_prompt(pair))
+        said = (
+            contradiction(row, pair), self._other_best(row), marked_turn(pair), repeated_prompt(pair),
+            picture(pair),
+        )  # fmt: skip
         for words in filter(None, said):
             self.contradictions[words] += 1
             self.first_of.setdefault(words, pair.source)
@@ -481,9 +485,19 @@ def cannot_train(pair: PreferencePair) -> str | None:
             return f"empty {name} answer"
     if not pair.prompt:
         return "no prompt: the sides share no beginning"
+    if _asks_nothing(pair.prompt):
+        return "no prompt: the question is empty"
     if pair.rejected is None or _last(pair.chosen) != _last(pair.rejected):
         return None
     return "chosen and rejected are identical" if _answer(pair.chosen) == _answer(pair.rejected) else None
+
+
+def _asks_nothing(prompt: list[Message] | str) -> bool:
+    """Whether the last question is blank."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    asked = [turn["content"] for turn in prompt if turn["role"] == "user"]
+    return bool(asked) and not asked[-1].strip()
 
 
 def _is_empty(side: list[Message] | str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from orpo.pairs import Message
@@ -82,7 +83,7 @@ def behind_opening(text: str, block: Block) -> str:
 def lost(message: Message, written: str) -> str | None:
     """What of an answer its rendering lacks, in words for the table of reasons; None if it lacks nothing."""
     for key in REASONING_KEYS:
-        if isinstance(said := message.get(key), str) and _lacks(written, said):
+        if any(_lacks(written, said) for said in _texts(message.get(key))):
             return f"the chat template does not write the reasoning of an answer (its key {key!r})"
     content = message["content"]
     if not _lacks(written, content):
@@ -91,6 +92,15 @@ def lost(message: Message, written: str) -> str | None:
     if tag and not _lacks(written, rest) and _lacks(written, thought):
         return "the chat template cuts the reasoning (everything up to </think>) out of an answer"
     return "the chat template leaves out words of an answer"
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts that a value holds, in whatever lists and objects: reasoning may be steps."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def _lacks(written: str, said: str) -> bool:

@@ -315,13 +315,14 @@ class _PairRenderer:
         self.renderer = renderer
         self.template = template
         self.pair = pair
-        self.prompt: list[Message] = pair.prompt
+        self.notes: list[str] = []
+        self.prompt: list[Message] = self._ended_once(pair.prompt)
         self.answers: list[list[Message]] = [
-            list(answer)
+            [*self._ended_once(answer[:-1]), *answer[-1:]]
             for answer in (pair.chosen, pair.rejected)
             if answer is not None and not isinstance(answer, str)
         ]
-        self.notes = self._notes()
+        self.notes += self._notes()
         self._known: dict[str, _Headers] = {}
 
     def render(self) -> Rendered:
@@ -397,13 +398,19 @@ class _PairRenderer:
         """The prompt as inference shows it: the same for both sides."""
         return self._turns(self.prompt, ask=True)
 
-    def _bare(self, last: Message) -> Message:
-        """The answer without an end-of-turn token of its own: the template writes it."""
-        content, end = last["content"], self.template.end_token
+    def _ended_once(self, turns: Sequence[Message]) -> list[Message]:
+        """Turns before the answer without end-of-turn tokens of their own."""
+        return [self._bare(turn, "an earlier turn") for turn in turns]
+
+    def _bare(self, turn: Message, what: str = "an answer") -> Message:
+        """A turn without an end-of-turn token of its own: the template writes it."""
+        content, end = turn["content"], self.template.end_token
+        if not content.rstrip().endswith(end):
+            return turn
         while content.rstrip().endswith(end):
             content = content.rstrip().removesuffix(end)
-            self.notes.append(f"{end} at the end of an answer: not repeated")
-        return {**last, "content": content}
+        self.notes.append(f"{end} at the end of {what}: not repeated")
+        return {**turn, "content": content}
 
     def _headers(self, before: list[Message], asked: str) -> _Headers:
         """Both headers of the answer to a conversation."""

@@ -408,11 +408,11 @@ class _Reading:
             raise ConfigError("the length of a stream is not known; set max_steps")
         split, name = self.settings.dataset_train_split, f"{TRAINING}, first {SAMPLE} rows of the stream"
         head = self.preferences(data, split, name, first=SAMPLE)
-        counts = RowCounts()
+        counts, by_rows = RowCounts(), self._by_rows(data)  # the trainer notes in its settings what was found
 
         def tokens() -> Iterator[TokenizedPair]:
             pairs = stream_preferences(data, counts=counts, settings=self._read_settings(split))
-            if self._by_rows(data):
+            if by_rows:
                 pairs = _doubting(pairs, head.text_rows, counts)
             if head.text_rows == "chat":
                 pairs = (pair for one in pairs for pair in as_conversations([one]))

@@ -215,6 +215,18 @@ def marked_turn(pair: PreferencePair) -> str | None:
     return None
 
 
+_PICTURE = r"<\|?(?:image|video|audio)(?:_?(?:\d+|pad|url|placeholder))?\|?>"
+_AT_AN_EDGE = re.compile(rf"\s*{_PICTURE}|[\s\S]*{_PICTURE}\s*\Z")
+
+
+def picture(pair: PreferencePair) -> str | None:
+    """Whether a question begins or ends with the place of a picture, which is not there."""
+    turns = [pair.prompt] if isinstance(pair.prompt, str) else [turn["content"] for turn in pair.prompt]
+    if any("<" in text and _AT_AN_EDGE.match(text) for text in turns):
+        return "a question has the place of a picture, video or sound (as <image>), and only text is trained"
+    return None
+
+
 def _shown(value: object) -> str:
     """A value for a line; of what holds others, only that it does."""
     return "[...]" if isinstance(value, list | dict) else str(value).lower()
