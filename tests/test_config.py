@@ -208,6 +208,9 @@ def test_settings_that_wait_for_another_are_named():
             {"dataset_config": "foo", "dataset_name": [__file__]},
             f"on {[__file__]}, which is not on the hub",
         ),
+        ({"num_train_epochs": 5, "max_steps": 10}, "with max_steps"),
+        ({"save_total_limit": 5, "save_strategy": "no"}, "with save_strategy: no"),
+        ({"eval_split": 0.2, "eval_dataset_name": "me/it"}, "with eval_dataset_name"),
     ],
 )
 def test_settings_that_another_leaves_without_effect_are_named(given, line):
@@ -226,6 +229,8 @@ def test_settings_that_another_leaves_without_effect_are_named(given, line):
         ["--dataset_config=foo", f"--dataset_name={__file__}", "--eval_dataset_name=me/it"],
         ["--dataset_config=foo", "--dataset_name=/"],
         ["--do_train", "true"],
+        ["--do_eval", "true"],
+        ["--num_train_epochs=5", "--max_steps=-1"],
     ],
 )
 def test_settings_that_have_an_effect_are_not_named(words):
@@ -700,7 +705,6 @@ def test_an_explicit_key_beats_the_preset_in_a_printed_line():
         ("num_train_epochs", 0, 0.5),
         ("per_device_train_batch_size", 0, 1),
         ("gradient_accumulation_steps", 0, 1),
-        ("label_smoothing_factor", 0.1, 0.0),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(key, bad, good):
@@ -722,6 +726,14 @@ def test_values_out_of_range_are_refused_by_name(key, bad, good):
 def test_settings_that_exclude_each_other_are_refused(settings, expected):
     with pytest.raises(ConfigError, match=expected):
         check_recipe(settings)
+
+
+def test_an_evaluation_that_is_turned_off_is_none():
+    recipe = load_recipe(None, ["--do_eval", "false"])
+    assert recipe.settings == {"eval_strategy": "no"}
+    assert recipe.notices == ("do_eval (command line): now written eval_strategy: no",)
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor: 0.1: .* set label_smoothing"):
+        check_recipe({"label_smoothing_factor": 0.1})
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(OrpoSettings)])

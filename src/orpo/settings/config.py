@@ -197,6 +197,7 @@ class OrpoSettings:
         at_least=0,
         below=1,
         resume="free",
+        not_with=("eval_dataset_name", "dataset_test_split"),
     )
     data_format: str | None = setting(None, "Name of the row format; unset: detected.", resume="derived")
     text_rows: TextRows | None = setting(
@@ -418,7 +419,9 @@ def _holds(needed: str, settings: Mapping[str, Any]) -> bool:
     """Whether a setting is on, or has the value asked for as `name: value`; what is left open may get it."""
     name, asks, wanted = needed.partition(": ")
     value = settings.get(name)
-    return value is None or getattr(value, "value", value) == wanted if asks else bool(value)
+    if asks:
+        return value is None or getattr(value, "value", value) == wanted
+    return value > 0 if isinstance(value, (int, float)) else bool(value)
 
 
 def _all_local(name: str, settings: Mapping[str, Any]) -> bool:

@@ -44,7 +44,8 @@ class Facts(str):
             it follows from others.
         only_with: Other settings, one of which has to be on, or to have the value in `name: value`, for this
             one to have an effect.
-        not_with: Settings as `name: value` beside which this one has no effect.
+        not_with: Settings beside which this one has no effect, where they are on or have the value in
+            `name: value`.
         loading: Whether it says how a model is loaded, and so cannot apply to one that is loaded already.
         evaluation: Whether `orpo eval` takes the value that the run was trained with.
         trl: TRL's default where it differs from ours.

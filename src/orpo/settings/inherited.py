@@ -133,6 +133,7 @@ INHERITED: dict[str, Inherited] = {
         2,
         "Checkpoints kept: the best and the last ones.",
         resume="free",
+        not_with=("save_strategy: no",),
         trl=TrlDefault(
             None, "a checkpoint of a full fine-tuning is six times the model; best and last are kept"
         ),
@@ -162,7 +163,9 @@ INHERITED: dict[str, Inherited] = {
         for name in ("max_prompt_length", "truncation_mode", "padding_value", "label_pad_token_id")
     },
     "is_encoder_decoder": _default(None, "Encoder-decoder models are refused.", resume="free"),
-    "num_train_epochs": Inherited(Facts(above=0, at_most=1_000_000, in_recipe="always")),
+    "num_train_epochs": Inherited(
+        Facts(above=0, at_most=1_000_000, in_recipe="always", not_with=("max_steps",))
+    ),
     "per_device_train_batch_size": Inherited(Facts(at_least=1, resume="derived", in_recipe="always")),
     "gradient_accumulation_steps": Inherited(Facts(at_least=1, resume="derived", in_recipe="always")),
     "warmup_steps": Inherited(Facts(at_least=0, in_recipe="always", not_with=_WITHOUT_WARM_UP)),
@@ -182,7 +185,6 @@ INHERITED: dict[str, Inherited] = {
         name: Inherited(Facts(at_least=0, resume="free")) for name in ("dataloader_num_workers", "eval_delay")
     },
     "eval_steps": Inherited(Facts(at_least=0, resume="free", only_with=("eval_strategy: steps",))),
-    "label_smoothing_factor": Inherited(Facts(at_least=0, at_most=0)),
 }
 """Setting -> what we make of it."""
 

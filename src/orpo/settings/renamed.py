@@ -275,6 +275,12 @@ def _do_train(value: Any) -> tuple[dict[str, Any], str]:
     return {"do_train": value}, ""
 
 
+def _do_eval(value: Any) -> tuple[dict[str, Any], str]:
+    if str(value).lower() in ("false", "0", "no", "off"):
+        return {"eval_strategy": "no"}, "now written eval_strategy: no"
+    return {"do_eval": value}, ""
+
+
 _TRANSLATED: dict[str, Callable[[Any], tuple[dict[str, Any], str]]] = {
     "dataset_mixer": _dataset_mixer,
     "dataset_splits": _dataset_splits,
@@ -283,6 +289,7 @@ _TRANSLATED: dict[str, Callable[[Any], tuple[dict[str, Any], str]]] = {
     "flash_attention_2": _flash_attention,
     "adafactor": _adafactor,
     "do_train": _do_train,
+    "do_eval": _do_eval,
     "warmup_ratio": _warmup_ratio,
     "is_encoder_decoder": _encoder_decoder,
 }

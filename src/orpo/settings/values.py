@@ -36,6 +36,11 @@ def check_values(settings: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"max_steps: {steps} makes no step; write -1, or leave it out, for num_train_epochs of the data"
         )
+    if settings.get("label_smoothing_factor"):
+        raise ConfigError(
+            f"label_smoothing_factor: {settings['label_smoothing_factor']}: tokens are trained as they are;"
+            " for labels that may be wrong set label_smoothing"
+        )
     for key in ("log_level", "log_level_replica"):
         if (level := settings.get(key)) is not None and level not in _LEVELS:
             raise ConfigError(f"{key}: {level!r} is not one of {', '.join(_LEVELS)}")

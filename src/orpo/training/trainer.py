@@ -264,6 +264,8 @@ class ORPOTrainer(SearchingTrainer):
         self.add_callback(self._pair_log)
         if self.args.num_samples and self.eval_dataset is not None:
             self.add_callback(SampleWriter(self, self.args.num_samples))
+        elif self.args.num_samples:
+            say("num_samples: no effect: no pair is held out whose prompt could be answered")
         if self.args.early_stopping_patience is not None:
             if self.args.eval_strategy == IntervalStrategy.NO:
                 raise ConfigError(
