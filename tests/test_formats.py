@@ -556,6 +556,28 @@ def test_rendered_sides_without_a_prompt_that_part_before_their_last_turn_stop_t
     stops(row, match="'chosen' is rendered already, and parts before its last turn")
 
 
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_word_that_heads_answers_is_a_part_of_an_answer_behind_another_header(header):
+    """Answers that begin alike up to 'Answer:' were trained behind it alone."""
+    yes, no = (f"As 2 + 2 = 4.\nAnswer: {letter}" for letter in "BC")
+    sides = {"chosen": header + yes, "rejected": header + no}
+    assert only({"prompt": "Q?", **sides}) == only(sides) == (header, yes, no)
+    assert only({"prompt": "Q?", "chosen": header + yes}, sft_rows="use") == (header, yes, None)
+
+
+def test_a_token_that_a_text_speaks_of_makes_it_no_rendered_one():
+    head = "Q: what is [/INST]?\nAnswer:"
+    row = {"chosen": head + " a token", "rejected": head + " a tag"}
+    assert only(row) == (head, " a token", " a tag")
+    row = {"prompt": "Which tokens?", "chosen": "Write [INST] first. Answer: yes", "rejected": "None."}
+    assert only(row) == tuple(row.values())
+
+
+def test_rendered_sides_without_a_prompt_that_part_in_their_question_stop_the_run():
+    row = {"chosen": CHATML.replace("Q?", "Q a?") + "yes", "rejected": CHATML.replace("Q?", "Q b?") + "no"}
+    stops(row, match="'chosen' is rendered already, and parts before its last turn")
+
+
 def test_a_rendered_prompt_with_bare_answers_stays_as_it_is():
     row = {"prompt": CHATML, "chosen": "yes<|im_end|>", "rejected": "no<|im_end|>"}
     assert read(row).format.name == "standard" and only(row) == tuple(row.values())
