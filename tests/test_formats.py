@@ -487,6 +487,20 @@ def test_an_answer_that_is_json_stays_text():
     assert only(row) == tuple(row.values())
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "counted"),
+    [
+        ("a", '["b", "c"]', 1), ("a", "['b', 'c']", 1), ('["a"]', '["b", "c"]', 0), ("a", '["b"]', 0),
+        ("a", "[b, c]", 0), ("a", ["b", "c"], 0),
+    ],
+)  # fmt: skip
+def test_a_rejected_answer_that_writes_a_list_is_read_as_one_and_counted(chosen, rejected, counted):
+    found = read({"prompt": "Q?", "chosen": chosen, "rejected": rejected})
+    line = "data: 1 of 1 rows train although rejected is a text that writes a list, and is read as one answer"
+    assert sum(line in notice for notice in found.notices) == counted
+    assert len(found.pairs) == 2 - isinstance(rejected, str)
+
+
 def test_lists_stored_as_text_are_parsed_where_a_column_holds_lists():
     row = {"prompt": "Q?", "responses": '["BAD", "GOOD"]', "scores": "[1, 2]"}
     assert only(row) == (ASKED, *GOOD_BAD)

@@ -16,8 +16,6 @@ from orpo.data.messages import BadRow, kind, type_name
 from orpo.data.verdicts import VERDICTS
 from orpo.errors import ConfigError, DataError
 
-SAMPLE = 256
-
 
 class Detected(NamedTuple):
     """The format of one data set."""

@@ -272,8 +272,8 @@ def common_words(one: str, other: str) -> int:
     """Length of the common beginning of two texts without a prompt of their own, cut where no word is split.
 
     Where the beginning holds the header of an answer (`<|assistant|>`, `[/INST]`, or `Answer:` where no such
-    tokens begin turns), it ends with the last one; else at the last border between words. Blanks go with what follows, line ends with what
-    precedes.
+    tokens begin turns), it ends with the last one; else at the last border between words. Blanks go with what
+    follows, line ends with what precedes.
     """
     limit = _shared_length(one, other)
     if header := turn_markers.answer_begins(one, limit):

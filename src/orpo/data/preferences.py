@@ -20,10 +20,10 @@ from orpo.console import is_text
 from orpo.data import pairwise, ranked, turn_markers
 from orpo.data.columns import Columns, NamedRow, quoted
 from orpo.data.counts import RowCounts
-from orpo.data.detect import SAMPLE, Detected, detect, named
+from orpo.data.detect import Detected, detect, named
 from orpo.data.formats import has_text_sides, is_standard_repeated
 from orpo.data.messages import MEDIA, BadRow, Untrainable, type_name, without_nulls
-from orpo.data.rows import ORIGIN, KeyTwice, RawRow, nothing_readable, read_rows, strict_json
+from orpo.data.rows import ORIGIN, SAMPLE, KeyTwice, RawRow, nothing_readable, read_rows, strict_json
 from orpo.data.stages import EVERY, report
 from orpo.data.verdicts import (
     REPEATED,
@@ -34,6 +34,7 @@ from orpo.data.verdicts import (
     repeated_prompt,
     side_scores,
     unpaired_reason,
+    unread_list,
 )
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
@@ -345,8 +346,8 @@ class _Reading:
     def _doubt(self, row: NamedRow, pair: PreferencePair) -> None:
         """Count what speaks against training a pair as its row says."""
         said = (
-            contradiction(row, pair), self._other_best(row), marked_turn(pair), repeated_prompt(pair),
-            picture(pair),
+            contradiction(row, pair), self._other_best(row), unread_list(row), marked_turn(pair),
+            repeated_prompt(pair), picture(pair),
         )  # fmt: skip
         for words in filter(None, said):
             self.contradictions[words] += 1

@@ -11,6 +11,7 @@ import re
 
 from orpo.data.columns import NamedRow
 from orpo.data.messages import number_of
+from orpo.data.rows import list_of_texts
 from orpo.data.sides import goes_on
 from orpo.pairs import PreferencePair
 
@@ -180,6 +181,16 @@ def _pair_of_numbers(row: NamedRow) -> str | None:
         if numbers and None not in numbers and numbers[0] < numbers[1]:  # type: ignore[operator]
             return name
     return None
+
+
+def unread_list(row: NamedRow) -> str | None:
+    """What to say of a rejected answer that may be several, written as one text; None where it is one."""
+    chosen, rejected = dict.get(row, "chosen"), dict.get(row, "rejected")
+    if not isinstance(rejected, str) or len(list_of_texts(rejected) or ()) < 2:
+        return None
+    if isinstance(chosen, str) and list_of_texts(chosen) is not None:  # both answer with a list
+        return None
+    return f"{row.theirs('rejected')} is a text that writes a list, and is read as one answer"
 
 
 OWN_SCORES = ("score", "rating", "reward")
