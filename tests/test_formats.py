@@ -337,6 +337,34 @@ def test_a_tie_is_dropped_and_counted(name, change):
     assert len(found) == 1 and found.counts.dropped == {"a tie: neither answer is better": 1}
 
 
+@pytest.mark.parametrize("write", [json.dumps, str, lambda value: value])
+def test_lists_of_questions_and_answers_are_exchanges_also_where_one_is_missing(write):
+    """One null in a list of answers, and all lists of the row trained as JSON."""
+
+    def row(prompt, a, b):
+        return {"prompt": write(prompt), "response_a": write(a), "response_b": write(b), "winner_model_a": 1,
+                "winner_model_b": 0}  # fmt: skip
+
+    good = row(["Q?", "R?"], ["x", "GOOD"], ["x", "BAD"])
+    asked = [*ASKED, bot("x"), user("R?")]
+    nulls = [
+        row(["Q?", "R?"], ["a", "b"], ["c", None]), row(["Q?", None], ["a", "b"], ["c", "d"]),
+        row(["Q?"], [None], ["c"]),
+    ]  # fmt: skip
+    found = read(good, *nulls)
+    assert (found.pairs[0].prompt, found.pairs[0].chosen, found.pairs[0].rejected) == (asked, *GOOD_BAD)
+    assert found.counts.dropped == {"a question or an answer in the lists of a row is missing (null)": 3}
+    for b in (["c"], "c"):
+        stops(
+            good, row(["Q?", "R?"], ["a", "b"], b), match="^row:1: 'prompt' lists 2 questions, and not each"
+        )
+
+
+def test_a_question_that_is_a_list_may_have_answers_that_are_none():
+    row = {"prompt": '["b", "a"]', "response_a": "GOOD", "response_b": "BAD", "winner": "a"}
+    assert only(row) == ([user('["b", "a"]')], *GOOD_BAD)
+
+
 def test_a_label_of_unknown_meaning_stops_the_run():
     row = {"prompt": "Q?", "response_a": "x", "response_b": "y"}
     stops(

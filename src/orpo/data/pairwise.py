@@ -7,13 +7,12 @@ and which value speaks for which answer. A value in no table stops the run; a ti
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from orpo.data.messages import BadRow, Turns, Untrainable, kind, number_of, turns_of, with_system
 from orpo.data.questions import question
-from orpo.data.rows import Row
+from orpo.data.rows import Row, list_of_texts
 from orpo.data.sides import Sides, part
 
 _STEMS = (
@@ -148,7 +147,7 @@ def find_duel(row: Row) -> Duel | None:
     if found is None or (chosen is not None and rejected is not None and not _are_named(row, found)):
         return None
     answers = ("text", "texts", "messages", "message")
-    if any(kind(row.get(name)) not in answers for name in found[:2]):
+    if any(kind(row.get(name)) not in answers and _texts(row[name]) is None for name in found[:2]):
         return None
     return found
 
@@ -218,7 +217,7 @@ def read_pairwise(row: Row) -> list[Sides]:
 
     Raises:
         BadRow: An answer is missing, or the label's value is not known.
-        Untrainable: A tie.
+        Untrainable: A tie, or an answer that is null in a list of them.
     """
     duel = find_duel(row)
     if duel is None:
@@ -292,8 +291,12 @@ def _judged(row: Row, turns: Turns) -> Turns:
 def _listed_turns(row: Row, answers: tuple[Any, Any]) -> tuple[Turns, Turns] | None:
     """Prompt and answers as lists of texts, one for each exchange (lmsys-arena-human-preference-55k)."""
     asked, *answered = (_texts(value) for value in (row.get("prompt"), *answers))
-    if asked is None or any(texts is None or len(texts) != len(asked) for texts in answered):
+    if asked is None or answered == [None, None]:
         return None
+    if any(texts is None or len(texts) != len(asked) for texts in answered):
+        raise BadRow("prompt", f"lists {len(asked)} questions, and not each side has as many answers")
+    if any(None in texts for texts in (asked, *answered) if texts is not None):
+        raise Untrainable(_NO_TEXT)
     first, second = (
         [
             {"role": role, "content": text}
@@ -305,10 +308,12 @@ def _listed_turns(row: Row, answers: tuple[Any, Any]) -> tuple[Turns, Turns] | N
     return first, second
 
 
-def _texts(value: Any) -> list[str] | None:
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None
-    return list(value) if kind(value) == "texts" else None
+_NO_TEXT = "a question or an answer in the lists of a row is missing (null)"
+
+
+def _texts(value: Any) -> list[str | None] | None:
+    """The texts, some perhaps missing, of a list or a text that writes one; None of anything else."""
+    if isinstance(value, str):
+        return list_of_texts(value)
+    is_list = isinstance(value, list) and value and all(isinstance(item, str | None) for item in value)
+    return list(value) if is_list else None
