@@ -930,6 +930,34 @@ def test_turns_that_are_marked_as_not_to_be_trained_are_counted(mark):
     assert f"data: 1 of 2 rows train {line}" in read(row, other).notices
 
 
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": ASKED, "chosen": [bot("a")], "rejected": [bot("b"), bot("c")]}, "rejected"),
+        ({"prompt": "Q?", "chosen": bot("a"), "rejected": [bot("b"), bot("c")]}, "rejected"),
+        ({"prompt": ASKED, "chosen": [bot("a"), bot("b")], "rejected": [bot("c")]}, "chosen"),
+        ({"prompt": ASKED, "chosen": [bot("a"), bot("b")]}, "chosen"),
+        ({"messages": ASKED, "chosen": bot("a"), "rejected": [bot("b"), bot("c")]}, "rejected"),
+        ({"chosen": [*ASKED, bot("a")], "rejected": [*ASKED, bot("b"), bot("c")]}, "rejected"),
+    ],
+)
+def test_two_answers_in_a_row_stop_the_run(row, field):
+    """The odds were on the second of them alone."""
+    match = rf"^row:0: '{field}' has two turns of the assistant in a row, .* or set on_bad_row: skip$"
+    stops(row, match=match, sft_rows="use")
+
+
+def test_turns_of_the_assistant_in_a_row_that_are_one_answer_or_shared_are_read():
+    several = {"prompt": ASKED, "chosen": [bot("a")], "rejected": [[bot("b")], [bot("c")]]}
+    assert [rejected for *_, rejected in pairs_of(several)] == [[bot("b")], [bot("c")]]
+    call = {"role": "function_call", "content": '{"name": "f", "arguments": {}}'}
+    tool = {"role": "observation", "content": "1"}
+    row = {"prompt": ASKED, "chosen": [bot("I look."), call, tool, bot("1")], "rejected": [bot("2")]}
+    assert len(only(row)[1]) == 4
+    row = {"chosen": [*ASKED, bot("a"), bot("b")], "rejected": [*ASKED, bot("a"), bot("c")]}
+    assert only(row) == ([*ASKED, bot("a")], [bot("b")], [bot("c")])
+
+
 def test_a_side_without_an_answer_is_told_by_its_roles():
     row = {"prompt": ASKED, "chosen": YES, "rejected": [user("no it is not")]}
     stops(row, match="'rejected' has no turn of the assistant, and so no answer")
