@@ -315,7 +315,8 @@ def test_labels_may_be_written_as_text_as_in_csv(name):
     ],
 )
 def test_the_other_label_turns_the_sides_round(name, change):
-    assert only({**JUDGED[name], **change}) == (ASKED, *reversed(GOOD_BAD))
+    first, second = pairs_of(JUDGED[name], {**JUDGED[name], **change})
+    assert (first, second) == ((ASKED, *GOOD_BAD), (ASKED, *reversed(GOOD_BAD)))
 
 
 @pytest.mark.parametrize(
@@ -363,6 +364,39 @@ def test_lists_of_questions_and_answers_are_exchanges_also_where_one_is_missing(
 def test_a_question_that_is_a_list_may_have_answers_that_are_none():
     row = {"prompt": '["b", "a"]', "response_a": "GOOD", "response_b": "BAD", "winner": "a"}
     assert only(row) == ([user('["b", "a"]')], *GOOD_BAD)
+
+
+@pytest.mark.parametrize("name", ["HelpSteer2", "HelpSteer3"])
+def test_a_scale_that_does_not_go_below_1_is_not_read_by_signs(name):
+    """On one from 1 to 7 every number said that the second answer is better."""
+    label = next(label for label in ("preference_strength", "overall_preference") if label in JUDGED[name])
+    one, seven = ({**JUDGED[name], label: number} for number in (1, 7))
+    stops(one, seven, match=f"{label} is above 0 in each of the first 2 rows, .* winner .* data_format: pair")
+    assert [pair[1:] for pair in pairs_of(one, seven, data_format="pairwise")] == [
+        (GOOD_BAD[1], GOOD_BAD[0])
+    ] * 2
+    assert len(read(one, {**one, label: 0})) == len(read(one, {**one, label: -1})) - 1 == 1
+    assert only({**one, "winner": "1"}) == (ASKED, *GOOD_BAD)  # a label before it decides
+
+
+@pytest.mark.parametrize("options", [{}, {"data_format": "pairwise"}])
+def test_a_strength_beside_a_winner_disagrees_only_where_it_has_signs(options):
+    """A strength without signs says how much better the winner is."""
+    first = {
+        "prompt": "Q?",
+        "response_a": "GOOD",
+        "response_b": "BAD",
+        "winner": "a",
+        "preference_strength": 3,
+    }
+    second = {**first, "winner": "b", "preference_strength": 1}
+
+    def lines(*rows):
+        return [line for line in read(*rows, **options).notices if "although" in line]
+
+    assert lines(first, second, {**first, "preference_strength": 0}) == []
+    (line,) = lines(first, second, {**first, "preference_strength": -2})
+    assert "1 of 3 rows" in line and "preference_strength says that the other answer" in line
 
 
 def test_a_label_of_unknown_meaning_stops_the_run():

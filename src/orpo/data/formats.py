@@ -8,7 +8,7 @@ template will be used) or messages. A row that does not fit the format of its da
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orpo.data import pairwise, ranked, turn_markers
@@ -399,6 +399,8 @@ class Format:
     """A row to its pairs; raises `BadRow` where it does not fit, `Untrainable` where it has no preference."""
     detail: Callable[[Row], str] | None = None
     """Of a row that matches: which columns decide."""
+    problem: Callable[[Sequence[Row]], str | None] | None = None
+    """Of the rows that tell the format: why they cannot be read so; None where they can."""
     yields_to: str = ""
     """Format that takes all rows where some of them match it."""
     named: Format | None = None
@@ -421,6 +423,7 @@ FORMATS = (
         pairwise.is_pairwise,
         pairwise.read_pairwise,
         detail=pairwise.detail,
+        problem=pairwise.no_signs,
     ),
     Format(
         "sharegpt",

@@ -234,6 +234,7 @@ class _Reading:
     """The reading of one data set: its format and columns, and what becomes of its rows."""
 
     detected: Detected
+    _signed: frozenset[str]
 
     def __init__(
         self,
@@ -292,8 +293,6 @@ class _Reading:
         self.columns.check(
             (row.data for row in parsed if isinstance(row.data, dict)), may_lack=self._one_of_several
         )
-        if self.settings.data_format is not None:
-            return named(self.settings.data_format)
         rows: list[tuple[str, NamedRow]] = []
         problems = []
         for row in parsed:
@@ -301,6 +300,9 @@ class _Reading:
                 rows.append((row.source, self.columns.name(row.data)))  # type: ignore[arg-type]
             except BadRow as bad:
                 problems.append(f"{row.source}: {bad}")
+        self._signed = pairwise.signed_labels(row for _, row in rows)
+        if self.settings.data_format is not None:
+            return named(self.settings.data_format)
         if problems and not rows:
             raise DataError(problems[0])
         try:
@@ -367,7 +369,7 @@ class _Reading:
     def _other_best(self, row: NamedRow) -> str | None:
         """Which numbers or labels say that another answer is the best."""
         if self.detected.name == "pairwise":
-            return pairwise.other_winner(row)
+            return pairwise.other_winner(row, self._signed)
         return ranked.other_best(row) if self.detected.name == "ranked" else None
 
     def _cannot_use_alone(self, pair: PreferencePair, row: NamedRow) -> str | None:
