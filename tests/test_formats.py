@@ -144,6 +144,7 @@ def test_a_list_of_answers_of_unknown_order_stops_the_run(row, match):
     [
         "toxicity_score", "error_score", "down_votes", "harm_rating", "rank_score", "negative_reward",
         "novelty_score", "hallucinationScore", "mean_toxicity_score", "score_down_vote",
+        "model_refusal_score", "ai_detector_model_score", "human_edit_score", "refusal_reward", "flag_votes",
     ],
 )  # fmt: skip
 def test_numbers_of_which_more_may_be_worse_rank_nothing(name):
@@ -159,7 +160,17 @@ def test_numbers_of_which_more_may_be_worse_rank_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt4_score", "num_upvotes", "harmlessness_score", "reward_rank", "my_reward"]
+    "name",
+    [
+        "gpt4_score",
+        "num_upvotes",
+        "harmlessness_score",
+        "reward_rank",
+        "my_reward",
+        "llama3_8b_RMScore",
+        "instruction_following_ratings",
+        "ArmoRM-Score",
+    ],
 )
 def test_numbers_by_a_judge_or_of_what_is_good_rank(name):
     values = [2, 1] if name.endswith("rank") else [1, 2]
@@ -1398,6 +1409,15 @@ def test_every_way_to_weigh_a_turn_is_counted(mark, counted):
         {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_helpfulness": 1, "rejected_helpfulness": 3},
         {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rank": 2, "rejected_rank": 1},
         {"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, 9]},
+        *(
+            {"prompt": "q", "chosen": "a", "rejected": "b", chosen: 1, rejected: 3}
+            for chosen, rejected in [
+                ("chosen_rewards", "rejected_rewards"), ("chosenScore", "rejectedScore"), ("rewards/chosen",
+                "rewards/rejected"), ("reward_model_score_chosen", "reward_model_score_rejected"),
+                ("chosen_avg_rating", "rejected_avg_rating"), ("chosen_response_score", "score_rejected"),
+                ("rejectedRank", "chosenRank"), ("rank-rejected", "rank-chosen"),
+            ]
+        ),
         {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a", "score_a": 1, "score_b": 9},
         {"prompt": "q", "chosen": [{"role": "assistant", "content": "a", "score": 1}],
          "rejected": [{"role": "assistant", "content": "b", "score": 2}]},
@@ -1434,7 +1454,10 @@ def test_labels_that_disagree_on_the_better_answer_are_counted(row, said):
     "more",
     [
         {"margin": 2}, {"preference": "chosen"}, {"score": {"chosen": 2, "rejected": 1}}, {"scores": [9, 1]},
-        {"chosen_rank": 1, "rejected_rank": 2},
+        {"chosen_rank": 1, "rejected_rank": 2}, {"chosenScore": 2, "rejectedScore": 1}, {"": 7},
+        {"chosen_toxicity_score": 1, "rejected_toxicity_score": 2},
+        {"chosen_honesty_rating": 1, "rejected_honesty_rating": 2},
+        {"chosen_score": 1, "rejected_rating": 2}, {"chosen_length": 1, "rejected_length": 2},
     ],
 )  # fmt: skip
 def test_what_agrees_is_not_counted(more):
