@@ -425,17 +425,17 @@ def _csv_records(reader: Any, columns: int) -> Iterator[tuple[range, list[str] |
     """The lines of each record, and its cells, or what is wrong with it; blank lines left out."""
     while True:
         first = reader.line_num + 1
-        cells: list[str] | DataError
+        found: list[str] | DataError
         try:
-            cells = next(reader)
+            cells: list[str] = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            cells = DataError(f"is not CSV ({error}); write a quote within a cell twice")
+            found = DataError(f"is not CSV ({error}); write a quote within a cell twice")
         else:
-            cells = _not_a_record(cells, columns) or cells
-        if cells:
-            yield range(first, max(reader.line_num, first) + 1), cells
+            found = _not_a_record(cells, columns) or cells
+        if found:
+            yield range(first, max(reader.line_num, first) + 1), found
 
 
 def _csv_header(reader: Any, name: str) -> list[str]:

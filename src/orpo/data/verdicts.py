@@ -73,7 +73,13 @@ def _verdict(name: str, value: object) -> bool | None:
     return None
 
 
-_SIDE_MEASURES = {("quality",): 1, ("helpfulness",): 1, ("like",): 1, ("likes",): 1, ("ranking",): -1}
+_SIDE_MEASURES: dict[tuple[str, ...], int] = {
+    ("quality",): 1,
+    ("helpfulness",): 1,
+    ("like",): 1,
+    ("likes",): 1,
+    ("ranking",): -1,
+}
 """Further words for a number of one side, beside those of any number."""
 _ANSWER_WORDS = ("response", "answer", "completion")
 
