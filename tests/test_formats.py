@@ -568,10 +568,17 @@ def test_an_answer_that_is_json_stays_text():
     ],
 )  # fmt: skip
 def test_a_rejected_answer_that_writes_a_list_is_read_as_one_and_counted(chosen, rejected, counted):
-    found = read({"prompt": "Q?", "chosen": chosen, "rejected": rejected})
-    line = "data: 1 of 1 rows train although rejected is a text that writes a list, and is read as one answer"
+    row = {"prompt": "Q?", "chosen": chosen, "rejected": rejected}
+    found = read({"prompt": "Q?", "chosen": "a", "rejected": "b"}, row)
+    line = "data: 1 of 2 rows train although their rejected answer is a text that writes a list, and is read"
     assert sum(line in notice for notice in found.notices) == counted
-    assert len(found.pairs) == 2 - isinstance(rejected, str)
+    assert len(found.pairs) == 3 - isinstance(rejected, str)
+
+
+def test_rejected_answers_that_mostly_write_lists_stop_the_run():
+    rows = [{"prompt": "Q?", "chosen": "a", "rejected": text} for text in ('["b", "c"]', "['d', 'e']", "f")]
+    stops(*rows, match="^row:0: the rejected answers of 2 of 3 rows are texts that write a list, .* standard")
+    assert len(read(*rows, data_format="standard")) == 3
 
 
 def test_lists_stored_as_text_are_parsed_where_a_column_holds_lists():

@@ -156,11 +156,13 @@ def test_a_csv_cell_is_a_list_only_where_those_of_its_column_are(tmp_path):
     assert read(*several) == [("Name one", "red", ["red", "green"])]
 
 
-def test_a_text_behind_many_lists_in_a_column_of_csv_is_malformed(tmp_path):
-    text = "chosen,rejected\n" + "a,\"['b', 'c']\"\n" * 256 + "a,b\n" + "a,\"['b']\"\n"
-    *_, bad, last = rows(write(tmp_path / "p.csv", text))
-    assert bad[1] == "p.csv:258" and "has a text in 'rejected', where the first 256 rows hold" in str(bad[0])
-    assert last == ({"chosen": "a", "rejected": ["b"]}, "p.csv:259")
+def test_behind_many_lists_in_a_column_of_csv_a_text_is_one_and_a_broken_list_malformed(tmp_path):
+    several = "a,\"['b', 'c']\"\n"
+    text = "chosen,rejected\n" + several * 256 + "a,b\n" + "a,\"['b', 'c\"\n" + several
+    *_, one, broken, last = rows(write(tmp_path / "p.csv", text))
+    assert one == ({"chosen": "a", "rejected": "b"}, "p.csv:258")
+    assert last == ({"chosen": "a", "rejected": ["b", "c"]}, "p.csv:260")
+    assert broken[1] == "p.csv:259" and "a list in 'rejected' that is neither JSON nor" in str(broken[0])
 
 
 def test_texts_side_by_side_in_a_cell_are_several_and_nan_is_none(tmp_path):

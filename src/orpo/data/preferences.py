@@ -27,6 +27,7 @@ from orpo.data.rows import ORIGIN, SAMPLE, KeyTwice, RawRow, nothing_readable, r
 from orpo.data.stages import EVERY, report
 from orpo.data.verdicts import (
     REPEATED,
+    UNREAD_LIST,
     contradiction,
     looks_at,
     marked_turn,
@@ -285,6 +286,7 @@ class _Reading:
                     self.counts.drop(reason, pair.source)
         if not self._streams:  # of a stream the rows are trained on by now
             self._check_repeated()
+            self._check_lists()
 
     def _detect(self, head: Sequence[RawRow]) -> Detected:
         parsed = [row for row in head if not isinstance(row.data, DataError)]
@@ -364,6 +366,16 @@ class _Reading:
             raise DataError(
                 f"{self.first_of[REPEATED]}: {number} of {total} rows begin both sides with their prompt,"
                 f" this one first, and the first {SAMPLE} mostly do not; {_ONE_WAY}"
+            )
+
+    def _check_lists(self) -> None:
+        """Stop where most rejected answers are lists written as text, which nobody writes as answers."""
+        number, total = self.contradictions[UNREAD_LIST], self.counts.total
+        if self.settings.data_format is None and number * 2 > total:
+            raise DataError(
+                f"{self.first_of[UNREAD_LIST]}: the rejected answers of {number} of {total} rows are texts"
+                " that write a list, this one first; write lists in all rows if each is several answers, or set"
+                f" data_format: {self.detected.name} to read each text as one"
             )
 
     def _other_best(self, row: NamedRow) -> str | None:

@@ -498,12 +498,10 @@ def _csv_row(cells: list[str], header: list[str], listed: set[str]) -> Row | Dat
     row: Row = {}
     for name, cell in zip(header, cells, strict=True):
         row[name] = None if cell in _NOTHING else cell
-        if name in listed and not _is_blank(cell):
+        if name in listed and cell.lstrip().startswith("["):
             row[name] = list_of_texts(cell)
             if row[name] is None:
-                return DataError(
-                    f"has a text in {name!r}, where the first {SAMPLE} rows hold lists; write it as a list"
-                )
+                return DataError(f"has a list in {name!r} that is neither JSON nor Python; fix the row")
     return row
 
 

@@ -205,14 +205,17 @@ def _pair_of_numbers(row: NamedRow) -> str | None:
     return None
 
 
+UNREAD_LIST = "their rejected answer is a text that writes a list, and is read as one"
+
+
 def unread_list(row: NamedRow) -> str | None:
     """What to say of a rejected answer that may be several, written as one text; None where it is one."""
     chosen, rejected = dict.get(row, "chosen"), dict.get(row, "rejected")
     if not isinstance(rejected, str) or len(list_of_texts(rejected) or ()) < 2:
         return None
-    if isinstance(chosen, str) and list_of_texts(chosen) is not None:  # both answer with a list
+    if isinstance(chosen, str) and chosen.lstrip().startswith(("[", "{")):  # both answer in JSON
         return None
-    return f"{row.theirs('rejected')} is a text that writes a list, and is read as one answer"
+    return UNREAD_LIST
 
 
 OWN_SCORES = ("score", "rating", "reward")
