@@ -374,8 +374,8 @@ class _Reading:
         if self.settings.data_format is None and number * 2 > total:
             raise DataError(
                 f"{self.first_of[UNREAD_LIST]}: the rejected answers of {number} of {total} rows are texts"
-                " that write a list, this one first; write lists in all rows if each is several answers, or set"
-                f" data_format: {self.detected.name} to read each text as one"
+                " that write a list, this one first; write lists in all rows if each is several answers, or"
+                f" set data_format: {self.detected.name} to read each text as one"
             )
 
     def _other_best(self, row: NamedRow) -> str | None:
