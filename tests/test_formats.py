@@ -579,6 +579,7 @@ def test_rejected_answers_that_mostly_write_lists_stop_the_run():
     rows = [{"prompt": "Q?", "chosen": "a", "rejected": text} for text in ('["b", "c"]', "['d', 'e']", "f")]
     stops(*rows, match="^row:0: the rejected answers of 2 of 3 rows are texts that write a list, .* standard")
     assert len(read(*rows, data_format="standard")) == 3
+    assert len(read(*({**row, "orpo_origin": "f.jsonl:1"} for row in rows))) == 3  # prepared is as it is
 
 
 def test_lists_stored_as_text_are_parsed_where_a_column_holds_lists():

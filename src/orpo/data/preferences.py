@@ -371,7 +371,8 @@ class _Reading:
     def _check_lists(self) -> None:
         """Stop where most rejected answers are lists written as text, which nobody writes as answers."""
         number, total = self.contradictions[UNREAD_LIST], self.counts.total
-        if self.settings.data_format is None and number * 2 > total:
+        is_settled = self.settings.data_format is not None or self.detected.name == "prepared"
+        if not is_settled and number * 2 > total:
             raise DataError(
                 f"{self.first_of[UNREAD_LIST]}: the rejected answers of {number} of {total} rows are texts"
                 " that write a list, this one first; write lists in all rows if each is several answers, or"
