@@ -144,6 +144,7 @@ def test_a_list_of_answers_of_unknown_order_stops_the_run(row, match):
     [
         "toxicity_score", "error_score", "down_votes", "harm_rating", "rank_score", "negative_reward",
         "novelty_score", "hallucinationScore", "mean_toxicity_score", "score_down_vote",
+        "model_refusal_score", "ai_detector_model_score", "human_edit_score", "refusal_reward", "flag_votes",
     ],
 )  # fmt: skip
 def test_numbers_of_which_more_may_be_worse_rank_nothing(name):
@@ -159,7 +160,17 @@ def test_numbers_of_which_more_may_be_worse_rank_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt4_score", "num_upvotes", "harmlessness_score", "reward_rank", "my_reward"]
+    "name",
+    [
+        "gpt4_score",
+        "num_upvotes",
+        "harmlessness_score",
+        "reward_rank",
+        "my_reward",
+        "llama3_8b_RMScore",
+        "instruction_following_ratings",
+        "ArmoRM-Score",
+    ],
 )
 def test_numbers_by_a_judge_or_of_what_is_good_rank(name):
     values = [2, 1] if name.endswith("rank") else [1, 2]
@@ -315,7 +326,8 @@ def test_labels_may_be_written_as_text_as_in_csv(name):
     ],
 )
 def test_the_other_label_turns_the_sides_round(name, change):
-    assert only({**JUDGED[name], **change}) == (ASKED, *reversed(GOOD_BAD))
+    first, second = pairs_of(JUDGED[name], {**JUDGED[name], **change})
+    assert (first, second) == ((ASKED, *GOOD_BAD), (ASKED, *reversed(GOOD_BAD)))
 
 
 @pytest.mark.parametrize(
@@ -335,6 +347,67 @@ def test_the_other_label_turns_the_sides_round(name, change):
 def test_a_tie_is_dropped_and_counted(name, change):
     found = read(JUDGED[name], {**JUDGED[name], **change})
     assert len(found) == 1 and found.counts.dropped == {"a tie: neither answer is better": 1}
+
+
+@pytest.mark.parametrize("write", [json.dumps, str, lambda value: value])
+def test_lists_of_questions_and_answers_are_exchanges_also_where_one_is_missing(write):
+    """One null in a list of answers, and all lists of the row trained as JSON."""
+
+    def row(prompt, a, b):
+        return {"prompt": write(prompt), "response_a": write(a), "response_b": write(b), "winner_model_a": 1,
+                "winner_model_b": 0}  # fmt: skip
+
+    good = row(["Q?", "R?"], ["x", "GOOD"], ["x", "BAD"])
+    asked = [*ASKED, bot("x"), user("R?")]
+    nulls = [
+        row(["Q?", "R?"], ["a", "b"], ["c", None]), row(["Q?", None], ["a", "b"], ["c", "d"]),
+        row(["Q?"], [None], ["c"]),
+    ]  # fmt: skip
+    found = read(good, *nulls)
+    assert (found.pairs[0].prompt, found.pairs[0].chosen, found.pairs[0].rejected) == (asked, *GOOD_BAD)
+    assert found.counts.dropped == {"a question or an answer in the lists of a row is missing (null)": 3}
+    for b in (["c"], "c"):
+        stops(
+            good, row(["Q?", "R?"], ["a", "b"], b), match="^row:1: 'prompt' lists 2 questions, and not each"
+        )
+
+
+def test_a_question_that_is_a_list_may_have_answers_that_are_none():
+    row = {"prompt": '["b", "a"]', "response_a": "GOOD", "response_b": "BAD", "winner": "a"}
+    assert only(row) == ([user('["b", "a"]')], *GOOD_BAD)
+
+
+@pytest.mark.parametrize("name", ["HelpSteer2", "HelpSteer3"])
+def test_a_scale_that_does_not_go_below_1_is_not_read_by_signs(name):
+    """On one from 1 to 7 every number said that the second answer is better."""
+    label = next(label for label in ("preference_strength", "overall_preference") if label in JUDGED[name])
+    one, seven = ({**JUDGED[name], label: number} for number in (1, 7))
+    stops(one, seven, match=f"{label} is above 0 in each of the first 2 rows, .* winner .* data_format: pair")
+    assert [pair[1:] for pair in pairs_of(one, seven, data_format="pairwise")] == [
+        (GOOD_BAD[1], GOOD_BAD[0])
+    ] * 2
+    assert len(read(one, {**one, label: 0})) == len(read(one, {**one, label: -1})) - 1 == 1
+    assert only({**one, "winner": "1"}) == (ASKED, *GOOD_BAD)  # a label before it decides
+
+
+@pytest.mark.parametrize("options", [{}, {"data_format": "pairwise"}])
+def test_a_strength_beside_a_winner_disagrees_only_where_it_has_signs(options):
+    """A strength without signs says how much better the winner is."""
+    first = {
+        "prompt": "Q?",
+        "response_a": "GOOD",
+        "response_b": "BAD",
+        "winner": "a",
+        "preference_strength": 3,
+    }
+    second = {**first, "winner": "b", "preference_strength": 1}
+
+    def lines(*rows):
+        return [line for line in read(*rows, **options).notices if "although" in line]
+
+    assert lines(first, second, {**first, "preference_strength": 0}) == []
+    (line,) = lines(first, second, {**first, "preference_strength": -2})
+    assert "1 of 3 rows" in line and "preference_strength says that the other answer" in line
 
 
 def test_a_label_of_unknown_meaning_stops_the_run():
@@ -487,6 +560,28 @@ def test_an_answer_that_is_json_stays_text():
     assert only(row) == tuple(row.values())
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "counted"),
+    [
+        ("a", '["b", "c"]', 1), ("a", "['b', 'c']", 1), ('["a"]', '["b", "c"]', 0), ("a", '["b"]', 0),
+        ("a", "[b, c]", 0), ("a", ["b", "c"], 0),
+    ],
+)  # fmt: skip
+def test_a_rejected_answer_that_writes_a_list_is_read_as_one_and_counted(chosen, rejected, counted):
+    row = {"prompt": "Q?", "chosen": chosen, "rejected": rejected}
+    found = read({"prompt": "Q?", "chosen": "a", "rejected": "b"}, row)
+    line = "data: 1 of 2 rows train although their rejected answer is a text that writes a list, and is read"
+    assert sum(line in notice for notice in found.notices) == counted
+    assert len(found.pairs) == 3 - isinstance(rejected, str)
+
+
+def test_rejected_answers_that_mostly_write_lists_stop_the_run():
+    rows = [{"prompt": "Q?", "chosen": "a", "rejected": text} for text in ('["b", "c"]', "['d', 'e']", "f")]
+    stops(*rows, match="^row:0: the rejected answers of 2 of 3 rows are texts that write a list, .* standard")
+    assert len(read(*rows, data_format="standard")) == 3
+    assert len(read(*({**row, "orpo_origin": "f.jsonl:1"} for row in rows))) == 3  # prepared is as it is
+
+
 def test_lists_stored_as_text_are_parsed_where_a_column_holds_lists():
     row = {"prompt": "Q?", "responses": '["BAD", "GOOD"]', "scores": "[1, 2]"}
     assert only(row) == (ASKED, *GOOD_BAD)
@@ -553,6 +648,28 @@ def test_a_rendered_prompt_of_several_turns_and_sides_that_bring_the_header():
 def test_rendered_sides_without_a_prompt_that_part_before_their_last_turn_stop_the_run():
     later = "<|im_end|>\n<|im_start|>user\nR?<|im_end|>\n<|im_start|>assistant\n"
     row = {"chosen": CHATML + "a" + later + "yes", "rejected": CHATML + "b" + later + "no"}
+    stops(row, match="'chosen' is rendered already, and parts before its last turn")
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_word_that_heads_answers_is_a_part_of_an_answer_behind_another_header(header):
+    """Answers that begin alike up to 'Answer:' were trained behind it alone."""
+    yes, no = (f"As 2 + 2 = 4.\nAnswer: {letter}" for letter in "BC")
+    sides = {"chosen": header + yes, "rejected": header + no}
+    assert only({"prompt": "Q?", **sides}) == only(sides) == (header, yes, no)
+    assert only({"prompt": "Q?", "chosen": header + yes}, sft_rows="use") == (header, yes, None)
+
+
+def test_a_token_that_a_text_speaks_of_makes_it_no_rendered_one():
+    head = "Q: what is [/INST]?\nAnswer:"
+    row = {"chosen": head + " a token", "rejected": head + " a tag"}
+    assert only(row) == (head, " a token", " a tag")
+    row = {"prompt": "Which tokens?", "chosen": "Write [INST] first. Answer: yes", "rejected": "None."}
+    assert only(row) == tuple(row.values())
+
+
+def test_rendered_sides_without_a_prompt_that_part_in_their_question_stop_the_run():
+    row = {"chosen": CHATML.replace("Q?", "Q a?") + "yes", "rejected": CHATML.replace("Q?", "Q b?") + "no"}
     stops(row, match="'chosen' is rendered already, and parts before its last turn")
 
 
@@ -864,6 +981,34 @@ def test_turns_that_are_marked_as_not_to_be_trained_are_counted(mark):
     line = f"although a turn says {key}: {str(value).lower()}, which is not read (first: row:0)"
     other = {**row, "prompt": [user("Hi"), {**bot("Hello"), "weight": 1}, user("Q?")]}
     assert f"data: 1 of 2 rows train {line}" in read(row, other).notices
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": ASKED, "chosen": [bot("a")], "rejected": [bot("b"), bot("c")]}, "rejected"),
+        ({"prompt": "Q?", "chosen": bot("a"), "rejected": [bot("b"), bot("c")]}, "rejected"),
+        ({"prompt": ASKED, "chosen": [bot("a"), bot("b")], "rejected": [bot("c")]}, "chosen"),
+        ({"prompt": ASKED, "chosen": [bot("a"), bot("b")]}, "chosen"),
+        ({"messages": ASKED, "chosen": bot("a"), "rejected": [bot("b"), bot("c")]}, "rejected"),
+        ({"chosen": [*ASKED, bot("a")], "rejected": [*ASKED, bot("b"), bot("c")]}, "rejected"),
+    ],
+)
+def test_two_answers_in_a_row_stop_the_run(row, field):
+    """The odds were on the second of them alone."""
+    match = rf"^row:0: '{field}' has two turns of the assistant in a row, .* or set on_bad_row: skip$"
+    stops(row, match=match, sft_rows="use")
+
+
+def test_turns_of_the_assistant_in_a_row_that_are_one_answer_or_shared_are_read():
+    several = {"prompt": ASKED, "chosen": [bot("a")], "rejected": [[bot("b")], [bot("c")]]}
+    assert [rejected for *_, rejected in pairs_of(several)] == [[bot("b")], [bot("c")]]
+    call = {"role": "function_call", "content": '{"name": "f", "arguments": {}}'}
+    tool = {"role": "observation", "content": "1"}
+    row = {"prompt": ASKED, "chosen": [bot("I look."), call, tool, bot("1")], "rejected": [bot("2")]}
+    assert len(only(row)[1]) == 4
+    row = {"chosen": [*ASKED, bot("a"), bot("b")], "rejected": [*ASKED, bot("a"), bot("c")]}
+    assert only(row) == ([*ASKED, bot("a")], [bot("b")], [bot("c")])
 
 
 def test_a_side_without_an_answer_is_told_by_its_roles():
@@ -1272,6 +1417,15 @@ def test_every_way_to_weigh_a_turn_is_counted(mark, counted):
         {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_helpfulness": 1, "rejected_helpfulness": 3},
         {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rank": 2, "rejected_rank": 1},
         {"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, 9]},
+        *(
+            {"prompt": "q", "chosen": "a", "rejected": "b", chosen: 1, rejected: 3}
+            for chosen, rejected in [
+                ("chosen_rewards", "rejected_rewards"), ("chosenScore", "rejectedScore"), ("rewards/chosen",
+                "rewards/rejected"), ("reward_model_score_chosen", "reward_model_score_rejected"),
+                ("chosen_avg_rating", "rejected_avg_rating"), ("chosen_response_score", "score_rejected"),
+                ("rejectedRank", "chosenRank"), ("rank-rejected", "rank-chosen"),
+            ]
+        ),
         {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a", "score_a": 1, "score_b": 9},
         {"prompt": "q", "chosen": [{"role": "assistant", "content": "a", "score": 1}],
          "rejected": [{"role": "assistant", "content": "b", "score": 2}]},
@@ -1308,7 +1462,10 @@ def test_labels_that_disagree_on_the_better_answer_are_counted(row, said):
     "more",
     [
         {"margin": 2}, {"preference": "chosen"}, {"score": {"chosen": 2, "rejected": 1}}, {"scores": [9, 1]},
-        {"chosen_rank": 1, "rejected_rank": 2},
+        {"chosen_rank": 1, "rejected_rank": 2}, {"chosenScore": 2, "rejectedScore": 1}, {"": 7},
+        {"chosen_toxicity_score": 1, "rejected_toxicity_score": 2},
+        {"chosen_honesty_rating": 1, "rejected_honesty_rating": 2},
+        {"chosen_score": 1, "rejected_rating": 2}, {"chosen_length": 1, "rejected_length": 2},
     ],
 )  # fmt: skip
 def test_what_agrees_is_not_counted(more):

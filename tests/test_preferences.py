@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from turns import bot, system, user
 
 from orpo.data.counts import RowCounts
-from orpo.data.detect import SAMPLE
 from orpo.data.formats import FORMATS, common_words
 from orpo.data.preferences import read_preferences, resample, split_holdout, stream_preferences
+from orpo.data.rows import SAMPLE
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import PreferencePair
 

@@ -128,12 +128,41 @@ def test_a_key_that_comes_twice_around_the_rows_stops_the_run(tmp_path):
 
 
 def test_csv_cells_are_text_or_json_lists_of_texts(tmp_path):
-    text = 'prompt,chosen,rejected\n"two\nlines",b,\nx,y,"[""b"", ""c""]"\nx,y,"[\'b\', \'c\']"\n'
+    text = 'prompt,chosen,rejected\n"two\nlines",b,\nx,y,"[""b"", ""c""]"\nx,y,"[\'b\', \'c\']"\nx,y,[]\n'
     assert rows(write(tmp_path / "p.csv", text)) == [
         ({"prompt": "two\nlines", "chosen": "b", "rejected": ""}, "p.csv:2"),
         ({"prompt": "x", "chosen": "y", "rejected": ["b", "c"]}, "p.csv:4"),
         ({"prompt": "x", "chosen": "y", "rejected": ["b", "c"]}, "p.csv:5"),
+        ({"prompt": "x", "chosen": "y", "rejected": []}, "p.csv:6"),
     ]
+
+
+def test_a_csv_cell_is_a_list_only_where_those_of_its_column_are(tmp_path):
+    """An answer in JSON became several rejected answers."""
+    head = "prompt,chosen,rejected\n"
+
+    def read(*records):
+        lines = "".join(
+            ",".join('"' + cell.replace('"', '""') + '"' for cell in one) + "\n" for one in records
+        )
+        return [tuple(row.values()) for row, _ in rows(write(tmp_path / "p.csv", head + lines))]
+
+    warm = '["red", "green"]'
+    mixed = [("List two", "Red, green", warm), ("Name one", "red", "blue")]
+    assert read(*mixed) == mixed
+    answers = [("List two", '["a", "b"]', warm), ("List again", "['a']", "['b']")]
+    assert read(*answers) == answers  # the chosen answer is one, and so is the rejected one beside it
+    several = [("Name one", "red", warm)]
+    assert read(*several) == [("Name one", "red", ["red", "green"])]
+
+
+def test_behind_many_lists_in_a_column_of_csv_a_text_is_one_and_a_broken_list_malformed(tmp_path):
+    several = "a,\"['b', 'c']\"\n"
+    text = "chosen,rejected\n" + several * 256 + "a,b\n" + "a,\"['b', 'c\"\n" + several
+    *_, one, broken, last = rows(write(tmp_path / "p.csv", text))
+    assert one == ({"chosen": "a", "rejected": "b"}, "p.csv:258")
+    assert last == ({"chosen": "a", "rejected": ["b", "c"]}, "p.csv:260")
+    assert broken[1] == "p.csv:259" and "a list in 'rejected' that is neither JSON nor" in str(broken[0])
 
 
 def test_texts_side_by_side_in_a_cell_are_several_and_nan_is_none(tmp_path):

@@ -94,10 +94,9 @@ def check_scores(pairs: Sequence[PreferencePair], what: str) -> None:
         DataError: It names the columns that are looked for.
     """
     if all(pair.scores is None for pair in pairs):
-        some = ", ".join(sorted(name for name in SCORE_COLUMNS if "-" not in name))
         raise DataError(
             f"{what} needs scores, and no row has any; looked for ranked answers, two answers with "
-            f"numbers, and the columns {some}"
+            f"numbers, and the columns {SCORE_COLUMNS}"
         )
 
 

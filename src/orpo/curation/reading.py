@@ -12,7 +12,7 @@ from orpo.curation.steps import Step, reading_step
 from orpo.data.preferences import PreferenceSet, ReadSettings, read_preferences
 from orpo.data.rows import splits_of
 from orpo.data.splits import parse_split
-from orpo.data.verdicts import SCORE_COLUMNS
+from orpo.data.verdicts import is_score_column
 from orpo.errors import ConfigError
 from orpo.settings.config import OrpoSettings
 
@@ -60,7 +60,7 @@ def read_input(data: Any, split: str | None, settings: OrpoSettings) -> tuple[Pr
     )
     lines = [line for line in read.notices if "columns not used" not in line]
     for name, columns in read.unused_columns.items():
-        if left := [column for column in columns if column not in SCORE_COLUMNS]:
+        if left := [column for column in columns if not is_score_column(column)]:
             lines.append(f"{name}: columns not kept: {', '.join(left)}")
     return read, reading_step(read.counts), lines
 

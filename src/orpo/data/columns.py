@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from orpo.data.messages import BadRow, kind
-from orpo.data.rows import KeyTwice, Row, python_literal, strict_json
+from orpo.data.rows import NOT_PARSED, KeyTwice, Row, python_literal, strict_json
 from orpo.errors import DataError
 
 # Names other projects use for our columns; `columns` in the recipe maps any further ones.
@@ -241,7 +241,7 @@ def _refuse_key_twice(name: str, text: str) -> None:
             value = parse(text)
         except KeyTwice as error:
             raise BadRow(name, f"holds an object as text, which {error}") from None
-        except _NOT_PARSED:
+        except NOT_PARSED:
             continue
         if isinstance(value, str):  # JSON within JSON
             _refuse_key_twice(name, value)
@@ -260,7 +260,7 @@ def _literal(text: str) -> Any:
             value = parse(text)
         except KeyTwice:
             return None
-        except _NOT_PARSED:
+        except NOT_PARSED:
             continue
         if isinstance(value, str) and value[:1] in ("[", "{"):  # JSON within JSON
             return _literal(value)
@@ -274,7 +274,6 @@ def _numpy_literal(text: str) -> Any:
 
 
 _PARSERS = (strict_json, python_literal, _numpy_literal)
-_NOT_PARSED = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 
 
 def _is_conversation(value: Any) -> bool:

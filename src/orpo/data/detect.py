@@ -16,8 +16,6 @@ from orpo.data.messages import BadRow, kind, type_name
 from orpo.data.verdicts import VERDICTS
 from orpo.errors import ConfigError, DataError
 
-SAMPLE = 256
-
 
 class Detected(NamedTuple):
     """The format of one data set."""
@@ -53,7 +51,7 @@ def detect(rows: Iterable[NamedRow]) -> Detected:
         rows: The first rows, under our names.
 
     Raises:
-        DataError: No row is of a known format.
+        DataError: No row is of a known format, or the rows together cannot be read in theirs.
     """
     seen = list(rows)
     votes: Counter[Format] = Counter()
@@ -72,6 +70,8 @@ def detect(rows: Iterable[NamedRow]) -> Detected:
         if general is not None and votes[general]:
             votes[general] += votes.pop(one)
     winner = min(votes, key=lambda one: (-votes[one], FORMATS.index(one)))
+    if winner.problem is not None and (problem := winner.problem(seen)) is not None:
+        raise DataError(problem)
     count = votes[winner]
     parts = [winner.reason, _detail(winner, examples[winner])]
     share = "" if count == len(seen) else f" ({count} of the first {len(seen)} rows)"

@@ -8,7 +8,7 @@ template will be used) or messages. A row that does not fit the format of its da
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orpo.data import pairwise, ranked, turn_markers
@@ -201,13 +201,13 @@ def _read_rendered(row: Row) -> list[Sides]:
     text, others = _sides(row)
     chosen = _rendered_whole(asked, text, "chosen")
     if not others:
-        cut = _last_header(chosen, len(chosen))
+        cut = turn_markers.answer_begins(chosen)
         found = [Sides(chosen[:cut], chosen[cut:], None)]
     else:
         wholes = [_rendered_whole(asked, other, "rejected") for other in others]
         found = []
         for rejected in wholes:
-            cut = _last_header(chosen, _shared_length(chosen, rejected))
+            cut = turn_markers.answer_begins(chosen, _shared_length(chosen, rejected))
             found.append(Sides(chosen[:cut], chosen[cut:], rejected[cut:]))
     for prompt, best, *_ in found:
         if not prompt or turn_markers.asks(str(best)):
@@ -233,11 +233,6 @@ def _rendered_whole(asked: str, side: str, field: str) -> str:
     return asked + (turn_markers.without_header(side) if turn_markers.ends_with_header(asked) else side)
 
 
-def _last_header(text: str, limit: int) -> int:
-    """Where the last header of an answer ends that lies before `limit`; 0 where there is none."""
-    return max((match.end() for match in turn_markers.ANSWER.finditer(text, 0, limit)), default=0)
-
-
 def _shared_length(one: str, other: str) -> int:
     shortest = min(len(one), len(other))
     return next((i for i in range(shortest) if one[i] != other[i]), shortest)
@@ -260,10 +255,14 @@ def _read_standard_implicit(row: Row) -> list[Sides]:
     result = []
     for rejected in others:
         cut = common_words(chosen, rejected)
-        if turn_markers.asks(chosen[cut:]):
+        if turn_markers.asks(chosen[cut:]) or _answers_later(chosen, cut):
             raise BadRow("chosen", "is rendered already, and parts before its last turn", _UNRENDER)
         result.append(Sides(chosen[:cut], chosen[cut:], rejected[cut:]))
     return result
+
+
+def _answers_later(chosen: str, cut: int) -> bool:
+    return turn_markers.is_in_tokens(chosen) and turn_markers.answer_begins(chosen) > cut
 
 
 _UNBREAKABLE = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
@@ -272,12 +271,12 @@ _UNBREAKABLE = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 def common_words(one: str, other: str) -> int:
     """Length of the common beginning of two texts without a prompt of their own, cut where no word is split.
 
-    Where the beginning holds the header of an answer (`<|assistant|>`, `[/INST]`, `Answer:`), it ends with
-    the last one; else at the last border between words. Blanks go with what follows, line ends with what
-    precedes.
+    Where the beginning holds the header of an answer (`<|assistant|>`, `[/INST]`, or `Answer:` where no such
+    tokens begin turns), it ends with the last one; else at the last border between words. Blanks go with what
+    follows, line ends with what precedes.
     """
     limit = _shared_length(one, other)
-    if header := _last_header(one, limit):
+    if header := turn_markers.answer_begins(one, limit):
         return header
     inside = {
         position
@@ -400,6 +399,8 @@ class Format:
     """A row to its pairs; raises `BadRow` where it does not fit, `Untrainable` where it has no preference."""
     detail: Callable[[Row], str] | None = None
     """Of a row that matches: which columns decide."""
+    problem: Callable[[Sequence[Row]], str | None] | None = None
+    """Of the rows that tell the format: why they cannot be read so; None where they can."""
     yields_to: str = ""
     """Format that takes all rows where some of them match it."""
     named: Format | None = None
@@ -422,6 +423,7 @@ FORMATS = (
         pairwise.is_pairwise,
         pairwise.read_pairwise,
         detail=pairwise.detail,
+        problem=pairwise.no_signs,
     ),
     Format(
         "sharegpt",

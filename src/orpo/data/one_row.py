@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from orpo.data.counts import RowCounts
-from orpo.data.detect import SAMPLE
 from orpo.data.named_templates import DEFAULT
-from orpo.data.rows import ORIGIN, RawRow, read_rows
+from orpo.data.rows import ORIGIN, SAMPLE, RawRow, read_rows
 from orpo.data.source import ReadPairs, read_pairs, read_texts
 from orpo.data.text_rows import LINES
 from orpo.errors import DataError

@@ -7,13 +7,12 @@ and which value speaks for which answer. A value in no table stops the run; a ti
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from orpo.data.messages import BadRow, Turns, Untrainable, kind, number_of, turns_of, with_system
 from orpo.data.questions import question
-from orpo.data.rows import Row
+from orpo.data.rows import Row, list_of_texts
 from orpo.data.sides import Sides, part
 
 _STEMS = (
@@ -148,7 +147,7 @@ def find_duel(row: Row) -> Duel | None:
     if found is None or (chosen is not None and rejected is not None and not _are_named(row, found)):
         return None
     answers = ("text", "texts", "messages", "message")
-    if any(kind(row.get(name)) not in answers for name in found[:2]):
+    if any(kind(row.get(name)) not in answers and _texts(row[name]) is None for name in found[:2]):
         return None
     return found
 
@@ -218,7 +217,7 @@ def read_pairwise(row: Row) -> list[Sides]:
 
     Raises:
         BadRow: An answer is missing, or the label's value is not known.
-        Untrainable: A tie.
+        Untrainable: A tie, or an answer that is null in a list of them.
     """
     duel = find_duel(row)
     if duel is None:
@@ -234,8 +233,41 @@ def read_pairwise(row: Row) -> list[Sides]:
     return [part(sides[better], sides[1 - better])._replace(scores=_scores(row, label, judge, duel, better))]
 
 
-def other_winner(row: Row) -> str | None:
-    """Which further label says that the other answer is the better one; None where none does."""
+def no_signs(rows: Sequence[Row]) -> str | None:
+    """Why the numbers that would decide by their sign are none, of the rows that tell the format.
+
+    A scale from 1 to 7 has its middle elsewhere; where nothing is 0 or below, it may be such a one.
+    """
+    numbers = []
+    for row in rows:
+        duel = find_duel(row)
+        found = _judge(row, duel) if duel is not None else None
+        if found is not None and found[1] is _by_sign and (value := number_of(row[found[0]])) is not None:
+            numbers.append((value, found[0]))
+    if not numbers or min(numbers)[0] <= 0:
+        return None
+    label = numbers[0][1]
+    return (
+        f"{label} is above 0 in each of the first {len(rows)} rows, as on a scale that begins at 1, and would"
+        " be read by its sign (below 0: the first answer is better); name the better one in a column winner"
+        " (a, b or tie), or set data_format: pairwise if 0 is the middle"
+    )
+
+
+def signed_labels(rows: Iterable[Row]) -> frozenset[str]:
+    """Labels read by their sign whose numbers go below 0; those of any other may say how much, not which."""
+    signed = (name for name, judge in LABELS.items() if judge is _by_sign)
+    plain = [dict(row) for row in rows]
+    return frozenset(name for name in signed if any((number_of(row.get(name)) or 0) < 0 for row in plain))
+
+
+def other_winner(row: Row, signed: Collection[str]) -> str | None:
+    """Which further label says that the other answer is the better one; None where none does.
+
+    Args:
+        row: Read already.
+        signed: `signed_labels` of the data set.
+    """
     plain = dict(row)  # a look at a column is not yet a use
     duel = find_duel(plain)
     found = _judge(plain, duel) if duel is not None else None
@@ -244,7 +276,7 @@ def other_winner(row: Row) -> str | None:
     label, judge = found
     better = judge(plain, label, duel)
     for name, other in LABELS.items():
-        if name == label or plain.get(name) is None:
+        if name == label or plain.get(name) is None or (other is _by_sign and name not in signed):
             continue
         try:
             says = _SPECIAL.get((duel.first, name), other)(plain, name, duel)
@@ -292,8 +324,12 @@ def _judged(row: Row, turns: Turns) -> Turns:
 def _listed_turns(row: Row, answers: tuple[Any, Any]) -> tuple[Turns, Turns] | None:
     """Prompt and answers as lists of texts, one for each exchange (lmsys-arena-human-preference-55k)."""
     asked, *answered = (_texts(value) for value in (row.get("prompt"), *answers))
-    if asked is None or any(texts is None or len(texts) != len(asked) for texts in answered):
+    if asked is None or answered == [None, None]:
         return None
+    if any(texts is None or len(texts) != len(asked) for texts in answered):
+        raise BadRow("prompt", f"lists {len(asked)} questions, and not each side has as many answers")
+    if any(None in texts for texts in (asked, *answered) if texts is not None):
+        raise Untrainable(_NO_TEXT)
     first, second = (
         [
             {"role": role, "content": text}
@@ -305,10 +341,12 @@ def _listed_turns(row: Row, answers: tuple[Any, Any]) -> tuple[Turns, Turns] | N
     return first, second
 
 
-def _texts(value: Any) -> list[str] | None:
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None
-    return list(value) if kind(value) == "texts" else None
+_NO_TEXT = "a question or an answer in the lists of a row is missing (null)"
+
+
+def _texts(value: Any) -> list[str | None] | None:
+    """The texts, some perhaps missing, of a list or a text that writes one; None of anything else."""
+    if isinstance(value, str):
+        return list_of_texts(value)
+    is_list = isinstance(value, list) and value and all(isinstance(item, str | None) for item in value)
+    return list(value) if is_list else None

@@ -20,13 +20,14 @@ from orpo.console import is_text
 from orpo.data import pairwise, ranked, turn_markers
 from orpo.data.columns import Columns, NamedRow, quoted
 from orpo.data.counts import RowCounts
-from orpo.data.detect import SAMPLE, Detected, detect, named
+from orpo.data.detect import Detected, detect, named
 from orpo.data.formats import has_text_sides, is_standard_repeated
 from orpo.data.messages import MEDIA, BadRow, Untrainable, type_name, without_nulls
-from orpo.data.rows import ORIGIN, KeyTwice, RawRow, nothing_readable, read_rows, strict_json
+from orpo.data.rows import ORIGIN, SAMPLE, KeyTwice, RawRow, nothing_readable, read_rows, strict_json
 from orpo.data.stages import EVERY, report
 from orpo.data.verdicts import (
     REPEATED,
+    UNREAD_LIST,
     contradiction,
     looks_at,
     marked_turn,
@@ -34,6 +35,7 @@ from orpo.data.verdicts import (
     repeated_prompt,
     side_scores,
     unpaired_reason,
+    unread_list,
 )
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
@@ -233,6 +235,7 @@ class _Reading:
     """The reading of one data set: its format and columns, and what becomes of its rows."""
 
     detected: Detected
+    _signed: frozenset[str]
 
     def __init__(
         self,
@@ -283,6 +286,7 @@ class _Reading:
                     self.counts.drop(reason, pair.source)
         if not self._streams:  # of a stream the rows are trained on by now
             self._check_repeated()
+            self._check_lists()
 
     def _detect(self, head: Sequence[RawRow]) -> Detected:
         parsed = [row for row in head if not isinstance(row.data, DataError)]
@@ -291,8 +295,6 @@ class _Reading:
         self.columns.check(
             (row.data for row in parsed if isinstance(row.data, dict)), may_lack=self._one_of_several
         )
-        if self.settings.data_format is not None:
-            return named(self.settings.data_format)
         rows: list[tuple[str, NamedRow]] = []
         problems = []
         for row in parsed:
@@ -300,6 +302,9 @@ class _Reading:
                 rows.append((row.source, self.columns.name(row.data)))  # type: ignore[arg-type]
             except BadRow as bad:
                 problems.append(f"{row.source}: {bad}")
+        self._signed = pairwise.signed_labels(row for _, row in rows)
+        if self.settings.data_format is not None:
+            return named(self.settings.data_format)
         if problems and not rows:
             raise DataError(problems[0])
         try:
@@ -345,8 +350,8 @@ class _Reading:
     def _doubt(self, row: NamedRow, pair: PreferencePair) -> None:
         """Count what speaks against training a pair as its row says."""
         said = (
-            contradiction(row, pair), self._other_best(row), marked_turn(pair), repeated_prompt(pair),
-            picture(pair),
+            contradiction(row, pair), self._other_best(row), unread_list(row), marked_turn(pair),
+            repeated_prompt(pair), picture(pair),
         )  # fmt: skip
         for words in filter(None, said):
             self.contradictions[words] += 1
@@ -363,10 +368,21 @@ class _Reading:
                 f" this one first, and the first {SAMPLE} mostly do not; {_ONE_WAY}"
             )
 
+    def _check_lists(self) -> None:
+        """Stop where most rejected answers are lists written as text, which nobody writes as answers."""
+        number, total = self.contradictions[UNREAD_LIST], self.counts.total
+        is_settled = self.settings.data_format is not None or self.detected.name == "prepared"
+        if not is_settled and number * 2 > total:
+            raise DataError(
+                f"{self.first_of[UNREAD_LIST]}: the rejected answers of {number} of {total} rows are texts"
+                " that write a list, this one first; write lists in all rows if each is several answers, or"
+                f" set data_format: {self.detected.name} to read each text as one"
+            )
+
     def _other_best(self, row: NamedRow) -> str | None:
         """Which numbers or labels say that another answer is the best."""
         if self.detected.name == "pairwise":
-            return pairwise.other_winner(row)
+            return pairwise.other_winner(row, self._signed)
         return ranked.other_best(row) if self.detected.name == "ranked" else None
 
     def _cannot_use_alone(self, pair: PreferencePair, row: NamedRow) -> str | None:

@@ -1,8 +1,8 @@
 """Several answers to a prompt and what says how good each is: the best against every strictly worse one.
 
 A list says nothing about its order. Numbers inside or next to the answers are used where their name says what
-they mean (`MEANINGS`), or where the recipe maps them to `scores`; a list without them is ranked best first
-only where the recipe asks for it.
+they mean (`MEANINGS`, `number_names`), or where the recipe maps them to `scores`; a list without them is
+ranked best first only where the recipe asks for it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from orpo.data.columns import NamedRow
 from orpo.data.messages import MEDIA_KEYS, BadRow, kind, number_of
+from orpo.data.number_names import direction, is_measure, words_of
 from orpo.data.questions import question
 from orpo.data.reasoning import REASONING_KEYS
 from orpo.data.rows import Row
@@ -26,27 +27,6 @@ MEANINGS = {
     "selected": 1, "is_selected": 1, "accepted": 1, "is_accepted": 1, "chosen": 1, "is_chosen": 1, "best": 1,
     "is_best": 1, "preferred": 1, "is_preferred": 1, "correct": 1, "is_correct": 1, "is_correct_answer": 1,
 }  # fmt: skip
-_LAST_WORDS = {"score": 1, "rating": 1, "reward": 1, "vote": 1, "upvote": 1, "rank": -1}
-# A score, rating or rank of what is good, or by a judge. Of any other (`toxicity_score`) nobody can tell
-# which way it goes, nor of one with a word of `_LESS_IS_BETTER` (`down_votes`, `error_reward`).
-_QUALITIES = frozenset({
-    "helpfulness", "helpful", "honesty", "truthfulness", "harmlessness", "safety", "instruction",
-    "correctness", "accuracy", "coherence", "quality", "relevance", "usefulness", "faithfulness",
-    "completeness", "clarity", "factuality", "preference", "fluency", "model", "reward", "rewards", "rm",
-    "pm", "human", "user", "annotator", "annotators", "rater", "expert", "judge", "critic", "evaluator",
-    "llm", "gpt", "claude", "llama", "gemini", "qwen", "mistral", "deepseek", "prometheus", "armorm",
-    "ultrarm", "pairrm", "skywork", "starling", "nemotron", "deberta",
-})  # fmt: skip
-_LESS_IS_BETTER = frozenset({
-    "toxicity", "toxic", "harm", "harmful", "harmfulness", "unsafe", "risk", "error", "errors", "loss", "nll",
-    "perplexity", "ppl", "penalty", "hallucination", "negative", "bad", "down", "downvote", "dislike",
-    "reject", "rejected", "bias", "offensive", "offensiveness", "violation", "cost", "distance",
-    "uncertainty", "spam", "repetition", "length", "verbosity", "complexity", "difficulty", "rank",
-})  # fmt: skip
-_SAY_NOTHING = frozenset({
-    "annotation", "annotations", "feedback", "evaluation", "evaluations", "overall", "fine", "grained",
-    "final", "mean", "avg", "average", "total", "score", "scores",
-})  # fmt: skip
 # Columns that hold the index of the best answer, counted from 0.
 _INDEX = (
     "choice", "chosen", "best_index", "best_idx", "chosen_index", "chosen_idx", "preferred_index",
@@ -243,7 +223,7 @@ def unknown_numbers(row: Row, answers: Sequence[Any]) -> list[str]:
 def _by_last_word(row: Row, candidates: Mapping[str, list[Any]], number: int) -> Ranking | None:
     """`reward_model_score`, `helpfulness.Rating`: the last word says what they are, if all say the same."""
     found: dict[str, list[float]] = {}
-    signs = {name: _direction(name) for name in candidates}
+    signs = {name: direction(words_of(name)) for name in candidates}
     for name, sign in signs.items():
         if sign is not None:
             found[name] = [sign * value for value in _checked(candidates[name], number, name)]
@@ -265,29 +245,12 @@ def _by_last_word(row: Row, candidates: Mapping[str, list[Any]], number: int) ->
 def _are_of_one_group(known: Sequence[str], unknown: Sequence[str]) -> bool:
     """Whether among the aspects of one annotation is one of which nobody can tell which way it goes."""
     groups = {_group(name) for name in known} - {""}
-    return any(_group(name) in groups and _last_word(name) in _LAST_WORDS for name in unknown)
+    return any(_group(name) in groups and is_measure(words_of(name)) for name in unknown)
 
 
 def _group(name: str) -> str:
     """`annotations` of `annotations.helpfulness.Rating`."""
     return name.rpartition(".")[0].rpartition(".")[0]
-
-
-def _words(name: str) -> list[str]:
-    return re.findall(r"[a-z]+", _bare(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)))
-
-
-def _last_word(name: str) -> str:
-    return (_words(name) or [""])[-1]
-
-
-def _direction(name: str) -> int | None:
-    """1 where more is better, -1 where less is; None where the name does not say."""
-    front, last = set(_words(name)[:-1]) - _SAY_NOTHING, _last_word(name)
-    if not _LESS_IS_BETTER.isdisjoint(front):
-        return None
-    says_itself = last in ("vote", "upvote", "reward") or not front
-    return _LAST_WORDS.get(last) if says_itself or not _QUALITIES.isdisjoint(front) else None
 
 
 def _order(values: Sequence[float]) -> Iterator[tuple[bool, bool]]:

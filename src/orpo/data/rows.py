@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import csv
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -27,6 +28,8 @@ from orpo.run.disk import describe, files_in
 Row = dict[str, Any]
 ORIGIN = "orpo_origin"
 """Column of a prepared data set: the file and line that a row was read from first."""
+SAMPLE = 256
+"""How many rows, the first of a data set, tell what its columns hold."""
 
 _SAVED = ("state.json", "dataset_dict.json")
 """Files that tell a folder written by `save_to_disk`."""
@@ -408,26 +411,31 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
     with _open(path) as file:
         reader = csv.reader(file, strict=True)
         header = _csv_header(reader, path.name)
-        for first, cells in _csv_records(reader):
-            row = cells if isinstance(cells, DataError) else _csv_row(cells, header)
+        records = _csv_records(reader, len(header))
+        head = list(itertools.islice(records, SAMPLE))
+        listed = _list_columns(header, [cells for _, cells in head if not isinstance(cells, DataError)])
+        for lines, cells in itertools.chain(head, records):
+            row = cells if isinstance(cells, DataError) else _csv_row(cells, header, listed)
             # Each line that a stray quote has swallowed may have been a row.
-            last = max(reader.line_num, first) if isinstance(row, DataError) else first
-            yield from (RawRow(row, f"{path.name}:{number}") for number in range(first, last + 1))
+            for number in lines if isinstance(cells, DataError) else lines[:1]:
+                yield RawRow(row, f"{path.name}:{number}")
 
 
-def _csv_records(reader: Any) -> Iterator[tuple[int, list[str] | DataError]]:
-    """The line that each record begins on, and its cells, or what is wrong with it; blank lines left out."""
+def _csv_records(reader: Any, columns: int) -> Iterator[tuple[range, list[str] | DataError]]:
+    """The lines of each record, and its cells, or what is wrong with it; blank lines left out."""
     while True:
         first = reader.line_num + 1
+        found: list[str] | DataError
         try:
-            cells = next(reader)
+            cells: list[str] = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield first, DataError(f"is not CSV ({error}); write a quote within a cell twice")
+            found = DataError(f"is not CSV ({error}); write a quote within a cell twice")
         else:
-            if cells:
-                yield first, cells
+            found = _not_a_record(cells, columns) or cells
+        if found:
+            yield range(first, max(reader.line_num, first) + 1), found
 
 
 def _csv_header(reader: Any, name: str) -> list[str]:
@@ -442,17 +450,17 @@ def _csv_header(reader: Any, name: str) -> list[str]:
     return header
 
 
-def _csv_row(cells: list[str], header: list[str]) -> Row | DataError:
-    """The cells of a record as a row, or why they are none."""
-    if len(cells) != len(header):
-        more = "more" if len(cells) > len(header) else "fewer"
+def _not_a_record(cells: list[str], columns: int) -> DataError | None:
+    """Why cells are no row of as many columns; None where they are one, or a blank line."""
+    if cells and len(cells) != columns:
+        more = "more" if len(cells) > columns else "fewer"
         return DataError(f"has {more} cells than the header; put text that holds a comma into quotes")
-    if any(_is_several_rows(cell, number, len(header)) for number, cell in enumerate(cells)):
+    if any(_is_several_rows(cell, number, columns) for number, cell in enumerate(cells)):
         return DataError(
             "looks like several rows between two stray quotes; write a quote within a cell twice, or, if it"
             " is one row, give the file as jsonl"
         )
-    return _not_utf8("".join(cells)) or dict(zip(header, map(_cell, cells), strict=True))
+    return _not_utf8("".join(cells))
 
 
 def _is_several_rows(cell: str, number: int, columns: int) -> bool:
@@ -468,20 +476,59 @@ def _is_several_rows(cell: str, number: int, columns: int) -> bool:
     return [line.count(",") for line in lines] == expected
 
 
-def _cell(text: str) -> object:
-    """A CSV cell; a list of texts is written in one as JSON or, by pandas, as Python, and nothing as nan."""
-    if text in ("nan", "NaN"):
+def _list_columns(header: list[str], records: list[list[str]]) -> set[str]:
+    """The columns of CSV that hold lists of texts: those in which every cell that is not blank writes one.
+
+    Of a column of texts a cell may look like a list, as an answer in JSON does. A column of chosen answers
+    holds texts, whatever they look like, and then so does that of the rejected ones beside it.
+    """
+    columns = {name: [row[index] for row in records] for index, name in enumerate(header)}
+    lists = {
+        name: [list_of_texts(cell) for cell in cells if not _is_blank(cell)]
+        for name, cells in columns.items()
+    }
+    listed = {name for name, found in lists.items() if any(found) and None not in found}
+    return listed - {
+        side for name in listed if "chosen" in name for side in (name, name.replace("chosen", "rejected"))
+    }
+
+
+def _csv_row(cells: list[str], header: list[str], listed: set[str]) -> Row | DataError:
+    """The cells of a record as a row, or why they are none."""
+    row: Row = {}
+    for name, cell in zip(header, cells, strict=True):
+        row[name] = None if cell in _NOTHING else cell
+        if name in listed and cell.lstrip().startswith("["):
+            row[name] = list_of_texts(cell)
+            if row[name] is None:
+                return DataError(f"has a list in {name!r} that is neither JSON nor Python; fix the row")
+    return row
+
+
+_NOTHING = ("nan", "NaN")
+"""How pandas writes a missing value."""
+
+
+def _is_blank(cell: str) -> bool:
+    return cell in _NOTHING or not cell.strip()
+
+
+def list_of_texts(text: str) -> list[str | None] | None:
+    """The texts, some perhaps missing, of a list in JSON or, as pandas writes it, in Python; else None."""
+    if not text.lstrip().startswith(('["', "['", "[null", "[None", "[]")):
         return None
-    if text.lstrip().startswith(('["', "['")):
-        for parse in (json.loads, python_literal):
-            try:
-                value = parse(text)
-            except (ValueError, SyntaxError, KeyTwice):
-                continue
-            return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else text
-    return text
+    for parse in (json.loads, python_literal):
+        try:
+            value = parse(text)
+        except NOT_PARSED:
+            continue
+        is_list = isinstance(value, list) and all(isinstance(item, str | None) for item in value)
+        return value if is_list else None
+    return None
 
 
+NOT_PARSED = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, KeyTwice)
+"""What says that a text is no JSON or no Python."""
 _BETWEEN_TEXTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\s+(?=['"])""")
 
 

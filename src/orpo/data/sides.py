@@ -6,6 +6,7 @@ that the sides repeat, with other blanks or without its system turn); here all o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,11 +48,33 @@ def pair_up(history: Turns, chosen: object, rejected: object) -> list[Sides]:
         history = history[:-1]  # the conversation holds the chosen answer already
     best = _follow(history, said, "chosen")
     if rejected is None:
+        _check_one_answer(said if _begins_with_answer(said) else [], "chosen")
         return [Sides(best[:-1], best[-1:], None)]
     answers = [turns_of(answer, "rejected") for answer in alternatives(rejected, "rejected")]
     if not history and _begins_with_answer(*answers) and not _begins_with_answer(best):
         history = best[:-1]  # the chosen conversation is whole, the rejected answers are not
-    return [part(best, _follow(history, answer, "rejected")) for answer in answers]
+    found = [part(best, _follow(history, answer, "rejected")) for answer in answers]
+    for sides in found:
+        _check_one_answer(sides.chosen, "chosen")
+        _check_one_answer(sides.rejected, "rejected")
+    return found
+
+
+def _check_one_answer(side: object, field: str) -> None:
+    """Refuse two answers in a row where the sides differ: the odds would be on the second alone.
+
+    They may be two answers to choose from, or one in two parts; a call of a tool and its answer are one.
+    """
+    assert isinstance(side, list)
+    for turn, following in itertools.pairwise(side):
+        if turn["role"] == following["role"] == "assistant" and not (
+            turn.get("tool_calls") or following.get("tool_calls")
+        ):
+            raise BadRow(
+                field,
+                "has two turns of the assistant in a row, which may be one answer or two",
+                "join them, or write several rejected answers as a list of lists ([[...], [...]]),",
+            )
 
 
 def _begins_with_answer(*sides: Turns) -> bool:

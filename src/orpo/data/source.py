@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HOME
 
 from orpo.data.counts import RowCounts
 from orpo.data.dataset import TokenizedDataset, tokenize_pairs
-from orpo.data.detect import SAMPLE, Detected
+from orpo.data.detect import Detected
 from orpo.data.findings import Findings, find, length_bias, pair_key
 from orpo.data.preferences import (
     PreferenceSet,
@@ -26,7 +26,7 @@ from orpo.data.preferences import (
     split_holdout,
     stream_preferences,
 )
-from orpo.data.rows import splits_of
+from orpo.data.rows import SAMPLE, splits_of
 from orpo.data.splits import evaluation_split
 from orpo.data.templates import prepare_template
 from orpo.data.text_rows import (

@@ -16,11 +16,14 @@ _ANSWER_TOKENS = (
     r"|<\|start\|>assistant(?:<\|channel\|>final)?<\|message\|>|<\|start_of_role\|>assistant<\|end_of_role\|>"
     r"|\[\|assistant\|\]|GPT4 Correct Assistant:|<extra_id_1>Assistant\n"
 )
-_ANSWER_WORDS = (
-    r"### ?(?:Response|Assistant|Answer):\n?|\b(?:ASSISTANT|Assistant|Answer):|(?<=\n)(?:Bot|Chatbot|AI):"
+_ANSWER_HEADINGS = r"### ?(?:Response|Assistant|Answer):\n?"
+_ANSWER_WORDS = rf"{_ANSWER_HEADINGS}|\b(?:ASSISTANT|Assistant|Answer):|(?<=\n)(?:Bot|Chatbot|AI):"
+# A speaker who answers another one.
+_SPEAKERS = (
+    r"\bUSER:[\s\S]*?\bASSISTANT:|^(?:User|Human|USER):[\s\S]*?^(?:Assistant|ASSISTANT|Bot|Chatbot|AI):"
 )
 _QUESTION_TOKENS = (
-    r"<\|im_start\|>(?:user|system)\b|<\|(?:user|system)\|>|<start_of_turn>user\b|<\|turn>(?:user|system)\b|\[INST\]"
+    r"<\|im_start\|>(?:user|system)\b|<\|(?:user|system|prompter)\|>|<start_of_turn>user\b|<\|turn>(?:user|system)\b|\[INST\]"
     r"|<\|start_header_id\|>(?:user|system)<\|end_header_id\|>|<\|header_start\|>(?:user|system)<\|header_end\|>"
     r"|<\uff5cUser\uff5c>|<\|START_OF_TURN_TOKEN\|><\|(?:USER|SYSTEM)_TOKEN\|>"
     r"|<\|start\|>(?:user|system|developer)<\|message\|>|<\|start_of_role\|>(?:user|system)<\|end_of_role\|>"
@@ -38,9 +41,13 @@ ENDS = (
 )  # fmt: skip
 """What ends a turn, by family."""
 
-ANSWER = re.compile(f"{_ANSWER_TOKENS}|{_ANSWER_WORDS}")
-"""The header of an answer."""
+_ANSWER = re.compile(f"{_ANSWER_TOKENS}|{_ANSWER_WORDS}")
+_ANSWER_IN_TOKENS = re.compile(_ANSWER_TOKENS)
+# The headers of one way to write turns are no headers in a text that is written in one before it.
+_FAMILIES = (re.compile(_ANSWER_HEADINGS), re.compile(_SPEAKERS, re.MULTILINE), _ANSWER)
 _QUESTION = re.compile(_QUESTION_TOKENS)
+_CONVERSATION = re.compile(rf"(?:{_QUESTION_TOKENS})[\s\S]*?(?:{_ANSWER_TOKENS})")
+_ANSWER_TURN = re.compile(rf"(?:\A|\n|{'|'.join(map(re.escape, ENDS))})\s*(?:{_BOS})?(?:{_ANSWER_TOKENS})")
 _START = re.compile(rf"\s*(?:(?P<bos>{_BOS})\s*)?(?P<header>{_ANSWER_TOKENS})?")
 _RENDERED = re.compile(rf"\s*(?:{_BOS}|{_ANSWER_TOKENS}|{_QUESTION_TOKENS})")
 
@@ -56,9 +63,32 @@ def asks(text: str) -> bool:
 
 
 def is_conversation(text: str) -> bool:
-    """Whether a text holds a question in the special tokens of a known family, and an answer behind it."""
-    question = _QUESTION.search(text)
-    return question is not None and ANSWER.search(text, question.end()) is not None
+    """Whether a text holds a question and an answer behind it, both in the tokens of a known family."""
+    return _CONVERSATION.search(text) is not None
+
+
+def is_in_tokens(text: str) -> bool:
+    """Whether the turns of a text, or its answer alone, begin with the special tokens of a known family."""
+    return is_conversation(text) or _ANSWER_TURN.search(text) is not None
+
+
+def answer_begins(text: str, limit: int | None = None) -> int:
+    """Where the last header of an answer ends; 0 where there is none.
+
+    A text has its headers in one way to write turns: where special tokens begin them, `Answer:` is a word of
+    a question or an answer, and so it is behind `### Response:`.
+
+    Args:
+        text: The whole of it tells how its turns are written.
+        limit: The header ends here at the latest; None is the end of the text.
+    """
+    families = (_ANSWER_IN_TOKENS,) if is_in_tokens(text) else _FAMILIES
+    end = len(text) if limit is None else limit
+    return next(filter(None, (_last_end(family, text, end) for family in families)), 0)
+
+
+def _last_end(pattern: re.Pattern[str], text: str, limit: int) -> int:
+    return max((match.end() for match in pattern.finditer(text, 0, limit)), default=0)
 
 
 def without_header(text: str) -> str:
@@ -68,8 +98,6 @@ def without_header(text: str) -> str:
 
 
 def ends_with_header(text: str) -> bool:
-    """Whether a rendered prompt ends where its answer begins."""
-    last = None
-    for match in ANSWER.finditer(text):
-        last = match
-    return last is not None and not text[last.end() :].strip()
+    """Whether a rendered prompt ends where its answer begins, behind a header of any kind."""
+    end = _last_end(_ANSWER, text, len(text))
+    return end > 0 and not text[end:].strip()

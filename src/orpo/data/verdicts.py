@@ -7,10 +7,14 @@ and answers that repeat their prompt.
 
 from __future__ import annotations
 
+import functools
 import re
+from typing import NamedTuple
 
 from orpo.data.columns import NamedRow
 from orpo.data.messages import number_of
+from orpo.data.number_names import direction, words_of
+from orpo.data.rows import list_of_texts
 from orpo.data.sides import goes_on
 from orpo.pairs import PreferencePair
 
@@ -69,33 +73,49 @@ def _verdict(name: str, value: object) -> bool | None:
     return None
 
 
-# Score of chosen -> score of rejected, by the names they are published under.
-_SIDE_SCORES = {
-    names.format(side="chosen"): names.format(side="rejected")
-    for word in (
-        "score",
-        "rating",
-        "avg_rating",
-        "reward",
-        "rm_score",
-        "reward_score",
-        "overall_score",
-        "overall_rating",
-        "preference_score",
-        "quality",
-        "helpfulness",
-        "votes",
-        "upvotes",
-        "likes",
+_SIDE_MEASURES: dict[tuple[str, ...], int] = {
+    ("quality",): 1,
+    ("helpfulness",): 1,
+    ("like",): 1,
+    ("likes",): 1,
+    ("ranking",): -1,
+}
+"""Further words for a number of one side, beside those of any number."""
+_ANSWER_WORDS = ("response", "answer", "completion")
+
+
+class _SideNumber(NamedTuple):
+    """A column that says how good one side is."""
+
+    side: str
+    measure: tuple[str, ...]
+    """The words of its name beside that of the side; equal for the other one's."""
+    sign: int
+    """1 where more is better, -1 where less is."""
+
+
+def _side_number(name: str) -> _SideNumber | None:
+    """What `chosen_score`, `rmScoreRejected` or `rank-chosen` is; None of any other column."""
+    words = words_of(name)
+    sides = [word for word in words if word in ("chosen", "rejected")]
+    measure = tuple(word for word in words if word not in (*sides, *_ANSWER_WORDS))
+    sign = _SIDE_MEASURES.get(measure) or direction(measure, overall=True)
+    return None if len(sides) != 1 or sign is None else _SideNumber(sides[0], measure, sign)
+
+
+@functools.lru_cache(maxsize=256)
+def _side_numbers(columns: tuple[str, ...]) -> tuple[tuple[str, str, int], ...]:
+    """Columns of chosen and of rejected with the same measure, and its sign; plain scores first."""
+    found: dict[_SideNumber, str] = {}
+    for name in columns:
+        if (number := _side_number(name)) is not None:
+            found.setdefault(number, name)
+    order = sorted(found, key=lambda one: (len(one.measure), one.measure[0] != "score"))
+    return tuple(
+        (found[one], found[other], one.sign)
+        for one in order
+        if one.side == "chosen" and (other := one._replace(side="rejected")) in found
     )
-    for names in (f"{word}_{{side}}", f"{word}-{{side}}", f"{{side}}_{word}", f"{{side}}-{word}")
-}
-# Rank of chosen -> rank of rejected; less is better.
-_SIDE_RANKS = {
-    names.format(side="chosen"): names.format(side="rejected")
-    for word in ("rank", "ranking")
-    for names in (f"{word}_{{side}}", f"{{side}}_{word}")
-}
 
 
 _MARGINS = ("margin", "score_margin", "score_diff", "reward_margin")
@@ -110,11 +130,10 @@ _BETTER = ("preference", "preferred", "winner", "better", "label")
 
 def side_scores(row: NamedRow) -> tuple[float, float] | None:
     """Scores of chosen and rejected that stand next to them, if any; a margin counts against 0."""
-    for chosen, rejected in _SIDE_SCORES.items():
-        if chosen in row and rejected in row:
-            high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
-            if high is not None and low is not None:
-                return high, low
+    for chosen, rejected, sign in _side_numbers(tuple(row)):
+        high, low = number_of(dict.get(row, chosen)), number_of(dict.get(row, rejected))
+        if sign > 0 and high is not None and low is not None:
+            return high, low
     for name in _BOTH:
         both = dict.get(row, name)
         if isinstance(both, dict):
@@ -126,13 +145,19 @@ def side_scores(row: NamedRow) -> tuple[float, float] | None:
     return None if margin is None else (margin, 0.0)
 
 
-SCORE_COLUMNS = frozenset(_MARGINS) | _SIDE_SCORES.keys() | set(_SIDE_SCORES.values())
-"""Names of columns with the scores of chosen and rejected."""
+SCORE_COLUMNS = "score_chosen and score_rejected, chosen_rating and rejected_rating and the like, or margin"
+"""For people: which columns hold scores of chosen and rejected."""
+
+
+def is_score_column(name: str) -> bool:
+    """Whether a column of this name holds scores of chosen or rejected, or their difference."""
+    number = _side_number(name)
+    return name in _MARGINS or (number is not None and number.sign > 0)
 
 
 def looks_at(name: str) -> bool:
     """Whether a column of this name is looked at beside the answers, though not every row is asked for it."""
-    sides = {"chosen", "rejected"}.intersection(re.split(r"[^a-z]+", name.lower()))
+    sides = {"chosen", "rejected"}.intersection(words_of(name))
     return bool(sides) or name in {*VERDICTS, *_MARGINS, *_BOTH, *_BETTER}
 
 
@@ -152,10 +177,8 @@ def contradiction(row: NamedRow, pair: PreferencePair) -> str | None:
 
 def _by_columns(row: NamedRow) -> str | None:
     """Which columns say that chosen is not better than rejected."""
-    for chosen in row:
-        better, worse = (chosen, _SIDE_SCORES[chosen]) if chosen in _SIDE_SCORES else ("", "")
-        if chosen in _SIDE_RANKS:
-            better, worse = _SIDE_RANKS[chosen], chosen
+    for chosen, rejected, sign in _side_numbers(tuple(row)):
+        better, worse = (chosen, rejected) if sign > 0 else (rejected, chosen)
         high, low = number_of(dict.get(row, better)), number_of(dict.get(row, worse))
         if high is not None and low is not None and high <= low:
             return f"{better} is not above {worse}"
@@ -180,6 +203,19 @@ def _pair_of_numbers(row: NamedRow) -> str | None:
         if numbers and None not in numbers and numbers[0] < numbers[1]:  # type: ignore[operator]
             return name
     return None
+
+
+UNREAD_LIST = "their rejected answer is a text that writes a list, and is read as one"
+
+
+def unread_list(row: NamedRow) -> str | None:
+    """What to say of a rejected answer that may be several, written as one text; None where it is one."""
+    chosen, rejected = dict.get(row, "chosen"), dict.get(row, "rejected")
+    if not isinstance(rejected, str) or len(list_of_texts(rejected) or ()) < 2:
+        return None
+    if isinstance(chosen, str) and chosen.lstrip().startswith(("[", "{")):  # both answer in JSON
+        return None
+    return UNREAD_LIST
 
 
 OWN_SCORES = ("score", "rating", "reward")
