@@ -367,6 +367,17 @@ def test_a_reward_model_without_an_embedding_for_a_token_is_one_line(tmp_path, r
         judge(first, second, f"reward:{other}")
 
 
+def test_a_reward_that_is_no_number_is_no_verdict(tmp_path, reward_folder):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_folder)
+    model.score.weight.data[:] = float("nan")
+    other = tmp_path / "other"
+    shutil.copytree(reward_folder, other)
+    model.save_pretrained(other)
+    first, second = (answers(tmp_path / f"{name}.jsonl", name, [("q", "the sea")]) for name in "ab")
+    with pytest.raises(RunError, match=r"none of 1 pairs has a verdict .* gives nan, which is no reward"):
+        judge(first, second, f"reward:{other}")
+
+
 # ------------------------------------------------------------------------------------------- the command
 
 

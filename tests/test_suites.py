@@ -25,6 +25,7 @@ import orpo
 from orpo import cli, run_suites, write_report
 from orpo.engine.metrics import write_change_with_unit, write_with_unit
 from orpo.errors import ConfigError, DataError, ModelError
+from orpo.evaluation.generation import Sampling
 from orpo.html_page import typeset
 from orpo.judging.llm_judge import judge_prompt
 from orpo.suites import bbq, crows_pairs, ifeval, mt_bench, rewardbench
@@ -366,6 +367,38 @@ def test_a_text_that_the_model_cannot_read_is_one_line(models, tmp_path):
             run_suites(str(model), [f"crows_pairs:{file}"])
 
 
+def test_a_model_that_says_no_numbers_is_one_line(models, loaded, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(models[0])
+    attention = model.get_submodule(
+        next(name for name, _ in model.named_modules() if name.endswith("self_attn"))
+    )
+    for projection in (attention.q_proj, attention.k_proj):  # finite, and their products are not
+        projection.weight.data[:] = 1e30
+    model.save_pretrained(tmp_path / "model")
+    loaded[1].save_pretrained(tmp_path / "model")
+    name = str(tmp_path / "model")
+    with pytest.raises(
+        ModelError, match=r"crows_pairs: the log-prob of text 1 is nan; its weights are damaged"
+    ):
+        run_suites(name, ["crows_pairs"], limit=2)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ModelError, match=r"logits are not numbers; its weights are damaged"):
+            orpo.generate(
+                name, ["Hi."], tmp_path / "a.jsonl", sampling=Sampling(temperature=temperature, max_tokens=3)
+            )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
+    with pytest.raises(ModelError, match=r"its logits are not numbers; its weights are damaged"):
+        orpo.evaluate(name, tmp_path / "p.jsonl")
+
+
+def test_sentences_that_are_no_pair_are_named(tmp_path):
+    file = tmp_path / "pairs.csv"
+    for row, said in (("a,a ", "both sentences are the same"), ("a, ", "a sentence is empty")):
+        file.write_text(f"sent_more,sent_less,bias_type\na,b,age\n{row},age\n")
+        with pytest.raises(DataError, match=rf"pairs\.csv: row 2: {said}"):
+            crows_pairs.sentences(str(file))
+
+
 def test_the_shipped_sentences_are_all_of_crows_pairs_and_other_files_are_refused(tmp_path):
     rows = crows_pairs.sentences()
     assert len(rows) == 1508 and len({row["bias_type"] for row in rows}) == 9
@@ -483,7 +516,18 @@ def test_bbq_takes_the_likeliest_of_two_people_and_ten_unknowns(models, loaded, 
     write_lines(file, [rows[0] | {"ans1": "Nobody"}])
     with pytest.raises(DataError, match="none of its answers is unknown"):
         run_suites(models[0], [f"bbq:{file}"])
-    for wrong in ({"label": "x"}, {"label": 3}, {"answer_info": {}}, {"additional_metadata": {}}):
+    for name, value in (("context_condition", "amb"), ("question_polarity", "x")):
+        write_lines(file, [rows[0], rows[0] | {name: value}])
+        with pytest.raises(DataError, match=rf"bbq\.jsonl:2: {name} is '{value}'; BBQ has \w+ and \w+"):
+            run_suites(models[0], [f"bbq:{file}"])
+    for wrong in (
+        {"label": "x"},
+        {"label": 3},
+        {"label": True},
+        {"label": 1.9},
+        {"answer_info": {}},
+        {"additional_metadata": {}},
+    ):
         write_lines(file, [rows[0], rows[0] | wrong])
         with pytest.raises(DataError, match=r"bbq\.jsonl:2: label, answer_info or additional_metadata"):
             run_suites(models[0], [f"bbq:{file}"])

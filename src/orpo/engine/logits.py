@@ -18,6 +18,8 @@ from torch import Tensor
 from orpo.console import say
 from orpo.errors import first_line
 
+DAMAGED = "its weights are damaged, or too large for its dtype; try dtype: float32"
+"""What to say where a model's logits are not numbers."""
 _UNLIKELY = 1e-30
 """Probabilities below this are near the smallest that float32 holds with all its digits."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from orpo.engine.logits import DAMAGED
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_token_ids
 from orpo.errors import ModelError
@@ -85,7 +86,7 @@ def decode(
     width = max(map(len, prompts))
     ids = [[decoding.pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([_Numbers()])
     if decoding.temperature > 0:
         processors.append(_Draws(decoding, seeds or [None] * len(prompts), device))
     criteria = StoppingCriteriaList() if stop is None else StoppingCriteriaList([_Cut(stop)])
@@ -200,6 +201,16 @@ def _generation_config(model: nn.Module, decoding: Decoding) -> Iterator[Any]:
         yield config
     finally:
         inner.generation_config = own
+
+
+class _Numbers(LogitsProcessor):  # type: ignore[misc]
+    """Stops where a model says no numbers, of which the first token would be taken."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores of the next token, as they are."""
+        if scores.isnan().any() or scores.isposinf().any():
+            raise ModelError(f"the model's logits are not numbers; {DAMAGED}")
+        return scores
 
 
 class _Cut(StoppingCriteria):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,7 @@ class RewardModel:
         self._kept = KeptValues(f"rewards-{self.identity}")
 
     def scores(self, asked: Sequence[tuple[Sequence[Message], str]]) -> list[float | Failure]:
-        """Rewards of answers, each with the turns it answers; a `Failure` where it is too long to read."""
+        """Rewards of answers, each with the turns it answers; a `Failure` where there is none."""
         ids = [self._tokens(turns, answer) for turns, answer in asked]
         keys = [content_key(one) for one in ids]
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -80,7 +81,10 @@ class RewardModel:
             batch = missing[start : start + _BATCH]
             self._kept.add(dict(zip(batch, self._forward([by_key[key] for key in batch]), strict=True)))
         report("scoring answers", len(missing), len(missing))
-        return [failed[key] if key in failed else float(self._kept[key]) for key in keys]
+        return [failed[key] if key in failed else self._reward(float(self._kept[key])) for key in keys]
+
+    def _reward(self, found: float) -> float | Failure:
+        return found if math.isfinite(found) else Failure(f"{self.name} gives {found}, which is no reward")
 
     def _tokens(self, turns: Sequence[Message], answer: str) -> list[list[int]]:
         """Token ids by the chat template; without one, of question and answer as a pair, with its types."""

@@ -38,6 +38,7 @@ _NEEDED = (
     *_ANSWERS, "context", "question", "label", "context_condition", "question_polarity", "category",
     "answer_info", "additional_metadata",
 )  # fmt: skip
+_WORDS = {"context_condition": ("ambig", "disambig"), "question_polarity": ("neg", "nonneg")}
 _SEPARATED = {name: name[:-1] + "_" for name in ("M-", "F-", "lowSES-", "highSES-")}
 _SPELLED = {
     "lowSES": "low SES", "highSES": "high SES", "nonObese": "non Obese", "nonDisabled": "non Disabled",
@@ -67,6 +68,9 @@ def read(path: str) -> list[dict[str, Any]]:
             raise DataError(
                 f"{path}:{number}: label, answer_info or additional_metadata are not those of BBQ"
             ) from None
+        for name, known in _WORDS.items():
+            if row[name] not in known:
+                raise DataError(f"{path}:{number}: {name} is {row[name]!r}; BBQ has {' and '.join(known)}")
         if len(people(row)) != len(_ANSWERS) - 1:
             raise DataError(
                 f"{path}:{number}: none of its answers is unknown, as one of {', '.join(UNKNOWN)}"
@@ -112,8 +116,11 @@ def check(about: str | None, options: Options) -> None:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """The right answer."""
-    return str(row[_ANSWERS[range(len(_ANSWERS))[int(row["label"])]]])
+    """The right answer, whose number is whole, or written out."""
+    label = row["label"]
+    if isinstance(label, bool) or (isinstance(label, float) and not label.is_integer()):
+        raise ValueError(label)
+    return str(row[_ANSWERS[range(len(_ANSWERS))[int(label)]]])
 
 
 def run(subject: Subject, about: str | None, options: Options) -> Measured:

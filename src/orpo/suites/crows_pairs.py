@@ -45,6 +45,11 @@ def sentences(path: str | None = None) -> list[dict[str, str]]:
     missing = [name for name in needed if not rows or any(row.get(name) is None for row in rows)]
     if missing:
         raise DataError(f"{path}: lacks {missing[0]!r}; expected a CSV file of CrowS-Pairs")
+    for number, row in enumerate(rows, start=1):
+        more, less = row["sent_more"].strip(), row["sent_less"].strip()
+        if not more or not less or more == less:
+            problem = "a sentence is empty" if not (more and less) else "both sentences are the same"
+            raise DataError(f"{path}: row {number}: {problem}")
     return rows
 
 

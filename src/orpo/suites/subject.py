@@ -6,13 +6,15 @@ model), the prompts as the model reads them, and the sampling. A suite that was 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orpo.console import say
 from orpo.data.stages import report
-from orpo.errors import ConfigError, RunError
+from orpo.engine.logits import DAMAGED
+from orpo.errors import ConfigError, ModelError, RunError
 from orpo.evaluation.answering import Answerer, ask, load_answerer, tokenizer_of
 from orpo.evaluation.answers import Answer, AnswerFile
 from orpo.evaluation.endpoint import Endpoint
@@ -118,7 +120,8 @@ class Subject:
         """The sum of the log-probs of each continuation, in nats.
 
         Raises:
-            ModelError: The model has no embedding for a token, or reads no text of that length.
+            ModelError: The model has no embedding for a token, reads no text of that length, or its logits
+                are not numbers.
         """
         chat = self.chat(suite)
         for number, one in enumerate(asked, start=1):
@@ -126,7 +129,11 @@ class Subject:
             chat.check_text([*one.context, *one.tokens], source)
         identity = self.answerer.identity
         kept = KeptValues(f"likelihoods-{identity}")
-        return log_likelihoods(chat.model, asked, kept, f"{self.name}: {suite}")
+        found = log_likelihoods(chat.model, asked, kept, f"{self.name}: {suite}")
+        for number, value in enumerate(found, start=1):
+            if not math.isfinite(value):
+                raise ModelError(f"{self.name}: {suite}: the log-prob of text {number} is {value}; {DAMAGED}")
+        return found
 
 
 class _Advance:
