@@ -5,9 +5,12 @@ import pytest
 import tiny_families
 import tiny_models
 import torch
-from tiny_training import tiny_trainer
+from tiny_tokenizer import tiny_tokenizer
+from tiny_training import random_pairs, tiny_config, tiny_trainer
 
+from orpo import ORPOTrainer
 from orpo.engine.adapters import adapter_lines, add_adapter, lora_config
+from orpo.engine.loading import load_model
 from orpo.engine.model import prepare_model
 from orpo.engine.packing import pack
 from orpo.errors import ConfigError, ModelError
@@ -168,3 +171,26 @@ def test_a_kind_of_adapter_that_cannot_train_here_is_refused_for_its_reason(kind
     with pytest.raises(ModelError, match=f"{kind} cannot be trained here: .*{reason}") as error:
         prepare_model(model)
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_on_another_base_than_its_own_is_said(tmp_path, capsys):
+    base, run = tmp_path / "base", tmp_path / "run"
+    tiny_models.build("Llama").save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    settings = {"model_name_or_path": str(base), "use_peft": True, "max_steps": 1, "save_strategy": "steps"}
+    ORPOTrainer(args=tiny_config(run, **settings), train_dataset=random_pairs()).train()
+    said = "its base model has other weights than the one that the adapter was trained on"
+
+    def lines(dtype):
+        capsys.readouterr()
+        load_model(OrpoSettings(model_name_or_path=str(run / "checkpoint-1"), dtype=dtype))
+        return capsys.readouterr().out
+
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert said not in lines(dtype)
+    for scale, dtypes in ((1.001, ("float32",)), (1.1, ("float32", "bfloat16", "float16"))):
+        model = tiny_models.build("Llama")
+        for weight in model.parameters():
+            weight.data *= scale
+        model.save_pretrained(base)
+        assert all(said in lines(dtype) for dtype in dtypes)

@@ -20,6 +20,7 @@ from transformers import (
 
 from orpo.console import say
 from orpo.engine.adapters import add_adapter, lora_config, train_in_float32
+from orpo.engine.base_weights import other_base
 from orpo.engine.generation_config import check_generation_file
 from orpo.engine.gguf_model import (
     gguf_family,
@@ -132,6 +133,8 @@ def _load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
             )
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _refuse_not_finite(adapted, adapter)
+    if (line := other_base(Path(adapter), adapted)) is not None:
+        say(line)
     return adapted  # type: ignore[no-any-return]
 
 

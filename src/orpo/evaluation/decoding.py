@@ -203,7 +203,7 @@ def _generation_config(model: nn.Module, decoding: Decoding) -> Iterator[Any]:
         inner.generation_config = own
 
 
-class _Numbers(LogitsProcessor):  # type: ignore[misc]
+class _Numbers(LogitsProcessor):
     """Stops where a model says no numbers, of which the first token would be taken."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

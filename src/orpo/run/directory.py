@@ -21,6 +21,8 @@ from orpo.run.log import Figure, Record, read_records, read_text
 RECIPE = "recipe.yaml"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+BASE_WEIGHTS = "base_weights.json"
+"""Beside an adapter: a few entries of the weights under it."""
 _EVALUATION = "eval-{}.json"
 _EVALUATED_PAIRS = "eval-{}.jsonl"
 _SUITE = "suite-{}.json"
@@ -31,7 +33,7 @@ _RESULTS = (
     _REFERENCE.format("*"),
 )  # fmt: skip
 _MODEL = (
-    MODEL_CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
+    MODEL_CONFIG, ADAPTER_CONFIG, BASE_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
     "adapter_model*", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja", "training_args.bin",
 )  # fmt: skip

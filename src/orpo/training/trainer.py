@@ -42,6 +42,7 @@ from orpo.data.dataset import TokenizedDataset, prompt_index
 from orpo.data.source import TokenizedStream, TrainingData, evaluation_name, read_pairs
 from orpo.data.stages import following
 from orpo.data.token_ids import check_token_ids
+from orpo.engine.base_weights import save_base_weights
 from orpo.engine.head import PairScores
 from orpo.engine.memory import default_tokens_per_micro_batch
 from orpo.engine.metrics import MetricWindow, is_ours, metric_named, trl_names, write_figure
@@ -856,6 +857,7 @@ class ORPOTrainer(SearchingTrainer):
             super().save_model(str(folder), _internal_call=True)
         if self.args.should_save and is_adapter(folder):
             save_generation_config(folder, self.model)
+            save_base_weights(folder, self.model)
 
     @property
     def model_step(self) -> int:
