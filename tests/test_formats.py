@@ -1600,3 +1600,20 @@ def test_a_column_that_is_mapped_to_null_is_not_read_and_said_to_be_unused():
     assert list(read.unused_columns.values()) == [["system"]]
     other = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go.", "system_prompt": "Be kind."}
     assert read_preferences([other], columns={"system": None}).pairs[0].prompt == read.pairs[0].prompt
+
+
+def test_an_answer_that_writes_a_chat_message_is_a_text_where_others_of_its_column_are_none():
+    plain = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."}
+    message = json.dumps({"role": "assistant", "content": "Hello"})
+    call = {**plain, "prompt": "Write a message of the API.", "chosen": message}
+    broken = {**call, "chosen": message[:-2]}
+    found = read(plain, call, plain, broken, plain)
+    assert [pair.chosen for pair in found.pairs][1::2] == [message, message[:-2]]
+    (line,) = [line for line in found.notices if "writes a chat message" in line]
+    assert "2 of 5 rows" in line
+    only_calls = read(call, broken, data_format="standard")
+    assert [pair.chosen for pair in only_calls.pairs] == [message, message[:-2]]
+    sides = ("chosen", "rejected")
+    talks = {name: json.dumps([{"role": "assistant", "content": plain[name]}]) for name in sides}
+    stored = {"prompt": json.dumps([user("Hi")]), **talks}
+    assert read(stored, stored).pairs[0].chosen == [bot("Hello.")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ PROVENANCE = "provenance"
 """Column that says where a pair comes from; nothing is read from it, and it is not noise."""
 
 _MISSING = object()
+_TEXTS = ("prompt", "chosen", "rejected")
 _SIDES = ("prompt", "chosen", "rejected", "messages", "conversations")
 _LISTS = ("answers", "scores", "history", "labels")
 """Columns that hold lists, so that text in them is JSON."""
@@ -90,9 +92,10 @@ class Columns:
         mapping: Our name -> the data's name, `input.messages` for one inside another, `answers.votes` for one
             inside every entry of a list; None: no column is ours, not even one of that name. `role` and
             `content` rename the keys of messages.
+        as_texts: Take texts of the sides as they stand, also where they write a conversation.
     """
 
-    def __init__(self, mapping: Mapping[str, str | None] | None = None) -> None:
+    def __init__(self, mapping: Mapping[str, str | None] | None = None, *, as_texts: bool = False) -> None:
         self._left_out = {ours for ours, theirs in (mapping or {}).items() if theirs is None}
         named = {ours: theirs for ours, theirs in (mapping or {}).items() if theirs is not None}
         self.mapping = {ours: theirs for ours, theirs in named.items() if ours not in _KEYS}
@@ -102,6 +105,8 @@ class Columns:
         self._seen: dict[str, None] = {}
         self._used: set[str] = set()
         self._asked: set[str] = set()
+        self._as_texts = as_texts
+        self._texts: set[str] = set()
 
     @property
     def unused(self) -> list[str]:
@@ -135,6 +140,17 @@ class Columns:
         for theirs, ours in self._keys.items():
             if theirs not in keys and not may_lack:
                 raise DataError(f"columns: {ours}: no message has a key {theirs!r}")
+
+    def look(self, head: Iterable[Row]) -> None:
+        """See in the first rows which columns hold texts, though some of these write a conversation."""
+        filled: Counter[str] = Counter()
+        written: Counter[str] = Counter()
+        for row in head:
+            for name, value in row.items():
+                if isinstance(value, str) and value.strip():
+                    filled[str(name)] += 1
+                    written[str(name)] += writes_conversation(value)
+        self._texts = {name for name, number in written.items() if 0 < number * 2 < filled[name]}
 
     def check_names(self, looks_at: Callable[[str], bool]) -> None:
         """Stop where a column is mapped to a name that nothing has asked for in the rows so far.
@@ -221,6 +237,8 @@ class Columns:
     def _stored(self, name: str, text: str) -> Any:
         """What a text cell holds, where that is a conversation or a list; else the text."""
         ours = next((our for our, theirs in self.mapping.items() if theirs == name), name)
+        if name in self._texts or (self._as_texts and ours in _TEXTS):
+            return text
         is_list = ours in _LISTS or any(name in ALIASES.get(column, ()) for column in _LISTS)
         is_opened = is_list or name in self._opened
         if not (is_opened or _OBJECT.match(text)):
@@ -246,6 +264,11 @@ def _refuse_key_twice(name: str, text: str) -> None:
         if isinstance(value, str):  # JSON within JSON
             _refuse_key_twice(name, value)
         return
+
+
+def writes_conversation(value: object) -> bool:
+    """Whether a text writes turns of a conversation in JSON or Python."""
+    return isinstance(value, str) and bool(_OBJECT.match(value)) and _begins_conversation(value)
 
 
 def _begins_conversation(text: str) -> bool:

@@ -35,6 +35,7 @@ from orpo.data.verdicts import (
     repeated_prompt,
     side_scores,
     unpaired_reason,
+    unread_conversation,
     unread_list,
 )
 from orpo.errors import ConfigError, DataError
@@ -249,7 +250,7 @@ class _Reading:
         self.settings = settings
         self.name = name if isinstance(name, str | Path) else "the data"
         self.counts = counts
-        self.columns = Columns(settings.columns)
+        self.columns = Columns(settings.columns, as_texts=settings.data_format == "standard")
         self.contradictions: Counter[str] = Counter()
         self.first_of: dict[str, str] = {}
         self.unread_keys: dict[str, None] = {}
@@ -295,6 +296,7 @@ class _Reading:
         self.columns.check(
             (row.data for row in parsed if isinstance(row.data, dict)), may_lack=self._one_of_several
         )
+        self.columns.look(row.data for row in parsed if isinstance(row.data, dict))
         rows: list[tuple[str, NamedRow]] = []
         problems = []
         for row in parsed:
@@ -352,6 +354,7 @@ class _Reading:
         said = (
             contradiction(row, pair), self._other_best(row), unread_list(row), marked_turn(pair),
             repeated_prompt(pair), picture(pair),
+            unread_conversation(row),
         )  # fmt: skip
         for words in filter(None, said):
             self.contradictions[words] += 1

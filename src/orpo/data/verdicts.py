@@ -11,7 +11,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from orpo.data.columns import NamedRow
+from orpo.data.columns import NamedRow, writes_conversation
 from orpo.data.messages import number_of
 from orpo.data.number_names import direction, words_of
 from orpo.data.rows import list_of_texts
@@ -216,6 +216,14 @@ def unread_list(row: NamedRow) -> str | None:
     if isinstance(chosen, str) and chosen.lstrip().startswith(("[", "{")):  # both answer in JSON
         return None
     return UNREAD_LIST
+
+
+def unread_conversation(row: NamedRow) -> str | None:
+    """What to say of a side that writes turns and is read as text; None where none does."""
+    sides = (dict.get(row, name) for name in ("prompt", "chosen", "rejected"))
+    if any(writes_conversation(side) for side in sides):
+        return "a side is a text that writes a chat message, and is read as text"
+    return None
 
 
 OWN_SCORES = ("score", "rating", "reward")
