@@ -194,3 +194,36 @@ def test_an_adapter_on_another_base_than_its_own_is_said(tmp_path, capsys):
             weight.data *= scale
         model.save_pretrained(base)
         assert all(said in lines(dtype) for dtype in dtypes)
+
+
+def with_adapters(*names, **config):
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | config)
+    model = peft.get_peft_model(tiny_models.build("Llama"), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model
+
+
+def test_an_adapter_that_would_not_be_the_one_that_is_saved_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"trains its adapter mine; what is saved.* called 'default'"):
+        tiny_trainer(tmp_path, model=with_adapters("mine"))
+    several = with_adapters("default", "mine")
+    several.set_adapter("mine")
+    with pytest.raises(ModelError, match="trains its adapter mine;"):
+        tiny_trainer(tmp_path, model=several)
+    several.set_adapter("default")
+    tiny_trainer(tmp_path, model=several, max_steps=1).train()
+
+
+def test_a_merged_adapter_is_refused_for_its_reason(tmp_path):
+    model = with_adapters("default")
+    model.merge_adapter()
+    with pytest.raises(ModelError, match=r"merged into the weights, where it cannot train; call unmerge"):
+        tiny_trainer(tmp_path, model=model, max_steps=1).train()
+
+
+def test_a_tied_weight_that_carries_an_adapter_counts_once():
+    base = tiny_models.build("Qwen2", tie_word_embeddings=True)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    (line,) = adapter_lines(peft.get_peft_model(base, config))
+    assert int(line.partition("%")[0].rpartition(" ")[2]) <= 100

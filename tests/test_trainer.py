@@ -33,6 +33,7 @@ from orpo.errors import ConfigError, DataError, ModelError, RunError
 from orpo.pairs import TokenizedPair
 from orpo.run.directory import read_run
 from orpo.settings.config import Objective
+from orpo.training.cautions import cautions
 from orpo.training.preflight import check_optimization, summary
 from orpo.training.progress import Stopwatch
 from orpo.training.stepping import SteppingTrainer
@@ -228,6 +229,13 @@ def test_a_best_checkpoint_that_would_be_the_worst_is_refused(metric, greater, b
             tmp_path, evaluation=random_pairs(3), **EACH_STEP, metric_for_best_model=metric,
             greater_is_better=greater, load_best_model_at_end=True,
         )  # fmt: skip
+
+
+def test_checkpoints_that_no_run_resumes_from_are_said_before_it_begins(tmp_path, capsys):
+    said = "save_only_model: checkpoints without the optimizer's state; a run that is stopped begins again"
+    for settings, number in (({"save_only_model": True}, 1), ({}, 0)):
+        trainer = tiny_trainer(tmp_path, **(settings | {"save_strategy": "steps"}))
+        assert sum(said in line for line in cautions(trainer)) == number
 
 
 def test_stream_steps_are_alike_on_every_rank_and_begin_anew():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -58,6 +59,8 @@ def _run(argv: Sequence[str] | None) -> int:
     if settings and not args.takes_settings:
         parser.error(f"orpo {args.word}: unrecognized arguments: {' '.join(settings)}")
     args.settings = settings
+    # What PEFT and everybody's recipes call `gradient_checkpointing` will not have that name for ever.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with speaking_aside() if getattr(args, "json", False) else nullcontext():
         return int(args.run(args))
 

@@ -43,7 +43,7 @@ def _difference(quality: Quality, name: str) -> str:
     if kind != "within noise":
         return f"{interval}, {kind}"
     seen = visible(change.figure, change.df + 1, looks=quality.looks)
-    shown = "" if seen is None else f", where {write_change(name, Figure(seen))} would have shown"
+    shown = "" if not seen else f", where {write_change(name, Figure(seen))} would have shown"
     return f"{interval}, a difference within noise{shown}"
 
 

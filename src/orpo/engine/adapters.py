@@ -178,7 +178,8 @@ def adapter_lines(model: Any) -> list[str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     leaves: dict[str, int] = {}
-    carried, layers = 0, set()
+    carried: dict[int, int] = {}
+    layers = set()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             target = _target(module)
@@ -186,17 +187,18 @@ def adapter_lines(model: Any) -> list[str]:
                 continue
             leaf = getattr(module, "parameter_name", None) or name.rpartition(".")[2]
             leaves[leaf] = leaves.get(leaf, 0) + 1
-            carried += target.numel()
+            carried[id(target)] = target.numel()  # a tied one counts once
             layers |= {part for part in name.split(".") if part.isdigit()}
     if not leaves:
         return []
     base = model.get_base_model()
     total = sum(w.numel() for name, w in base.named_parameters() if "lora_" not in name)
+    share = sum(carried.values()) / total
     experts = [weight for _, weight in stacked_experts(base)]
     on_experts = any(getattr(module, "parameter_name", None) for module in model.modules())
     say = f"; experts: {'yes' if on_experts else 'no (lora_target_parameters adds them)'}" if experts else ""
     return [
-        f"adapter on {', '.join(sorted(leaves))}: {carried / total:.0%} of the weights carry one{say}"
+        f"adapter on {', '.join(sorted(leaves))}: {share:.0%} of the weights carry one{say}"
         "; lora_target_modules changes it"
     ]
 
@@ -257,6 +259,10 @@ def refuse_adapters(model: nn.Module, inner: PreTrainedModel) -> None:
         ModelError: Naming the kind and the reason.
     """
     head = inner.get_output_embeddings()
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ModelError(
+            "the adapter is merged into the weights, where it cannot train; call unmerge_adapter()"
+        )
     for config in getattr(model, "peft_config", {}).values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning or config.is_adaption_prompt:

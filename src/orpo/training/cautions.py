@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orpo.data.dataset import TokenizedDataset
 from orpo.engine.packing import nll_ranges
@@ -37,6 +37,7 @@ def cautions(trainer: ORPOTrainer) -> list[str]:
         _precision(trainer),
         _rate(trainer),
         _warmup(trainer),
+        _checkpoints(trainer),
         _training_pairs(trainer),
         _held_out(trainer),
         _prompts(trainer),
@@ -85,6 +86,12 @@ def _warmup(trainer: ORPOTrainer) -> Iterator[str]:
         )
     elif warmup > MOSTLY * steps:
         yield f"warmup_steps: {args.warmup_steps:g} is most of the run of {steps:,} steps; 0.1 is a tenth"
+
+
+def _checkpoints(trainer: ORPOTrainer) -> Iterator[str]:
+    args: Any = trainer.args
+    if args.save_only_model and args.save_strategy != SaveStrategy.NO:
+        yield "save_only_model: checkpoints without the optimizer's state; a run that is stopped begins again"
 
 
 def _training_pairs(trainer: ORPOTrainer) -> Iterator[str]:

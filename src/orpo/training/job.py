@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -78,8 +77,6 @@ def train(settings: Mapping[str, Any], *, page: bool = True) -> Outcome:
     if model.is_dir() or gguf_file(model) is not None:
         # The recipe and an adapter remember the name, and are read from other folders.
         settings["model_name_or_path"] = str(model.resolve())
-    # `gradient_checkpointing`, which everybody writes, will not have that name for ever.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     models = [settings.get("model_name_or_path"), settings.get("adapter_name_or_path")]

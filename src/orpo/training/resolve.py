@@ -144,6 +144,10 @@ def _refuse_loading_settings(model: Any, args: ORPOConfig) -> None:
             raise ConfigError(f"{name} is set, but the model is loaded already; pass its name instead")
 
 
+ADAPTER = "default"
+"""What PEFT calls an adapter that nobody has named; others are saved in folders of their own."""
+
+
 def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
     """Refuse what cannot be trained or saved, and turn dropout off where asked.
 
@@ -153,6 +157,11 @@ def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
     inner = base_model(model)  # refuses
     if args.gradient_checkpointing and not inner.supports_gradient_checkpointing:
         raise ConfigError(f"gradient_checkpointing: {type(inner).__name__} has none; set it to false")
+    if hasattr(model, "peft_config") and (names := list(model.active_adapters)) != [ADAPTER]:
+        raise ModelError(
+            f"the model trains its adapter{'s' * (len(names) > 1)} {', '.join(names)}; what is saved, and"
+            f" loaded from there, is the one that is called {ADAPTER!r}: train that one alone"
+        )
     if args.disable_dropout:
         _disable_dropout(model)
     return settle_generation_config(model)
