@@ -148,7 +148,7 @@ ADAPTER = "default"
 """What PEFT calls an adapter that nobody has named; others are saved in folders of their own."""
 
 
-def check_model(model: nn.Module, args: ORPOConfig) -> list[str]:
+def check_model(model: Any, args: ORPOConfig) -> list[str]:
     """Refuse what cannot be trained or saved, and turn dropout off where asked.
 
     Returns:
