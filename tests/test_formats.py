@@ -1617,3 +1617,34 @@ def test_an_answer_that_writes_a_chat_message_is_a_text_where_others_of_its_colu
     talks = {name: json.dumps([{"role": "assistant", "content": plain[name]}]) for name in sides}
     stored = {"prompt": json.dumps([user("Hi")]), **talks}
     assert read(stored, stored).pairs[0].chosen == [bot("Hello.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt;chosen;rejected": "a;b;c"}, r"columns seem to be separated by ';'; write commas"),
+        ({"prompt\tchosen\trejected": "a\tb\tc"}, r"columns seem to be separated by '\\t'"),
+        (
+            {"instruction": "Q", "output": "good", "rejected": "bad"},
+            r"'chosen' is missing; set columns: \{chosen: output\} if that is the good answer",
+        ),
+        ({"prompt": "Q", "chosen": "a", "reject": "b"}, r"no rejected answer .*is it in the column 'reject'\?"),
+        (
+            {"prompt": [user("Q"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}],
+             "chosen": [bot("a")], "rejected": [bot("b")]},
+            r"'prompt' holds the arguments of f that should be JSON",
+        ),
+    ],
+)  # fmt: skip
+def test_what_to_do_is_said(row, said):
+    with pytest.raises(DataError, match=said):
+        read_preferences([row] * 2)
+
+
+def test_a_prompt_that_is_one_message_and_a_call_without_arguments_are_read():
+    sides = {"chosen": [bot("a")], "rejected": [bot("b")]}
+    assert only({"prompt": user("Q"), **sides})[0] == [user("Q")]
+    for arguments in ("", None, {}):
+        call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+        (prompt, _, _) = only({"prompt": [user("Q"), call, {"role": "tool", "content": "1"}], **sides})
+        assert prompt[1]["tool_calls"][0]["function"]["arguments"] == {}

@@ -307,6 +307,8 @@ def _is_conversation(value: Any) -> bool:
 
 def _unwrap(row: Row) -> None:
     """`{"messages": [...], "tools": [...]}` in a side is its messages; the tools become the row's."""
+    if kind(row.get("prompt")) == "message":
+        row["prompt"] = [row["prompt"]]
     for name in _SIDES:
         value = row.get(name)
         if value is None or isinstance(value, str | list) or not isinstance(value, Mapping):

@@ -194,6 +194,15 @@ def _no_prompt(row: NamedRow) -> str | None:
     return f"nothing says what chosen and rejected answer; set columns: {{prompt: {which}}}{listed}"
 
 
+def _separator(row: NamedRow) -> str | None:
+    """What to say of a table whose columns are not separated by commas, so that it has a single one."""
+    name = row.theirs(next(iter(row)))
+    mark = next((mark for mark in (";", "\t", "|") if mark in name), None)
+    if len(row) > 1 or mark is None:
+        return None
+    return f"its columns seem to be separated by {mark!r}; write commas, or rows as jsonl"
+
+
 def _blanks(row: NamedRow) -> str | None:
     """Names known but for the blanks around them, as of a CSV header with a blank after each comma."""
     known = ("prompt", "chosen", "rejected")
@@ -210,5 +219,5 @@ def _no_answers(row: NamedRow) -> str | None:
 
 
 _HINTS: tuple[Callable[[NamedRow], str | None], ...] = (
-    _blanks, _steps, _unranked, _unjudged, _nested, _wrong_type, _unpaired, _no_prompt, _no_answers,
+    _separator, _blanks, _steps, _unranked, _unjudged, _nested, _wrong_type, _unpaired, _no_prompt, _no_answers,
 )  # fmt: skip

@@ -174,6 +174,8 @@ def _read_instruction(row: Row) -> list[Sides]:
         rejected = others or None
     elif rejected is None and isinstance(output, str):
         chosen = output
+    elif isinstance(output, str):
+        raise BadRow("chosen", "is missing", "set columns: {chosen: output} if that is the good answer")
     if kind(chosen) == "text" and rejected is not None:
         for answer in alternatives(rejected, "rejected"):
             text_of({"rejected": answer}, "rejected")

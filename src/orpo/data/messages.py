@@ -164,7 +164,7 @@ def _content(content: object, field: str) -> str:
     return content
 
 
-def _json(value: object, field: str) -> Any:
+def _json(value: object, field: str, what: str = "text") -> Any:
     if not isinstance(value, str):
         return value
     try:
@@ -172,7 +172,7 @@ def _json(value: object, field: str) -> Any:
     except KeyTwice as error:
         raise BadRow(field, f"holds JSON as text, which {error}") from None
     except ValueError:
-        raise BadRow(field, "holds text that should be JSON") from None
+        raise BadRow(field, f"holds {what} that should be JSON") from None
 
 
 def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
@@ -182,7 +182,12 @@ def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow(field, "has a tool call without a name")
-        arguments = _json(function.get("arguments", {}), field)
+        given = function.get("arguments")
+        arguments = (
+            {}
+            if given is None or given == ""
+            else _json(given, field, f"the arguments of {function['name']}")
+        )
         outer = dict(call) if "function" in call else {"type": "function"}
         result.append({**outer, "function": {**function, "arguments": arguments}})
     return result

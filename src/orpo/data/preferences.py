@@ -8,6 +8,7 @@ answer) is dropped and counted by reason.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import itertools
 import random
 from collections import Counter
@@ -393,7 +394,10 @@ class _Reading:
         if pair.rejected is not None:
             return None
         uses = self.settings.sft_rows == "use"
-        return unpaired_reason(row, uses=uses) or (None if uses else "no rejected answer (sft_rows: drop)")
+        near = difflib.get_close_matches("rejected", [name for name in row if name != "rejected"], 1, 0.8)
+        where = f"; is it in the column {row.theirs(near[0])!r}?" if near else ""
+        reason = f"no rejected answer (sft_rows: drop){where}"
+        return unpaired_reason(row, uses=uses) or (None if uses else reason)
 
 
 _ONE_WAY = "write all rows one way, or set data_format: standard to take all sides as they are"
