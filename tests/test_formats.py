@@ -1628,7 +1628,7 @@ def test_an_answer_that_writes_a_chat_message_is_a_text_where_others_of_its_colu
             {"instruction": "Q", "output": "good", "rejected": "bad"},
             r"'chosen' is missing; set columns: \{chosen: output\} if that is the good answer",
         ),
-        ({"prompt": "Q", "chosen": "a", "reject": "b"}, r"no rejected answer .*is it in the column 'reject'\?"),
+        ({"prompt": "Q", "chosen": "a", "reject": "b"}, r"no rejected answer .*in the column 'reject'\?"),
         (
             {"prompt": [user("Q"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}],
              "chosen": [bot("a")], "rejected": [bot("b")]},

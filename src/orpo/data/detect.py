@@ -219,5 +219,6 @@ def _no_answers(row: NamedRow) -> str | None:
 
 
 _HINTS: tuple[Callable[[NamedRow], str | None], ...] = (
-    _separator, _blanks, _steps, _unranked, _unjudged, _nested, _wrong_type, _unpaired, _no_prompt, _no_answers,
+    _separator, _blanks, _steps, _unranked, _unjudged, _nested, _wrong_type, _unpaired, _no_prompt,
+    _no_answers,
 )  # fmt: skip
