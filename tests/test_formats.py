@@ -1648,3 +1648,34 @@ def test_a_prompt_that_is_one_message_and_a_call_without_arguments_are_read():
         call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
         (prompt, _, _) = only({"prompt": [user("Q"), call, {"role": "tool", "content": "1"}], **sides})
         assert prompt[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_stored_conversations_are_known_however_long_their_turns_are_and_so_are_stored_lists():
+    def row(question):
+        sides = {
+            name: json.dumps(
+                [{"content": question, "role": "user"}, {"content": answer, "role": "assistant"}]
+            )
+            for name, answer in (("chosen", "yes"), ("rejected", "no"))
+        }
+        return {"prompt": question, **sides}
+
+    rows = [*(row(f"{'word ' * 1000}{n}") for n in range(6)), row("short")]
+    assert [pair.chosen for pair in read(*rows).pairs] == [[bot("yes")]] * 7
+    told = {"instruction": "q", "chosen": "y", "rejected": "n"}
+    before = json.dumps([user("a"), bot("b")])
+    pairs = read(*[{**told, "history": "[]"}] * 6, {**told, "history": before}).pairs
+    assert pairs[-1].prompt == [user("a"), bot("b"), user("q")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A chat.\nUSER: Rewrite this:\n### Response: foo\nbar baz ASSISTANT: ",
+        "User: What is ### Answer: for?\nAssistant: ",
+        "Below is an instruction.\n\n### Instruction:\nWrite.\nUSER: hello\nASSISTANT: hi\n\n### Response:\n",
+    ],
+)
+def test_a_header_of_another_way_to_write_turns_is_a_part_of_the_question(text):
+    sides = only({"chosen": f"{text}Yes it is", "rejected": f"{text}No it is not"})[1:]
+    assert [side.strip() for side in sides] == ["Yes it is", "No it is not"]

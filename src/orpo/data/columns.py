@@ -147,9 +147,12 @@ class Columns:
         written: Counter[str] = Counter()
         for row in head:
             for name, value in row.items():
-                if isinstance(value, str) and value.strip():
+                if isinstance(value, str) and value.strip() and not self._is_read(str(name)):
                     filled[str(name)] += 1
-                    written[str(name)] += writes_conversation(value)
+                    written[str(name)] += bool(_OBJECT.match(value)) and (
+                        _is_conversation(_rename_keys(_literal(value), self._keys))
+                        or _begins_conversation(value)
+                    )
         self._texts = {name for name, number in written.items() if 0 < number * 2 < filled[name]}
 
     def check_names(self, looks_at: Callable[[str], bool]) -> None:
@@ -234,13 +237,20 @@ class Columns:
             value = self._stored(name, value)
         return _rename_keys(value, self._keys) if self._keys else value
 
+    def _ours(self, name: str) -> str:
+        return next((our for our, theirs in self.mapping.items() if theirs == name), name)
+
+    def _is_read(self, name: str) -> bool:
+        """Whether text in a column is JSON whatever it says: where lists are due, or a path leads into it."""
+        ours = self._ours(name)
+        is_list = ours in _LISTS or any(name in ALIASES.get(column, ()) for column in _LISTS)
+        return is_list or name in self._opened
+
     def _stored(self, name: str, text: str) -> Any:
         """What a text cell holds, where that is a conversation or a list; else the text."""
-        ours = next((our for our, theirs in self.mapping.items() if theirs == name), name)
-        if name in self._texts or (self._as_texts and ours in _TEXTS):
+        if name in self._texts or (self._as_texts and self._ours(name) in _TEXTS):
             return text
-        is_list = ours in _LISTS or any(name in ALIASES.get(column, ()) for column in _LISTS)
-        is_opened = is_list or name in self._opened
+        is_opened = self._is_read(name)
         if not (is_opened or _OBJECT.match(text)):
             return text
         value = _literal(text)

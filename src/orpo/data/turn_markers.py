@@ -7,6 +7,7 @@ prompt in front once more, would train the question twice.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # The headers after which models answer, by family.
 _ANSWER_TOKENS = (
@@ -43,8 +44,8 @@ ENDS = (
 
 _ANSWER = re.compile(f"{_ANSWER_TOKENS}|{_ANSWER_WORDS}")
 _ANSWER_IN_TOKENS = re.compile(_ANSWER_TOKENS)
-# The headers of one way to write turns are no headers in a text that is written in one before it.
-_FAMILIES = (re.compile(_ANSWER_HEADINGS), re.compile(_SPEAKERS, re.MULTILINE), _ANSWER)
+_HEADING = re.compile(r"### ?\w[^\n:]*:")
+_HEADED, _SPOKEN = re.compile(_ANSWER_HEADINGS), re.compile(_SPEAKERS, re.MULTILINE)
 _QUESTION = re.compile(_QUESTION_TOKENS)
 _CONVERSATION = re.compile(rf"(?:{_QUESTION_TOKENS})[\s\S]*?(?:{_ANSWER_TOKENS})")
 _ANSWER_TURN = re.compile(rf"(?:\A|\n|{'|'.join(map(re.escape, ENDS))})\s*(?:{_BOS})?(?:{_ANSWER_TOKENS})")
@@ -76,15 +77,25 @@ def answer_begins(text: str, limit: int | None = None) -> int:
     """Where the last header of an answer ends; 0 where there is none.
 
     A text has its headers in one way to write turns: where special tokens begin them, `Answer:` is a word of
-    a question or an answer, and so it is behind `### Response:`.
+    a question or an answer, and so it is behind `### Response:`. Of headings and speakers it is that of the
+    two which it begins with.
 
     Args:
         text: The whole of it tells how its turns are written.
         limit: The header ends here at the latest; None is the end of the text.
     """
-    families = (_ANSWER_IN_TOKENS,) if is_in_tokens(text) else _FAMILIES
     end = len(text) if limit is None else limit
-    return next(filter(None, (_last_end(family, text, end) for family in families)), 0)
+    return next(filter(None, (_last_end(family, text, end) for family in _families(text))), 0)
+
+
+def _families(text: str) -> Sequence[re.Pattern[str]]:
+    """The headers to look for, of one way to write turns after the other."""
+    if is_in_tokens(text):
+        return (_ANSWER_IN_TOKENS,)
+    spoken, headed = _SPOKEN.search(text), _HEADING.search(text)
+    if spoken is not None and (headed is None or spoken.start() < headed.start()):
+        return (_SPOKEN, _HEADED, _ANSWER)
+    return (_HEADED, _SPOKEN, _ANSWER)
 
 
 def _last_end(pattern: re.Pattern[str], text: str, limit: int) -> int:
