@@ -779,7 +779,7 @@ def test_a_script_gives_values_of_the_right_type_or_one_line_says_what_is_expect
     from orpo import ORPOConfig
 
     kind = known_settings()[name].kind
-    for value in ("zzz", {"zzz"}, 1.5, [object()], "0.25"):
+    for value in ("zzz", object(), 1.5, [object()], "0.25"):
         try:
             convert(value, kind)
         except ValueError:
@@ -801,3 +801,12 @@ def test_values_of_python_are_taken_as_a_recipe_writes_them(tmp_path):
     assert (made.beta, made.max_length, made.dtype, made.learning_rate) == (0.5, 64, "torch.bfloat16", 1e-5)
     assert made.dataset_name == str(tmp_path / "pairs.jsonl")
     assert made.lora_target_modules == ["q_proj", "v_proj"]
+    within = ORPOConfig(
+        output_dir=str(tmp_path), dataset_name={tmp_path / "a.jsonl": np.float32(0.5)}, use_peft=1, bf16=0,
+        eval_dataset_name=[tmp_path / "b.jsonl"], lora_target_modules={"v_proj", "q_proj"},
+    )  # fmt: skip
+    assert within.dataset_name == {str(tmp_path / "a.jsonl"): 0.5} and within.use_peft is True
+    assert within.eval_dataset_name == [str(tmp_path / "b.jsonl")] and within.bf16 is False
+    assert within.lora_target_modules == ["q_proj", "v_proj"]
+    kept = ORPOConfig(output_dir=str(tmp_path), model_init_kwargs={"dtype": torch.bfloat16})
+    assert kept.model_init_kwargs == {"dtype": torch.bfloat16}

@@ -60,6 +60,10 @@ def usable(key: str, value: Any, kind: Any) -> Any:
     Raises:
         ConfigError: It cannot be converted.
     """
+    if only_boolean(kind) and type(value) is int and value in (0, 1):
+        return bool(value)
+    if type(value).__name__ == "dtype":
+        value = str(value)
     try:
         return convert(_as_written(value), kind)
     except ConfigError as error:
@@ -69,12 +73,18 @@ def usable(key: str, value: Any, kind: Any) -> Any:
 
 
 def _as_written(value: Any) -> Any:
-    """A path, a number of numpy or a dtype of torch, as a recipe writes it."""
+    """Paths, numbers of numpy and sets, also within others, as a recipe writes them."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if type(value).__module__ == "numpy" and hasattr(value, "item"):
-        return value.item()
-    return str(value) if type(value).__name__ == "dtype" else value
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {_as_written(key): _as_written(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_as_written, value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_as_written(item) for item in value]
+    return value
 
 
 def not_usable(key: str, written: str, kind: Any) -> str:
