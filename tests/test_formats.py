@@ -1148,9 +1148,9 @@ def test_a_question_about_a_picture_stops_the_run(name):
     assert len(read({**row, name: None})) == len(read({**row, name: []})) == 1
 
 
-@pytest.mark.parametrize("place", ["<image>\nWhat is it?", "What is it? <image>", "<|image_1|>What is it?"])
+@pytest.mark.parametrize("place", ["<image>\nWhat is it?", "What is it?\n<image>", "<|image_1|>What is it?"])
 def test_the_place_of_a_picture_is_counted(place):
-    plain = {"prompt": "Write <image> in HTML, please.", "chosen": "a cat", "rejected": "a dog"}
+    plain = {"prompt": "What is the tag <video>", "chosen": "a cat", "rejected": "a dog"}
     found = read({**plain, "prompt": place}, plain, plain)
     (line,) = [line for line in found.notices if "place of a picture" in line]
     assert "1 of 3 rows" in line
@@ -1585,10 +1585,12 @@ def test_a_column_is_mapped_to_a_name_that_something_reads(tmp_path):
     for mapping, said in (
         ({"prompts": "prompt"}, r"columns: prompts: nothing here reads .*; did you mean prompt\?"),
         ({"sytem": None}, r"columns: sytem: nothing here reads .*; did you mean system\?"),
-        ({"zzz": "prompt"}, r"columns: zzz: nothing here reads .*; prompt, chosen and rejected are"),
+        ({"choosen": "chosen"}, r"columns: choosen: nothing here reads .*; did you mean chosen\?"),
     ):
         with pytest.raises(DataError, match=said):
             read_preferences([row] * 3, columns=mapping)
+    for ours in ("images", "status", "overall_preference", "score_a"):  # looked at, or not there
+        read_preferences([row] * 3, columns={ours: None})
     for ours in ("prompt", "chosen", "rejected", "system", "tools", "chosen_score", "source"):
         read_preferences([row | {"x": None, ours: row.get(ours)}] * 3, columns={ours: ours})
 
@@ -1610,7 +1612,7 @@ def test_an_answer_that_writes_a_chat_message_is_a_text_where_others_of_its_colu
     found = read(plain, call, plain, broken, plain)
     assert [pair.chosen for pair in found.pairs][1::2] == [message, message[:-2]]
     (line,) = [line for line in found.notices if "writes a chat message" in line]
-    assert "2 of 5 rows" in line
+    assert "1 of 5 rows" in line
     only_calls = read(call, broken, data_format="standard")
     assert [pair.chosen for pair in only_calls.pairs] == [message, message[:-2]]
     sides = ("chosen", "rejected")

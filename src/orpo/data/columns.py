@@ -42,6 +42,17 @@ PROVENANCE = "provenance"
 
 _MISSING = object()
 _TEXTS = ("prompt", "chosen", "rejected")
+_ASKED_MOSTLY = (
+    *ALIASES,
+    "conversations",
+    "input",
+    "output",
+    "scores",
+    "ranks",
+    "history",
+    "labels",
+    "winner",
+)
 _SIDES = ("prompt", "chosen", "rejected", "messages", "conversations")
 _LISTS = ("answers", "scores", "history", "labels")
 """Columns that hold lists, so that text in them is JSON."""
@@ -156,21 +167,20 @@ class Columns:
         self._texts = {name for name, number in written.items() if 0 < number * 2 < filled[name]}
 
     def check_names(self, looks_at: Callable[[str], bool]) -> None:
-        """Stop where a column is mapped to a name that nothing has asked for in the rows so far.
+        """Stop where a column is mapped to a misspelled name, which nothing has asked for in the rows so far.
 
         Args:
             looks_at: Whether a name is looked at without being asked for.
 
         Raises:
-            DataError: It names the nearest of those that are.
+            DataError: It names the right one.
         """
         for ours in (*self.mapping, *self._left_out):
-            if ours not in self._asked and not looks_at(ours):
-                near = difflib.get_close_matches(ours, sorted(self._asked), n=1)
-                hint = (
-                    f"did you mean {near[0]}?" if near else "prompt, chosen and rejected are the usual ones"
+            near = difflib.get_close_matches(ours, _ASKED_MOSTLY, 1, 0.85)
+            if near and ours not in self._asked and not looks_at(ours):
+                raise DataError(
+                    f"columns: {quoted(ours)}: nothing here reads a column of that name; did you mean {near[0]}?"
                 )
-                raise DataError(f"columns: {quoted(ours)}: nothing here reads a column of that name; {hint}")
 
     def name(self, raw: Row) -> NamedRow:
         """The row under our column names.
@@ -277,8 +287,8 @@ def _refuse_key_twice(name: str, text: str) -> None:
 
 
 def writes_conversation(value: object) -> bool:
-    """Whether a text writes turns of a conversation in JSON or Python."""
-    return isinstance(value, str) and bool(_OBJECT.match(value)) and _begins_conversation(value)
+    """Whether a text is a message, or turns of a conversation, in JSON or Python."""
+    return isinstance(value, str) and bool(_OBJECT.match(value)) and _is_conversation(_literal(value))
 
 
 def _begins_conversation(text: str) -> bool:

@@ -260,7 +260,8 @@ def marked_turn(pair: PreferencePair) -> str | None:
 
 
 _PICTURE = r"<\|?(?:image|video|audio)(?:_?(?:\d+|pad|url|placeholder))?\|?>"
-_AT_AN_EDGE = re.compile(rf"\s*{_PICTURE}|[\s\S]*{_PICTURE}\s*\Z")
+_AT_AN_EDGE = re.compile(rf"\s*{_PICTURE}\s*\S|(?:[\s\S]*\n)?\s*{_PICTURE}\s*\Z")
+"""In front of a question, or in a last line of its own: HTML has tags of such names."""
 
 
 def picture(pair: PreferencePair) -> str | None:
