@@ -1585,7 +1585,6 @@ def test_a_column_is_mapped_to_a_name_that_something_reads(tmp_path):
     for mapping, said in (
         ({"prompts": "prompt"}, r"columns: prompts: nothing here reads .*; did you mean prompt\?"),
         ({"sytem": None}, r"columns: sytem: nothing here reads .*; did you mean system\?"),
-        ({"choosen": "chosen"}, r"columns: choosen: nothing here reads .*; did you mean chosen\?"),
     ):
         with pytest.raises(DataError, match=said):
             read_preferences([row] * 3, columns=mapping)

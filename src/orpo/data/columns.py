@@ -43,16 +43,8 @@ PROVENANCE = "provenance"
 _MISSING = object()
 _TEXTS = ("prompt", "chosen", "rejected")
 _ASKED_MOSTLY = (
-    *ALIASES,
-    "conversations",
-    "input",
-    "output",
-    "scores",
-    "ranks",
-    "history",
-    "labels",
-    "winner",
-)
+    *ALIASES, "conversations", "input", "output", "scores", "ranks", "history", "labels", "winner",
+)  # fmt: skip
 _SIDES = ("prompt", "chosen", "rejected", "messages", "conversations")
 _LISTS = ("answers", "scores", "history", "labels")
 """Columns that hold lists, so that text in them is JSON."""
@@ -179,7 +171,8 @@ class Columns:
             near = difflib.get_close_matches(ours, _ASKED_MOSTLY, 1, 0.85)
             if near and ours not in self._asked and not looks_at(ours):
                 raise DataError(
-                    f"columns: {quoted(ours)}: nothing here reads a column of that name; did you mean {near[0]}?"
+                    f"columns: {quoted(ours)}: nothing here reads a column of that name; did you mean"
+                    f" {near[0]}?"
                 )
 
     def name(self, raw: Row) -> NamedRow:
