@@ -211,6 +211,10 @@ def test_an_adapter_that_would_not_be_the_one_that_is_saved_is_refused(tmp_path)
     several.set_adapter("mine")
     with pytest.raises(ModelError, match="trains its adapter mine;"):
         tiny_trainer(tmp_path, model=several)
+    own = tiny_models.build("Llama")
+    own.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"added by its own add_adapter, not by PEFT; pass the model"):
+        tiny_trainer(tmp_path, model=own)
     several.set_adapter("default")
     tiny_trainer(tmp_path, model=several, max_steps=1).train()
 

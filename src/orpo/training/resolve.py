@@ -157,14 +157,25 @@ def check_model(model: Any, args: ORPOConfig) -> list[str]:
     inner = base_model(model)  # refuses
     if args.gradient_checkpointing and not inner.supports_gradient_checkpointing:
         raise ConfigError(f"gradient_checkpointing: {type(inner).__name__} has none; set it to false")
-    if hasattr(model, "peft_config") and (names := list(model.active_adapters)) != [ADAPTER]:
+    if hasattr(model, "peft_config"):
+        _check_adapter(model)
+    if args.disable_dropout:
+        _disable_dropout(model)
+    return settle_generation_config(model)
+
+
+def _check_adapter(model: Any) -> None:
+    """Refuse adapters of which another one, or none, would lie in the folder of the result."""
+    if not hasattr(model, "get_base_model"):
+        raise ModelError(
+            "the model's adapter was added by its own add_adapter, not by PEFT; pass the model without it, and"
+            " peft_config, or make it with peft.get_peft_model"
+        )
+    if (names := list(model.active_adapters)) != [ADAPTER]:
         raise ModelError(
             f"the model trains its adapter{'s' * (len(names) > 1)} {', '.join(names)}; what is saved, and"
             f" loaded from there, is the one that is called {ADAPTER!r}: train that one alone"
         )
-    if args.disable_dropout:
-        _disable_dropout(model)
-    return settle_generation_config(model)
 
 
 _DROPS = ("dropout", "pdrop", "layerdrop", "layer_drop", "drop_path")
