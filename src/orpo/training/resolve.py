@@ -168,8 +168,8 @@ def _check_adapter(model: Any) -> None:
     """Refuse adapters of which another one, or none, would lie in the folder of the result."""
     if not hasattr(model, "get_base_model"):
         raise ModelError(
-            "the model's adapter was added by its own add_adapter, not by PEFT; pass the model without it, and"
-            " peft_config, or make it with peft.get_peft_model"
+            "the model's adapter was added by its own add_adapter, not by PEFT; pass the model without it,"
+            " and peft_config, or make it with peft.get_peft_model"
         )
     if (names := list(model.active_adapters)) != [ADAPTER]:
         raise ModelError(
