@@ -68,6 +68,8 @@ class SearchingTrainer(SteppingTrainer):
         before = {name: getattr(self.args, name) for name in names}
         super()._hp_search_setup(trial)
         changed = {name: value for name in names if (value := getattr(self.args, name)) != before[name]}
+        if not changed:
+            return
         free = objective_keys(self.args)
         for name in changed:
             if name in _PER_STEP or (name in OWN and name not in free):
