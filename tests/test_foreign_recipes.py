@@ -395,6 +395,19 @@ def test_the_folder_and_several_sets_of_dataset_info(load):
     }
 
 
+def test_several_sets_leave_out_the_columns_that_all_of_them_leave_out(load):
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    described = {
+        "plain": {"file_name": "a.json", "ranking": True, "columns": columns},
+        "more": {"file_name": "b.json", "ranking": True, "columns": {**columns, "query": "input"}},
+        "all": {"file_name": "c.json", "ranking": True},
+    }
+    recipe = load("dataset: plain, more\neval_dataset: more", described=described)
+    assert recipe.settings["columns"] == {"history": None, "system": None, "tools": None}
+    assert recipe.settings["eval_dataset_name"] == "data/b.json"
+    assert "columns" not in load("dataset: plain, all").settings
+
+
 @pytest.mark.parametrize(
     ("entry", "says"),
     [

@@ -1680,3 +1680,10 @@ def test_stored_conversations_are_known_however_long_their_turns_are_and_so_are_
 def test_a_header_of_another_way_to_write_turns_is_a_part_of_the_question(text):
     sides = only({"chosen": f"{text}Yes it is", "rejected": f"{text}No it is not"})[1:]
     assert [side.strip() for side in sides] == ["Yes it is", "No it is not"]
+
+
+def test_lists_as_pandas_writes_them_are_no_answers_in_json():
+    python = {"prompt": "Q", "chosen": "['a']", "rejected": "['b', 'c']"}
+    stops(python, python, match=r"the rejected answers of 2 of 2 rows are texts that write a list")
+    in_json = {"prompt": "Q", "chosen": '["a"]', "rejected": '["b", "c"]'}
+    assert [pair.rejected for pair in read(in_json).pairs] == ['["b", "c"]']

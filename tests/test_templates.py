@@ -644,6 +644,22 @@ def test_reasoning_that_is_not_written_is_counted_and_stops_the_run():
         kept.counts.check(0.05)
 
 
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        (["because", "of this"], 1),
+        ([{"type": "text", "text": "because of this"}], 1),
+        ([{"type": "text", "text": "A", "signature": "xyz"}], 0),
+        ({"thinking": "A", "signature": "xyz"}, 0),
+        ([], 0),
+    ],
+)
+def test_reasoning_in_steps_is_what_its_steps_say(said, lost):
+    answers = ({**bot(text), "reasoning_content": said} for text in ("A", "A B"))
+    _, encoder = encoded(tiny_tokenizer("chatml"), pair_of([user("Q")], *answers))
+    assert sum(encoder.counts.lost.values()) == lost
+
+
 def test_reasoning_that_the_template_cuts_out_of_an_answer_is_counted():
     tokenizer = with_template(asked_with("", "m.content.split('</think>')[-1]"))
     tokens, encoder = encoded(tokenizer, pair_of([user("Q")], "<think>why so</think>\n\nA", "B"))

@@ -187,6 +187,17 @@ def test_earlier_turns_that_bring_their_end_token_have_one():
     assert counts.changed == {"<|im_end|> at the end of an earlier turn: not repeated": 1}
 
 
+def test_an_end_token_that_the_template_does_not_write_after_earlier_turns_stays():
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last and m.role == 'assistant' %}"
+        "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [user("Q"), bot("old<|im_end|>"), user("More")]
+    tokens, counts = encode(tokenizer, chat(turns, "A", "B"))
+    assert "old<|im_end|>user: More" in tokenizer.decode(tokens.prompt) and not counts.changed
+
+
 def test_answers_that_are_nothing_once_rendered_are_dropped():
     tokenizer = tiny_tokenizer("chatml")
     assert encode(tokenizer, chat([user("Q")], "<|im_end|>", "B"))[1].dropped == {

@@ -27,6 +27,10 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold its reasoning."""
 
 
+_SAID = ("text", "content", "summary", *REASONING_KEYS)
+"""Keys of an object that hold what it says; others may be its type, or a signature."""
+
+
 class Block(NamedTuple):
     """A block that a text opens and does not close."""
 
@@ -98,8 +102,12 @@ def _texts(value: object) -> Iterator[str]:
     """The texts that a value holds, in whatever lists and objects: reasoning may be steps."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, Mapping):
+        said = [value[key] for key in _SAID if value.get(key)]
+        for item in said or value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
             yield from _texts(item)
 
 

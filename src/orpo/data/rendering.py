@@ -316,9 +316,9 @@ class _PairRenderer:
         self.template = template
         self.pair = pair
         self.notes: list[str] = []
-        self.prompt: list[Message] = self._ended_once(pair.prompt)
+        self.prompt: list[Message] = self._ended_once(pair.prompt, [])
         self.answers: list[list[Message]] = [
-            [*self._ended_once(answer[:-1]), *answer[-1:]]
+            [*self._ended_once(answer[:-1], self.prompt), *answer[-1:]]
             for answer in (pair.chosen, pair.rejected)
             if answer is not None and not isinstance(answer, str)
         ]
@@ -398,9 +398,17 @@ class _PairRenderer:
         """The prompt as inference shows it: the same for both sides."""
         return self._turns(self.prompt, ask=True)
 
-    def _ended_once(self, turns: Sequence[Message]) -> list[Message]:
-        """Turns before the answer without end-of-turn tokens of their own."""
-        return [self._bare(turn, "an earlier turn") for turn in turns]
+    def _ended_once(self, turns: Sequence[Message], before: list[Message]) -> list[Message]:
+        """Turns before the answer, without end-of-turn tokens of their own where the template writes them."""
+        end = self.template.end_token
+        if not any(turn["content"].rstrip().endswith(end) for turn in turns):
+            return list(turns)
+        text = self._try_turns([*before, *turns], ask=False) or ""
+        twice = [re.escape(turn["content"].rstrip()) + rf"\s*{re.escape(end)}" for turn in turns]
+        return [
+            self._bare(turn, "an earlier turn") if re.search(pattern, text) else turn
+            for turn, pattern in zip(turns, twice, strict=True)
+        ]
 
     def _bare(self, turn: Message, what: str = "an answer") -> Message:
         """A turn without an end-of-turn token of its own: the template writes it."""

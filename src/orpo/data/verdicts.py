@@ -8,6 +8,7 @@ and answers that repeat their prompt.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from typing import NamedTuple
 
@@ -213,9 +214,20 @@ def unread_list(row: NamedRow) -> str | None:
     chosen, rejected = dict.get(row, "chosen"), dict.get(row, "rejected")
     if not isinstance(rejected, str) or len(list_of_texts(rejected) or ()) < 2:
         return None
-    if isinstance(chosen, str) and chosen.lstrip().startswith(("[", "{")):  # both answer in JSON
+    if isinstance(chosen, str) and _is_json(chosen) and _is_json(rejected):  # what is asked for may be JSON
         return None
     return UNREAD_LIST
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a list or an object in JSON, and not in Python, as pandas writes lists."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def unread_conversation(row: NamedRow) -> str | None:

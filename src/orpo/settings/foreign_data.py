@@ -9,7 +9,7 @@ otherwise than described.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,13 @@ def _described(key: str, value: Any, written: Written) -> list[DataDescription]:
 
 
 def _join(key: str, described: list[DataDescription]) -> DataDescription:
-    """All sets as one.
+    """All sets as one; a column is left out where all of them leave it out.
 
     Raises:
         ValueError: They are not read in the same way.
     """
+    left_out = set.intersection(*(_left_out(d.reading) for d in described))
+    described = [replace(d, reading=_with_left_out(d.reading, left_out)) for d in described]
     first = described[0]
     for other in described[1:]:
         ours, theirs = ({"split": d.split} | d.reading for d in (first, other))
@@ -120,6 +122,22 @@ def _join(key: str, described: list[DataDescription]) -> DataDescription:
     names = tuple(name for d in described for name in d.names)
     weights = tuple(weight for d in described for weight in d.weights)
     return DataDescription(names, first.split, first.reading, weights)
+
+
+def _left_out(reading: Mapping[str, Any]) -> set[str]:
+    return {name for name, theirs in (reading.get("columns") or {}).items() if theirs is None}
+
+
+def _with_left_out(reading: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+    """The settings of a set with these of its columns left out, and no others."""
+    columns = {
+        name: theirs
+        for name, theirs in (reading.get("columns") or {}).items()
+        if theirs is not None or name in left_out
+    }
+    return {name: value for name, value in reading.items() if name != "columns"} | (
+        {"columns": columns} if columns else {}
+    )
 
 
 def _refuse(
