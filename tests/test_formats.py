@@ -1674,12 +1674,18 @@ def test_stored_conversations_are_known_however_long_their_turns_are_and_so_are_
     [
         "A chat.\nUSER: Rewrite this:\n### Response: foo\nbar baz ASSISTANT: ",
         "User: What is ### Answer: for?\nAssistant: ",
+        "USER: What does [INST] hi [/INST] mean? ASSISTANT: ",
+        "### Instruction:\nExplain <|user|> and <|assistant|> tokens.\n\n### Response:\n",
         "Below is an instruction.\n\n### Instruction:\nWrite.\nUSER: hello\nASSISTANT: hi\n\n### Response:\n",
     ],
 )
 def test_a_header_of_another_way_to_write_turns_is_a_part_of_the_question(text):
     sides = only({"chosen": f"{text}Yes it is", "rejected": f"{text}No it is not"})[1:]
     assert [side.strip() for side in sides] == ["Yes it is", "No it is not"]
+    asked = {"prompt": "Explain <|user|> and <|assistant|> tokens."}
+    alpaca = f"### Instruction:\n{asked['prompt']}\n\n### Response:\n"
+    rendered = {**asked, "chosen": f"{alpaca}They are", "rejected": f"{alpaca}No"}
+    assert only(rendered)[1:] == ("They are", "No")
 
 
 def test_lists_as_pandas_writes_them_are_no_answers_in_json():

@@ -183,10 +183,12 @@ def test_a_search_minimises_the_loss_and_tries_what_it_says(tmp_path):
         )  # fmt: skip
 
     def space(trial):
-        return {"beta": trial.suggest_categorical("beta", [0.7]), "max_steps": 3}
+        beta = trial.suggest_categorical("beta", [0.7])
+        return {"beta": beta, "max_steps": 3, "lr_scheduler_type": "cosine"}
 
     found = trainer("search").hyperparameter_search(space, n_trials=1, backend="optuna")
-    alone = tiny_trainer(tmp_path / "alone", evaluation=pairs, eval_strategy="epoch", max_steps=3, beta=0.7)
+    alone = tiny_trainer(tmp_path / "alone", evaluation=pairs, eval_strategy="epoch", max_steps=3, beta=0.7,
+                         lr_scheduler_type="cosine")  # fmt: skip
     alone.train()
     assert found.objective == pytest.approx(alone.evaluate()["eval_loss"])
     searched = trainer("refused")
@@ -199,6 +201,8 @@ def test_a_search_minimises_the_loss_and_tries_what_it_says(tmp_path):
         searched.hyperparameter_search(lambda trial: {"beta": -1}, n_trials=1, backend="optuna")
     with pytest.raises(ConfigError, match="direction: maximize, and the loss is what is not named"):
         searched.hyperparameter_search(space, direction="maximize")
+    with pytest.raises(ConfigError, match="give hp_space, as lambda trial"):
+        searched.hyperparameter_search()
     with pytest.raises(ConfigError, match="give model_init"):
         tiny_trainer(tmp_path / "model").hyperparameter_search(space)
 

@@ -228,7 +228,7 @@ _UNRENDER = "give the rows as they were before the chat template"
 
 def _rendered_whole(asked: str, side: str, field: str) -> str:
     """The whole text of a side: as it stands, or behind the rendered prompt without a second header."""
-    if turn_markers.is_conversation(side) or (not turn_markers.asks(asked) and asked.strip() in side):
+    if turn_markers.is_conversation(side) or asked.strip() in side:
         return side
     if not turn_markers.asks(asked):
         raise BadRow(field, "is rendered already, unlike the prompt", _UNRENDER)

@@ -45,6 +45,7 @@ ENDS = (
 _ANSWER = re.compile(f"{_ANSWER_TOKENS}|{_ANSWER_WORDS}")
 _ANSWER_IN_TOKENS = re.compile(_ANSWER_TOKENS)
 _HEADING = re.compile(r"### ?\w[^\n:]*:")
+_HEADED_TURNS = re.compile(rf"### ?(?:Instruction|Human|User|Question|Input):[\s\S]*?{_ANSWER_HEADINGS}")
 _HEADED, _SPOKEN = re.compile(_ANSWER_HEADINGS), re.compile(_SPEAKERS, re.MULTILINE)
 _QUESTION = re.compile(_QUESTION_TOKENS)
 _CONVERSATION = re.compile(rf"(?:{_QUESTION_TOKENS})[\s\S]*?(?:{_ANSWER_TOKENS})")
@@ -64,13 +65,21 @@ def asks(text: str) -> bool:
 
 
 def is_conversation(text: str) -> bool:
-    """Whether a text holds a question and an answer behind it, both in the tokens of a known family."""
-    return _CONVERSATION.search(text) is not None
+    """Whether a text is a question and an answer behind it, both in the tokens of a known family."""
+    found = _CONVERSATION.search(text)
+    return found is not None and found.start() < _words_begin(text)
 
 
 def is_in_tokens(text: str) -> bool:
     """Whether the turns of a text, or its answer alone, begin with the special tokens of a known family."""
-    return is_conversation(text) or _ANSWER_TURN.search(text) is not None
+    found = _ANSWER_TURN.search(text)
+    return is_conversation(text) or (found is not None and found.start() < _words_begin(text))
+
+
+def _words_begin(text: str) -> int:
+    """Where a text begins that writes its turns with headings or speakers; tokens behind are spoken of."""
+    found = (family.search(text) for family in (_SPOKEN, _HEADED_TURNS))
+    return min((match.start() for match in found if match is not None), default=len(text))
 
 
 def answer_begins(text: str, limit: int | None = None) -> int:

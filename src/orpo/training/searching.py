@@ -47,11 +47,16 @@ class SearchingTrainer(SteppingTrainer):
         Mind that losses of two `beta` are two measures: to choose `beta`, compute something else.
 
         Raises:
-            ConfigError: There is no `model_init`, something is to be maximised that is not named, or the
-                space has a setting that data or model were made with.
+            ConfigError: There is no `model_init` or `hp_space`, something is to be maximised that is not
+                named, or the space has a setting that data or model were made with.
         """
         if self.model_init is None:
             raise ConfigError("hyperparameter_search: each trial needs a new model; give model_init")
+        if hp_space is None:  # transformers' own changes the pairs per step
+            raise ConfigError(
+                "hyperparameter_search: give hp_space, as lambda trial: {'learning_rate':"
+                " trial.suggest_float('learning_rate', 1e-6, 1e-4, log=True)}"
+            )
         if compute_objective is None and direction != "minimize":
             raise ConfigError(
                 f"hyperparameter_search: direction: {direction}, and the loss is what is not named; give"
@@ -78,7 +83,8 @@ class SearchingTrainer(SteppingTrainer):
                     " others in runs of their own"
                 )
         check_settings(self.args)
-        self._recipe |= changed
+        plain = self.args.plain_settings()
+        self._recipe |= {name: plain[name] for name in changed}
         self.final_objective = self.args.objective_settings
         self.schedule = schedule_of(self.args, self.train_dataset, self.pairs_per_step)
 
