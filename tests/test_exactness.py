@@ -281,6 +281,7 @@ def test_layers_that_may_be_left_out_at_random_train_in_padded_rows(tmp_path):
     trainer.train()
     with pytest.raises(ModelError, match=r"leaves layers out at random \(layerdrop: 0.5\); disable_dropout"):
         prepare_model(model, layout="shared")
+    assert prepare_model(model, trains=False).layout == "shared"
 
 
 def test_an_encoder_is_refused_for_what_it_is():

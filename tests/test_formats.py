@@ -386,6 +386,9 @@ def test_a_scale_that_does_not_go_below_1_is_not_read_by_signs(name):
     assert [pair[1:] for pair in pairs_of(one, seven, data_format="pairwise")] == [
         (GOOD_BAD[1], GOOD_BAD[0])
     ] * 2
+    few = {**JUDGED[name], label: 3}
+    assert len(read(one, few)) == 2, "a slice of a scale from -3 to 3"
+    stops(*[one, few] * 6, match=f"{label} is above 0 in each of the first 12 rows")
     assert len(read(one, {**one, label: 0})) == len(read(one, {**one, label: -1})) - 1 == 1
     assert only({**one, "winner": "1"}) == (ASKED, *GOOD_BAD)  # a label before it decides
 

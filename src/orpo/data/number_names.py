@@ -22,7 +22,7 @@ _OVERALL = frozenset({
     "prometheus", "armo", "armorm", "ultra", "ultrarm", "pair", "pairrm", "skywork", "starling", "nemotron",
     "internlm", "deberta", "annotation", "feedback", "evaluation", "overall", "fine", "grained", "final",
     "mean", "avg", "average", "total", "weighted", "raw", "normalized", "score", "vote", "num", "number",
-    "my", "turbo", "mini", "instruct", "v",
+    "my", "turbo", "mini", "instruct", "v", "up", "positive", "pro", "community",
 })  # fmt: skip
 """Who says it, how it is computed, and words that say nothing."""
 

@@ -233,10 +233,15 @@ def read_pairwise(row: Row) -> list[Sides]:
     return [part(sides[better], sides[1 - better])._replace(scores=_scores(row, label, judge, duel, better))]
 
 
+_FEW, _FARTHEST = 12, 3
+"""Rows of which none may be below 0 by chance, and the farthest from 0 of scales with signs."""
+
+
 def no_signs(rows: Sequence[Row]) -> str | None:
     """Why the numbers that would decide by their sign are none, of the rows that tell the format.
 
-    A scale from 1 to 7 has its middle elsewhere; where nothing is 0 or below, it may be such a one.
+    A scale from 1 to 7 has its middle elsewhere; where nothing is 0 or below in many rows, or something is
+    beyond 3, it may be such a one.
     """
     numbers = []
     for row in rows:
@@ -244,7 +249,7 @@ def no_signs(rows: Sequence[Row]) -> str | None:
         found = _judge(row, duel) if duel is not None else None
         if found is not None and found[1] is _by_sign and (value := number_of(row[found[0]])) is not None:
             numbers.append((value, found[0]))
-    if not numbers or min(numbers)[0] <= 0:
+    if not numbers or min(numbers)[0] <= 0 or (len(numbers) < _FEW and max(numbers)[0] <= _FARTHEST):
         return None
     label = numbers[0][1]
     return (

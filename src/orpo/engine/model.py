@@ -57,6 +57,7 @@ def prepare_model(
     probe: bool = True,
     longest: int | None = None,
     found: Preparation | None = None,
+    trains: bool = True,
 ) -> Preparation:
     """Make `model(batch=..., denominators=...)` score a micro-batch; the model is changed in place.
 
@@ -68,6 +69,7 @@ def prepare_model(
         longest: Longest side there will be, in tokens; None: any. A window that it cannot reach does not
             matter.
         found: What another rank has found out about this model; nothing is run.
+        trains: Whether layers may be left out at random, as in training alone.
 
     Raises:
         ModelError: The model is no causal language model, its adapter cannot be trained here, or no layout
@@ -98,7 +100,7 @@ def prepare_model(
     problems: list[str] = []
     for candidate in candidates:
         scorer.use_layout(candidate, longest)
-        problem = None if candidate == "padded" else _left_out(inner)
+        problem = _left_out(inner) if trains and candidate != "padded" else None
         if problem is None and probe:
             problem = layout_problem(model, scorer, candidate)
         if problem is None:

@@ -299,7 +299,7 @@ def _batch_settings(
     memory = settings.logits_memory_mib
     lines = check_length(base_model(model), longest)
     prepared = prepare_model(
-        model, layout=settings.layout, logits_memory_mib=memory, longest=settings.max_length
+        model, layout=settings.layout, logits_memory_mib=memory, longest=settings.max_length, trains=False
     )
     device = next(model.parameters()).device
     budget = settings.tokens_per_micro_batch or default_tokens_per_micro_batch(model, device, trains=False)
