@@ -211,12 +211,18 @@ def test_an_adapter_that_would_not_be_the_one_that_is_saved_is_refused(tmp_path)
     several.set_adapter("mine")
     with pytest.raises(ModelError, match="trains its adapter mine;"):
         tiny_trainer(tmp_path, model=several)
-    own = tiny_models.build("Llama")
-    own.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match=r"added by its own add_adapter, not by PEFT; pass the model"):
-        tiny_trainer(tmp_path, model=own)
     several.set_adapter("default")
     tiny_trainer(tmp_path, model=several, max_steps=1).train()
+
+
+def test_an_adapter_that_is_not_of_peft_is_refused(tmp_path):
+    model = tiny_models.build("Llama")
+    try:
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    except ValueError as error:  # transformers 5.24 asks for PEFT 0.22 there
+        pytest.skip(str(error))
+    with pytest.raises(ModelError, match=r"added by its own add_adapter, not by PEFT; pass the model"):
+        tiny_trainer(tmp_path, model=model)
 
 
 def test_a_merged_adapter_is_refused_for_its_reason(tmp_path):
