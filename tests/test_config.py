@@ -188,7 +188,8 @@ def test_settings_that_wait_for_another_are_named():
     words = ["--gradient_checkpointing_kwargs", "{use_reentrant: true}"]
     waiting = "gradient_checkpointing_kwargs: no effect without gradient_checkpointing: true"
     assert load_recipe(None, words).idle == [waiting]
-    assert not load_recipe(None, [*words, "--activation_checkpointing"]).idle
+    if "activation_checkpointing" in known_settings():  # not in transformers 5.17
+        assert not load_recipe(None, [*words, "--activation_checkpointing"]).idle
     words = ["--save_steps", "5", "--max_completion_length", "9"]
     assert load_recipe(None, [*words, "--save_strategy", "epoch"]).idle == [
         "save_steps: no effect without save_strategy: steps",
@@ -489,7 +490,11 @@ def test_a_merged_mapping_is_read_and_what_stands_beside_it_beats_it(tmp_path):
             {"gradient_checkpointing_kwargs": {"use_reentrant": "maybe"}},
             "use_reentrant: 'maybe' is not usable",
         ),
-        ({"activation_checkpointing_kwargs": {"offload": 1}}, "offload: 1 is not usable"),
+        *(
+            [({"activation_checkpointing_kwargs": {"offload": 1}}, "offload: 1 is not usable")]
+            if "activation_checkpointing_kwargs" in known_settings()
+            else []  # not in transformers 5.17
+        ),
         ({"lr_scheduler_kwargs": {"num_cycles": math.nan}}, "lr_scheduler_kwargs: num_cycles: nan is out of"),
         ({"lr_scheduler_kwargs": "cosine"}, "lr_scheduler_kwargs: 'cosine' is no mapping"),
         ({"model_init_kwargs": "{bad"}, "model_init_kwargs: '{bad' is no JSON"),

@@ -77,6 +77,8 @@ FALL_BACK = ["roberta", "jamba", "minimax", "zamba2", "bamba", "falcon_h1", "olm
 
 @pytest.mark.parametrize("family", [*SHARE, *FALL_BACK])
 def test_a_family_shares_or_falls_back_and_is_exact(family):
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     layout = assert_exact(tiny_families.build(family), PAIRS).layout
     assert (layout == "shared") == (family in SHARE)
 
