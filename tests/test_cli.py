@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,13 @@ def test_a_result_for_programs_stands_alone_on_stdout(monkeypatch, capsys):
     for words, where in ((["--json"], 1), ([], 0)):
         assert cli.main(["eval", "M", "--data", "D", *words]) == 0
         assert "the newest checkpoint is damaged" in capsys.readouterr()[where]
+
+
+@pytest.mark.parametrize("module", ["transformers.modeling_utils", None])
+def test_commands_do_not_pass_on_what_transformers_will_rename(module, capsys):
+    """Warnings of a model's loading are issued again, by the name of their file alone."""
+    with warnings.catch_warnings(record=True) as caught:
+        cli.main(["config"])
+        warnings.warn_explicit("x", FutureWarning, "/lib/transformers/modeling_utils.py", 1, module)
+        warnings.warn_explicit("y", FutureWarning, "/mine/modeling_utils.py", 1, "mine")
+    assert [str(warning.message) for warning in caught] == ["y"]

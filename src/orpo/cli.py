@@ -60,7 +60,7 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.error(f"orpo {args.word}: unrecognized arguments: {' '.join(settings)}")
     args.settings = settings
     # What PEFT and everybody's recipes call `gradient_checkpointing` will not have that name for ever.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(.*[/\\])?transformers\b")
     with speaking_aside() if getattr(args, "json", False) else nullcontext():
         return int(args.run(args))
 
