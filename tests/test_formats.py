@@ -1591,6 +1591,10 @@ def test_a_column_is_mapped_to_a_name_that_something_reads(tmp_path):
     ):
         with pytest.raises(DataError, match=said):
             read_preferences([row] * 3, columns=mapping)
+    for ours in ("ranks", "winner"):  # a right name, of which these rows have no use
+        assert list(read_preferences([row | {"x": 1}] * 3, columns={ours: "x"}).unused_columns.values()) == [
+            ["x"]
+        ]
     for ours in ("images", "status", "overall_preference", "score_a"):  # looked at, or not there
         read_preferences([row] * 3, columns={ours: None})
     for ours in ("prompt", "chosen", "rejected", "system", "tools", "chosen_score", "source"):

@@ -380,6 +380,15 @@ def test_prompts_that_cannot_be_asked_are_named_or_counted():
         read_prompts(["<|im_start|>user\nHi.<|im_end|>\n"], OrpoSettings(), tokenizer)
 
 
+def test_a_misspelled_column_of_prompts_is_refused(tmp_path):
+    prompts, tokenizer = tmp_path / "p.jsonl", tiny_tokenizer()
+    prompts.write_text('{"q": "Hi.", "instruction": "Other."}\n')
+    with pytest.raises(DataError, match=r"columns: promt: nothing here reads .*; did you mean prompt\?"):
+        read_prompts(prompts, OrpoSettings(columns={"promt": "q"}), tokenizer)
+    of_pairs = OrpoSettings(columns={"prompt": "q", "chosen": "good", "rejected": "bad"})
+    assert [one.instruction for one in read_prompts(prompts, of_pairs, tokenizer).prompts] == ["Hi."]
+
+
 # ------------------------------------------------------------------------------------------------ endpoint
 
 

@@ -169,7 +169,7 @@ class Columns:
         """
         for ours in (*self.mapping, *self._left_out):
             near = difflib.get_close_matches(ours, _ASKED_MOSTLY, 1, 0.85)
-            if near and ours not in self._asked and not looks_at(ours):
+            if near and near[0] != ours and ours not in self._asked and not looks_at(ours):
                 raise DataError(
                     f"columns: {quoted(ours)}: nothing here reads a column of that name; did you mean"
                     f" {near[0]}?"

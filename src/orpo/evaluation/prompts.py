@@ -20,6 +20,7 @@ from orpo.data.questions import question
 from orpo.data.rows import RawRow, read_rows
 from orpo.data.source import read_texts
 from orpo.data.text_rows import as_conversations
+from orpo.data.verdicts import looks_at
 from orpo.errors import ConfigError, DataError
 from orpo.pairs import Message, PreferencePair
 from orpo.settings.config import OrpoSettings
@@ -193,6 +194,7 @@ def _questions(data: Any, settings: OrpoSettings, split: str | None) -> tuple[li
             reason = reason or str(bad)
             continue
         prompts.append(Prompt(asked=turns, source=raw.source, tools=tools, chat_template_kwargs=arguments))
+    columns.check_names(looks_at)
     notices = []
     if skipped and not prompts:
         raise DataError(f"{skipped[0]}: {reason} (none of {len(skipped)} rows has a prompt that can be read)")
