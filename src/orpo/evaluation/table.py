@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orpo.console import say_item
+from orpo.console import say, say_item
 from orpo.engine.metrics import metric_named, write_change, write_figure
 from orpo.evaluation.comparison import Comparison
 from orpo.evaluation.preferences import Evaluation, Result
@@ -15,7 +15,8 @@ def print_table(result: Result) -> None:
 
     whole = result.evaluation
     columns: dict[str, Evaluation] = {"all pairs": whole} | (whole.groups if len(whole.groups) > 1 else {})
-    table = Table(title=f"{result.model} on {result.data}", title_justify="left")
+    say(f"{result.model} on {result.data}")  # a title would be folded to the width of the table
+    table = Table()
     table.add_column("")
     for name, column in columns.items():
         table.add_column(f"{name} ({column.num_pairs:,})", justify="right")
@@ -31,7 +32,8 @@ def print_comparison(found: Comparison) -> None:
     from rich.table import Table
 
     change = found.change
-    table = Table(title=f"{change.num_pairs:,} pairs of {found.second.data}", title_justify="left")
+    say(f"{change.num_pairs:,} pairs of {found.second.data}")
+    table = Table()
     for title in ("", found.first.model, found.second.model, "change"):
         table.add_column(title, justify="right" if title else "left", overflow="fold")
     for name, figure in change.after.items():
