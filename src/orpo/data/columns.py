@@ -152,10 +152,8 @@ class Columns:
             for name, value in row.items():
                 if isinstance(value, str) and value.strip() and not self._is_read(str(name)):
                     filled[str(name)] += 1
-                    written[str(name)] += bool(_OBJECT.match(value)) and (
-                        _is_conversation(_rename_keys(_literal(value), self._keys))
-                        or _begins_conversation(value)
-                    )
+                    begins = bool(_OBJECT.match(value)) and _begins_conversation(value)
+                    written[str(name)] += begins or writes_conversation(value, self._keys)
         self._texts = {name for name, number in written.items() if 0 < number * 2 < filled[name]}
 
     def check_names(self, looks_at: Callable[[str], bool]) -> None:
@@ -200,9 +198,7 @@ class Columns:
     def _plan(self, row: Row) -> dict[str, str]:
         """Our names of the columns that have others -> the data's names or paths; notes what was seen."""
         theirs = {ours: path for ours, path in self.mapping.items() if _find(row, path) is not _MISSING}
-        taken = set(theirs.values())
-
-        taken |= self._left_out
+        taken = {*theirs.values(), *self._left_out}
 
         def has(ours: str) -> bool:
             return ours in theirs or (ours not in taken and row.get(ours) is not None)
@@ -279,9 +275,11 @@ def _refuse_key_twice(name: str, text: str) -> None:
         return
 
 
-def writes_conversation(value: object) -> bool:
-    """Whether a text is a message, or turns of a conversation, in JSON or Python."""
-    return isinstance(value, str) and bool(_OBJECT.match(value)) and _is_conversation(_literal(value))
+def writes_conversation(value: object, keys: Mapping[str, str] | None = None) -> bool:
+    """Whether a text is a message, or turns of a conversation, in JSON or Python; `keys`: theirs -> ours."""
+    if not isinstance(value, str) or not _OBJECT.match(value):
+        return False
+    return _is_conversation(_rename_keys(_literal(value), keys or {}))
 
 
 def _begins_conversation(text: str) -> bool:

@@ -353,9 +353,8 @@ class _Reading:
     def _doubt(self, row: NamedRow, pair: PreferencePair) -> None:
         """Count what speaks against training a pair as its row says."""
         said = (
-            contradiction(row, pair), self._other_best(row), unread_list(row), marked_turn(pair),
-            repeated_prompt(pair), picture(pair),
-            unread_conversation(row),
+            contradiction(row, pair), self._other_best(row), unread_list(row), unread_conversation(row),
+            marked_turn(pair), repeated_prompt(pair), picture(pair),
         )  # fmt: skip
         for words in filter(None, said):
             self.contradictions[words] += 1

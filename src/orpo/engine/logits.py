@@ -24,6 +24,11 @@ _UNLIKELY = 1e-30
 """Probabilities below this are near the smallest that float32 holds with all its digits."""
 
 
+def are_numbers(logits: Tensor) -> bool:
+    """Whether no logit is NaN or plus infinity; what a model rules out may be minus infinity."""
+    return bool(logits.amax() < torch.inf)  # the maximum of what has a NaN is one
+
+
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrix product, in `dtype` if that is float32 and the device makes it without rounding in between.
 

@@ -72,7 +72,7 @@ def most_tokens(*, on_cpu: bool, compares: bool) -> int:
     """The largest micro-batch that is chosen, in tokens, however much memory there is."""
     if not on_cpu:
         return MAX_TOKENS
-    return MAX_TOKENS_ON_CPU if compares else min(MAX_TOKENS_OF_SFT, MAX_TOKENS_ON_CPU)
+    return MAX_TOKENS_ON_CPU if compares else MAX_TOKENS_OF_SFT
 
 
 def token_budget(room: float, per_token: float, most: int) -> int:

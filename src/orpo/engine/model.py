@@ -49,6 +49,10 @@ class Preparation:
         )
 
 
+LAYER_DROPS = ("layerdrop", "layer_drop")
+"""Names under which models keep what share of their layers they leave out in training."""
+
+
 def prepare_model(
     model: nn.Module,
     *,
@@ -124,7 +128,7 @@ def prepare_model(
 def _left_out(model: nn.Module) -> str | None:
     """Why attention cannot be followed from layer to layer: some are left out, others in each pass."""
     for name, module in model.named_modules():
-        for key in ("layerdrop", "layer_drop"):
+        for key in LAYER_DROPS:
             share = getattr(module, key, None)
             if isinstance(share, float) and share > 0:
                 return f"{name} leaves layers out at random ({key}: {share}); disable_dropout turns that off"

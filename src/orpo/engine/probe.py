@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from orpo.engine.lengths import reset_dynamic_rope, turning_points
-from orpo.engine.logits import DAMAGED, plain_logprobs
+from orpo.engine.logits import DAMAGED, are_numbers, plain_logprobs
 from orpo.engine.masks import untold_limits
 from orpo.engine.memory import free_memory
 from orpo.engine.objective import log_odds
@@ -167,7 +167,7 @@ def _check_causal(scorer: Scorer, ids_BN: Tensor, logits_BNV: Tensor, is_precise
 
     with torch.no_grad():
         logits, other = logits_BNV[:, :half].float(), first_half(changed_BN)
-        if logits.isnan().any() or logits.isposinf().any():
+        if not are_numbers(logits):
             raise ModelError(f"{type(model).__name__}: its logits are not numbers; {DAMAGED}")
         difference = (logits - other).abs().max() / logits.abs().max().clamp_min(1e-30)
     if difference == 0:

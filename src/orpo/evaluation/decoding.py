@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from orpo.engine.logits import DAMAGED
+from orpo.engine.logits import DAMAGED, are_numbers
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_token_ids
 from orpo.errors import ModelError
@@ -208,7 +208,7 @@ class _Numbers(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores of the next token, as they are."""
-        if scores.isnan().any() or scores.isposinf().any():
+        if not are_numbers(scores):
             raise ModelError(f"the model's logits are not numbers; {DAMAGED}")
         return scores
 

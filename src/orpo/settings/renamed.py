@@ -269,14 +269,18 @@ def _encoder_decoder(value: Any) -> tuple[dict[str, Any], str]:
     return {}, "no effect: every model is a causal language model"
 
 
+def _denied(value: Any) -> bool:
+    return str(value).lower() in ("false", "0", "no", "off")
+
+
 def _do_train(value: Any) -> tuple[dict[str, Any], str]:
-    if str(value).lower() in ("false", "0", "no", "off"):
+    if _denied(value):
         return {}, "no effect: `orpo train` always trains; `orpo eval` scores a model without training"
     return {"do_train": value}, ""
 
 
 def _do_eval(value: Any) -> tuple[dict[str, Any], str]:
-    if str(value).lower() in ("false", "0", "no", "off"):
+    if _denied(value):
         return {"eval_strategy": "no"}, "now written eval_strategy: no"
     return {"do_eval": value}, ""
 

@@ -28,6 +28,7 @@ from orpo.engine.adapters import adapter_lines, add_adapter
 from orpo.engine.generation_config import settle_generation_config
 from orpo.engine.lengths import check_length
 from orpo.engine.loading import load_model, load_tokenizer
+from orpo.engine.model import LAYER_DROPS
 from orpo.engine.scorer import base_model, num_embeddings
 from orpo.engine.stop_tokens import stop_at, stop_token_ids
 from orpo.errors import ConfigError, ModelError, raised_as
@@ -178,7 +179,7 @@ def _check_adapter(model: Any) -> None:
         )
 
 
-_DROPS = ("dropout", "pdrop", "layerdrop", "layer_drop", "drop_path")
+_DROPS = ("dropout", "pdrop", "drop_path", *LAYER_DROPS)
 """Parts of the names under which models keep what share of units or layers they leave out in training."""
 
 
